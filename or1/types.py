@@ -1,0 +1,74 @@
+"""The data that flows through a step. Arrays are numpy on the host; torch begins at `or1.pack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+
+class Status(StrEnum):
+    """What became of scoring one response. Only OK earns a reward; every other value is counted by name."""
+
+    OK = "ok"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    TRUNCATED = "truncated"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7=", token_ids=[...], golds=("19",))`."""
+
+    id: str
+    source: str
+    text: str
+    token_ids: np.ndarray
+    golds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled completion.
+
+    token_ids  i32[L], up to and including the end-of-sequence token if one was sampled
+    logp       f32[L], the engine's log-probability of each token at the sampling temperature, nats
+    finish     "stop" if the last token is end-of-sequence, "length" if the response was cut at the limit
+    version    policy version that sampled it
+    """
+
+    token_ids: np.ndarray
+    logp: np.ndarray
+    finish: str
+    version: int
+    text: str
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut at the token limit."""
+        return self.finish == "length"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Reward of one response and why."""
+
+    reward: float
+    status: Status
+
+
+@dataclass(frozen=True)
+class Group:
+    """The M responses to one prompt with their scores, in sampling order."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """f64[M]"""
+        return np.array([score.reward for score in self.scores], dtype=np.float64)
