@@ -1,0 +1,94 @@
+"""The `or1` command. Nothing heavy is imported before the arguments and the config are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from or1 import __version__
+from or1.config_load import ConfigError, load_config
+
+EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_INTERRUPTED = 2, 65, 70, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ConfigError as error:
+        return _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("\nor1: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="or1", description="RL training of reasoning models with verifiable rewards.")
+    parser.add_argument("--version", action="version", version=f"or1 {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train from a TOML config; resumes a run that stopped")
+    train.add_argument("config", help="TOML file")
+    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
+    train.add_argument("--dry-run", action="store_true", help="check the config, show the plan, do nothing")
+    train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
+    train.set_defaults(run=_train)
+
+    report = verbs.add_parser("report", help="write report.html of a run: plots and sample transcripts")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+
+    export = verbs.add_parser("export", help="write a checkpoint of a run as a Hugging Face model folder")
+    export.add_argument("run_dir", type=Path)
+    export.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    export.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/weights/step_N)")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from or1.display import print_plan
+
+        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.train])
+        return 0
+    from or1.launch import launch
+
+    return _guarded(lambda: launch(config, fresh=arguments.fresh))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from or1.report import write_report
+
+    return _guarded(lambda: print(write_report(arguments.run_dir)))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from or1.launch import export_run
+
+    return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
+
+
+def _guarded(action) -> int:  # noqa: ANN001
+    """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
+    from or1.data import DataError
+
+    try:
+        action()
+    except DataError as error:
+        return _fail(error, EXIT_DATA)
+    except ValueError as error:
+        # Another library's ValueError has no remedy in it: its traceback is worth more than one line.
+        if not type(error).__module__.startswith("or1"):
+            raise
+        return _fail(error, EXIT_RUN)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"or1: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,21 @@
+"""Which groups are trained (Skywork-OR1 report, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from or1.types import Group
+
+
+def has_advantage(group: Group) -> bool:
+    """Whether the rewards of a group differ, so that its advantages are not all 0."""
+    return bool(group.rewards.min() < group.rewards.max())
+
+
+def reject_zero_advantage(groups: Sequence[Group]) -> list[Group]:
+    """The groups whose rewards differ, in order.
+
+    A group without advantages adds nothing to the policy gradient, but its tokens would dilute the loss and let the
+    entropy term act on prompts that are solved or hopeless.
+    """
+    return [group for group in groups if has_advantage(group)]

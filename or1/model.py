@@ -1,0 +1,135 @@
+"""Any Hugging Face causal language model, as hidden states over packed rows and an LM head that computes losses."""
+
+# T packed tokens, H hidden
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from or1_kernels.lm_head import LMHead
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from or1 import attention
+from or1.config import ModelConfig
+from or1.pack import Microbatch
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be trained; the message names it and the remedy."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises ModelError for `cuda` without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError('model.device = "cuda", but torch sees no GPU; install a CUDA build of torch or use "auto"')
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, never running code that came with it."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """Weights from safetensors, packed attention, and `lm_head` replaced by an LMHead that shares its parameter.
+
+    Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`.
+    """
+    _require_safetensors(config.path)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=attention.NAME,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{config.path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
+    model.set_output_embeddings(
+        LMHead.from_linear(
+            head,
+            softcap=getattr(model.config, "final_logit_softcapping", None),
+            logit_scale=getattr(model.config, "logit_scale", None) or 1.0,
+        )
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(resolve_device(config.device))
+
+
+def _require_safetensors(path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{path!r} has no *.safetensors; or1 reads no pickled weights. Convert them with transformers' "
+            "save_pretrained"
+        )
+
+
+def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
+    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other."""
+    with attention.packed_forward():
+        output = model.get_decoder()(
+            input_ids=batch.ids_T[None],
+            position_ids=batch.positions_T[None],
+            # A cache, even an empty one, would make transformers attend across documents.
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        )
+    return output.last_hidden_state[0]
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The model's LMHead."""
+    return model.get_output_embeddings()
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; the former mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _forget_attention(partial / "config.json")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return folder
+
+
+def _forget_attention(path: Path) -> None:
+    """Drop the name of or1's attention from a saved config, where nobody else could resolve it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

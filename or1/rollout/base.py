@@ -1,0 +1,41 @@
+"""What a generation engine is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from or1.types import Prompt, Response
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed."""
+
+    temperature: float
+    max_tokens: int
+    samples: int
+    seed: int
+
+
+class Finished(NamedTuple):
+    """One response: to which prompt of the call, the how-manieth sample of it, and what it is."""
+
+    prompt: int
+    sample: int
+    response: Response
+
+
+class Engine(Protocol):
+    """Generates responses with the weights of one policy version."""
+
+    version: int
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
+        """Yield every one of len(prompts) * samples responses once, as they finish, in any order."""
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Generate with the trainer's present weights from now on, stamping responses with `version`."""
+        ...

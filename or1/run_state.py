@@ -1,0 +1,109 @@
+"""What survives a crash, and the run directory that holds it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from or1.config import Config
+from or1.config_load import dump_config
+from or1.data import SamplerState
+from or1.entropy import EntropyController
+
+# Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
+FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage"})
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as asked; the message names it and the remedy."""
+
+
+@dataclass
+class TrainState:
+    """Everything a resumed run needs beside weights and optimizer moments; what is not here is not resumed.
+
+    Random numbers need no state: every step seeds its own from (seed, step).
+    """
+
+    entropy: EntropyController
+    step: int = 0
+    sampler: SamplerState = field(default_factory=SamplerState)
+    policy_version: int = 0
+    updates: int = 0
+    nonfinite_in_a_row: int = 0
+    totals: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def start(cls, config: Config) -> TrainState:
+        """Before the first step."""
+        return cls(entropy=EntropyController.start(config.loss.entropy))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        return {
+            "entropy": self.entropy.state(),
+            "step": self.step,
+            "sampler": asdict(self.sampler),
+            "policy_version": self.policy_version,
+            "updates": self.updates,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "totals": dict(self.totals),
+        }
+
+    @classmethod
+    def from_json(cls, config: Config, data: dict[str, Any]) -> TrainState:
+        """The inverse of `to_json`."""
+        return cls(
+            **data
+            | {
+                "entropy": EntropyController(config.loss.entropy, **data["entropy"]),
+                "sampler": SamplerState(**data["sampler"]),
+                "totals": Counter(data["totals"]),
+            }
+        )
+
+
+def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
+    """Make the run directory and record the resolved config in it. Returns messages worth showing.
+
+    A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError if the
+    run there was started with settings that a resumed run must not change.
+    """
+    run_dir, messages = config.run_path, []
+    record = run_dir / "config.resolved.json"
+    if fresh and run_dir.exists():
+        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(aside)
+        messages.append(f"moved the former run to {aside}")
+    if record.is_file():
+        changed = _changed_keys(json.loads(record.read_text(encoding="utf-8")), config.model_dump(mode="json"))
+        fixed = [key for key in changed if key.split(".")[0] not in FREE_TO_CHANGE]
+        if fixed:
+            raise RunError(
+                f"{run_dir} holds a run with other settings ({', '.join(fixed)}); choose another folder with "
+                "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
+            )
+        messages += [f"continues with changed settings: {', '.join(changed)}"] if changed else []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(dump_config(config), encoding="utf-8")
+    return messages
+
+
+def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted paths of the leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            key
+            for name in sorted(old.keys() | new.keys())
+            for key in _changed_keys(old.get(name), new.get(name), f"{prefix}{name}.")
+        ]
+    return [] if old == new else [prefix.rstrip(".")]
+
+
+def checkpoints_of(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"

@@ -1,0 +1,96 @@
+"""Numbers that describe a step, from its rollout and its updates."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from or1_kernels.head import PolicyStats
+
+from or1.filters import has_advantage
+from or1.optim import UpdateResult
+from or1.pack import Microbatch
+from or1.types import Group, Status
+
+
+def rollout_entropy(groups: Sequence[Group]) -> float:
+    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token.
+
+    It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
+    """
+    logp = np.concatenate([response.logp for group in groups for response in group.responses])
+    return float(-logp.mean(dtype=np.float64))
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, statuses and lengths over all groups of a step, before rejection."""
+    rewards = np.stack([group.rewards for group in groups])
+    lengths = np.array([len(response.token_ids) for group in groups for response in group.responses])
+    statuses = Counter(score.status for group in groups for score in group.scores)
+    constant = np.array([not has_advantage(group) for group in groups])
+    mean = rewards.mean(axis=1)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "group/frac_zero_std": float(constant.mean()),
+        "group/solved": float((constant & (mean > 0)).mean()),
+        "group/failed": float((constant & (mean <= 0)).mean()),
+        "completion/len_mean": float(lengths.mean()),
+        "completion/len_max": float(lengths.max()),
+        "completion/truncated": float(np.mean([r.truncated for group in groups for r in group.responses])),
+        **{f"status/{status.value}": statuses[status] / rewards.size for status in Status},
+    }
+
+
+@dataclass
+class UpdateStats:
+    """Sums over the tokens of a step's updates; kept on the device until `metrics` so that nothing waits for them."""
+
+    tokens: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    results: list[UpdateResult] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def add_row(self, batch: Microbatch, stats: PolicyStats) -> None:
+        """Count one packed row."""
+        drift = stats.logp.double() - batch.rollout_logp_N.double()
+        values = {
+            "policy/entropy_exact": stats.entropy,
+            "policy/clip_frac": stats.clipped,
+            "policy/ratio_mean": stats.ratio,
+            # k3 estimator of KL(engine || trainer), non-negative for every token.
+            "mismatch/kl": drift.exp() - 1 - drift,
+        }
+        self.tokens += len(stats.logp)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
+
+    def add_update(self, loss: float, result: UpdateResult) -> None:
+        """Count one optimizer step."""
+        self.losses.append(loss)
+        self.results.append(result)
+
+    def metrics(self) -> dict[str, float]:
+        """Token means, and means over the optimizer steps."""
+        if not self.results:
+            return {"optim/updates": 0.0, "optim/skipped": 0.0}
+        return {name: float(total) / self.tokens for name, total in self.sums.items()} | {
+            "optim/loss": float(np.mean(self.losses)),
+            "optim/grad_norm": float(np.mean([r.grad_norm for r in self.results])),
+            "optim/lr": self.results[-1].lr,
+            "optim/updates": float(sum(r.took for r in self.results)),
+            "optim/skipped": float(sum(not r.took for r in self.results)),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Largest memory held so far: allocated GPU memory where there is a GPU, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

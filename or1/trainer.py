@@ -1,0 +1,278 @@
+"""The training loop. This file is the whole of one step; everything it calls does one thing and can be read later.
+
+One step of MAGIC (Skywork-OR1 report, section 3.1):
+  1. sample M responses to each of P prompts and score them                     -> groups
+  2. leave out groups whose rewards are all equal                               -> kept
+  3. advantages within each group; the entropy coefficient from the rollout's own entropy
+  4. one optimizer step per minibatch of prompts; if that is all of them the step is on-policy
+"""
+
+# K kept groups, M responses each, T packed tokens of a row, N trained tokens of a row, H hidden
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from or1_kernels.objective import PolicyObjective
+
+from or1.advantage import group_advantages
+from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
+from or1.config import Config, StageConfig
+from or1.data import Sampler, load_prompts
+from or1.display import RunDisplay
+from or1.evaluate import evaluate_set
+from or1.filters import has_advantage
+from or1.metrics import MetricsWriter, rewind_metrics
+from or1.model import eval_mode, export_model, hidden_states, lm_head, load_model, load_tokenizer
+from or1.optim import MasterAdamW
+from or1.pack import TrainSequence, pack, pack_indexed
+from or1.reward import make_scorer
+from or1.rollout.base import Sampling
+from or1.rollout.collect import collect
+from or1.rollout.hf import HfEngine
+from or1.rollout_log import write_rollouts
+from or1.run_state import RunError, TrainState, checkpoints_of
+from or1.stages import last_step_of, stage_at
+from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
+from or1.types import Group
+
+
+class Trainer:
+    """A run: `Trainer(config, display).run()` trains from the newest checkpoint, or from the start, to the last step."""
+
+    def __init__(self, config: Config, display: RunDisplay):
+        self.config, self.display = config, display
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.data = load_prompts(
+            config.data.train, self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
+            prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
+        )  # fmt: skip
+        self.eval_prompts = {
+            s.name: load_prompts(
+                [s.path], self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
+                prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
+            ).prompts[: s.limit]
+            for s in config.eval.sets
+        }  # fmt: skip
+        self.sampler = Sampler(len(self.data.prompts), config.seed)
+        self.model = load_model(config.model).train()
+        self.optimizer = MasterAdamW(self.model, config.optim)
+        self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
+        self.objective = PolicyObjective(
+            kind=config.loss.kind, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
+            is_cap=config.loss.is_cap,
+        )  # fmt: skip
+        self._checkpoint_s: float | None = None
+        self.state = self._restore() or TrainState.start(config)
+
+    def run(self) -> None:
+        """All steps that are left. Every step ends with a line in metrics.jsonl; some with a checkpoint."""
+        rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
+        writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
+        try:
+            with make_scorer(self.config.reward) as self.scorer:
+                if self.state.step == 0:
+                    self._report(writer, 0, self.evaluate())
+                while self.state.step < self.config.total_steps:
+                    self._one_step(writer)
+        finally:
+            writer.close()
+
+    def _one_step(self, writer: MetricsWriter) -> None:
+        began = time.perf_counter()
+        number = self.state.step + 1
+        index, stage = stage_at(self.config, number)
+        metrics = self.step(number, index, stage)
+        self.state.step = number
+        if self._due(number, self.config.eval.every_steps) or number == last_step_of(self.config, index):
+            metrics |= self.evaluate()
+        metrics |= {"time/step": time.perf_counter() - began, "perf/peak_mem_gib": peak_memory_gib()}
+        if self._checkpoint_s is not None:
+            metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
+        # The line comes before the commit: a crash between them repeats the step, the other order would lose the line.
+        self._report(writer, index, metrics)
+        if self._due(number, self.config.checkpoint.every_steps):
+            self._checkpoint_s = self._save()
+
+    def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
+        """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
+        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        torch.manual_seed(seed)
+        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
+        sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
+        prompts = [self.data.prompts[i] for i in chosen]
+        rollout = collect(self.engine, self.scorer, prompts, sampling, lambda a, b: self.display.phase("rollout", a, b))
+        metrics = rollout_metrics(rollout.groups)
+
+        trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
+        kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
+        advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
+        if number % self.config.log.rollouts_every_steps == 0:
+            rows = iter(advantages_KM)
+            self._log_rollouts(number, index, rollout.groups, [next(rows) if keep else None for keep in trainable])
+
+        train_began = time.perf_counter()
+        stats = UpdateStats()
+        if kept:
+            entropy = rollout_entropy(kept)
+            alpha = self.state.entropy.alpha(entropy)
+            for sequences in self._minibatches(kept, advantages_KM, stage):
+                self.update(sequences, alpha, stats)
+            self.state.entropy.update(entropy)
+            metrics |= {"policy/entropy": entropy, "policy/entropy_coef": alpha}
+        self.state.totals["empty_steps"] += not kept
+        trained = time.perf_counter()
+
+        self.state.policy_version += 1
+        self.engine.update_weights(self.state.policy_version)
+        self._count(rollout.groups)
+        tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
+        return metrics | stats.metrics() | {
+            "group/kept": float(len(kept)),
+            "policy/entropy_controller": self.state.entropy.coef,
+            "data/epoch": float(self.state.sampler.epoch),
+            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
+            "time/rollout": rollout.generate_s,
+            "time/reward": rollout.reward_s,
+            "time/train": trained - train_began,
+            "time/sync": time.perf_counter() - trained,
+        }  # fmt: skip
+
+    def update(self, sequences: Sequence[TrainSequence], alpha: float, stats: UpdateStats) -> None:
+        """One optimizer step on the policy loss with entropy coefficient `alpha` (Eq. 3.1).
+
+        The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend
+        on how the sequences are packed.
+        """
+        config = self.config
+        tokens = sum(s.trained_tokens for s in sequences)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        packs = pack(sequences, config.optim.max_tokens_per_rank, self.model.device, self._float_dtype())
+        for done, batch in enumerate(packs):
+            self.display.phase("train", done, len(packs))
+            hidden_TH = hidden_states(self.model, batch)
+            loss, row_stats = lm_head(self.model)(
+                hidden_TH[batch.rows_N],
+                batch.targets_N,
+                advantages=batch.advantages_N,
+                token_weight=torch.full_like(batch.advantages_N, 1 / tokens),
+                old_logp=batch.old_logp_N,
+                rollout_logp=batch.rollout_logp_N if config.loss.is_cap is not None else None,
+                objective=self.objective,
+                entropy_coef=alpha,
+                temperature=config.rollout.temperature,
+            )
+            loss.backward()
+            total += loss.detach()
+            stats.add_row(batch, row_stats)
+        result = self.optimizer.step_if_finite(total)
+        stats.add_update(float(total), result)
+        self._gate(result.took)
+
+    def _minibatches(
+        self, kept: Sequence[Group], advantages_KM: np.ndarray, stage: StageConfig
+    ) -> list[list[TrainSequence]]:
+        """Near-equal minibatches of at most `minibatch_prompts` groups, in rollout order.
+
+        Equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own.
+        """
+        groups_of = [
+            [
+                TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
+                for response, advantage in zip(group.responses, advantages_M, strict=True)
+            ]
+            for group, advantages_M in zip(kept, advantages_KM, strict=True)
+        ]
+        parts = math.ceil(len(kept) / (stage.minibatch_prompts or stage.prompts_per_step))
+        batches = [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(len(kept)), parts)]
+        if self.config.loss.old_logp == "rollout":
+            return [[replace(s, old_logp=s.rollout_logp) for s in batch] for batch in batches]
+        if len(batches) > 1 or self.config.loss.old_logp == "recompute":
+            return [self._with_old_logp(batch) for batch in batches]
+        return batches
+
+    def _with_old_logp(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
+        """The same sequences with the present policy's log-probabilities, packed as the update will pack them."""
+        filled: dict[int, TrainSequence] = {}
+        with eval_mode(self.model):
+            for indices, batch in pack_indexed(
+                sequences, self.config.optim.max_tokens_per_rank, self.model.device, self._float_dtype()
+            ):
+                hidden_TH = hidden_states(self.model, batch)
+                logp_N, _ = lm_head(self.model)(
+                    hidden_TH[batch.rows_N], batch.targets_N, temperature=self.config.rollout.temperature
+                )
+                parts = logp_N.split([sequences[i].trained_tokens for i in indices])
+                filled |= {i: replace(sequences[i], old_logp=p.cpu().numpy()) for i, p in zip(indices, parts, strict=True)}
+        return [filled[i] for i in range(len(sequences))]
+
+    def evaluate(self) -> dict[str, float]:
+        """avg@k and pass@k of every held-out set."""
+        began = time.perf_counter()
+        metrics: dict[str, float] = {}
+        for settings in self.config.eval.sets:
+            def progress(done: int, total: int, name: str = settings.name) -> None:
+                self.display.phase(f"eval {name}", done, total)
+
+            prompts = self.eval_prompts[settings.name]
+            limit = self.config.eval_max_response_tokens
+            metrics |= evaluate_set(self.engine, self.scorer, prompts, settings, limit, progress).metrics()
+        return metrics | {"time/eval": time.perf_counter() - began}
+
+    def export(self) -> str:
+        """Write the present weights as a Hugging Face checkpoint; returns the folder."""
+        folder = self.config.run_path / "weights" / f"step_{self.state.step}"
+        return str(export_model(self.model, self.tokenizer, folder))
+
+    def _gate(self, took: bool) -> None:
+        """Count updates skipped for a non-finite loss or gradient; stop after too many in a row."""
+        self.state.totals["skipped_updates"] += not took
+        self.state.nonfinite_in_a_row = 0 if took else self.state.nonfinite_in_a_row + 1
+        limit = self.config.optim.max_nonfinite_steps
+        if self.state.nonfinite_in_a_row >= limit:
+            raise RunError(
+                f"{limit} updates in a row had a non-finite loss or gradient (optim.max_nonfinite_steps); the weights "
+                "are those before them. Lower optim.lr, or look at the last rollouts for the cause"
+            )
+
+    def _save(self) -> float:
+        began = time.perf_counter()
+        self.display.phase("checkpoint")
+        self.state.updates = self.optimizer.updates
+        checkpoint = Checkpoint(self.state.step, self.state.to_json(), self.optimizer.state_tensors())
+        save_checkpoint(checkpoints_of(self.config.run_path), checkpoint, self.config.checkpoint.keep)
+        return time.perf_counter() - began
+
+    def _restore(self) -> TrainState | None:
+        checkpoint, warnings = load_latest(checkpoints_of(self.config.run_path))
+        for warning in warnings:
+            self.display.message(warning)
+        if checkpoint is None:
+            return None
+        state = TrainState.from_json(self.config, checkpoint.state)
+        self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
+        self.engine.update_weights(state.policy_version)
+        self.display.message(f"resumed after step {state.step}")
+        return state
+
+    def _report(self, writer: MetricsWriter, stage_index: int, metrics: dict[str, float]) -> None:
+        writer.write(self.state.step, stage_index, metrics)
+        self.display.step({"step": self.state.step, "stage": stage_index} | metrics)
+
+    def _log_rollouts(self, number: int, index: int, groups: list[Group], advantages: list) -> None:
+        write_rollouts(self.config.run_path / "rollouts", number, index, groups, advantages)
+
+    def _count(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            self.state.totals.update(score.status.value for score in group.scores)
+
+    def _due(self, number: int, every: int) -> bool:
+        return number % every == 0 or number == self.config.total_steps
+
+    def _float_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.model.dtype, torch.float32)

@@ -1,0 +1,98 @@
+"""Advantages, rejection, the entropy controller and stages against hand-computed numbers of the report's equations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from or1.advantage import group_advantages
+from or1.config import Config, EntropyConfig
+from or1.entropy import EntropyController
+from or1.evaluate import pass_at_k
+from or1.filters import has_advantage, reject_zero_advantage
+from or1.stages import last_step_of, stage_at
+from or1.types import Group, Prompt, Response, Score, Status
+
+
+def group_with(rewards: list[float]) -> Group:
+    prompt = Prompt("p", "s", "1+1", np.array([1], dtype=np.int32), ("2",))
+    response = Response(np.array([1], dtype=np.int32), np.array([-0.5], dtype=np.float32), "stop", 0, "2")
+    return Group(prompt, (response,) * len(rewards), tuple(Score(r, Status.OK if r else Status.WRONG) for r in rewards))
+
+
+def test_advantages_use_the_sample_standard_deviation() -> None:
+    # Rewards 1, 0, 0, 0: mean 1/4, sample variance (9/16 + 3/16) / 3 = 1/4, so the right answer is worth 1.5.
+    advantages = group_advantages(np.array([[1.0, 0, 0, 0], [1, 1, 0, 0]]), eps=0.0)
+    assert advantages[0] == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-12)
+    assert advantages[1] == pytest.approx(np.array([0.5, 0.5, -0.5, -0.5]) * math.sqrt(3), rel=1e-12)
+
+
+def test_equal_rewards_have_advantage_exactly_zero_and_are_rejected() -> None:
+    assert (group_advantages(np.ones((1, 4))) == 0).all()
+    groups = [group_with([1, 1]), group_with([1, 0]), group_with([0, 0]), group_with([0.25, 0.5])]
+    assert reject_zero_advantage(groups) == [groups[1], groups[3]]
+    assert not has_advantage(groups[0])
+
+
+def controller(variant: str, **settings: float) -> EntropyController:
+    return EntropyController.start(EntropyConfig(control="adaptive", variant=variant, target=0.2, **settings))
+
+
+def test_paper_variant_gates_on_the_same_step() -> None:
+    c = controller("paper", delta=0.005)
+    seen = []
+    for entropy in (0.1, 0.1, 0.3, 0.2, 0.1):
+        seen.append(c.alpha(entropy))
+        c.update(entropy)
+    # c: 0, .005, .010, .005 (0.3 is above), .005 (0.2 is on target: unchanged), and the gate is 1{e_k <= target}.
+    assert seen == pytest.approx([0.0, 0.005, 0.0, 0.005, 0.005])
+    assert c.coef == pytest.approx(0.010)
+
+
+def test_script_variant_lags_one_step_and_clips() -> None:
+    c = controller("script", delta=0.002, coef_max=0.005)
+    seen = []
+    for entropy in (0.1, 0.1, 0.1, 0.3, 0.1, 0.2):
+        seen.append(c.alpha(entropy))
+        c.update(entropy)
+    # The bonus of the 0.3 step was decided by the step before; the step after it goes without.
+    assert seen == pytest.approx([0.0, 0.002, 0.004, 0.005, 0.0, 0.005])
+    # On target counts as not below: c falls, as in the released code.
+    assert c.coef == pytest.approx(0.003)
+    assert c.gate is False
+
+
+def test_constant_and_none_ignore_the_entropy() -> None:
+    constant = EntropyController.start(EntropyConfig(control="constant", coef=0.01))
+    off = EntropyController.start(EntropyConfig())
+    for entropy in (0.0, 5.0):
+        assert constant.alpha(entropy) == 0.01 and off.alpha(entropy) == 0.0
+        constant.update(entropy)
+    assert constant.coef == 0.01
+
+
+def test_script_defaults_saturate_after_fifty_steps() -> None:
+    c = EntropyController.start(EntropyConfig(control="adaptive"))
+    for _ in range(49):
+        c.update(0.0)
+    assert c.coef < 5e-3
+    for _ in range(10):
+        c.update(0.0)
+    assert c.coef == 5e-3
+
+
+def test_stages_count_steps_from_one() -> None:
+    stage = {"max_response_tokens": 8, "prompts_per_step": 2, "group_size": 2}
+    config = Config(
+        run_dir="r", model={"path": "m"}, data={"train": ["t"]}, stage=[stage | {"steps": 3}, stage | {"steps": 2}]
+    )
+    assert [stage_at(config, step)[0] for step in (1, 3, 4, 5)] == [0, 0, 1, 1]
+    assert (last_step_of(config, 0), last_step_of(config, 1)) == (3, 5)
+    with pytest.raises(IndexError, match="past the last of 5"):
+        stage_at(config, 6)
+
+
+@pytest.mark.parametrize(("n", "c", "k", "expected"), [(4, 1, 1, 0.25), (4, 1, 2, 0.5), (4, 2, 2, 5 / 6), (4, 0, 4, 0)])
+def test_pass_at_k_is_the_chance_over_all_subsets(n: int, c: int, k: int, expected: float) -> None:
+    assert pass_at_k(n, c, k) == pytest.approx(expected)
