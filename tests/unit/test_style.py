@@ -1,0 +1,75 @@
+"""House limits that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 400, 60, 6
+FORBIDDEN = ("pickle", "torch.load", "eval(", "exec(", "trust_remote_code=True", "weights_only=False")
+
+
+def sources(root: Path) -> Iterator[Path]:
+    for folder in ("or1", "kernels", "benchmarks", "examples"):
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_files_and_functions_are_short(root: Path) -> None:
+    long = [f"{p.name}: {n} lines" for p in sources(root) if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES]
+    for path in sources(root):
+        for f in functions(path):
+            lines = f.end_lineno - f.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                long.append(f"{path.name}:{f.name}: {lines} lines")
+            positional = [a for a in f.args.posonlyargs + f.args.args if a.arg not in ("self", "cls")]
+            triton_kernel = any("jit" in ast.unparse(d) for d in f.decorator_list)
+            if len(positional) > MAX_POSITIONAL and not triton_kernel:
+                long.append(f"{path.name}:{f.name}: {len(positional)} positional arguments")
+    assert not long
+
+
+def test_nothing_unpickles_or_runs_what_it_reads(root: Path) -> None:
+    def code_of(path: Path) -> str:
+        # Strings and comments may speak of what the code must not do.
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = ""
+        return ast.unparse(tree).replace(".eval(", "")
+
+    found = [f"{p.name}: {word}" for p in sources(root) for word in FORBIDDEN if word in code_of(p)]
+    assert not found
+
+
+def test_public_names_have_docstrings(root: Path) -> None:
+    missing = []
+    for path in sources(root):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name != "__init__.py" and not ast.get_docstring(tree):
+            missing.append(f"{path.name}: module")
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(("_", "test_", "bench_")):
+                if not ast.get_docstring(node) and "overload" not in str(node.decorator_list):
+                    missing.append(f"{path.name}: {node.name}")
+    assert not missing
+
+
+@pytest.mark.parametrize("pattern", ["bare except", "ascii comments"])
+def test_catching_is_narrow_and_comments_are_ascii(pattern: str, root: Path) -> None:
+    for path in sources(root):
+        text = path.read_text(encoding="utf-8")
+        if pattern == "ascii comments":
+            assert text.isascii(), f"{path.name} has characters beyond ASCII"
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
