@@ -1,1 +1,15 @@
 """Fused LM-head losses for RL: token log-probs, entropy and the clipped loss, without a [tokens, vocab] tensor."""
+
+from .head import PolicyStats, linear_logprob_entropy, linear_policy_loss
+from .lm_head import LMHead
+from .objective import PolicyObjective, TokenLoss, token_loss
+
+__all__ = [
+    "LMHead",
+    "PolicyObjective",
+    "PolicyStats",
+    "TokenLoss",
+    "linear_logprob_entropy",
+    "linear_policy_loss",
+    "token_loss",
+]

@@ -1,0 +1,63 @@
+"""Argument checks of the public functions: every error names the argument, its value, the limit and the remedy.
+
+Legend: N rows, H hidden, V vocab.
+"""
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: Tensor | None) -> None:
+    """Raise TypeError for dtypes, ValueError for shapes and devices, IndexError for a CPU target outside [0, V)."""
+    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(f"hidden is {tuple(hidden_NH.shape)} and weight {tuple(weight_VH.shape)}; they must be [N, H] "
+                         "and [V, H] with one H; flatten leading dimensions first")
+    if hidden_NH.dtype not in _FLOATS:
+        raise TypeError(f"hidden is {hidden_NH.dtype}; it must be one of {_FLOATS}")
+    if weight_VH.dtype != hidden_NH.dtype:
+        raise TypeError(f"hidden is {hidden_NH.dtype} but weight is {weight_VH.dtype}; cast one to the other "
+                        "(under mixed precision cast hidden: logits are fp32 in either case)")
+    if targets_N.dtype != torch.int64 or targets_N.shape != hidden_NH.shape[:1]:
+        raise ValueError(f"targets are {targets_N.dtype}{list(targets_N.shape)}; they must be "
+                         f"torch.int64[{hidden_NH.shape[0]}], one token id a row of hidden")
+    if bias_V is not None and (bias_V.shape != weight_VH.shape[:1] or bias_V.dtype != weight_VH.dtype):
+        raise ValueError(f"bias is {bias_V.dtype}{list(bias_V.shape)}; it must be "
+                         f"{weight_VH.dtype}[{weight_VH.shape[0]}] like the weight's rows")
+    for name, tensor in (("weight", weight_VH), ("targets", targets_N), ("bias", bias_V)):
+        if tensor is not None and tensor.device != hidden_NH.device:
+            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden_NH.device}; move it there")
+    # On a GPU this would make the host wait; there an id outside the vocabulary is the caller's to rule out.
+    if targets_N.device.type == "cpu" and targets_N.numel():
+        low, high = int(targets_N.min()), int(targets_N.max())
+        if low < 0 or high >= weight_VH.shape[0]:
+            raise IndexError(f"targets span [{low}, {high}]; ids must lie in [0, {weight_VH.shape[0]}); drop masked "
+                             "rows before the call, or give them any id and token_weight 0")
+
+
+def check_rows(num_rows: int, named: dict[str, Tensor | None]) -> None:
+    """Raise ValueError when a per-row argument is not a floating tensor of shape [N]."""
+    for name, value_N in named.items():
+        if value_N is not None and (value_N.shape != (num_rows,) or not value_N.is_floating_point()):
+            raise ValueError(f"{name} is {value_N.dtype}{list(value_N.shape)}; it must be a floating tensor of shape "
+                             f"[{num_rows}], one value a row of hidden")
+
+
+def inverse_temperature(temperature: float | Tensor, like_NH: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / temperature as a [N] tensor of `dtype`; raises ValueError for a float <= 0 or a tensor not [N]."""
+    num_rows = like_NH.shape[0]
+    if isinstance(temperature, Tensor):
+        check_rows(num_rows, {"temperature": temperature})
+        return temperature.detach().to(like_NH.device, dtype).reciprocal()
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 (greedy decoding has no log-probs)")
+    return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like_NH.device)
+
+
+def check_transform(softcap: float | None, logit_scale: float) -> None:
+    """Raise ValueError unless softcap is None or positive, and logit_scale positive."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for no cap")
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale is {logit_scale}; it must be above 0; fold a sign into the weight")

@@ -1,0 +1,129 @@
+"""Policy objectives as data: each maps token log-probabilities to (loss, dloss/dlogp), one value a token.
+
+The LM head never learns which objective it trains: it asks for the slope g = dloss/dlogp and multiplies.
+Adding an objective is one function of `_Terms` and one line in `_SURROGATES`; the tests then check the slope
+against autograd and finite differences without further work.
+
+Legend: N tokens. lp = log-prob of the sampled token now, old = when the clip's reference policy scored it,
+rollout = when the engine sampled it, ref = under the reference model. All in nats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Which token loss to apply, and its constants.
+
+    kind        "ppo_clip": PPO with separate clip bounds (DAPO's clip-higher, arXiv:2503.14476 eq. 8);
+                "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5).
+    clip_low    the ratio is clipped below at 1 - clip_low
+    clip_high   and above at 1 + clip_high
+    kl_coef     weight of the k3 estimate of KL(policy || reference); needs ref_logp when not 0
+    is_cap      cap C of the truncated importance weight min(exp(old - rollout), C) that corrects for an engine
+                whose log-probs differ from the trainer's; needs rollout_logp when set. None: no correction.
+    """
+
+    kind: str = "ppo_clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    is_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _SURROGATES:
+            raise ValueError(f"objective.kind is {self.kind!r}; it must be one of {sorted(_SURROGATES)}")
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"objective.clip_low is {self.clip_low}; a ratio is clipped below at 1 - clip_low >= 0, "
+                             "so choose it in [0, 1]")
+        for name in ("clip_high", "kl_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"objective.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.is_cap is not None and not self.is_cap > 0:
+            raise ValueError(f"objective.is_cap is {self.is_cap}; it must be above 0, or None for no correction")
+
+
+class TokenLoss(NamedTuple):
+    """Per token: loss, its slope dloss/dlogp, the ratio exp(lp - old), and whether the clip changed anything."""
+
+    loss_N: Tensor
+    slope_N: Tensor
+    ratio_N: Tensor
+    clipped_N: Tensor
+
+
+class _Terms(NamedTuple):
+    logp_N: Tensor
+    ratio_N: Tensor
+    advantages_N: Tensor
+    low: float
+    high: float
+
+
+def _ppo_clip(t: _Terms) -> TokenLoss:
+    clamped_N = t.ratio_N.clamp(t.low, t.high)
+    loss_N = -torch.minimum(t.ratio_N * t.advantages_N, clamped_N * t.advantages_N)
+    up_N = (t.advantages_N > 0) & (t.ratio_N > t.high)
+    down_N = (t.advantages_N < 0) & (t.ratio_N < t.low)
+    clipped_N = up_N | down_N
+    slope_N = torch.where(clipped_N, 0.0, -t.ratio_N * t.advantages_N)
+    return TokenLoss(loss_N, slope_N, t.ratio_N, clipped_N)
+
+
+def _cispo(t: _Terms) -> TokenLoss:
+    weight_N = t.ratio_N.detach().clamp(t.low, t.high)
+    slope_N = -weight_N * t.advantages_N
+    clipped_N = (t.ratio_N < t.low) | (t.ratio_N > t.high)
+    return TokenLoss(slope_N * t.logp_N, slope_N, t.ratio_N, clipped_N)
+
+
+_SURROGATES: dict[str, Callable[[_Terms], TokenLoss]] = {"ppo_clip": _ppo_clip, "cispo": _cispo}
+
+
+def token_loss(
+    objective: PolicyObjective,
+    logp_N: Tensor,
+    advantages_N: Tensor,
+    *,
+    old_logp_N: Tensor | None = None,
+    rollout_logp_N: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+) -> TokenLoss:
+    """Loss and slope of every token; nothing is summed, masked or normalised here. loss_N is differentiable too.
+
+    Shapes and units: all f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp, detached, so
+    the ratio is exactly 1. With is_cap the advantage is multiplied by the truncated weight min(exp(old - rollout),
+    is_cap), a constant. kl_coef adds kl_coef * (exp(ref - lp) - (ref - lp) - 1), Schulman's k3 estimate.
+
+    Raises ValueError when the objective needs rollout_logp or ref_logp and it is missing.
+    """
+    check_inputs(objective, rollout_logp_N, ref_logp_N)
+    anchor_N = (logp_N if old_logp_N is None else old_logp_N).detach()
+    weighted_N = advantages_N
+    if objective.is_cap is not None:
+        weighted_N = advantages_N * (anchor_N - rollout_logp_N).exp().clamp_max(objective.is_cap)
+    ratio_N = (logp_N - anchor_N).exp()
+    terms = _Terms(logp_N, ratio_N, weighted_N, 1 - objective.clip_low, 1 + objective.clip_high)
+    out = _SURROGATES[objective.kind](terms)
+    if objective.kl_coef == 0:
+        return out
+    gap_N = ref_logp_N - logp_N
+    return out._replace(
+        loss_N=out.loss_N + objective.kl_coef * (gap_N.expm1() - gap_N),
+        slope_N=out.slope_N - objective.kl_coef * gap_N.expm1(),
+    )
+
+
+def check_inputs(objective: PolicyObjective, rollout_logp_N: Tensor | None, ref_logp_N: Tensor | None) -> None:
+    """Raise ValueError when a log-prob that the objective reads is missing."""
+    if objective.is_cap is not None and rollout_logp_N is None:
+        raise ValueError(f"objective.is_cap is {objective.is_cap} but rollout_logp is missing; pass the engine's "
+                         "log-probs or set is_cap=None")
+    if objective.kl_coef != 0 and ref_logp_N is None:
+        raise ValueError(f"objective.kl_coef is {objective.kl_coef} but ref_logp is missing; pass the reference "
+                         "model's log-probs or set kl_coef=0")
