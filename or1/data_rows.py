@@ -1,0 +1,92 @@
+"""JSONL and parquet files -> rows, each with its number; a broken row is a value, not an exception."""
+
+from __future__ import annotations
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Collection, Iterator
+from typing import Any
+
+MAX_LINE_BYTES = 16 << 20
+"""A longer JSONL line is a bad row."""
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names every offending file and its bad rows."""
+
+
+class RowError(ValueError):
+    """Why one row is unusable."""
+
+
+def read_rows(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield (line or row number from 1, the row or what is wrong with it). Blank lines are left out.
+
+    Of a parquet file only `columns` are read. Raises DataError if the file as a whole cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == b"PAR1" or path.endswith(".parquet"):
+                yield from _read_parquet(path, columns)
+                return
+            for line, raw in enumerate(file, 1):
+                if line == 1 and raw.strip() == b"[":
+                    raise DataError(f"{path}: is one JSON array, not JSONL; convert it with `jq -c '.[]' {path}`")
+                if raw.strip():
+                    yield line, _parse_line(raw.removeprefix(BOM_UTF8) if line == 1 else raw)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _parse_line(raw: bytes) -> Row | RowError:
+    if len(raw) > MAX_LINE_BYTES:
+        return RowError(f"line of {len(raw)} bytes is over the limit of {MAX_LINE_BYTES}")
+    if b"\0" in raw:
+        return RowError(f"NUL byte at byte {raw.index(bytes(1)) + 1} of the line")
+    try:
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return RowError(f"not JSON: {error.msg} at character {error.colno}")
+    except ValueError as error:
+        return RowError(str(error))
+    except RecursionError:
+        return RowError("JSON nested too deeply")
+    return row if isinstance(row, dict) else RowError(f"is a JSON {type(row).__name__}, not an object")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return row
+
+
+def _read_parquet(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            wanted = [name for name in file.schema_arrow.names if name in columns]
+            count = 0
+            for batch in file.iter_batches(columns=wanted):
+                for i in range(batch.num_rows):
+                    count += 1
+                    yield count, _parquet_row(batch.slice(i, 1))
+    except (pyarrow.ArrowException, OSError) as error:
+        cause = str(error).partition("\n")[0]
+        raise DataError(f"{path}: is not a whole parquet file ({cause}); write it anew") from error
+
+
+def _parquet_row(batch: Any) -> Row | RowError:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError(f"text is not UTF-8 at byte {error.start + 1}")

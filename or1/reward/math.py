@@ -1,0 +1,122 @@
+r"""Grading of mathematical answers: the last \boxed{} against the gold answers.
+
+Pure functions. What is cheap and bounded (`screen`) may run anywhere; `equivalent` calls math-verify, which on
+`9^{9^{9^{9}}}` never returns, so the trainer runs it only in processes that can be killed (`or1.reward.pool`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+from or1.types import Score, Status
+
+MAX_BOX_CHARS = 2000
+"""A longer \\boxed{} is WRONG unless it is a gold answer letter for letter; it is never parsed."""
+
+_THINK_CLOSE = "</think>"
+# `\\.` eats escaped braces, so that the set \{1,2\} does not count as nesting.
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+# Far below the 4300 digits at which int() raises.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+
+
+def grade(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score:
+    """Score one response text. Unbounded in time: see the module's docstring."""
+    found = screen(text, golds, require_think_close=require_think_close)
+    if isinstance(found, Score):
+        return found
+    return make_score(Status.OK if equivalent(found, golds) else Status.WRONG)
+
+
+def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score | str:
+    r"""The score of a response where string or integer comparison decides it, else its \boxed{} for `equivalent`.
+
+    Linear in len(text). Only what follows the last `</think>` counts; without one all of the text does, or, under
+    `require_think_close`, the response is TRUNCATED.
+    """
+    _, closed, answer = text.rpartition(_THINK_CLOSE)
+    if require_think_close and not closed:
+        return make_score(Status.TRUNCATED)
+    box = last_box(answer)
+    if not box:
+        return make_score(Status.NO_ANSWER)
+    golds = [_squeeze(gold) for gold in golds]
+    if box in golds:
+        return make_score(Status.OK)
+    if len(box) > MAX_BOX_CHARS:
+        return make_score(Status.WRONG)
+    if _INTEGER.fullmatch(box):
+        integers = [int(gold) for gold in golds if _INTEGER.fullmatch(gold)]
+        if int(box) in integers:
+            return make_score(Status.OK)
+        if len(integers) == len(golds):
+            return make_score(Status.WRONG)
+    return box
+
+
+def last_box(text: str) -> str | None:
+    r"""What the last \boxed{...} with balanced braces holds, whitespace squeezed; None if there is none.
+
+    One pass: a response may hold thousands of `\boxed{` that never close.
+    """
+    if "\\boxed" not in text:
+        return None
+    best: tuple[int, int] | None = None
+    open_boxes: list[int | None] = []  # content start of each open \boxed{, None for any other open brace
+    for token in _BRACES.finditer(text):
+        if token[0] == "{":
+            open_boxes.append(None)
+        elif token[0] == "}":
+            start = open_boxes.pop() if open_boxes else None
+            if start is not None and (best is None or start > best[0]):
+                best = (start, token.start())
+        elif token[0][-1] == "{" and len(token[0]) > 2:
+            open_boxes.append(token.end())
+    return None if best is None else _squeeze(text[best[0] : best[1]])
+
+
+def equivalent(box: str, golds: Sequence[str]) -> bool:
+    """Whether math-verify holds `box` equal to one of `golds`. May run for ever or exhaust memory.
+
+    Both sides are wrapped in \\boxed{}, without which math-verify misreads many golds (Skywork-OR1 report, 7.1).
+    Its own timeouts are off: they use SIGALRM, which works in main threads only.
+    """
+    from math_verify import parse, verify
+
+    # At WARNING it says once per process that its timeouts are off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    answer = parse(f"\\boxed{{{box}}}", parsing_timeout=None)
+    return any(
+        verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), answer, timeout_seconds=None) for gold in golds
+    )
+
+
+def warm_up() -> None:
+    """Make math-verify load what it loads on first use (0.5 to 1 s), so that no response's time limit pays for it."""
+    for gold, box in _WARM_UP:
+        equivalent(box, (gold,))
+
+
+def make_score(status: Status) -> Score:
+    """The score of a status: reward 1 for OK, 0 for every other."""
+    return Score(1.0 if status is Status.OK else 0.0, status)
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+_WARM_UP = (
+    ("\\frac{1}{2}", "0.5"),
+    ("[1,2)", "(1,2]"),
+    ("\\{1,2\\}", "1,3"),
+    ("\\text{(C)}", "D"),
+    ("y=x^2+1", "y=3x"),
+    ("x^2+2x", "x(x+1)"),
+    ("\\sqrt{8}", "2\\sqrt{3}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"),
+    ("x<3", "x>4"),
+    ("50\\%", "0.4"),
+)
