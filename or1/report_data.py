@@ -1,0 +1,185 @@
+"""A run directory, read back: metrics by step, config, evaluations before and after.
+
+Reading is tolerant, because a run may be alive, killed in the middle of a line, or resumed. What is left out is counted
+in `RunData.notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from or1.config import Config, StageConfig
+from or1.records import PHASES, Record, number, other_seconds, step_seconds
+
+KEPT_SHARE = "group/kept_share"  # of the step's groups; not in the file
+
+
+class ReportError(ValueError):
+    """The folder is not a run, or holds nothing to report yet; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run recorded: `records` holds one mapping per step, ascending."""
+
+    path: Path
+    config: Config | None
+    raw_config: Mapping[str, Any]
+    records: tuple[Record, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def last_step(self) -> int:
+        """The newest recorded step."""
+        return self.records[-1]["step"]
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps the config asks for, or None without a readable config."""
+        return None if self.config is None else self.config.total_steps
+
+    def series(self, key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric where it is recorded and finite."""
+        pairs = [(record["step"], number(record.get(key)) * scale) for record in self.records]
+        pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def stage_of(self, record: Record) -> StageConfig | None:
+        """The stage a record belongs to, or None if the config does not tell."""
+        index = record.get("stage")
+        if self.config is None or not _is_count(index) or index >= len(self.config.stage):
+            return None
+        return self.config.stage[index]
+
+    def stage_starts(self) -> list[tuple[int, int]]:
+        """(first recorded training step, stage index) of each stage that has begun."""
+        starts: list[tuple[int, int]] = []
+        for record in self.records:
+            index = record.get("stage")
+            if record["step"] > 0 and _is_count(index) and (not starts or starts[-1][1] != index):
+                starts.append((record["step"], index))
+        return starts
+
+    def responses(self, record: Record) -> int:
+        """Responses sampled for training in a step; 0 if the config does not tell."""
+        stage = self.stage_of(record)
+        return 0 if stage is None or record["step"] == 0 else stage.prompts_per_step * stage.group_size
+
+    def count(self, key: str) -> int:
+        """Training responses behind a per-step fraction, over the whole run."""
+        total = sum(number(record.get(key), 0.0) * self.responses(record) for record in self.records)
+        return round(total) if math.isfinite(total) else 0
+
+    def total(self, key: str) -> float:
+        """Sum of a metric over the steps that recorded a finite value."""
+        return math.fsum(self.series(key)[1])
+
+    def health_counts(self) -> dict[str, int]:
+        """What went wrong over the whole run, by name, as far as it was recorded."""
+        shares = {"truncated responses": "completion/truncated", "without an answer": "status/no_answer"}
+        shares |= {"verifier timeouts": "status/timeout", "verifier crashes": "status/crash"}
+        counts = {label: self.count(key) for label, key in shares.items() if self.series(key)[0]}
+        if self.series("optim/skipped")[0]:
+            counts["skipped updates"] = round(self.total("optim/skipped"))
+        if self.series("group/kept")[0]:
+            counts["empty steps"] = self.series("group/kept")[1].count(0.0)
+        return counts
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds per phase over the whole run, and `other` for what no phase claims."""
+        seconds = {phase: self.total(f"time/{phase}") for phase in PHASES}
+        seconds["other"] = math.fsum(map(other_seconds, self.records))
+        return {phase: value for phase, value in seconds.items() if value > 0}
+
+    def wall_seconds(self) -> float:
+        """Time spent in steps. The clock would count the hours between a crash and its resume too."""
+        return math.fsum(map(step_seconds, self.records))
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read metrics and config of a run directory. Raises ReportError if it is not one or has no step yet."""
+    run_dir = Path(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    if not run_dir.is_dir():
+        raise ReportError(f"{run_dir} is not a folder; give the run_dir of an `or1 train`")
+    if not metrics.is_file():
+        raise ReportError(f"{run_dir} is not a run: it has no metrics.jsonl; give the run_dir of an `or1 train`")
+    try:
+        lines = metrics.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ReportError(f"{metrics} cannot be read: {error.strerror}") from error
+    records, notes = _parse(lines)
+    if not records:
+        raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
+    raw, config, config_notes = _load_config(run_dir / "config.resolved.json")
+    run = RunData(run_dir, config, raw, tuple(records), tuple(notes + config_notes))
+    return replace(run, records=tuple(_with_kept_share(run, record) for record in records))
+
+
+def _with_kept_share(run: RunData, record: Record) -> Record:
+    """The record with group/kept, a count, as a fraction too: the prompts per step may differ between stages."""
+    stage = run.stage_of(record)
+    if stage is None:
+        return record
+    return {**record, KEPT_SHARE: number(record.get("group/kept")) / stage.prompts_per_step}
+
+
+def _parse(lines: list[bytes]) -> tuple[list[Record], list[str]]:
+    """Complete records by step, and notes on what was left out."""
+    records: list[dict[str, Any]] = []
+    bad: list[int] = []
+    notes: list[str] = []
+    for index, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        if record is None:
+            bad.append(index)
+        elif records and records[-1]["step"] == record["step"]:
+            records[-1].update(record)
+        else:
+            # A resume continues from a checkpoint: the steps after it in the file are from a lost future.
+            if records and record["step"] < records[-1]["step"]:
+                notes.append(f"The run went back from step {records[-1]['step']} to {record['step']} (a resume).")
+                records = [old for old in records if old["step"] < record["step"]]
+            records.append(record)
+    if bad and bad[-1] == len(lines):
+        bad.pop()
+        notes.append("The last line of metrics.jsonl is incomplete: the run is writing it, or was killed there.")
+    if bad:
+        notes.append(f"metrics.jsonl: {len(bad)} unreadable lines left out (first: line {bad[0]}).")
+    return records, notes
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if _is_count(step) else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _load_config(path: Path) -> tuple[dict[str, Any], Config | None, list[str]]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError:
+        return {}, None, ["config.resolved.json is missing: no limits, targets or token counts below."]
+    except ValueError:
+        return {}, None, ["config.resolved.json is not valid JSON: no limits, targets or token counts below."]
+    try:
+        return raw, Config.model_validate(raw), []
+    except ValidationError as error:
+        note = f"config.resolved.json does not fit this version of or1 ({error.error_count()} problems)."
+        return (raw if isinstance(raw, dict) else {}), None, [note]
