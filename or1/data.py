@@ -112,17 +112,17 @@ class Sampler:
 
     def __init__(self, n: int, seed: int):
         if n < 1:
-            raise ValueError(f"the sampler needs at least 1 prompt, got {n}; check data.train")
+            raise DataError(f"the sampler needs at least 1 prompt, got {n}; check data.train")
         self.n, self.seed = n, seed
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def take(self, state: SamplerState, count: int) -> tuple[np.ndarray, SamplerState]:
         """The next `count` prompt indices, i64[count], and the state after them; runs on into following epochs.
 
-        Raises ValueError for a state that is not of this data.
+        Raises DataError for a state that is not of this data.
         """
         if not 0 <= state.cursor < self.n or state.epoch < 0:
-            raise ValueError(f"{state} does not fit {self.n} prompts; resume with the data files the run started with")
+            raise DataError(f"{state} does not fit {self.n} prompts; resume with the data files the run started with")
         epoch, cursor = state.epoch, state.cursor
         parts = []
         while count > 0:

@@ -48,11 +48,11 @@ def _parse_line(raw: bytes) -> Row | RowError:
     if b"\0" in raw:
         return RowError(f"NUL byte at byte {raw.index(bytes(1)) + 1} of the line")
     try:
-        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        row = json.loads(raw.rstrip().decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return RowError(f"not JSON: {error.msg} at character {error.colno}")
+        return RowError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.colno}")
     except ValueError as error:
         return RowError(str(error))
     except RecursionError:
@@ -73,7 +73,7 @@ def _read_parquet(path: str, columns: Collection[str]) -> Iterator[tuple[int, Ro
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             wanted = [name for name in file.schema_arrow.names if name in columns]
             count = 0
             for batch in file.iter_batches(columns=wanted):
