@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from or1.config import Config, EntropyConfig, StageConfig
 from or1.humanize import duration, sparkline, value_text, visible
-from or1.records import EvalHistory, eval_histories, number
+from or1.records import EvalHistory, eval_histories, number, plain_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -40,12 +40,10 @@ class _Row(NamedTuple):
 
 _ROWS = (
     _Row("reward/mean", "reward", "fixed3", 1), _Row("policy/entropy", "entropy", "fixed3", 0),
-    _Row("policy/entropy_coef", "entropy coefficient", "short", 0), _Row("completion/len_mean", "length", "count", 0),
+    _Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0), _Row("completion/len_mean", "length", "count", 0),
     _Row("completion/truncated", "truncated", "percent", -1), _Row("group/kept_share", "groups kept", "percent", 0),
-    _Row("perf/tokens_per_s", "tokens/s", "count", 1), _Row("optim/grad_norm", "grad norm", "short", 0),
+    _Row("perf/tokens_per_s", "tokens/s", "count", 0), _Row("optim/grad_norm", "grad norm", "short", 0),
 )  # fmt: skip
-
-
 class _Phase(NamedTuple):
     name: str
     done: int
@@ -95,13 +93,18 @@ class RunDisplay:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show the current phase (rollout, reward, train, eval, checkpoint) and how far it is."""
         old = self._phase
-        since = old.since if old is not None and old.name == name and done >= old.done else time.monotonic()
-        self._phase = _Phase(name, done, total, since)
+        same = old is not None and old.name == name and done >= old.done
+        self._phase = _Phase(name, done, total, old.since if same else time.monotonic())
+        if self._live is not None and not same:
+            self._live.refresh()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show one record of metrics.jsonl."""
         self._step = int(number(metrics.get("step"), self._step + 1))
-        self._stage = int(number(metrics.get("stage"), self._stage))
+        stage = int(number(metrics.get("stage"), self._stage))
+        if stage != self._stage:
+            self._stage = stage
+            self.message(f"{self._stage_text()} began at step {self._step}")
         if 0 <= self._stage < len(self._stages):
             kept = number(metrics.get("group/kept")) / self._stages[self._stage].prompts_per_step
             metrics = {**metrics, "group/kept_share": kept}
@@ -116,7 +119,7 @@ class RunDisplay:
             self._live.refresh()
             return
         if self._step > 0:
-            self.message(plain_line(metrics, self._step, self._total, self._stage_text(), self._left()))
+            self.message(plain_line(metrics, self._step, self._total, self._left()))
         for line in changes:
             self.message(line)
 
@@ -145,50 +148,41 @@ class RunDisplay:
         return (self._step_ends[-1] - self._step_ends[0]) / intervals * max(self._total - self._step, 0)
 
     def _stage_text(self) -> str:
-        return f"stage {self._stage + 1}/{len(self._stages)}"
+        if not 0 <= self._stage < len(self._stages):
+            return ""
+        limit = self._stages[self._stage].max_response_tokens
+        return f"stage {self._stage + 1}/{len(self._stages)}, limit {limit:,} tokens"
 
     def _render(self) -> RenderableType:
         from rich.console import Group
 
-        parts: list[RenderableType] = [self._overall(), self._current()]
+        parts: list[RenderableType] = [self._bars()]
         if self._table is not None:
             parts.append(self._table)
         return Group(*parts)
 
-    def _overall(self) -> RenderableType:
+    def _bars(self) -> Table:
+        """The run's bar over that of the current phase; the second row is always there, so that nothing jumps."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        left = self._left()
-        limit = ""
-        if 0 <= self._stage < len(self._stages):
-            limit = f", limit {self._stages[self._stage].max_response_tokens:,} tokens"
-        grid = Table.grid(padding=(0, 2))
+        now, left, phase = time.monotonic(), self._left(), self._phase
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        style = {"width": 28, "complete_style": "cyan", "finished_style": "green"}
         grid.add_row(
             Text(f"step {self._step}/{self._total}", style="bold"),
-            ProgressBar(total=max(self._total, 1), completed=self._step, width=28),
-            Text(f"elapsed {duration(time.monotonic() - self._started)}"),
+            ProgressBar(total=max(self._total, 1), completed=self._step, **style),
+            Text(f"elapsed {duration(now - self._started)}", no_wrap=True),
             Text(f"left {'-' if left is None else duration(left)}"),
-            Text(self._stage_text() + limit, style="dim"),
+            Text(self._stage_text(), style="dim", no_wrap=True, overflow="ellipsis"),
         )
-        return grid
-
-    def _current(self) -> RenderableType:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        phase = self._phase
         if phase is None:
-            return Text("")
-        grid = Table.grid(padding=(0, 2))
-        seconds = Text(duration(time.monotonic() - phase.since), style="dim")
-        if phase.total:
-            bar = ProgressBar(total=phase.total, completed=phase.done, width=28)
-            grid.add_row(Text(phase.name, style="cyan"), bar, Text(f"{phase.done}/{phase.total}"), seconds)
-        else:
-            grid.add_row(Text(phase.name, style="cyan"), Text(f"{phase.done}" if phase.done else "..."), seconds)
+            grid.add_row(Text(""))
+            return grid
+        count = f" {phase.done}/{phase.total}" if phase.total else f" {phase.done}" if phase.done else ""
+        bar = ProgressBar(total=phase.total, completed=phase.done, **style) if phase.total else Text("")
+        grid.add_row(Text(phase.name + count), bar, Text(duration(now - phase.since), style="dim"))
         return grid
 
     def _values(self) -> Table:
@@ -242,29 +236,11 @@ def _trend(values: Sequence[float], row: _Row) -> tuple[str, str]:
     if not earlier:
         return "", "dim"
     change = math.fsum(recent) / len(recent) - math.fsum(earlier) / len(earlier)
-    text = value_text(abs(change), row.kind)
-    if text == value_text(0.0, row.kind):
+    text = value_text(abs(change), row.kind).replace("%", "pts")
+    if text == value_text(0.0, row.kind).replace("%", "pts"):
         return "=", "dim"
     good = row.good * (1 if change > 0 else -1)
     return ("+" if change > 0 else "-") + text, {1: "green", 0: "", -1: "red"}[good]
-
-
-def plain_line(metrics: Mapping[str, Any], step: int, total: int, stage: str, left: float | None) -> str:
-    """One step as one line of at most 120 columns; values the record lacks are left out."""
-
-    def part(label: str, key: str, kind: str) -> str:
-        value = number(metrics.get(key))
-        return f"{label} {value_text(value, kind)}" if math.isfinite(value) else ""
-
-    entropy = part("entropy", "policy/entropy", "fixed3")
-    if number(metrics.get("policy/entropy_coef"), 0.0) > 0:
-        entropy += part(" coef", "policy/entropy_coef", "short")
-    length = part("len", "completion/len_mean", "count") + part(" cut", "completion/truncated", "percent0")
-    parts = [f"step {step:>{len(str(total))}}/{total} {stage}", part("reward", "reward/mean", "fixed3"), entropy]
-    parts += [length.strip(), part("kept", "group/kept_share", "percent0"), part("grad", "optim/grad_norm", "short")]
-    parts.append(part("tok/s", "perf/tokens_per_s", "count"))
-    parts.append("" if left is None or step >= total else f"left {duration(left)}")
-    return " | ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -290,8 +266,9 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     done = f"{summary.steps_done} of {summary.total_steps} steps in {duration(summary.wall_s)}"
     head = "Run finished" if summary.steps_done >= summary.total_steps else "Run stopped"
     console.print(Text(f"\n{head}: {done}", style="bold"), soft_wrap=True)
+    width = max((len(f"{history.name} avg@{history.k}") for history in summary.evals), default=0)
     for history in summary.evals:
-        console.print(_eval_line(history, console), soft_wrap=True)
+        console.print(_eval_line(history, width, console), soft_wrap=True)
     lines = []
     if summary.phase_s:
         total = math.fsum(summary.phase_s.values()) or 1.0
@@ -300,18 +277,18 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if some := {name: n for name, n in summary.counts.items() if n}:
         lines.append(("counts", ", ".join(f"{n:,} {name}" for name, n in some.items())))
     if none := [name for name, n in summary.counts.items() if not n]:
-        lines.append(("none", ", ".join(none)))
+        lines.append(("none of", ", ".join(none)))
     paths = {"run": summary.run_dir, "report": summary.report_path, "weights": summary.weights_path}
     lines += [(name, path) for name, path in paths.items() if path is not None]
     _print_pairs(lines, console)
 
 
-def _eval_line(history: EvalHistory, console: Console) -> Text:
+def _eval_line(history: EvalHistory, width: int, console: Console) -> Text:
     """name, a bar of 0 to 100 %, before -> after, change in points."""
     before, last, change = history.before.avg, (history.after or history.before).avg, history.change_points
     full, gained, lost, empty = "#+-." if console.options.ascii_only else "\u2588\u2593\u2592\u2591"
     low, high = (round(_BAR * min(max(value, 0), 1)) for value in sorted((before, last)))
-    line = _safe(f"  {history.name} avg@{history.k}".ljust(24), console).append(" ")
+    line = _safe("  " + f"{history.name} avg@{history.k}".ljust(max(width, 10)) + "  ", console)
     line.append(full * low, style="blue")
     line.append((gained if last >= before else lost) * (high - low), style="green" if last >= before else "red")
     line.append(empty * (_BAR - high), style="dim")
@@ -341,6 +318,7 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     pairs.append(("checkpoint", f"every {config.checkpoint.every_steps} steps, newest {config.checkpoint.keep} kept"))
     pairs += [("run", config.run_dir), ("seed", str(config.seed))]
     _print_pairs(pairs, console)
+    console.print()
 
 
 def _stage_table(config: Config) -> Table:
@@ -348,7 +326,7 @@ def _stage_table(config: Config) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="dim")
-    for title in ("stage", "steps", "max response", "prompts x group", "updates per step", "most sampled tokens"):
+    for title in ("stage", "steps", "max response", "prompts x group", "updates per step", "tokens per step, at most"):
         table.add_column(title, justify="right")
     first = 1
     for number_, stage in enumerate(config.stage, 1):
@@ -386,8 +364,12 @@ def _print_pairs(pairs: Sequence[tuple[str, str]], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not console.is_terminal:  # a log wants neither wrapped lines nor padding
+        for name, value in pairs:
+            console.print(_safe(f"  {name:<10}  {value}", console), soft_wrap=True)
+        return
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=10)
+    table.add_column(min_width=12)
     table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(Text(f"  {name}", style="dim"), _safe(value, console))

@@ -34,12 +34,16 @@ def count_text(value: float) -> str:
 
 
 def value_text(value: float, kind: str) -> str:
-    """A metric in the style `kind`: fixed3, short, count, percent or percent0; "-" if it is not finite."""
+    """A metric in a style: fixed3, fixed4, short, tokens, count, percent or percent0; "-" if it is not finite."""
     if not math.isfinite(value):
         return "-"
     match kind:
         case "fixed3":
             return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
+        case "fixed4":
+            return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+        case "tokens":
+            return f"{value:,.0f}"
         case "count":
             return f"{value:.3g}" if abs(value) < 100 else count_text(value)
         case "percent":

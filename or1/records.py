@@ -8,8 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from or1.humanize import duration, value_text
+
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
 _AVG_KEY = re.compile(r"eval/([^/]+)/avg@(\d+)")
+_LINE = (
+    (" reward {}", "reward/mean", "fixed3", 5), (" entropy {}", "policy/entropy", "fixed3", 5),
+    ("coef {}", "policy/entropy_coef", "fixed4", 6), (" len {}", "completion/len_mean", "tokens", 3),
+    ("cut {}", "completion/truncated", "percent0", 3), (" kept {}", "group/kept_share", "percent0", 3),
+    (" grad {}", "optim/grad_norm", "short", 5), (" {} tok/s", "perf/tokens_per_s", "count", 5),
+)  # fmt: skip
 
 Record = Mapping[str, Any]
 
@@ -85,3 +93,15 @@ def eval_histories(records: Iterable[Record]) -> tuple[EvalHistory, ...]:
             values = [number(record.get(n)) for n in names]
             points.setdefault((name, k), []).append(EvalPoint(record["step"], *values))
     return tuple(EvalHistory(name, k, tuple(found)) for (name, k), found in points.items())
+
+
+def plain_line(record: Record, step: int, total: int, left: float | None) -> str:
+    """One step as one line of at most about 120 columns; values the record lacks are left out."""
+    cells = [f"step {step:>{len(str(total))}}/{total}"]
+    for words, key, kind, width in _LINE:
+        value = number(record.get(key))
+        if math.isfinite(value):
+            cells.append(words.format(value_text(value, kind).rjust(width)))
+    if left is not None and step < total:
+        cells.append(f" left {duration(left).replace(' ', '')}")
+    return " ".join(cells)

@@ -1,0 +1,216 @@
+"""The terminal display: live panel, plain lines, plan and summary."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import sys
+
+import pytest
+from rich.console import Console
+
+from or1.config import Config, StageConfig
+from or1.display import RunDisplay, Summary, print_plan, print_summary
+from or1.humanize import duration, sparkline, value_text, visible
+from or1.records import EvalHistory, EvalPoint
+
+STAGES = (
+    StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),
+    StageConfig(steps=2, max_response_tokens=16384, prompts_per_step=16, group_size=8, minibatch_prompts=6),
+)
+RECORDS = (
+    {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.32, "time/eval": 2.0},
+    {"step": 1, "stage": 0, "reward/mean": 0.41, "policy/entropy": 0.471, "policy/entropy_coef": 1e-4,
+     "completion/len_mean": 41.5, "completion/truncated": 0.05, "group/kept": 12.0, "optim/grad_norm": 0.31,
+     "perf/tokens_per_s": 2334.0},
+    {"step": 2, "stage": 0, "reward/mean": math.nan, "policy/entropy": None, "group/kept": math.inf},
+    {"step": 3, "stage": 1, "reward/mean": 0.52, "completion/len_mean": 8000, "group/kept": 0.0},
+    {"step": 4, "stage": 1, "reward/mean": 0.68, "eval/heldout/avg@1": 0.615},
+)  # fmt: skip
+
+
+def plain_console(encoding: str = "utf-8") -> Console:
+    return Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding), width=80, force_terminal=False)
+
+
+def terminal(width: int = 110) -> Console:
+    return Console(file=io.StringIO(), width=width, height=40, force_terminal=True, color_system="256", _environ={})
+
+
+def output(console: Console) -> str:
+    if isinstance(console.file, io.StringIO):
+        return console.file.getvalue()
+    console.file.seek(0)
+    return console.file.read()
+
+
+def show(console: Console, records=RECORDS) -> str:
+    with RunDisplay(4, STAGES, console) as display:
+        for record in records:
+            display.phase("rollout", 3, 64)
+            display.phase("train")
+            display.step(record)
+        display.message("checkpoint [bold]step_4[/bold] written\x1b[2J")
+    return output(console)
+
+
+def make_config() -> Config:
+    return Config.model_validate({
+        "run_dir": "runs/[red]demo", "model": {"path": "models/tiny"}, "data": {"train": ["a.jsonl", "b.jsonl"]},
+        "loss": {"entropy": {"control": "adaptive", "variant": "paper"}},
+        "eval": {"sets": [{"name": "heldout", "path": "h.jsonl", "samples": 4, "limit": 50}]},
+        "stage": [stage.model_dump() for stage in STAGES],
+    })  # fmt: skip
+
+
+def make_summary(**changes) -> Summary:
+    fall = EvalHistory("hard", 1, (EvalPoint(0, 0.2), EvalPoint(4, 0.15)))
+    rise = EvalHistory("heldout", 4, (EvalPoint(0, 0.32), EvalPoint(2, 0.5), EvalPoint(4, 0.796)))
+    only = EvalHistory("late", 1, (EvalPoint(4, 1.0),))
+    values = {
+        "evals": (rise, fall, only), "steps_done": 4, "total_steps": 4, "wall_s": 277.0, "run_dir": "runs/demo",
+        "phase_s": {"rollout": 143.0, "train": 84.0}, "counts": {"truncated responses": 1241, "verifier timeouts": 0},
+        "report_path": "runs/demo/report.html", "weights_path": "runs/demo/weights/step_4",
+    }  # fmt: skip
+    return Summary(**values | changes)
+
+
+def test_without_a_terminal_each_step_is_one_plain_line():
+    text = show(plain_console())
+    lines = text.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {n}/4" for n in (1, 2, 3, 4)]
+    start = "step 1/4  reward 0.410  entropy 0.471 coef 0.0001  len  42 cut  5%  kept 75%  grad  0.31  2,334 tok/s"
+    assert lines[1].startswith(start)
+    assert lines[0] == "eval step 0: heldout avg@1 32.0 %"
+    assert "eval step 4: heldout avg@1 61.5 %, was 32.0 % (+29.5 points)" in lines
+    assert "stage 2/2, limit 16,384 tokens began at step 3" in lines
+    assert lines[-1] == "checkpoint [bold]step_4[/bold] written<U+001B>[2J"
+    assert max(map(len, lines)) <= 120 and "\x1b" not in text and "\r" not in text
+
+
+def test_missing_and_nan_values_are_left_out_of_plain_lines():
+    line = next(line for line in show(plain_console()).splitlines() if line.startswith("step 2/4"))
+    assert "nan" not in line and "inf" not in line and "reward" not in line and "kept" not in line
+
+
+def test_a_worst_case_plain_line_still_fits():
+    console = plain_console()
+    record = RECORDS[1] | {"perf/tokens_per_s": 1.234e7, "completion/len_mean": 32768, "optim/grad_norm": 1.23e-5,
+                           "completion/truncated": 1.0, "group/kept": 16, "policy/entropy": 12.3456}  # fmt: skip
+    with RunDisplay(12_000, STAGES, console) as display:
+        display.step(record | {"step": 9_998})
+        display.step(record | {"step": 9_999})
+    assert 110 < max(map(len, output(console).splitlines())) <= 130
+
+
+def test_on_a_terminal_the_panel_shows_progress_values_and_evaluations():
+    text = _bare(show(terminal()))
+    for word in ("step 4/4", "reward", "0.680", "rollout", "3/64", "heldout avg@1", "61.5 %", "+29.5 pts",
+                 "from 32.0 %", "\u2581", "stage 2/2", "checkpoint [bold]step_4[/bold] written<U+001B>"):  # fmt: skip
+        assert word in text, word
+    assert "nan" not in text
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_any_terminal_width_works(width):
+    assert "reward" in _bare(show(terminal(width)))
+
+
+def test_odd_records_never_crash_the_display():
+    odd = [{}, {"step": None}, {"step": "x", "stage": 99}, {"stage": -3, "reward/mean": "high"}, {"step": 10**400},
+           {"reward/mean": -1e308}, {"reward/mean": 1e308}, {"eval/[red]/avg@1": 0.5}, {"eval/a/avg@x": 1}]  # fmt: skip
+    for console in (plain_console(), terminal()):
+        show(console, odd)
+
+
+def test_an_exception_restores_the_terminal_and_passes_through():
+    console, stdout = terminal(), sys.stdout
+    with pytest.raises(KeyboardInterrupt), RunDisplay(4, STAGES, console) as display:
+        display.step(RECORDS[1])
+        assert "\x1b[?25l" in output(console)
+        raise KeyboardInterrupt
+    assert output(console).rstrip().endswith("\x1b[?25h") and sys.stdout is stdout
+
+
+def test_time_left_comes_from_recent_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("or1.display.time.monotonic", lambda: now[0])
+    console = plain_console()
+    with RunDisplay(10, STAGES, console) as display:
+        for step in range(4):
+            now[0] = 100.0 + 10 * step
+            display.step({"step": step, "stage": 0})
+    assert "left 1min10s" in output(console).splitlines()[-1]
+
+
+def test_the_plan_names_what_the_run_will_do():
+    console = plain_console()
+    print_plan(make_config(), ["a.jsonl: 4,000 problems", "b.jsonl: 10 problems"], console)
+    text = output(console)
+    for word in ("4 steps in 2 stages", "models/tiny (bfloat16", "a.jsonl: 4,000 problems", "16 x 8", "1, on-policy",
+                 "1-2", "3-4", "16,384", "2,097,152", "target 0.2", "adaptive (paper)", "[0, 1]", "runs/[red]demo",
+                 "heldout: h.jsonl, avg@4 at temperature 1, first 50"):  # fmt: skip
+        assert word in text, word
+    row = next(line for line in text.splitlines() if "3-4" in line)
+    assert row.split()[-2] == "3"  # 16 prompts in minibatches of at most 6
+
+
+def test_the_plan_falls_back_to_the_data_paths():
+    console = plain_console()
+    print_plan(make_config(), [], console)
+    assert "a.jsonl" in output(console) and "b.jsonl" in output(console)
+
+
+def test_the_summary_shows_accuracy_time_counts_and_paths():
+    console = plain_console()
+    print_summary(make_summary(), console)
+    text = output(console)
+    for word in ("Run finished: 4 of 4 steps in 4 min 37 s", "32.0 % -> 79.6 %  +47.6 points",
+                 "20.0 % -> 15.0 %  -5.0 points",
+                 "100.0 %, no later evaluation", "rollout 2 min 23 s (63 %)", "1,241 truncated responses",
+                 "none of     verifier timeouts", "runs/demo/report.html", "runs/demo/weights/step_4"):  # fmt: skip
+        assert word in text, word
+    bar = next(line for line in text.splitlines() if "heldout" in line)
+    assert (bar.count("\u2588"), bar.count("\u2593"), bar.count("\u2591")) == (10, 14, 6)
+
+
+def test_a_summary_with_nothing_to_show_still_prints():
+    console = plain_console()
+    print_summary(Summary(evals=(), steps_done=1, total_steps=9, wall_s=0.0, run_dir="r"), console)
+    assert "Run stopped: 1 of 9 steps" in output(console)
+
+
+def test_an_ascii_console_gets_ascii():
+    console = plain_console("ascii")
+    print_plan(make_config(), ["caf\u00e9.jsonl"], console)
+    print_summary(make_summary(), console)
+    with RunDisplay(4, STAGES, console) as display:
+        display.step(RECORDS[1])
+        display.message("na\u00efve")
+    text = output(console)
+    assert text.isascii() and "##########++++++++++++++......" in text and "na?ve" in text
+
+
+def test_numbers_for_people():
+    assert [duration(s) for s in (0.4, 42, 59.7)] == ["0.4 s", "42 s", "1 min 00 s"]
+    assert [duration(s) for s in (192, 18420)] == ["3 min 12 s", "5 h 07 min"]
+    kinds = ("fixed3", "fixed4", "short", "tokens", "count", "percent", "percent0")
+    assert [value_text(0.1234567, k) for k in kinds] == ["0.123", "0.1235", "0.123", "0", "0.123", "12.3 %", "12%"]
+    assert value_text(math.nan, "count") == "-" and value_text(24_500, "count") == "24.5 k"
+
+
+def test_sparkline_spans_its_range_in_at_most_width_cells():
+    assert sparkline([], 8) == ""
+    assert sparkline([1.0, 1.0], 8) == "\u2584\u2584"
+    assert sparkline([0.0, 0.5, 1.0], 8, ascii_only=True) == "_+@"
+    assert len(sparkline(list(map(float, range(1000))), 32)) == 32
+    assert len(sparkline([-1e308, 1e308], 8)) == 2
+
+
+def test_invisible_characters_are_spelt_out():
+    assert visible("a\x1b[31m\u202eb\n\t") == "a<U+001B>[31m<U+202E>b\n\t"
