@@ -169,6 +169,7 @@ class RunDisplay:
 
         now, left, phase = time.monotonic(), self._left(), self._phase
         grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(min_width=20)
         style = {"width": 28, "complete_style": "cyan", "finished_style": "green"}
         grid.add_row(
             Text(f"step {self._step}/{self._total}", style="bold"),
@@ -232,9 +233,10 @@ def _safe(text: object, console: Console, style: str = "") -> Text:
 
 def _trend(values: Sequence[float], row: _Row) -> tuple[str, str]:
     """Change of the mean of the last few steps against the few before, and its style."""
-    recent, earlier = values[-_TREND:], values[-2 * _TREND : -_TREND]
-    if not earlier:
+    span = min(_TREND, len(values) // 2)
+    if span == 0:
         return "", "dim"
+    recent, earlier = values[-span:], values[-2 * span : -span]
     change = math.fsum(recent) / len(recent) - math.fsum(earlier) / len(earlier)
     text = value_text(abs(change), row.kind).replace("%", "pts")
     if text == value_text(0.0, row.kind).replace("%", "pts"):

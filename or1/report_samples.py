@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 _COLUMNS = ("step", "stage", "prompt_id", "prompt", "golds", "response", "token_ids", "logp", "reward", "status")
 _COLUMNS += ("finish", "version", "advantage", "kept")
 
-# Truncated comes before failed: a cut response is a failure too, but of another kind.
+# By finish, not status: `reward.require_think_close` calls a response truncated that ended by itself without </think>.
 _KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "solved": lambda row: row["status"] == Status.OK,
-    "failed": lambda row: row["status"] != Status.OK and not _cut(row),
-    "truncated": lambda row: row["status"] != Status.OK and _cut(row),
+    "failed": lambda row: row["status"] != Status.OK and row["finish"] != "length",
+    "truncated": lambda row: row["status"] != Status.OK and row["finish"] == "length",
 }
 
 
@@ -65,10 +65,6 @@ def _spread(files: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
     """First, middle and last, without repeats."""
     indices = sorted({0, len(files) // 2, len(files) - 1}) if files else []
     return [files[index] for index in indices]
-
-
-def _cut(row: dict[str, Any]) -> bool:
-    return row["finish"] == "length" or row["status"] == Status.TRUNCATED
 
 
 def _samples(path: Path, tokenizer: Tokenizer | None) -> Iterator[Sample]:
