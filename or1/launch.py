@@ -23,15 +23,17 @@ def launch(config: Config, fresh: bool = False) -> None:
         for message in messages:
             display.message(message)
         trainer = Trainer(config, display)
-        for line in trainer.data.report_lines():
-            display.message(line)
+        for report in trainer.data.reports:
+            for line in (report.summary(), *report.listing()):
+                display.message(line)
         trainer.run()
         weights = trainer.export()
     from or1.report import write_report
     from or1.summary import summarise
 
     report = write_report(config.run_path)
-    print_summary(summarise(config.run_path, trainer.state, report=str(report), weights=weights))
+    bad_rows = sum(len(r.bad) for r in trainer.data.reports)
+    print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
 
 
 def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:

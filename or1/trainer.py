@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from or1.advantage import group_advantages
 from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_prompts
-from or1.display import RunDisplay
 from or1.evaluate import evaluate_set
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
@@ -40,6 +40,9 @@ from or1.run_state import RunError, TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
 from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group
+
+if TYPE_CHECKING:
+    from or1.display import RunDisplay
 
 
 class Trainer:

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests run beside each other and beside the code under test: two threads a process keep timings honest on two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# As `or1` itself does: spinning threads would make every test that shares its cores many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

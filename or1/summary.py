@@ -1,0 +1,40 @@
+"""The one summary at the end of a run, read back from what the run wrote."""
+
+from __future__ import annotations
+
+import math
+
+from or1.config import Config
+from or1.display import Summary
+from or1.metrics import read_metrics
+from or1.records import PHASES, eval_histories, number, other_seconds, step_seconds
+from or1.run_state import TrainState
+from or1.types import Status
+
+
+def summarise(
+    config: Config, state: TrainState, bad_rows: int, *, report: str | None = None, weights: str | None = None
+) -> Summary:
+    """All steps of the run, those before a resume included."""
+    records = read_metrics(config.run_path / "metrics.jsonl")
+    phases = {phase: math.fsum(number(r.get(f"time/{phase}"), 0.0) for r in records) for phase in PHASES}
+    phases["other"] = math.fsum(other_seconds(r) for r in records)
+    counts = {
+        "truncated responses": state.totals[Status.TRUNCATED.value],
+        "reward timeouts": state.totals[Status.TIMEOUT.value],
+        "reward crashes": state.totals[Status.CRASH.value],
+        "skipped updates": state.totals["skipped_updates"],
+        "empty steps": state.totals["empty_steps"],
+        "bad data rows": bad_rows,
+    }
+    return Summary(
+        evals=eval_histories(records),
+        steps_done=state.step,
+        total_steps=config.total_steps,
+        wall_s=math.fsum(step_seconds(r) for r in records),
+        run_dir=config.run_dir,
+        phase_s={phase: seconds for phase, seconds in phases.items() if seconds > 0},
+        counts=counts,
+        report_path=report,
+        weights_path=weights,
+    )
