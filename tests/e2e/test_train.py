@@ -1,0 +1,185 @@
+"""`or1 train` as a person runs it: resume after SIGKILL, bad data, dry run, report, export."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from or1.checkpoint import committed_steps, load_checkpoint
+
+SMALL = (
+    "stage.0.steps=6", "stage.1.steps=4", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
+    "stage.0.group_size=8", "stage.1.group_size=8", "eval.sets.0.limit=16", "eval.sets.1.limit=4",
+    "checkpoint.every_steps=1", "checkpoint.keep=100", "eval.every_steps=4", "log.tensorboard=false",
+)  # fmt: skip
+SAME = ("reward/mean", "policy/entropy", "policy/entropy_coef", "policy/entropy_controller", "optim/loss",
+        "optim/grad_norm", "optim/lr", "completion/len_mean", "eval/greedy/avg@1", "eval/sampled/avg@4")  # fmt: skip
+
+
+def arguments(run_dir: Path, *more: str) -> list[str]:
+    overrides = (*SMALL, f"run_dir={run_dir}", *more)
+    return ["train", "examples/quickstart.toml", *(part for o in overrides for part in ("--set", o))]
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def kill_after_step(root: Path, run_dir: Path, step: int, *more: str) -> None:
+    """Start a run and SIGKILL it once the checkpoint of `step` stands."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "or1", *arguments(run_dir, *more)], cwd=root, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while step not in committed_steps(run_dir / "checkpoints"):
+        assert process.poll() is None, f"ended early:\n{process.stderr.read()}"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} within 120 s"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+VARIANTS = {
+    "on-policy": (),
+    "two updates a rollout": ("stage.0.minibatch_prompts=4", "stage.1.minibatch_prompts=4"),
+    "entropy bonus": ('loss.entropy.variant="paper"', "loss.entropy.target=9", "loss.entropy.coef=0.01"),
+}
+
+
+@pytest.mark.parametrize("name", ["entropy bonus", pytest.param("two updates a rollout", marks=pytest.mark.slow)])
+def test_ten_steps_equal_five_killed_and_five_resumed(
+    name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = or1(*arguments(straight, *VARIANTS[name]))
+    assert done.returncode == 0, done.stderr
+    kill_after_step(root, killed, 5, *VARIANTS[name])
+    assert max(committed_steps(killed / "checkpoints")) < 10
+    resumed = or1(*arguments(killed, *VARIANTS[name]))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step" in resumed.stdout
+
+    ours, theirs = lines(straight), lines(killed)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(11))
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: a.get(k) for k in SAME} == {k: b.get(k) for k in SAME}, f"step {a['step']}"
+    if name == "entropy bonus":
+        assert any(line.get("policy/entropy_coef", 0) > 0 for line in ours)
+    for step in range(1, 11):
+        tables = [pq.read_table(run / "rollouts" / f"step_{step}.parquet") for run in (straight, killed)]
+        assert tables[0].equals(tables[1]), f"samples of step {step}"
+    last = [load_checkpoint(run / "checkpoints" / "step_10") for run in (straight, killed)]
+    assert last[0].state == last[1].state
+    assert last[0].tensors.keys() == last[1].tensors.keys()
+    assert all(t.equal(last[1].tensors[name]) for name, t in last[0].tensors.items())
+    weights = [(run / "weights" / "step_10" / "model.safetensors").read_bytes() for run in (straight, killed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three steps."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    settings = ("stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true")
+    command = [sys.executable, "-m", "or1", *arguments(run_dir, *settings)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (run_dir / "stdout.txt").write_text(done.stdout)
+    return run_dir
+
+
+def test_a_run_leaves_everything_the_readme_names(finished: Path) -> None:
+    for name in ("config.resolved.json", "metrics.jsonl", "report.html", "rollouts/step_1.parquet",
+                 "checkpoints/step_3/manifest.json", "weights/step_3/model.safetensors"):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert list((finished / "tensorboard").glob("events.*"))
+    out = (finished / "stdout.txt").read_text()
+    assert "greedy avg@1" in out and "->" in out and str(finished) in out
+    for key in ("reward/mean", "policy/entropy", "mismatch/kl", "optim/grad_norm", "time/rollout", "perf/tokens_per_s"):
+        assert key in lines(finished)[1], key
+
+
+def test_rollouts_hold_the_advantages_of_the_equation(finished: Path) -> None:
+    rows = pq.read_table(finished / "rollouts" / "step_1.parquet").to_pylist()
+    assert len(rows) == 64
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+        assert len(row["token_ids"]) == len(row["logp"]) and (row["reward"] == 1.0) == (row["status"] == "ok")
+        assert row["finish"] != "length" or (row["reward"] == 0 and row["status"] == "truncated")
+    assert any(row["kept"] for row in rows)
+    for group in by_prompt.values():
+        rewards = [row["reward"] for row in group]
+        mixed = len(set(rewards)) > 1
+        assert all(row["kept"] == mixed and (row["advantage"] is not None) == mixed for row in group)
+        if mixed:
+            mean = sum(rewards) / 8
+            std = (sum((r - mean) ** 2 for r in rewards) / 7) ** 0.5
+            assert [row["advantage"] for row in group] == pytest.approx([(r - mean) / (std + 1e-6) for r in rewards])
+
+
+def test_a_finished_run_is_not_trained_again(
+    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    before = lines(finished)
+    done = or1(*arguments(finished, "stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true"))
+    assert done.returncode == 0, done.stderr
+    assert lines(finished) == before and "resumed after step 3" in done.stdout
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = or1(*arguments(finished, "optim.lr=1e-3", "seed=5"))
+    assert done.returncode == 70
+    assert "optim.lr, seed" in done.stderr and "--fresh" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_report_and_export_of_a_run(
+    finished: Path, tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (finished / "report.html").unlink()
+    assert or1("report", str(finished)).returncode == 0
+    assert (finished / "report.html").stat().st_size > 20_000
+    done = or1("export", str(finished), "--out", str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    exported, final = (d / "model.safetensors" for d in (tmp_path / "hf", finished / "weights" / "step_3"))
+    assert exported.read_bytes() == final.read_bytes()
+    refused = or1("export", str(finished), "--step", "77")
+    assert refused.returncode == 70 and "no checkpoint of step 77; it has [1, 2, 3]" in refused.stderr
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(
+    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = or1(*arguments(tmp_path / "run"), "--dry-run")
+    assert done.returncode == 0 and "10 steps in 2 stages" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_named_and_too_many_stop_the_run(
+    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    data = tmp_path / "train.jsonl"
+    good = [json.dumps({"question": f"{i}+1", "answer": str(i + 1)}).encode() for i in range(20)]
+    bad = [b'{"question": "1+1", "ans', b'{"question": "\xff", "answer": "2"}', b'{"question": "1+1"}',
+           b'{"question": "", "answer": "2"}']  # fmt: skip
+    data.write_bytes(b"\n".join(good[:10] + bad + good[10:]) + b"\n")
+    run = ["stage.0.steps=1", "stage.1.steps=1", "eval.sets=[]", f"data.train={data}"]
+    stopped = or1(*arguments(tmp_path / "a", *run))
+    assert stopped.returncode == 65 and "Traceback" not in stopped.stderr
+    for number in (11, 12, 13, 14):
+        assert f"train.jsonl:{number}: " in stopped.stderr
+    allowed = or1(*arguments(tmp_path / "b", *run, "data.max_bad_fraction=0.2"))
+    assert allowed.returncode == 0, allowed.stderr
+    assert "20 kept" in allowed.stdout and "4 bad" in allowed.stdout
+    for number in (11, 12, 13, 14):
+        assert f"train.jsonl:{number}: " in allowed.stdout
