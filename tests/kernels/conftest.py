@@ -119,7 +119,7 @@ def kit() -> SimpleNamespace:
                            assert_as_exact=assert_as_exact)
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "native"])
 def impl(request) -> str:
     """Every implementation that runs on this machine."""
     return request.param
