@@ -1,6 +1,7 @@
 """Which implementation of the two row passes runs: chosen by name or by device, never stumbled into."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -24,18 +25,28 @@ NATIVE = Backend("native", native_rows.row_sums, native_rows.row_grads_)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for `impl`; "auto" takes the fastest one that can run: native on a CPU, else torch.
+    """The backend for `impl`; "auto" takes the fastest one that can run: triton on a GPU, native on a CPU, else torch.
 
     Raises ValueError for an unknown name and RuntimeError for an explicit choice that cannot run here.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {IMPLS}")
-    why_not = {"native": _why_not_native(device, dtype), "torch": None, "triton": "this version has no Triton passes"}
+    if impl == "torch":
+        return TORCH
     if impl == "auto":
-        return TORCH if why_not["native"] else NATIVE
-    if why_not[impl] is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run: {why_not[impl]}; use impl='auto' to take what can")
-    return {"native": NATIVE, "torch": TORCH}[impl]
+        if device.type == "cuda" and _why_not_triton(device, dtype) is None:
+            return _triton()
+        return TORCH if _why_not_native(device, dtype) else NATIVE
+    why_not = _why_not_native(device, dtype) if impl == "native" else _why_not_triton(device, dtype)
+    if why_not is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {why_not}; use impl='auto' to take what can")
+    return NATIVE if impl == "native" else _triton()
+
+
+def _triton() -> Backend:
+    from . import score_rows
+
+    return Backend("triton", score_rows.row_sums, score_rows.row_grads_)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -43,4 +54,19 @@ def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the extension or1_kernels._native is not built (python setup.py build_ext --inplace)"
     if device.type != "cpu":
         return f"it is for the CPU and the tensors are on {device}"
+    return _why_not_fp64(dtype)
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        from . import score_rows
+
+        if not score_rows.INTERPRETED:
+            return "the tensors are on the CPU, where Triton only runs with TRITON_INTERPRET=1"
+    return _why_not_fp64(dtype)
+
+
+def _why_not_fp64(dtype: torch.dtype) -> str | None:
     return "it computes in fp32 and the tensors are fp64" if dtype == torch.float64 else None

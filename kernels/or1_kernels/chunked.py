@@ -109,11 +109,11 @@ class Engine:
         """Pass 2 and GEMMs 2 and 3 for one chunk. inputs = (hidden_CH, targets_C, inv_tau_C)."""
         hidden_CH, targets_C, inv_tau_C = inputs
         transform = self.settings.transform
-        draw_CV = self.settings.backend.row_grads_(raw_CV, targets_C, inv_tau_C, transform, stats, slopes)
+        mixed = self._mixed(hidden_CH)
+        draw_CV = self.settings.backend.row_grads_(raw_CV, targets_C, inv_tau_C, transform, stats, slopes,
+                                                   hidden_CH.dtype if mixed else None)
         if self.dbias_V is not None:
             self.dbias_V += draw_CV.sum(0, dtype=self.acc)
-        mixed = self._mixed(hidden_CH)
-        draw_CV = draw_CV.to(hidden_CH.dtype) if mixed else draw_CV
         if self.dhidden_NH is not None:
             torch.mm(draw_CV, self.weight_VH, out=self.dhidden_NH[rows])
         if self.dweight_VH is None:
@@ -129,8 +129,8 @@ class Engine:
 
     @staticmethod
     def _mixed(tensor: Tensor) -> bool:
-        # CPU builds of torch have no GEMM with low-precision inputs and an fp32 output.
-        return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+        # CPU builds of torch have no GEMM with low-precision inputs and an fp32 output; fp16 gradients underflow.
+        return tensor.is_cuda and tensor.dtype == torch.bfloat16
 
     def _chunk_rows(self) -> int:
         if self.settings.chunk_rows is not None:

@@ -71,12 +71,16 @@ def row_grads_(
     transform: Transform,
     stats: RowStats,
     slopes: tuple[Tensor, Tensor],
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pass 2: overwrite raw logits with dL/draw and return them. slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy)."""
+    """Pass 2: dL/draw [C, V] in out_dtype (None: the logits' own), in place of the raw logits, which are destroyed.
+
+    slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy).
+    """
     for t in _tiles(logits_CV):
         tile = RowStats(*(x[t] for x in stats))
         _grads_of_tile(logits_CV[t], targets_C[t], inv_tau_C[t], transform, tile, (slopes[0][t], slopes[1][t]))
-    return logits_CV
+    return logits_CV if out_dtype is None else logits_CV.to(out_dtype)
 
 
 def _tiles(logits_CV: Tensor) -> list[slice]:
