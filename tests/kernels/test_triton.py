@@ -62,7 +62,8 @@ def compiled(kernel, out, capped, target):
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names)
                if types[name].startswith("*") or name in ("stride", "out_stride", "vocab")}
     source = ASTSource(fn, signature, {"CAPPED": capped, "BLOCK": score_rows.BLOCK}, aligned)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": score_rows.NUM_WARPS, "enable_fp_fusion": True})
+    options = {"num_warps": score_rows.NUM_WARPS, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def spilled_bytes(binary, folder: Path) -> int:
