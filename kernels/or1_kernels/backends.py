@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import native_rows, rows
 
+_HAS_TRITON = find_spec("triton") is not None
 IMPLS = ("auto", "triton", "native", "torch", "reference")
 
 
@@ -58,7 +59,7 @@ def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cpu":
         from . import score_rows

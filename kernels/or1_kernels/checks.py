@@ -30,8 +30,9 @@ def check_head(
     for name, tensor in (("weight", weight_VH), ("targets", targets_N), ("bias", bias_V)):
         if tensor is not None and tensor.device != hidden_NH.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden_NH.device}; move it there")
-    # On a GPU this would make the host wait; there an id outside the vocabulary is the caller's to rule out.
-    if targets_N.device.type == "cpu" and targets_N.numel():
+    # On a GPU this would make the host wait, under torch.compile it would break the graph; there an id outside the
+    # vocabulary is the caller's to rule out.
+    if targets_N.device.type == "cpu" and not torch.compiler.is_compiling() and targets_N.numel():
         low, high = int(targets_N.min()), int(targets_N.max())
         if low < 0 or high >= vocab:
             raise IndexError(f"targets span [{low}, {high}]; ids must lie in [0, {vocab}); drop masked "

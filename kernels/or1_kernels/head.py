@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, chunked, reference
+from .compiled import logprob_entropy, policy_loss
 from .objective import PolicyObjective, check_inputs
 from .options import HeadOptions
 from .policy import PolicyRows, policy_pass
@@ -52,8 +53,9 @@ def linear_logprob_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **op
     inputs = head.row_inputs(hidden, weight, targets)
     if head.impl == "reference":
         return reference.logprob_entropy(_reference_logits(inputs, weight, head), targets)
-    call = _ScoreCall(inputs.targets, inputs.inv_tau, head.settings(weight), head.main_grad, torch.is_grad_enabled())
-    return _Score.apply(hidden, weight, head.bias, call)
+    if torch.compiler.is_compiling() and head.traceable():
+        return logprob_entropy(hidden, weight, head.bias, inputs.targets, inputs.inv_tau, **head.scalars())[:2]
+    return _eager_logprob_entropy(inputs, weight, head)
 
 
 def linear_policy_loss(
@@ -168,6 +170,13 @@ class _PolicyLoss(torch.autograd.Function):
         return *(None if x is None else scaled(x, dloss, ctx.dtype) for x in ctx.saved_tensors), None
 
 
+@torch.compiler.disable
+def _eager_logprob_entropy(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
+    settings, grad_on = head.settings(weight_VH), torch.is_grad_enabled()
+    call = _ScoreCall(inputs.targets, inputs.inv_tau, settings, head.main_grad, grad_on)
+    return _Score.apply(inputs.hidden, weight_VH, head.bias, call)
+
+
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`. Not in place: with retain_graph a second backward reads the same accumulator."""
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
@@ -176,12 +185,37 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _fused_policy_loss(
     inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows
 ) -> tuple[Tensor, PolicyStats]:
-    grad_on = torch.is_grad_enabled()
+    grad_on, settings = torch.is_grad_enabled(), head.settings(weight_VH)
     needs = tuple(grad_on and x is not None and x.requires_grad for x in (inputs.hidden, weight_VH, head.bias))
-    settings = head.settings(weight_VH)
+    if torch.compiler.is_compiling() and head.traceable():
+        loss, *per_row, left_out = _traced_policy_loss(inputs, weight_VH, head, rows, needs)
+    else:
+        loss, *per_row, left_out = _eager_policy_loss(inputs, weight_VH, head, rows, needs)
+    return loss, PolicyStats(*per_row, settings.backend.name, None if head.grad_row_eps is None else left_out)
+
+
+@torch.compiler.disable
+def _eager_policy_loss(
+    inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    settings, grad_on = head.settings(weight_VH), torch.is_grad_enabled()
     call = _PolicyCall(inputs.targets, inputs.inv_tau, settings, rows, needs, head.main_grad if grad_on else None)
-    loss, *per_row, left_out = _PolicyLoss.apply(inputs.hidden, weight_VH, head.bias, call)
-    return loss, PolicyStats(*per_row, settings.backend.name, left_out)
+    return _PolicyLoss.apply(inputs.hidden, weight_VH, head.bias, call)
+
+
+def _traced_policy_loss(
+    inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    per_row = {"inv_tau": inputs.inv_tau, "advantages": rows.advantages, "token_weight": rows.token_weight,
+               "old_logp": rows.old_logp, "rollout_logp": rows.rollout_logp, "ref_logp": rows.ref_logp}
+    per_row = {name: x for name, x in per_row.items() if x is not None}
+    coef = torch.as_tensor(rows.entropy_coef, dtype=inputs.inv_tau.dtype, device=weight_VH.device)
+    o = rows.objective
+    out = policy_loss(
+        inputs.hidden, weight_VH, head.bias, inputs.targets, torch.stack(list(per_row.values())), coef,
+        names=",".join(per_row), kind=o.kind, low=o.clip_low, high=o.clip_high, kl_coef=o.kl_coef, is_cap=o.is_cap,
+        eps=head.grad_row_eps, needs=list(needs), **head.scalars())
+    return out[0], *(x.detach() for x in out[1:6])
 
 
 def _reference_policy_loss(

@@ -85,6 +85,15 @@ class HeadOptions:
         dtype = compute_dtype(hidden_NH.dtype)
         return RowInputs(hidden_NH, targets_N, checks.inverse_temperature(self.temperature, hidden_NH, dtype))
 
+    def scalars(self) -> dict[str, float | int | str | None]:
+        """What the operators of `compiled` take beside tensors."""
+        return {"scale": self.logit_scale, "softcap": self.softcap, "impl": self.impl, "preset": self.preset,
+                "chunk_rows": self.chunk_rows}
+
+    def traceable(self) -> bool:
+        """Whether the operators of `compiled` can express this call; a stash is a matter of speed and ignored there."""
+        return self.main_grad is None and self.group is None
+
     def settings(self, weight_VH: Tensor) -> Settings:
         """The engine's settings for a weight on this device; raises RuntimeError if impl cannot run there."""
         backend = resolve(self.impl, weight_VH.device, weight_VH.dtype)

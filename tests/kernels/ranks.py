@@ -1,4 +1,4 @@
-"""One rank of a two-rank check over gloo: python ranks.py CHECK RANK RENDEZVOUS_FILE. Exits 0 when the check holds.
+"""One rank of a two-rank check over gloo: python ranks.py CHECK[,CHECK...] RANK RENDEZVOUS_FILE. Exits 0 when all hold.
 
 A script and not a test: each rank is a process of its own, started by test_ranks.
 Legend: N rows, H hidden, V vocab.
@@ -126,12 +126,13 @@ CHECKS = {f.__name__: f for f in (vocab_parallel, vocab_parallel_extremes, fsdp,
 
 
 def main():
-    """Join the group, run one check, leave."""
-    check, rank, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    """Join the group, run the checks, leave."""
+    checks, rank, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     try:
-        CHECKS[check](rank)
+        for check in checks.split(","):
+            CHECKS[check](rank)
     finally:
         dist.destroy_process_group()
 

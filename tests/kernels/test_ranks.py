@@ -10,10 +10,10 @@ import pytest
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-@pytest.mark.parametrize("check", ["vocab_parallel", "vocab_parallel_extremes", "fsdp", "fsdp_tied"])
-def test_two_ranks_equal_one(check, tmp_path):
+@pytest.mark.parametrize("checks", ["vocab_parallel,vocab_parallel_extremes", "fsdp,fsdp_tied"])
+def test_two_ranks_equal_one(checks, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(SCRIPT), check]
+    command = [sys.executable, str(SCRIPT), checks]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")], env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
     try:

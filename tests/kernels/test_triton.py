@@ -29,15 +29,16 @@ def run_interpreted(*args):
     return done.stdout
 
 
-def test_interpreter_runs_the_extremes():
-    output = run_interpreted(str(HERE / "test_extremes.py"), str(HERE / "test_triton_rows.py"))
+def test_interpreter_runs_both_passes():
+    output = run_interpreted(str(HERE / "test_triton_rows.py"))
     assert "passed" in output and "skipped" not in output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_whole_head():
-    assert "passed" in run_interpreted(str(HERE / "test_head.py"))
+    files = ("test_head.py", "test_extremes.py", "test_options.py")
+    assert "passed" in run_interpreted(*(str(HERE / name) for name in files))
 
 
 def test_explicit_triton_on_a_cpu_says_why_not():
