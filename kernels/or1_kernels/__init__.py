@@ -3,8 +3,10 @@
 from .head import PolicyStats, linear_logprob_entropy, linear_policy_loss
 from .lm_head import LMHead
 from .objective import PolicyObjective, TokenLoss, token_loss
+from .options import HeadOptions
 
 __all__ = [
+    "HeadOptions",
     "LMHead",
     "PolicyObjective",
     "PolicyStats",

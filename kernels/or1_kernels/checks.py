@@ -9,8 +9,10 @@ from torch import Tensor
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_head(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: Tensor | None) -> None:
-    """Raise TypeError for dtypes, ValueError for shapes and devices, IndexError for a CPU target outside [0, V)."""
+def check_head(
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: Tensor | None, vocab: int
+) -> None:
+    """Raise TypeError for dtypes, ValueError for shapes and devices, IndexError for a CPU target outside [0, vocab)."""
     if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"hidden is {tuple(hidden_NH.shape)} and weight {tuple(weight_VH.shape)}; they must be [N, H] "
                          "and [V, H] with one H; flatten leading dimensions first")
@@ -28,36 +30,39 @@ def check_head(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: 
     for name, tensor in (("weight", weight_VH), ("targets", targets_N), ("bias", bias_V)):
         if tensor is not None and tensor.device != hidden_NH.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden_NH.device}; move it there")
-    # On a GPU this would make the host wait; there an id outside the vocabulary is the caller's to rule out.
-    if targets_N.device.type == "cpu" and targets_N.numel():
+    # On a GPU this would make the host wait, under torch.compile it would break the graph; there an id outside the
+    # vocabulary is the caller's to rule out.
+    if targets_N.device.type == "cpu" and not torch.compiler.is_compiling() and targets_N.numel():
         low, high = int(targets_N.min()), int(targets_N.max())
-        if low < 0 or high >= weight_VH.shape[0]:
-            raise IndexError(f"targets span [{low}, {high}]; ids must lie in [0, {weight_VH.shape[0]}); drop masked "
+        if low < 0 or high >= vocab:
+            raise IndexError(f"targets span [{low}, {high}]; ids must lie in [0, {vocab}); drop masked "
                              "rows before the call, or give them any id and token_weight 0")
 
 
-def check_rows(num_rows: int, named: dict[str, Tensor | None]) -> None:
-    """Raise ValueError when a per-row argument is not a floating tensor of shape [N]."""
+def as_constants(named: dict[str, Tensor | None], like_N: Tensor) -> dict[str, Tensor | None]:
+    """Per-row arguments detached, with like_N's dtype and device; ValueError when one is not floating [N]."""
     for name, value_N in named.items():
-        if value_N is not None and (value_N.shape != (num_rows,) or not value_N.is_floating_point()):
+        if value_N is not None and (value_N.shape != like_N.shape or not value_N.is_floating_point()):
             raise ValueError(f"{name} is {value_N.dtype}{list(value_N.shape)}; it must be a floating tensor of shape "
-                             f"[{num_rows}], one value a row of hidden")
+                             f"{list(like_N.shape)}, one value a row of hidden")
+    return {name: None if x is None else x.detach().to(like_N.device, like_N.dtype) for name, x in named.items()}
 
 
 def inverse_temperature(temperature: float | Tensor, like_NH: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / temperature as a [N] tensor of `dtype`; raises ValueError for a float <= 0 or a tensor not [N]."""
     num_rows = like_NH.shape[0]
     if isinstance(temperature, Tensor):
-        check_rows(num_rows, {"temperature": temperature})
-        return temperature.detach().to(like_NH.device, dtype).reciprocal()
+        like_N = torch.empty(num_rows, dtype=dtype, device=like_NH.device)
+        return as_constants({"temperature": temperature}, like_N)["temperature"].reciprocal()
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (greedy decoding has no log-probs)")
     return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like_NH.device)
 
 
-def check_transform(softcap: float | None, logit_scale: float) -> None:
-    """Raise ValueError unless softcap is None or positive, and logit_scale positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for no cap")
-    if not logit_scale > 0:
-        raise ValueError(f"logit_scale is {logit_scale}; it must be above 0; fold a sign into the weight")
+def check_main_grad(main_grad_VH: Tensor | None, weight_VH: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless main_grad is None or a contiguous accumulator of the weight's shape."""
+    if main_grad_VH is None:
+        return
+    if main_grad_VH.shape != weight_VH.shape or main_grad_VH.dtype != dtype or not main_grad_VH.is_contiguous():
+        raise ValueError(f"main_grad is {main_grad_VH.dtype}{list(main_grad_VH.shape)}; it must be a contiguous "
+                         f"{dtype}{list(weight_VH.shape)} like the weight")

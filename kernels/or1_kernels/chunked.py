@@ -6,40 +6,64 @@
     dW  += draw^T h_c       GEMM 3, accumulated in fp32
 
 All inputs of one call share a dtype; fp64 inputs are computed in fp64 throughout, everything else in fp32.
-Legend: N rows, C rows of a chunk, H hidden, V vocab.
+Legend: N rows, C rows of a chunk, K rows kept of a chunk, H hidden, V vocab.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import gemms
 from .backends import Backend
 from .rows import RowStats, Transform, finish
+from .vocab_parallel import VocabShard
 
 # The logits buffer of one chunk aims at this many bytes; below _MIN_CHUNK rows the GEMMs starve.
-_CPU_BUFFER_BYTES = 128 << 20
-_MIN_CHUNK = 256
-_GPU_CHUNK = 4096
+_CPU_BUFFER_BYTES = {"fast": 128 << 20, "lean": 32 << 20}
+_MIN_CHUNK = {"fast": 256, "lean": 64}
+_GPU_CHUNK = {"fast": 4096, "lean": 1024}
+PRESETS = tuple(_GPU_CHUNK)
 
 
-@dataclass(frozen=True)
-class Grads:
-    """Gradients in the accumulation dtype; None where not asked for. hidden [N, H], weight [V, H], bias [V]."""
+class RowInputs(NamedTuple):
+    """What a row brings: hidden [N, H], targets i64[N] (local ids, -1 elsewhere), 1 / temperature [N]."""
 
-    hidden_NH: Tensor | None
-    weight_VH: Tensor | None
-    bias_V: Tensor | None
+    hidden: Tensor
+    targets: Tensor
+    inv_tau: Tensor
+
+    def rows(self, index: slice | Tensor) -> "RowInputs":
+        """The rows picked by a slice or an index tensor."""
+        return RowInputs(*(x[index] for x in self))
+
+
+class Slopes(NamedTuple):
+    """dL/dlogp and dL/dentropy of each row, and which rows pass on a gradient worth its GEMMs (None: all)."""
+
+    logp: Tensor
+    entropy: Tensor
+    keep: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one call computes: transform of the logits, row-pass backend, rows a chunk (None: chosen by size)."""
+    """How one call computes.
+
+    transform   of the raw logits; backend: who runs the row passes; shard: this rank's part of the vocabulary, or None
+    preset      "fast": large chunks, dW accumulated in fp32; "lean": small chunks, dW accumulated in the weight's dtype
+    chunk_rows  rows a chunk, None: by preset and size
+    stash_bytes raw logits that a scoring call may keep for its backward instead of recomputing them
+    """
 
     transform: Transform
     backend: Backend
+    shard: VocabShard | None = None
+    preset: str = "fast"
     chunk_rows: int | None = None
+    stash_bytes: int = 0
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,144 +71,147 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Slices of nearly equal length, so that no chunk is so short that its GEMM takes another code path."""
-    count = -(-num_rows // chunk_rows)
-    for i in range(count):
-        yield slice(i * num_rows // count, (i + 1) * num_rows // count)
-
-
 class Engine:
     """One call's GEMMs and accumulators over weight [V, H] and bias [V] (or None)."""
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, settings: Settings) -> None:
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, settings: Settings, num_rows: int) -> None:
         self.acc = compute_dtype(weight_VH.dtype)
         self.settings = settings
-        self.weight_VH = weight_VH if self._mixed(weight_VH) else weight_VH.to(self.acc)
+        self.num_rows = num_rows
+        self.gemms = gemms.choose(weight_VH, num_rows)
+        self.param_dtype = weight_VH.dtype
+        self.weight_VH = weight_VH.to(self.gemms.operand)
         self.bias_V = None if bias_V is None else bias_V.to(self.acc)
         self.buffer_CV: Tensor | None = None
         self.dhidden_NH: Tensor | None = None
         self.dweight_VH: Tensor | None = None
         self.dbias_V: Tensor | None = None
 
-    def chunks(self, num_rows: int) -> Iterator[slice]:
-        """The row chunks of a call with this many rows."""
-        return chunks(num_rows, min(self._chunk_rows(), max(num_rows, 1)))
+    def chunks(self) -> Iterator[slice]:
+        """Slices of nearly equal length, so that no chunk is so short that its GEMM takes another code path."""
+        count = -(-self.num_rows // self._chunk_rows())
+        for i in range(count):
+            yield slice(i * self.num_rows // count, (i + 1) * self.num_rows // count)
 
-    def want_grads(self, hidden_NH: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        """Allocate zeroed accumulators for (hidden, weight, bias) as asked."""
-        like = {"dtype": self.acc, "device": hidden_NH.device}
-        # GEMM 2 of one chunk writes each row once, so a low-precision result loses nothing to accumulation.
-        dhidden = like | {"dtype": hidden_NH.dtype} if self._mixed(hidden_NH) else like
-        self.dhidden_NH = torch.zeros(hidden_NH.shape, **dhidden) if needs[0] else None
-        self.dweight_VH = torch.zeros(self.weight_VH.shape, **like) if needs[1] else None
-        self.dbias_V = torch.zeros(self.weight_VH.shape[0], **like) if needs[2] else None
+    def want_grads(self, needs: tuple[bool, bool, bool], main_grad_VH: Tensor | None = None) -> None:
+        """Allocate zeroed accumulators for (hidden, weight, bias) as asked; main_grad takes the weight's place."""
+        (vocab, width), device = self.weight_VH.shape, self.weight_VH.device
+        # GEMM 2 writes each row once, so its result may have the operands' dtype: nothing is added to it.
+        self.dhidden_NH = None
+        if needs[0]:
+            self.dhidden_NH = torch.zeros(self.num_rows, width, dtype=self.gemms.operand, device=device)
+        self.dweight_VH = main_grad_VH
+        if main_grad_VH is None and needs[1]:
+            dtype = self.param_dtype if self.settings.preset == "lean" else self.acc
+            self.dweight_VH = torch.zeros(vocab, width, dtype=dtype, device=device)
+        self.dbias_V = torch.zeros(vocab, dtype=self.acc, device=device) if needs[2] else None
 
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        """GEMM 1: raw logits [C, V] in a buffer that the next call overwrites."""
+    def logits(self, hidden_CH: Tensor, keep: bool = False) -> Tensor:
+        """GEMM 1: raw logits [C, V]; in a buffer that the next call overwrites, unless they are to be kept."""
         num_rows, vocab = hidden_CH.shape[0], self.weight_VH.shape[0]
-        if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
-            self.buffer_CV = None  # freed before its larger successor is allocated
-            self.buffer_CV = torch.empty(num_rows, vocab, dtype=self.acc, device=hidden_CH.device)
-        out_CV = self.buffer_CV[:num_rows]
-        if self._mixed(hidden_CH):
-            torch.mm(hidden_CH, self.weight_VH.T, out_dtype=torch.float32, out=out_CV)
+        if keep:
+            out_CV = torch.empty(num_rows, vocab, dtype=self.acc, device=hidden_CH.device)
         else:
-            torch.mm(hidden_CH.to(self.acc), self.weight_VH.T, out=out_CV)
+            if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
+                self.buffer_CV = None  # freed before its larger successor is allocated
+                self.buffer_CV = torch.empty(num_rows, vocab, dtype=self.acc, device=hidden_CH.device)
+            out_CV = self.buffer_CV[:num_rows]
+        self.gemms.logits(hidden_CH, self.weight_VH, out_CV)
         return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)
 
-    def stats(self, raw_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor) -> RowStats:
+    def stats(self, raw_CV: Tensor, inputs: RowInputs) -> RowStats:
         """Pass 1 over the chunk's raw logits, which stay as they are."""
-        sums = self.settings.backend.row_sums(raw_CV, targets_C, inv_tau_C, self.settings.transform)
-        return finish(sums, inv_tau_C)
+        settings = self.settings
+        sums = settings.backend.row_sums(raw_CV, inputs.targets, inputs.inv_tau, settings.transform)
+        if settings.shard is not None:
+            sums = settings.shard.join(sums, inputs.inv_tau)
+        return finish(sums, inputs.inv_tau)
 
-    def backward(
-        self,
-        raw_CV: Tensor,
-        rows: slice,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        stats: RowStats,
-        slopes: tuple[Tensor, Tensor],
-    ) -> None:
-        """Pass 2 and GEMMs 2 and 3 for one chunk. inputs = (hidden_CH, targets_C, inv_tau_C)."""
-        hidden_CH, targets_C, inv_tau_C = inputs
-        transform = self.settings.transform
-        draw_CV = self.settings.backend.row_grads_(raw_CV, targets_C, inv_tau_C, transform, stats, slopes)
+    def backward(self, raw_CV: Tensor, rows: slice, inputs: RowInputs, stats: RowStats, slopes: Slopes) -> None:
+        """Pass 2 and GEMMs 2 and 3 for one chunk, whose raw logits are destroyed."""
+        index_K = None
+        if slopes.keep is not None:
+            index_K = slopes.keep.nonzero()[:, 0]
+            raw_CV, inputs, stats = raw_CV[index_K], inputs.rows(index_K), RowStats(*(x[index_K] for x in stats))
+            slopes = Slopes(slopes.logp[index_K], slopes.entropy[index_K])
+        draw_CV = self.settings.backend.row_grads_(
+            raw_CV, inputs.targets, inputs.inv_tau, self.settings.transform, stats, slopes[:2], self.gemms.operand)
         if self.dbias_V is not None:
             self.dbias_V += draw_CV.sum(0, dtype=self.acc)
-        mixed = self._mixed(hidden_CH)
-        draw_CV = draw_CV.to(hidden_CH.dtype) if mixed else draw_CV
-        if self.dhidden_NH is not None:
+        if self.dhidden_NH is not None and index_K is None:
             torch.mm(draw_CV, self.weight_VH, out=self.dhidden_NH[rows])
-        if self.dweight_VH is None:
-            return
-        if mixed:
-            torch.addmm(self.dweight_VH, draw_CV.T, hidden_CH, out_dtype=torch.float32, out=self.dweight_VH)
-        else:
-            torch.addmm(self.dweight_VH, draw_CV.T, hidden_CH.to(self.acc), out=self.dweight_VH)
+        elif self.dhidden_NH is not None:
+            self.dhidden_NH[rows].index_copy_(0, index_K, draw_CV @ self.weight_VH)
+        if self.dweight_VH is not None:
+            self.gemms.add_dweight(draw_CV, inputs.hidden, self.dweight_VH)
 
-    def grads(self) -> Grads:
-        """What has been accumulated."""
-        return Grads(self.dhidden_NH, self.dweight_VH, self.dbias_V)
-
-    @staticmethod
-    def _mixed(tensor: Tensor) -> bool:
-        # CPU builds of torch have no GEMM with low-precision inputs and an fp32 output.
-        return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+    def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dhidden, dweight, dbias) as accumulated, dhidden summed over the vocabulary shards; None if not wanted."""
+        if self.settings.shard is not None and self.dhidden_NH is not None:
+            self.settings.shard.sum_(self.dhidden_NH)
+        return self.dhidden_NH, self.dweight_VH, self.dbias_V
 
     def _chunk_rows(self) -> int:
-        if self.settings.chunk_rows is not None:
-            return self.settings.chunk_rows
+        settings = self.settings
+        if settings.chunk_rows is not None:
+            return settings.chunk_rows
         if self.weight_VH.is_cuda:
-            return _GPU_CHUNK
-        return max(_MIN_CHUNK, _CPU_BUFFER_BYTES // (self.weight_VH.shape[0] * self.acc.itemsize))
+            return _GPU_CHUNK[settings.preset]
+        row_bytes = self.weight_VH.shape[0] * self.acc.itemsize
+        return max(_MIN_CHUNK[settings.preset], _CPU_BUFFER_BYTES[settings.preset] // row_bytes)
 
 
-def score(engine: Engine, hidden_NH: Tensor, targets_N: Tensor, inv_tau_N: Tensor) -> RowStats:
-    """Statistics of all rows; one GEMM a chunk."""
-    num_rows = hidden_NH.shape[0]
-    out = RowStats(*(torch.empty(num_rows, dtype=engine.acc, device=hidden_NH.device) for _ in RowStats._fields))
-    for c in engine.chunks(num_rows):
-        _store(out, c, engine.stats(engine.logits(hidden_NH[c]), targets_N[c], inv_tau_N[c]))
-    return out
+def score(engine: Engine, inputs: RowInputs, may_stash: bool = False) -> tuple[RowStats, list[Tensor | None]]:
+    """Statistics of all rows, one GEMM a chunk; and each chunk's raw logits, None where not kept.
+
+    With may_stash, chunks are kept from the first on until settings.stash_bytes is used up.
+    """
+    out, stash = _empty_stats(engine, inputs), []
+    budget = engine.settings.stash_bytes if may_stash else 0
+    for c in engine.chunks():
+        chunk = inputs.rows(c)
+        size = len(chunk.hidden) * engine.weight_VH.shape[0] * engine.acc.itemsize
+        keep, budget = size <= budget, budget - size
+        raw_CV = engine.logits(chunk.hidden, keep)
+        _store(out, c, engine.stats(raw_CV, chunk))
+        stash.append(raw_CV if keep else None)
+    return out, stash
 
 
 def score_backward(
-    engine: Engine,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    stats: RowStats,
-    slopes: tuple[Tensor, Tensor],
-) -> Grads:
-    """Gradients for arbitrary upstream slopes; logits recomputed, so three GEMMs a chunk after score's one.
-
-    inputs = (hidden_NH, targets_N, inv_tau_N); slopes = (dL/dlogp, dL/dentropy), contiguous [N] in engine.acc.
-    """
-    for c in engine.chunks(inputs[0].shape[0]):
-        hidden_CH, targets_C, inv_tau_C = (x[c] for x in inputs)
+    engine: Engine, inputs: RowInputs, stats: RowStats, slopes: Slopes, stash: list[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for arbitrary upstream slopes; logits come from the stash, which is emptied, or a fourth GEMM."""
+    for i, c in enumerate(engine.chunks()):
+        chunk = inputs.rows(c)
+        raw_CV, stash[i] = stash[i], None
+        if raw_CV is None:
+            raw_CV = engine.logits(chunk.hidden)
         chunk_stats = RowStats(*(x[c] for x in stats))
-        raw_CV = engine.logits(hidden_CH)
-        engine.backward(raw_CV, c, (hidden_CH, targets_C, inv_tau_C), chunk_stats, (slopes[0][c], slopes[1][c]))
+        engine.backward(raw_CV, c, chunk, chunk_stats, Slopes(slopes.logp[c], slopes.entropy[c]))
     return engine.grads()
 
 
 def score_and_grads(
-    engine: Engine,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    slopes_of: Callable[[slice, RowStats], tuple[Tensor, Tensor]],
+    engine: Engine, inputs: RowInputs, slopes_of: Callable[[slice, RowStats], Slopes]
 ) -> RowStats:
     """Statistics and gradients in one go, three GEMMs a chunk in all.
 
-    slopes_of(rows, stats of these rows) -> (dL/dlogp, dL/dentropy) may depend on these rows only.
+    slopes_of(rows, stats of these rows) -> Slopes may depend on these rows only.
     """
-    num_rows = inputs[0].shape[0]
-    out = RowStats(*(torch.empty(num_rows, dtype=engine.acc, device=inputs[0].device) for _ in RowStats._fields))
-    for c in engine.chunks(num_rows):
-        hidden_CH, targets_C, inv_tau_C = (x[c] for x in inputs)
-        raw_CV = engine.logits(hidden_CH)
-        chunk_stats = engine.stats(raw_CV, targets_C, inv_tau_C)
+    out = _empty_stats(engine, inputs)
+    for c in engine.chunks():
+        chunk = inputs.rows(c)
+        raw_CV = engine.logits(chunk.hidden)
+        chunk_stats = engine.stats(raw_CV, chunk)
         _store(out, c, chunk_stats)
-        engine.backward(raw_CV, c, (hidden_CH, targets_C, inv_tau_C), chunk_stats, slopes_of(c, chunk_stats))
+        engine.backward(raw_CV, c, chunk, chunk_stats, slopes_of(c, chunk_stats))
     return out
+
+
+def _empty_stats(engine: Engine, inputs: RowInputs) -> RowStats:
+    device = inputs.hidden.device
+    return RowStats(*(torch.empty(engine.num_rows, dtype=engine.acc, device=device) for _ in RowStats._fields))
 
 
 def _store(out: RowStats, rows: slice, chunk: RowStats) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Below this, exp underflows to 0 in fp32 and fp64; d is floored here so that 0 * d is 0 and not nan for d = -inf.
-_D_FLOOR = -1.0e4
+D_FLOOR = -1.0e4
 # Elements of one row tile: temporaries of this size stay in the last-level cache.
 _TILE = 1 << 20
 
@@ -71,12 +71,16 @@ def row_grads_(
     transform: Transform,
     stats: RowStats,
     slopes: tuple[Tensor, Tensor],
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pass 2: overwrite raw logits with dL/draw and return them. slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy)."""
+    """Pass 2: dL/draw [C, V] in out_dtype (None: the logits' own), in place of the raw logits, which are destroyed.
+
+    slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy).
+    """
     for t in _tiles(logits_CV):
         tile = RowStats(*(x[t] for x in stats))
         _grads_of_tile(logits_CV[t], targets_C[t], inv_tau_C[t], transform, tile, (slopes[0][t], slopes[1][t]))
-    return logits_CV
+    return logits_CV if out_dtype is None else logits_CV.to(out_dtype)
 
 
 def _tiles(logits_CV: Tensor) -> list[slice]:
@@ -97,7 +101,7 @@ def _sums_of_tile(raw_RV: Tensor, targets_R: Tensor, inv_tau_R: Tensor, transfor
     here_R, index_R1 = targets_R >= 0, targets_R.clamp_min(0)[:, None]
     target_R = torch.where(here_R, z_RV.gather(1, index_R1).squeeze(1), -torch.inf)
     peak_R = z_RV.amax(1)
-    d_RV = (z_RV - peak_R[:, None]).mul_(inv_tau_R[:, None]).clamp_min_(_D_FLOOR)
+    d_RV = (z_RV - peak_R[:, None]).mul_(inv_tau_R[:, None]).clamp_min_(D_FLOOR)
     e_RV = d_RV.exp()
     moment_R = d_RV.mul_(e_RV).sum(1)
     e_RV.scatter_(1, index_R1, torch.where(here_R[:, None], 0.0, e_RV.gather(1, index_R1)))
@@ -115,7 +119,7 @@ def _grads_of_tile(
     g_R, k_R = slopes
     z_RV = _apply(raw_RV, transform)
     logp_RV = (z_RV - stats.peak_C[:, None]).mul_(inv_tau_R[:, None])
-    logp_RV.sub_(stats.log_norm_C[:, None]).clamp_min_(_D_FLOOR)
+    logp_RV.sub_(stats.log_norm_C[:, None]).clamp_min_(D_FLOOR)
     p_RV = logp_RV.exp()
     dz_RV = logp_RV.add_(stats.entropy_C[:, None]).mul_(k_R[:, None]).add_(g_R[:, None]).mul_(p_RV).neg_()
     own_R = -g_R * stats.logp_C.expm1() - k_R * stats.logp_C.exp() * (stats.logp_C + stats.entropy_C)

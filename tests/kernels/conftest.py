@@ -3,6 +3,7 @@
 Legend: N rows, H hidden, V vocab.
 """
 
+import os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -119,7 +120,7 @@ def kit() -> SimpleNamespace:
                            assert_as_exact=assert_as_exact)
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "native"])
 def impl(request) -> str:
-    """Every implementation that runs on this machine."""
+    """Every implementation of this machine; Triton's under its interpreter, which test_triton starts."""
     return request.param

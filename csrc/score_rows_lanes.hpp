@@ -1,0 +1,159 @@
+// The row passes over vectors of OR1_LANES floats, in namespace or1::OR1_ISA. Included once per instruction set, after
+// that set has been switched on; so it includes nothing itself: a standard header compiled here would give the linker
+// an AVX-512 copy of an inline function that other files share.
+
+namespace or1 {
+namespace OR1_ISA {
+
+typedef float Vec __attribute__((vector_size(4 * OR1_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * OR1_LANES)));
+typedef float LooseVec __attribute__((vector_size(4 * OR1_LANES), aligned(4), may_alias));
+
+constexpr int64_t kBlock = 1024;
+// exp underflows far above this floor; it keeps 0 * d at 0 where d would be -inf.
+constexpr float kFloor = -1.0e4f;
+
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+static inline void store(float* p, Vec x) { *reinterpret_cast<LooseVec*>(p) = x; }
+
+// exp for x <= 88, within 1.1 ulp down to -87.3 and 0 below; nan stays nan.
+static inline Vec exp_lanes(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
+  Vec shifted = x * 1.44269504088896341f + magic;
+  Vec n = shifted - magic;
+  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec bits = ((IntVec)shifted - (IntVec)magic + 127) << 23;
+  return x < -87.3f ? Vec{} : p * (Vec)bits;
+}
+
+static inline Vec tanh_lanes(Vec u) {
+  Vec a = u < 0.0f ? -u : u;
+  Vec t = exp_lanes(-2.0f * (a < 40.0f ? a : splat(40.0f)));
+  Vec far = (1.0f - t) / (1.0f + t);
+  Vec s = u * u;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s + -5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s + -3.33332819422e-1f;
+  Vec near = u + u * s * p;
+  Vec out = a < 0.625f ? near : (u < 0.0f ? -far : far);
+  return u == u ? out : u;
+}
+
+static inline Vec transformed(Vec raw, RowTransform t) {
+  Vec z = raw * t.scale;
+  return t.softcap == 0 ? z : tanh_lanes(z / t.softcap) * t.softcap;
+}
+
+static inline float transformed(float raw, RowTransform t) { return transformed(splat(raw), t)[0]; }
+
+static inline double total(Vec x) {
+  double sum = 0;
+  for (int i = 0; i < OR1_LANES; ++i) sum += x[i];
+  return sum;
+}
+
+// The last, partial vector of a row is padded with `fill`, so every element takes the same arithmetic path.
+static inline Vec load_tail(const float* p, int64_t count, float fill) {
+  Vec x = splat(fill);
+  for (int64_t i = 0; i < count; ++i) x[i] = p[i];
+  return x;
+}
+
+static float peak_raw(const float* row, int64_t vocab) {
+  Vec best = splat(-INFINITY);
+  int64_t v = 0;
+  for (; v + OR1_LANES <= vocab; v += OR1_LANES) {
+    Vec x = load(row + v);
+    best = x > best ? x : best;
+  }
+  Vec x = load_tail(row + v, vocab - v, -INFINITY);
+  best = x > best ? x : best;
+  float out = best[0];
+  for (int i = 1; i < OR1_LANES; ++i) out = best[i] > out ? best[i] : out;
+  return out;
+}
+
+struct Sums {
+  double rest = 0, moment = 0;
+};
+
+// Adds exp d and d exp d of p[0, count) except at index `skip` (the target; -1: none).
+static void add_block(const float* p, int32_t count, int32_t skip, float peak, float inv_tau, RowTransform t,
+                      Sums* sums) {
+  Vec rest = {}, moment = {};
+  IntVec index;
+  for (int i = 0; i < OR1_LANES; ++i) index[i] = i;
+  for (int32_t v = 0; v < count; v += OR1_LANES, index += OR1_LANES) {
+    Vec raw = v + OR1_LANES <= count ? load(p + v) : load_tail(p + v, count - v, 0.0f);
+    Vec d = (transformed(raw, t) - peak) * inv_tau;
+    d = d < kFloor ? splat(kFloor) : d;
+    Vec e = (index == skip) | (index >= count) ? Vec{} : exp_lanes(d);
+    rest += e;
+    moment += e * d;
+  }
+  sums->rest += total(rest);
+  sums->moment += total(moment);
+}
+
+void sums_of_row(const RowBlock& b, RowTransform t, int64_t row_index, float* out) {
+  const float* row = b.logits + row_index * b.stride;
+  const int64_t y = b.targets[row_index];
+  const float inv_tau = b.inv_tau[row_index];
+  const float peak = transformed(peak_raw(row, b.vocab), t);
+  const float target = y >= 0 ? transformed(row[y], t) : -INFINITY;
+  Sums sums;
+  for (int64_t v = 0; v < b.vocab; v += kBlock) {
+    const int32_t count = int32_t(b.vocab - v < kBlock ? b.vocab - v : kBlock);
+    const int32_t skip = y >= v && y < v + count ? int32_t(y - v) : -1;
+    add_block(row + v, count, skip, peak, inv_tau, t, &sums);
+  }
+  const double d = (double(target) - peak) * inv_tau;
+  if (d > kFloor) sums.moment += d * __builtin_exp(d);
+  out[row_index] = peak;
+  out[b.rows + row_index] = target;
+  out[2 * b.rows + row_index] = float(sums.rest);
+  out[3 * b.rows + row_index] = float(sums.moment);
+}
+
+void grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const float* stats, const float* slopes) {
+  float* row = b.logits + row_index * b.stride;
+  const int64_t y = b.targets[row_index];
+  const float inv_tau = b.inv_tau[row_index], peak = stats[2 * b.rows + row_index];
+  const float logp = stats[row_index], entropy = stats[b.rows + row_index], log_norm = stats[3 * b.rows + row_index];
+  const float g = slopes[row_index], k = slopes[b.rows + row_index], out_scale = -inv_tau * t.scale;
+  const float raw_target = y >= 0 ? row[y] : 0;
+  for (int64_t v = 0; v < b.vocab; v += OR1_LANES) {
+    const bool whole = v + OR1_LANES <= b.vocab;
+    Vec z = transformed(whole ? load(row + v) : load_tail(row + v, b.vocab - v, 0.0f), t);
+    Vec log_p = (z - peak) * inv_tau - log_norm;
+    log_p = log_p < kFloor ? splat(kFloor) : log_p;
+    Vec dz = exp_lanes(log_p) * (g + k * (log_p + entropy)) * out_scale;
+    if (t.softcap != 0) dz *= 1.0f - (z / t.softcap) * (z / t.softcap);
+    if (whole) {
+      store(row + v, dz);
+    } else {
+      for (int64_t i = v; i < b.vocab; ++i) row[i] = dz[i - v];
+    }
+  }
+  if (y < 0) return;
+  const double bonus = double(k) * __builtin_exp(double(logp)) * (double(logp) + entropy);
+  double own = (double(g) * __builtin_expm1(double(logp)) + bonus) * out_scale;
+  if (t.softcap != 0) {
+    const double u = double(transformed(raw_target, t)) / t.softcap;
+    own *= 1 - u * u;
+  }
+  row[y] = float(own);
+}
+
+}  // namespace OR1_ISA
+}  // namespace or1

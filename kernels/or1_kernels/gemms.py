@@ -1,0 +1,95 @@
+"""The three GEMMs of a chunk, by what the device offers: fp32 results from the inputs' own precision.
+
+    logits      raw   = h W^T         written as fp32 (fp64 for fp64 inputs)
+    dhidden     dh    = draw W
+    add_dweight dW   += draw^T h      into an accumulator of any dtype
+
+`operand` is the dtype that the GEMMs read; draw arrives in it.
+Legend: C rows of a chunk, H hidden, V vocab.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this many multiplications a call, building a bf16 CPU kernel for a new shape costs more than it saves.
+_BF16_CPU_WORK = 1 << 31
+
+
+@dataclass(frozen=True)
+class Upcast:
+    """Inputs converted to the accumulation dtype: exact everywhere, and the only way for fp64, fp32 and fp16."""
+
+    operand: torch.dtype
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> None:
+        """GEMM 1."""
+        torch.mm(hidden_CH.to(self.operand), weight_VH.T, out=out_CV)
+
+    def add_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """GEMM 3."""
+        hidden_CH = hidden_CH.to(self.operand)
+        if dweight_VH.dtype == self.operand:
+            torch.addmm(dweight_VH, draw_CV.T, hidden_CH, out=dweight_VH)
+        else:
+            dweight_VH += draw_CV.T @ hidden_CH
+
+
+@dataclass(frozen=True)
+class WideOut:
+    """bf16 tensor cores with an fp32 result: exact products, fp32 sums, the bf16 rate. CUDA only."""
+
+    operand: torch.dtype = torch.bfloat16
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> None:
+        """GEMM 1."""
+        torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32, out=out_CV)
+
+    def add_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """GEMM 3."""
+        wide = {"out_dtype": torch.float32} if dweight_VH.dtype == torch.float32 else {}
+        torch.addmm(dweight_VH, draw_CV.T, hidden_CH, out=dweight_VH, **wide)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """bf16 CPU instructions (AVX-512 BF16, AMX), whose GEMM can only write bf16: a second one writes what is missing.
+
+    z1 = bf16(h W^T), then bf16(h W^T - z1), subtracted before rounding; their sum is within 2^-17 |z| of h W^T,
+    against 2^-9 |z| for z1, and both GEMMs together take less time than one in fp32.
+    """
+
+    operand: torch.dtype = torch.bfloat16
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> None:
+        """GEMM 1, twice."""
+        high_CV = torch.mm(hidden_CH, weight_VH.T)
+        out_CV.copy_(high_CV)
+        out_CV += torch.addmm(high_CV, hidden_CH, weight_VH.T, beta=-1, out=high_CV)
+
+    def add_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """GEMM 3; each chunk's part is rounded to bf16 once, their sum is not."""
+        if dweight_VH.dtype == self.operand:
+            torch.addmm(dweight_VH, draw_CV.T, hidden_CH, out=dweight_VH)
+        else:
+            dweight_VH += draw_CV.T @ hidden_CH
+
+
+Gemms = Upcast | WideOut | Residual
+
+
+def choose(weight_VH: Tensor, num_rows: int) -> Gemms:
+    """The fastest exact GEMMs for this weight and number of rows in the whole call."""
+    if weight_VH.dtype == torch.bfloat16:
+        if weight_VH.is_cuda:
+            return WideOut()
+        if _has_bf16_cpu() and num_rows * weight_VH.numel() >= _BF16_CPU_WORK:
+            return Residual()
+    return Upcast(torch.float64 if weight_VH.dtype == torch.float64 else torch.float32)
+
+
+def _has_bf16_cpu() -> bool:
+    # Private names of torch: a version without them takes the upcast path.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe is not None and probe() for probe in probes)

@@ -1,0 +1,106 @@
+"""Options that every form of the head takes, and how they become one call of the engine.
+
+Legend: N rows, H hidden, V vocab.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import IMPLS, resolve
+from .chunked import PRESETS, RowInputs, Settings, compute_dtype
+from .rows import Transform
+from .vocab_parallel import VocabShard
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Keyword options of linear_logprob_entropy, linear_policy_loss and LMHead's scoring forms.
+
+    Logits are softcap * tanh(logit_scale * (h W^T + bias) / softcap) / temperature.
+
+    temperature   a float above 0, or f32[N], one a row
+    bias          [V] in the weight's dtype, differentiable; None: no bias
+    softcap       above 0; None: no cap
+    logit_scale   above 0
+    impl          "auto", or one of "triton", "native", "torch", "reference", which raises where it cannot run
+    preset        "fast", or "lean": small chunks and dW accumulated in the weight's dtype, for least memory
+    chunk_rows    rows a chunk; None: by preset and size
+    stash_bytes   linear_logprob_entropy only: raw logits to keep for backward, 4 bytes each; chunks beyond this
+                  budget are recomputed, a fourth GEMM
+    grad_row_eps  linear_policy_loss only: rows with |dloss/dlogp| (1 - p_y) + entropy_coef * entropy <= eps (before
+                  token_weight) leave the two backward GEMMs, and stats.left_out bounds the error. 0 drops rows of
+                  no gradient only. On a GPU the host waits once a chunk. None: every row stays
+    main_grad     f32[V, H] (f64 for fp64): the weight's gradient is added to it in place of weight.grad.
+                  linear_policy_loss adds in the call itself, so its loss must then be differentiated with an
+                  upstream gradient of 1
+    group         the ranks that hold the vocabulary in equal parts, in rank order: weight, bias and main_grad are
+                  this rank's, targets are global ids, all else is the same on every rank, and so is the result
+
+    Raises ValueError for a value outside these limits.
+    """
+
+    temperature: float | Tensor = 1.0
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    impl: str = "auto"
+    preset: str = "fast"
+    chunk_rows: int | None = None
+    stash_bytes: int = 0
+    grad_row_eps: float | None = None
+    main_grad: Tensor | None = None
+    group: torch.distributed.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        _require("impl", self.impl, self.impl in IMPLS, f"must be one of {IMPLS}")
+        _require("preset", self.preset, self.preset in PRESETS, f"must be one of {PRESETS}")
+        _require("softcap", self.softcap, self.softcap is None or self.softcap > 0, "must be above 0; None: no cap")
+        _require("logit_scale", self.logit_scale, self.logit_scale > 0, "must be above 0; fold a sign into the weight")
+        _require("chunk_rows", self.chunk_rows, self.chunk_rows is None or self.chunk_rows >= 1,
+                 "must be at least 1; None: chosen by size")
+        _require("stash_bytes", self.stash_bytes, self.stash_bytes >= 0, "must be at least 0; 0 recomputes everything")
+        _require("grad_row_eps", self.grad_row_eps, self.grad_row_eps is None or self.grad_row_eps >= 0,
+                 "must be at least 0; None keeps every row")
+        if self.impl == "reference":
+            for name in ("grad_row_eps", "main_grad", "group"):
+                _require(name, "set", getattr(self, name) is None, "is not part of impl='reference'; use impl='torch'")
+
+    def check(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> None:
+        """Raise for tensors that do not fit each other; see checks.check_head."""
+        world = 1 if self.group is None else torch.distributed.get_world_size(self.group)
+        checks.check_head(hidden_NH, weight_VH, targets_N, self.bias, weight_VH.shape[0] * world)
+        checks.check_main_grad(self.main_grad, weight_VH, compute_dtype(weight_VH.dtype))
+
+    def transform(self) -> Transform:
+        """The part that turns raw logits into z, temperature aside."""
+        return Transform(self.logit_scale, self.softcap)
+
+    def row_inputs(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> RowInputs:
+        """hidden, targets as this rank numbers them, and 1 / temperature of every row."""
+        if self.group is not None:
+            targets_N = VocabShard.of(self.group, weight_VH.shape[0]).local(targets_N)
+        dtype = compute_dtype(hidden_NH.dtype)
+        return RowInputs(hidden_NH, targets_N, checks.inverse_temperature(self.temperature, hidden_NH, dtype))
+
+    def scalars(self) -> dict[str, float | int | str | None]:
+        """What the operators of `compiled` take beside tensors."""
+        return {"scale": self.logit_scale, "softcap": self.softcap, "impl": self.impl, "preset": self.preset,
+                "chunk_rows": self.chunk_rows}
+
+    def traceable(self) -> bool:
+        """Whether the operators of `compiled` can express this call; a stash is a matter of speed and ignored there."""
+        return self.main_grad is None and self.group is None
+
+    def settings(self, weight_VH: Tensor) -> Settings:
+        """The engine's settings for a weight on this device; raises RuntimeError if impl cannot run there."""
+        backend = resolve(self.impl, weight_VH.device, weight_VH.dtype)
+        shard = None if self.group is None else VocabShard.of(self.group, weight_VH.shape[0])
+        return Settings(self.transform(), backend, shard, self.preset, self.chunk_rows, self.stash_bytes)
+
+
+def _require(name: str, value: object, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it {rule}")

@@ -1,0 +1,24 @@
+"""Two gloo ranks: the vocabulary in two halves, and LMHead under FSDP2 with and without tied embeddings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+@pytest.mark.parametrize("checks", ["vocab_parallel,vocab_parallel_extremes", "fsdp,fsdp_tied"])
+def test_two_ranks_equal_one(checks, tmp_path):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, str(SCRIPT), checks]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")], env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    try:
+        outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)

@@ -1,0 +1,98 @@
+"""The Triton passes without a GPU: their numbers under the interpreter, and compilation ahead of time.
+
+Under the interpreter the whole head runs (test_head, test_extremes with impl="triton"), in a process of its own: the
+switch must be set before triton is imported.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90a": ("cuda", 90, 32), "sm_100a": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}
+
+
+def run_interpreted(*args):
+    """pytest in a child with the interpreter on; returns its output, fails the test unless it passes."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_interpreter_runs_both_passes():
+    output = run_interpreted(str(HERE / "test_triton_rows.py"))
+    assert "passed" in output and "skipped" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_interpreter_runs_the_whole_head():
+    files = ("test_head.py", "test_extremes.py", "test_options.py")
+    assert "passed" in run_interpreted(*(str(HERE / name) for name in files))
+
+
+def test_explicit_triton_on_a_cpu_says_why_not():
+    from or1_kernels import linear_logprob_entropy
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        linear_logprob_entropy(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), impl="triton")
+
+
+def compiled(kernel, out, capped, target):
+    """Compile one pass as the launcher does at full vocabulary: BLOCK columns, NUM_WARPS warps, aligned pointers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from or1_kernels import score_rows
+
+    types = {"logits_CV": "*fp32", "out_CV": out, "targets_C": "*i64", "inv_tau_C": "*fp32", "out_4C": "*fp32",
+             "stats_4C": "*fp32", "slopes_2C": "*fp32", "stride": "i32", "out_stride": "i32", "num_rows": "i32",
+             "vocab": "i32", "scale": "fp32", "softcap": "fp32", "CAPPED": "constexpr", "BLOCK": "constexpr"}
+    fn = getattr(score_rows, kernel)
+    signature = {name: types[name] for name in fn.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names)
+               if types[name].startswith("*") or name in ("stride", "out_stride", "vocab")}
+    source = ASTSource(fn, signature, {"CAPPED": capped, "BLOCK": score_rows.BLOCK}, aligned)
+    options = {"num_warps": score_rows.NUM_WARPS, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def spilled_bytes(binary, folder: Path) -> int:
+    """Bytes of registers spilled to memory, by the assembler's own account."""
+    if "amdgcn" in binary.asm:
+        counts = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"])
+        assert counts
+        return sum(map(int, counts))
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    local, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("LOCAL", "STACK"))
+    return local + stack
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("kernel", "out"), [("row_sums_kernel", None), ("row_grads_kernel", "*fp32"),
+                                             ("row_grads_kernel", "*bf16")])
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time_without_a_spill(target, kernel, out, capped, tmp_path):
+    binary = compiled(kernel, out, capped, target)
+    assert ("hsaco" if target == "gfx942" else "cubin") in binary.asm
+    assert spilled_bytes(binary, tmp_path) == 0
+
+
+def test_the_in_place_pass_fences_each_blocks_loads_from_its_stores():
+    ptx = compiled("row_grads_kernel", "*bf16", False, "sm_90a").asm["ptx"]
+    body = ptx[ptx.index("ld.global.v4") if "ld.global.v4" in ptx else ptx.index("ld.global") :]
+    loop = body[: body.index("st.global")]
+    assert "bar.sync" in loop or "barrier.sync" in loop
