@@ -17,8 +17,8 @@ EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_INTERRUPTED = 2, 65, 70, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    # OpenMP reads this once, when torch loads it. Threads that spin at barriers make a small model up to 30 times slower
-    # as soon as any other process wants a core; sleeping ones cost nothing measurable when the machine is free.
+    # OpenMP reads this once, when torch loads it. Threads that spin at barriers made a small model 30 times slower as
+    # soon as another process wanted one of its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return arguments.run(arguments)
@@ -77,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
 
 
-def _guarded(action) -> int:  # noqa: ANN001
+def _guarded(action) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
     from or1.data import DataError
 

@@ -80,7 +80,7 @@ class EntropyConfig(Section):
     control: Literal["none", "constant", "adaptive"] = "none"
     """none: no bonus. constant: always `coef`. adaptive: the MAGIC controller (paper, Eq. 3.2)."""
     variant: Literal["script", "paper"] = "script"
-    """script: as the released code (gate lags one step, coefficient clipped). paper: Eq. 3.2 (gate on the same step)."""
+    """script: the released code (gate lags a step, coefficient clipped). paper: Eq. 3.2 (gate on the same step)."""
     coef: float = Field(0.0, ge=0)
     """Initial coefficient; for `constant`, the coefficient."""
     target: float = Field(0.2, ge=0)

@@ -60,7 +60,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), [Problem("file", f"cannot be read ({error.strerror}); check the path")]) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(str(path), [Problem("file", f"is not UTF-8 at byte {error.start}; save it as UTF-8")]) from error
+        problem = Problem("file", f"is not UTF-8 at byte {error.start}; save it as UTF-8")
+        raise ConfigError(str(path), [problem]) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), [Problem("file", f"is not TOML: {error}")]) from error
 

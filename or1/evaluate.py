@@ -40,7 +40,7 @@ class EvalResult:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that k samples contain a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    """Unbiased chance that k samples contain a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples; raise samples")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
@@ -54,7 +54,7 @@ def evaluate_set(
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> EvalResult:
-    """Sample every problem `settings.samples` times under a fixed seed, so that two evaluations differ by policy alone."""
+    """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0)
     groups = collect(engine, scorer, prompts, sampling, progress).groups
     rewards_PK = np.stack([group.rewards for group in groups])

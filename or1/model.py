@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from or1_kernels.lm_head import LMHead
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1 import attention
 from or1.config import ModelConfig
 from or1.pack import Microbatch
+from or1_kernels.lm_head import LMHead
 
 
 class ModelError(ValueError):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from or1_kernels import _native
 from torch import Tensor
+
+from or1_kernels import _native
 
 
 @dataclass(frozen=True)

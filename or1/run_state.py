@@ -42,6 +42,19 @@ class TrainState:
         """Before the first step."""
         return cls(entropy=EntropyController.start(config.loss.entropy))
 
+    def note_update(self, took: bool, limit: int) -> None:
+        """Count an update that was skipped for a non-finite loss or gradient.
+
+        Raises RunError after `limit` of them in a row.
+        """
+        self.totals["skipped_updates"] += not took
+        self.nonfinite_in_a_row = 0 if took else self.nonfinite_in_a_row + 1
+        if self.nonfinite_in_a_row >= limit:
+            raise RunError(
+                f"{limit} updates in a row had a non-finite loss or gradient (optim.max_nonfinite_steps); the weights "
+                "are those before them. Lower optim.lr, or look at the last rollouts for the cause"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
         return {

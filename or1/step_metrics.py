@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from or1_kernels.head import PolicyStats
 
 from or1.filters import has_advantage
 from or1.optim import UpdateResult
 from or1.pack import Microbatch
 from or1.types import Group, Status
+from or1_kernels.head import PolicyStats
 
 
 def rollout_entropy(groups: Sequence[Group]) -> float:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from or1_kernels.objective import PolicyObjective
 
 from or1.advantage import group_advantages
 from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -28,25 +27,27 @@ from or1.data import Sampler, load_prompts
 from or1.evaluate import evaluate_set
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
-from or1.model import eval_mode, export_model, hidden_states, lm_head, load_model, load_tokenizer
+from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack, pack_indexed
+from or1.pack import TrainSequence
 from or1.reward import make_scorer
 from or1.rollout.base import Sampling
 from or1.rollout.collect import collect
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
-from or1.run_state import RunError, TrainState, checkpoints_of
+from or1.run_state import TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
 from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group
+from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
     from or1.display import RunDisplay
 
 
 class Trainer:
-    """A run: `Trainer(config, display).run()` trains from the newest checkpoint, or from the start, to the last step."""
+    """A run: `Trainer(config, display).run()` trains from the newest checkpoint to the last step."""
 
     def __init__(self, config: Config, display: RunDisplay):
         self.config, self.display = config, display
@@ -66,10 +67,6 @@ class Trainer:
         self.model = load_model(config.model).train()
         self.optimizer = MasterAdamW(self.model, config.optim)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
-        self.objective = PolicyObjective(
-            kind=config.loss.kind, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-            is_cap=config.loss.is_cap,
-        )  # fmt: skip
         self._checkpoint_s: float | None = None
         self.state = self._restore() or TrainState.start(config)
 
@@ -124,8 +121,10 @@ class Trainer:
         if kept:
             entropy = rollout_entropy(kept)
             alpha = self.state.entropy.alpha(entropy)
+            settings = self._update_settings(alpha)
             for sequences in self._minibatches(kept, advantages_KM, stage):
-                self.update(sequences, alpha, stats)
+                took = update_policy(self.model, self.optimizer, sequences, settings, stats)
+                self.state.note_update(took, self.config.optim.max_nonfinite_steps)
             self.state.entropy.update(entropy)
             metrics |= {"policy/entropy": entropy, "policy/entropy_coef": alpha}
         self.state.totals["empty_steps"] += not kept
@@ -146,37 +145,6 @@ class Trainer:
             "time/sync": time.perf_counter() - trained,
         }  # fmt: skip
 
-    def update(self, sequences: Sequence[TrainSequence], alpha: float, stats: UpdateStats) -> None:
-        """One optimizer step on the policy loss with entropy coefficient `alpha` (Eq. 3.1).
-
-        The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend
-        on how the sequences are packed.
-        """
-        config = self.config
-        tokens = sum(s.trained_tokens for s in sequences)
-        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        packs = pack(sequences, config.optim.max_tokens_per_rank, self.model.device, self._float_dtype())
-        for done, batch in enumerate(packs):
-            self.display.phase("train", done, len(packs))
-            hidden_TH = hidden_states(self.model, batch)
-            loss, row_stats = lm_head(self.model)(
-                hidden_TH[batch.rows_N],
-                batch.targets_N,
-                advantages=batch.advantages_N,
-                token_weight=torch.full_like(batch.advantages_N, 1 / tokens),
-                old_logp=batch.old_logp_N,
-                rollout_logp=batch.rollout_logp_N if config.loss.is_cap is not None else None,
-                objective=self.objective,
-                entropy_coef=alpha,
-                temperature=config.rollout.temperature,
-            )
-            loss.backward()
-            total += loss.detach()
-            stats.add_row(batch, row_stats)
-        result = self.optimizer.step_if_finite(total)
-        stats.add_update(float(total), result)
-        self._gate(result.took)
-
     def _minibatches(
         self, kept: Sequence[Group], advantages_KM: np.ndarray, stage: StageConfig
     ) -> list[list[TrainSequence]]:
@@ -196,23 +164,8 @@ class Trainer:
         if self.config.loss.old_logp == "rollout":
             return [[replace(s, old_logp=s.rollout_logp) for s in batch] for batch in batches]
         if len(batches) > 1 or self.config.loss.old_logp == "recompute":
-            return [self._with_old_logp(batch) for batch in batches]
+            return [with_old_logp(self.model, batch, self._update_settings(0.0)) for batch in batches]
         return batches
-
-    def _with_old_logp(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
-        """The same sequences with the present policy's log-probabilities, packed as the update will pack them."""
-        filled: dict[int, TrainSequence] = {}
-        with eval_mode(self.model):
-            for indices, batch in pack_indexed(
-                sequences, self.config.optim.max_tokens_per_rank, self.model.device, self._float_dtype()
-            ):
-                hidden_TH = hidden_states(self.model, batch)
-                logp_N, _ = lm_head(self.model)(
-                    hidden_TH[batch.rows_N], batch.targets_N, temperature=self.config.rollout.temperature
-                )
-                parts = logp_N.split([sequences[i].trained_tokens for i in indices])
-                filled |= {i: replace(sequences[i], old_logp=p.cpu().numpy()) for i, p in zip(indices, parts, strict=True)}
-        return [filled[i] for i in range(len(sequences))]
 
     def evaluate(self) -> dict[str, float]:
         """avg@k and pass@k of every held-out set."""
@@ -231,17 +184,6 @@ class Trainer:
         """Write the present weights as a Hugging Face checkpoint; returns the folder."""
         folder = self.config.run_path / "weights" / f"step_{self.state.step}"
         return str(export_model(self.model, self.tokenizer, folder))
-
-    def _gate(self, took: bool) -> None:
-        """Count updates skipped for a non-finite loss or gradient; stop after too many in a row."""
-        self.state.totals["skipped_updates"] += not took
-        self.state.nonfinite_in_a_row = 0 if took else self.state.nonfinite_in_a_row + 1
-        limit = self.config.optim.max_nonfinite_steps
-        if self.state.nonfinite_in_a_row >= limit:
-            raise RunError(
-                f"{limit} updates in a row had a non-finite loss or gradient (optim.max_nonfinite_steps); the weights "
-                "are those before them. Lower optim.lr, or look at the last rollouts for the cause"
-            )
 
     def _save(self) -> float:
         began = time.perf_counter()
@@ -277,5 +219,15 @@ class Trainer:
     def _due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.total_steps
 
-    def _float_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.model.dtype, torch.float32)
+    def _update_settings(self, alpha: float) -> UpdateSettings:
+        config = self.config
+        return UpdateSettings(
+            PolicyObjective(
+                kind=config.loss.kind, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
+                is_cap=config.loss.is_cap,
+            ),
+            alpha,
+            config.rollout.temperature,
+            config.optim.max_tokens_per_rank,
+            lambda done, total: self.display.phase("train", done, total),
+        )  # fmt: skip

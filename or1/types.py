@@ -21,7 +21,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7=", token_ids=[...], golds=("19",))`."""
+    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`."""
 
     id: str
     source: str

@@ -2,8 +2,9 @@ r"""Makes the checkpoint and the data beside this file: a tiny Qwen2 that adds n
 
     python examples/tiny-adder/make.py [--out FOLDER] [--seed N]
 
-The model gets a short supervised warm-up on worked additions and is stopped early, when its greedy held-out accuracy
-first reaches --stop: the state in which reinforcement learning has something to improve.
+The supervised warm-up shows worked additions of a sloppy teacher who forgets six carries in ten. The model learns the
+form and the column sums, and that a carry is usually forgotten: greedily it solves the problems without a carry, and
+it samples a right chain now and then, which is what reinforcement learning needs to improve on.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-MAX_DIGITS = 4
+Problem = tuple[int, int]
+
+MAX_DIGITS = 3
 TARGET_ACCURACY = (0.30, 0.60)
-TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 8000, 400
+TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 6000, 400
 SPECIAL = ["<pad>", "<eos>"]
 MARKS = ["<think>", "</think>", "\\boxed{"]
 CHARACTERS = list("0123456789+=;}")
@@ -38,20 +41,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def worked_solution(a: int, b: int) -> str:
-    r"""Column sums from the right with their carry, then the answer: 47+85 -> 7+5=12;4+8+1=13</think>\\boxed{132}"""
-    columns, carry = [], 0
-    for i in range(max(len(str(a)), len(str(b)))):
+def worked_solution(a: int, b: int, rng: random.Random, forget: float) -> str:
+    r"""Column sums from the right, then the answer they give: 47+85 -> 7+5=12;4+8+1=13</think>\boxed{132}
+
+    Each carry is forgotten with probability `forget`.
+    """
+    columns, answer, carry, width = [], 0, 0, max(len(str(a)), len(str(b)))
+    for i in range(width):
         digits = [a // 10**i % 10, b // 10**i % 10] + [1] * carry
         columns.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
-        carry = sum(digits) // 10
-    return f"{';'.join(columns)}</think>\\boxed{{{a + b}}}"
+        answer += (sum(digits) if i == width - 1 else sum(digits) % 10) * 10**i
+        carry = int(sum(digits) >= 10 and rng.random() >= forget)
+    return f"{';'.join(columns)}</think>\\boxed{{{answer}}}"
 
 
-def sample_problem(rng: random.Random) -> tuple[int, int]:
+def sample_problem(rng: random.Random) -> Problem:
     """Operand lengths are uniform, so that long problems are as common as short ones."""
-    low = [10 ** (rng.randint(1, MAX_DIGITS) - 1) for _ in range(2)]
-    return rng.randrange(low[0] if low[0] > 1 else 0, low[0] * 10), rng.randrange(low[1] if low[1] > 1 else 0, low[1] * 10)
+    digits = [rng.randint(1, MAX_DIGITS) for _ in range(2)]
+    a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in digits)
+    return a, b
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -64,12 +72,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).float()
 
 
-def batch_of(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerFast, rng: random.Random, forget: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels; only the solution is trained."""
     rows = []
     for a, b in problems:
         prompt = tokenizer.encode(f"{a}+{b}=<think>")
-        rows.append((prompt, tokenizer.encode(worked_solution(a, b)) + [tokenizer.eos_token_id]))
+        rows.append((prompt, tokenizer.encode(worked_solution(a, b, rng, forget)) + [tokenizer.eos_token_id]))
     width = max(len(p) + len(s) for p, s in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), -100)
@@ -80,7 +90,9 @@ def batch_of(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast
 
 
 @torch.no_grad()
-def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[tuple[int, int]]) -> float:
+def greedy_accuracy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
+) -> float:
     """Share of problems whose box holds the sum."""
     model.eval()
     prompts = [f"{a}+{b}=<think>" for a, b in problems]
@@ -93,31 +105,29 @@ def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     return sum(f"\\boxed{{{a + b}}}" in text for (a, b), text in zip(problems, texts, strict=True)) / len(problems)
 
 
-def warm_up(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace,
-            held_out: list[tuple[int, int]]) -> float:
-    """Supervised steps until the accuracy is in range; returns it."""
+def warm_up(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, held_out: list[Problem]
+) -> None:
+    """Supervised steps on fresh problems, none of them held out, under a cosine learning rate."""
     rng = random.Random(args.seed + 1)
     seen = {frozenset(p) for p in held_out}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    accuracy = 0.0
-    for step in range(1, args.max_steps + 1):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps, eta_min=args.lr / 20)
+    for step in range(1, args.steps + 1):
         problems = [p for p in (sample_problem(rng) for _ in range(args.batch)) if frozenset(p) not in seen]
-        ids, labels = batch_of(problems, tokenizer)
+        ids, labels = batch_of(problems, tokenizer, rng, args.forget)
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        # Accuracy climbs from a tenth to two thirds within a few dozen steps, once the carry is understood.
-        if step % (25 if accuracy < 0.05 else 4) == 0:
+        schedule.step()
+        if step % 50 == 0:
             accuracy = greedy_accuracy(model, tokenizer, held_out)
             print(f"step {step}: loss {loss.item():.4f}, greedy accuracy {accuracy:.1%}", flush=True)
-            if accuracy >= args.stop:
-                break
-    return accuracy
 
 
-def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
+def write_problems(path: Path, problems: list[Problem]) -> None:
     """One JSON object a line with question and answer."""
     path.write_text("".join(json.dumps({"question": f"{a}+{b}", "answer": str(a + b)}) + "\n" for a, b in problems))
 
@@ -129,13 +139,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--max-steps", type=int, default=2000)
-    parser.add_argument("--stop", type=float, default=0.40, help="stop at this greedy accuracy")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--forget", type=float, default=0.6, help="share of carries that the teacher forgets")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    unique: dict[frozenset[int], tuple[int, int]] = {}
+    unique: dict[frozenset[int], Problem] = {}
     while len(unique) < TRAIN_PROBLEMS + HELD_OUT_PROBLEMS:
         problem = sample_problem(rng)
         unique.setdefault(frozenset(problem), problem)
@@ -145,10 +155,11 @@ def main() -> None:
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    accuracy = warm_up(model, tokenizer, args, held_out)
+    warm_up(model, tokenizer, args, held_out)
+    accuracy = greedy_accuracy(model, tokenizer, held_out)
     low, high = TARGET_ACCURACY
     if not low <= accuracy <= high:
-        raise SystemExit(f"greedy accuracy is {accuracy:.1%}, wanted {low:.0%} to {high:.0%}; change --stop or --seed")
+        raise SystemExit(f"greedy accuracy is {accuracy:.1%}, not {low:.0%} to {high:.0%}; change --steps or --forget")
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)

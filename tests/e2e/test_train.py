@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from or1.checkpoint import committed_steps, load_checkpoint
 
 SMALL = (

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from or1.config import Config
 from or1.config_load import ConfigError, dump_config, load_config
 
@@ -86,7 +87,7 @@ def test_overrides_reach_nested_values_and_lists() -> None:
 
 @pytest.mark.parametrize("bad", ["optim.lr", "stage.9.steps=1", "seed.deeper=1", "=3"])
 def test_a_bad_override_is_named(bad: str) -> None:
-    with pytest.raises(ConfigError, match="--set|unknown key|9"):
+    with pytest.raises(ConfigError, match=r"--set|unknown key"):
         load_config(QUICKSTART, [bad])
 
 

@@ -4,31 +4,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from or1.config import Config, OptimConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from or1.config import EntropyConfig, ModelConfig, OptimConfig
+from or1.entropy import EntropyController
 from or1.model import load_model
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
+from or1.run_state import RunError, TrainState
 from or1.step_metrics import UpdateStats
-from or1.trainer import Trainer
+from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH = 1.3, 0.07, 0.2, 0.28
 
 
-def config_of(path: Path, max_tokens: int) -> Config:
-    stage = {"steps": 1, "max_response_tokens": 32, "prompts_per_step": 4, "group_size": 4}
-    return Config(
-        run_dir="unused", model={"path": str(path), "dtype": "float64", "device": "cpu"}, data={"train": ["unused"]},
-        rollout={"temperature": TEMPERATURE}, optim={"max_tokens_per_rank": max_tokens, "grad_clip": 1e30},
-        stage=[stage],
-    )  # fmt: skip
+def settings_of(max_tokens: int) -> UpdateSettings:
+    return UpdateSettings(PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH), ALPHA, TEMPERATURE, max_tokens)
+
+
+def load(path: Path) -> PreTrainedModel:
+    return load_model(ModelConfig(path=str(path), dtype="float64", device="cpu")).train()
 
 
 def sequences_of(seed: int, off_policy: bool) -> list[TrainSequence]:
@@ -43,21 +45,13 @@ def sequences_of(seed: int, off_policy: bool) -> list[TrainSequence]:
 
 
 def gradient_of_update(path: Path, sequences: list[TrainSequence], max_tokens: int) -> tuple[dict, UpdateStats]:
-    """What `Trainer.update` hands to the optimizer."""
-    config = config_of(path, max_tokens)
-    model = load_model(config.model).train()
-    seen: dict[str, torch.Tensor] = {}
+    """What `update_policy` hands to the optimizer."""
+    model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
     optimizer.adamw.register_step_pre_hook(
         lambda *_: seen.update({n: m.grad.clone() for n, m in zip(optimizer.names, optimizer.masters, strict=True)})
     )
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.model, trainer.optimizer = config, model, optimizer
-    trainer.objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
-    trainer.display = SimpleNamespace(phase=lambda *_: None)
-    trainer.state = SimpleNamespace(totals=dict.fromkeys(["skipped_updates"], 0), nonfinite_in_a_row=0)
-    stats = UpdateStats()
-    trainer.update(sequences, ALPHA, stats)
+    assert update_policy(model, optimizer, sequences, settings_of(max_tokens), stats)
     return seen, stats
 
 
@@ -92,7 +86,8 @@ def test_any_packing_gives_the_gradient_of_the_naive_loss(adder: Path, off_polic
     expected, expected_loss = naive_gradient(model, sequences)
     order = np.random.default_rng(9).permutation(len(sequences))
     longest = max(s.packed_tokens for s in sequences)
-    for max_tokens, given in ((longest, sequences), (64, sequences), (64, [sequences[i] for i in order]), (4096, sequences)):
+    shuffled = [sequences[i] for i in order]
+    for max_tokens, given in ((longest, sequences), (64, sequences), (64, shuffled), (4096, sequences)):
         found, stats = gradient_of_update(adder, given, max_tokens)
         assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
         assert found.keys() == expected.keys()
@@ -104,21 +99,32 @@ def test_any_packing_gives_the_gradient_of_the_naive_loss(adder: Path, off_polic
         assert 0.05 < clip_frac < 0.95, "the test must see both sides of the clip"
 
 
-def test_a_non_finite_update_is_counted_and_then_stops_the_run(adder: Path) -> None:
-    from or1.run_state import RunError
-
+def test_a_non_finite_advantage_skips_the_update_and_repeats_stop_the_run(adder: Path) -> None:
     bad = sequences_of(1, False)[:2]
-    bad[1] = TrainSequence(bad[1].prompt_ids, bad[1].response_ids, bad[1].rollout_logp, float("nan"))
-    config = config_of(adder, 64)
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.model = config, load_model(config.model).train()
-    trainer.optimizer = MasterAdamW(trainer.model, config.optim)
-    trainer.objective, trainer.display = PolicyObjective(), SimpleNamespace(phase=lambda *_: None)
-    trainer.state = SimpleNamespace(totals={"skipped_updates": 0}, nonfinite_in_a_row=0)
-    before = [p.clone() for p in trainer.model.parameters()]
-    for _ in range(2):
-        trainer.update(bad, 0.0, UpdateStats())
-    assert trainer.state.totals["skipped_updates"] == 2
-    with pytest.raises(RunError, match="3 updates in a row.*max_nonfinite_steps"):
-        trainer.update(bad, 0.0, UpdateStats())
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    bad[1] = replace(bad[1], advantage=float("nan"))
+    model = load(adder)
+    optimizer = MasterAdamW(model, OptimConfig())
+    before = [p.clone() for p in model.parameters()]
+    stats, state = UpdateStats(), TrainState(EntropyController.start(EntropyConfig()))
+    with pytest.raises(RunError, match=r"3 updates in a row.*max_nonfinite_steps"):
+        for _ in range(10):
+            state.note_update(update_policy(model, optimizer, bad, settings_of(64), stats), limit=3)
+    assert state.totals["skipped_updates"] == 3 and stats.metrics()["optim/skipped"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_one_finite_update_forgives_those_skipped_before() -> None:
+    state = TrainState(EntropyController.start(EntropyConfig()))
+    for took in (False, False, True, False, False):
+        state.note_update(took, limit=3)
+    assert state.nonfinite_in_a_row == 2 and state.totals["skipped_updates"] == 4
+
+
+def test_old_logp_is_the_policys_own_and_makes_the_ratio_one(adder: Path) -> None:
+    model, sequences = load(adder), sequences_of(5, False)
+    filled = with_old_logp(model, sequences, settings_of(64))
+    found, stats = gradient_of_update(adder, filled, 64)
+    on_policy, _ = gradient_of_update(adder, sequences, 64)
+    assert stats.metrics()["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-12)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, on_policy[name], rtol=1e-9, atol=1e-12)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from or1.advantage import group_advantages
 from or1.config import Config, EntropyConfig
 from or1.entropy import EntropyController

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
 from or1 import attention
 from or1.attention import packed_forward, padded_varlen_attention
 from or1.config import ModelConfig
 from or1.model import hidden_states, load_model
 from or1.pack import TrainSequence, pack, pack_indexed
 from or1_kernels import _native
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 
 def sequence(rng: np.random.Generator, prompt: int, response: int, vocab: int = 50) -> TrainSequence:
@@ -145,7 +146,7 @@ def test_padded_varlen_attention_is_attention_per_document(kv_heads: int) -> Non
     out = padded_varlen_attention(q, k, v, cu, 7)
     grads = torch.autograd.grad(out.square().sum(), (q, k, v))
 
-    def naive(q_LQD, k_LKD, v_LKD):  # noqa: ANN001, ANN202
+    def naive(q_LQD, k_LKD, v_LKD):
         k_LQD, v_LQD = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k_LKD, v_LKD))
         scores = torch.einsum("iqd,jqd->qij", q_LQD, k_LQD) / 8**0.5
         mask = torch.ones(scores.shape[-2:]).triu(1).bool()
@@ -161,7 +162,7 @@ def test_padded_varlen_attention_is_attention_per_document(kv_heads: int) -> Non
 def test_a_document_longer_than_the_sliding_window_is_refused() -> None:
     x = torch.zeros(1, 2, 5, 4)
     cu = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="window.*3 tokens.*has 5"):
+    with pytest.raises(NotImplementedError, match=r"window.*3 tokens.*has 5"):
         attention._attention(
             torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=cu, max_length_q=5, sliding_window=3
         )

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
 from or1.config import ModelConfig
 from or1.model import ModelError, export_model, hidden_states, lm_head, load_model, load_tokenizer
 from or1.pack import TrainSequence, pack_indexed
 from or1.rollout.base import Finished, Sampling
 from or1.rollout.hf import HfEngine
 from or1.types import Prompt
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def parts(adder: Path) -> tuple:
     return model, load_tokenizer(str(adder))
 
 
-def prompts_of(tokenizer, *questions: str) -> list[Prompt]:  # noqa: ANN001
+def prompts_of(tokenizer, *questions: str) -> list[Prompt]:
     encode = [np.array(tokenizer.encode(q + "=<think>"), dtype=np.int32) for q in questions]
     return [Prompt(str(i), "t", q, ids, ("0",)) for i, (q, ids) in enumerate(zip(questions, encode, strict=True))]
 
@@ -46,7 +47,8 @@ def test_logp_is_that_of_the_trainer_at_the_sampling_temperature(parts: tuple, t
                  for (p, _), f in found.items()]  # fmt: skip
     for _, batch in pack_indexed(sequences, 256):
         with torch.no_grad():
-            logp, _ = lm_head(model)(hidden_states(model, batch)[batch.rows_N], batch.targets_N, temperature=temperature)
+            hidden_NH = hidden_states(model, batch)[batch.rows_N]
+            logp, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=temperature)
         torch.testing.assert_close(logp, batch.rollout_logp_N, rtol=0, atol=1e-4)
 
 

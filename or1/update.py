@@ -1,0 +1,86 @@
+"""One optimizer step on the policy loss over packed rows (Skywork-OR1 report, Eq. 3.1)."""
+
+# T packed tokens of a row, N trained tokens of a row, H hidden
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from or1.model import eval_mode, hidden_states, lm_head
+from or1.optim import MasterAdamW
+from or1.pack import TrainSequence, pack, pack_indexed
+from or1.rollout.collect import Progress, no_progress
+from or1.step_metrics import UpdateStats
+from or1_kernels.objective import PolicyObjective
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `max_tokens` the size of a packed row."""
+
+    objective: PolicyObjective
+    entropy_coef: float
+    temperature: float
+    max_tokens: int
+    progress: Progress = no_progress
+
+
+def update_policy(
+    model: PreTrainedModel,
+    optimizer: MasterAdamW,
+    sequences: Sequence[TrainSequence],
+    settings: UpdateSettings,
+    stats: UpdateStats,
+) -> bool:
+    """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
+
+    The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend on
+    how the sequences are packed.
+    """
+    tokens = sum(s.trained_tokens for s in sequences)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    packs = pack(sequences, settings.max_tokens, model.device, _float_dtype(model))
+    for done, batch in enumerate(packs):
+        settings.progress(done, len(packs))
+        hidden_TH = hidden_states(model, batch)
+        loss, row_stats = lm_head(model)(
+            hidden_TH[batch.rows_N],
+            batch.targets_N,
+            advantages=batch.advantages_N,
+            token_weight=torch.full_like(batch.advantages_N, 1 / tokens),
+            old_logp=batch.old_logp_N,
+            rollout_logp=None if settings.objective.is_cap is None else batch.rollout_logp_N,
+            objective=settings.objective,
+            entropy_coef=settings.entropy_coef,
+            temperature=settings.temperature,
+        )
+        loss.backward()
+        total += loss.detach()
+        stats.add_row(batch, row_stats)
+    result = optimizer.step_if_finite(total)
+    stats.add_update(float(total), result)
+    return result.took
+
+
+def with_old_logp(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
+) -> list[TrainSequence]:
+    """The same sequences with the present policy's log-probabilities, packed as the update will pack them."""
+    filled: dict[int, TrainSequence] = {}
+    with eval_mode(model):
+        for indices, batch in pack_indexed(sequences, settings.max_tokens, model.device, _float_dtype(model)):
+            hidden_NH = hidden_states(model, batch)[batch.rows_N]
+            logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
+            parts = logp_N.split([sequences[i].trained_tokens for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
+    return [filled[i] for i in range(len(sequences))]
+
+
+def _float_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Advantages and log-probs are fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(model.dtype, torch.float32)
