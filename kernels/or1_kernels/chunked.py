@@ -135,7 +135,8 @@ class Engine:
             raw_CV, inputs, stats = raw_CV[index_K], inputs.rows(index_K), RowStats(*(x[index_K] for x in stats))
             slopes = Slopes(slopes.logp[index_K], slopes.entropy[index_K])
         draw_CV = self.settings.backend.row_grads_(
-            raw_CV, inputs.targets, inputs.inv_tau, self.settings.transform, stats, slopes[:2], self.gemms.operand)
+            raw_CV, inputs.targets, inputs.inv_tau, self.settings.transform, stats, slopes[:2],
+            out_dtype=self.gemms.operand)
         if self.dbias_V is not None:
             self.dbias_V += draw_CV.sum(0, dtype=self.acc)
         if self.dhidden_NH is not None and index_K is None:

@@ -29,6 +29,7 @@ def row_grads_(
     transform: Transform,
     stats: RowStats,
     slopes: tuple[Tensor, Tensor],
+    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rows.row_grads_ for f32 CPU logits with adjacent columns."""

@@ -71,6 +71,7 @@ def row_grads_(
     transform: Transform,
     stats: RowStats,
     slopes: tuple[Tensor, Tensor],
+    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Pass 2: dL/draw [C, V] in out_dtype (None: the logits' own), in place of the raw logits, which are destroyed.

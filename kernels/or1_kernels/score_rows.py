@@ -139,6 +139,7 @@ def row_grads_(
     transform: Transform,
     stats: RowStats,
     slopes: tuple[Tensor, Tensor],
+    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rows.row_grads_ for contiguous f32 logits; out_dtype bf16 returns a [C, V] view of row stride 2 V elements."""

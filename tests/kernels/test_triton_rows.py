@@ -35,7 +35,7 @@ def test_both_passes_match_fp64(v, transform, out_dtype):
     exact = rows.row_grads_(logits.double(), targets, inv_tau.double(), transform, stats,
                             tuple(s.double() for s in slopes))
     single = rows.RowStats(*(x.float() for x in stats))
-    mine = score_rows.row_grads_(logits, targets, inv_tau, transform, single, slopes, out_dtype)
+    mine = score_rows.row_grads_(logits, targets, inv_tau, transform, single, slopes, out_dtype=out_dtype)
     assert mine.dtype == out_dtype and mine.data_ptr() == logits.data_ptr()
     # The interpreter truncates to bf16 where a GPU rounds, hence 2^-7.
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2**-7}[out_dtype]
