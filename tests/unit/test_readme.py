@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from or1.cli import _parser
 
 
