@@ -68,8 +68,17 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model.to(resolve_device(config.device))
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # transformers 5.23 renames the method and warns at the old name, which is the only one before.
+    name = "activation_checkpointing_enable"
+    if hasattr(model, name):
+        getattr(model, name)(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _require_safetensors(path: str) -> None:
