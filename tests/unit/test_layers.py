@@ -21,7 +21,8 @@ LAYERS = {
     "or1.update": 4, "or1.trainer": 5, "or1.launch": 6, "or1.cli": 7, "or1.__main__": 8,
 }  # fmt: skip
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
-NO_TORCH = {"or1", "or1.types", "or1.config", "or1.config_load", "or1.cli", "or1.__main__", "or1.reward.worker"}
+NO_TORCH = {"or1", "or1.types", "or1.config", "or1.config.rules", "or1.config_load", "or1.cli", "or1.__main__",
+            "or1.reward.worker"}
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -1,0 +1,72 @@
+"""The configuration: frozen pydantic models, one per TOML section. Imports no torch, so a bad config answers at once.
+
+The docstring under a field is its help text; `or1.config_load` prints it beside an error in that field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from or1.config.base import Section
+from or1.config.data import DataConfig
+from or1.config.loss import EntropyConfig, LossConfig
+from or1.config.model import ModelConfig
+from or1.config.optim import OptimConfig
+from or1.config.reward import RewardConfig
+from or1.config.rollout import RolloutConfig
+from or1.config.run import CheckpointConfig, EvalConfig, EvalSet, LogConfig
+from or1.config.stage import StageConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EntropyConfig",
+    "EvalConfig",
+    "EvalSet",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "Section",
+    "StageConfig",
+]
+
+
+class Config(Section):
+    """A whole run. `or1.config_load.load_config` makes one from TOML."""
+
+    run_dir: str
+    """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
+    seed: int = Field(1, ge=0)
+    """Seed of data order and sampling."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    stage: tuple[StageConfig, ...] = Field(min_length=1)
+    """Stages in order; each may grow the context."""
+
+    @property
+    def total_steps(self) -> int:
+        """Rollout steps of all stages together."""
+        return sum(stage.steps for stage in self.stage)
+
+    @property
+    def eval_max_response_tokens(self) -> int:
+        """Response limit of evaluations."""
+        return self.eval.max_response_tokens or self.stage[-1].max_response_tokens
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory as a path."""
+        return Path(self.run_dir)

@@ -1,0 +1,53 @@
+"""`[loss]` and `[loss.entropy]`: the policy objective."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from or1.config.base import Section
+
+
+class EntropyConfig(Section):
+    """`[loss.entropy]`"""
+
+    control: Literal["none", "constant", "adaptive"] = "none"
+    """none: no bonus. constant: always `coef`. adaptive: the MAGIC controller (paper, Eq. 3.2)."""
+    variant: Literal["script", "paper"] = "script"
+    """script: the released code (gate lags a step, coefficient clipped). paper: Eq. 3.2 (gate on the same step)."""
+    coef: float = Field(0.0, ge=0)
+    """Initial coefficient; for `constant`, the coefficient."""
+    target: float = Field(0.2, ge=0)
+    """Entropy in nats per token that the adaptive controller holds."""
+    delta: float = Field(1e-4, gt=0)
+    """Change of the coefficient per step. Default 1e-4 (script) or 5e-3 (paper)."""
+    coef_min: float = Field(0.0, ge=0)
+    """Lower bound of the coefficient."""
+    coef_max: float = Field(5e-3, gt=0)
+    """Upper bound of the coefficient. Default 5e-3 (script) or 1.0 (paper, which names no bound)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_defaults(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("variant") == "paper":
+            return {"delta": 5e-3, "coef_max": 1.0} | data
+        return data
+
+
+class LossConfig(Section):
+    """`[loss]`"""
+
+    kind: Literal["ppo_clip", "cispo"] = "ppo_clip"
+    """Per-token objective."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(0.2, ge=0)
+    """The ratio is clipped above 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
+    old_logp: Literal["auto", "recompute", "rollout"] = "auto"
+    """Old log-probs. auto: none when on-policy, else recompute. rollout: trust the engine's."""
+    is_cap: float | None = Field(None, gt=0)
+    """Cap of the truncated importance weight between engine and trainer; absent means no correction."""
+    reject_zero_advantage: bool = True
+    """Leave out groups whose responses are all wrong or all right (paper, section 3.1)."""
+    entropy: EntropyConfig = EntropyConfig()

@@ -1,0 +1,80 @@
+"""Contradictions between sections, and files that are not there: what no single field can know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from or1.config import Config
+
+
+class Problem(NamedTuple):
+    """One mistake: where (dotted path), and what is wrong with a remedy."""
+
+    path: str
+    message: str
+
+
+def contradictions(config: Config) -> list[Problem]:
+    """Every rule's complaints about a config whose fields are valid one by one."""
+    return [problem for rule in _RULES for problem in rule(config)]
+
+
+def _files_exist(config: Config) -> Iterator[Problem]:
+    named = [(f"data.train.{i}", path) for i, path in enumerate(config.data.train)]
+    named += [(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)]
+    for where, path in named:
+        if not Path(path).is_file():
+            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path")
+    model = Path(config.model.path)
+    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
+    if looks_local and not (model / "config.json").is_file():
+        yield Problem("model.path", f"no config.json in {config.model.path!r} (looked in {Path.cwd()}); "
+                      "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
+
+
+def _stages_fit(config: Config) -> Iterator[Problem]:
+    for i, stage in enumerate(config.stage):
+        minibatch = stage.minibatch_prompts
+        if minibatch is not None and minibatch > stage.prompts_per_step:
+            yield Problem(f"stage.{i}.minibatch_prompts", f"{minibatch} is more than prompts_per_step = "
+                          f"{stage.prompts_per_step}; lower it, or leave it out for on-policy training")
+        longest = config.data.max_prompt_tokens + stage.max_response_tokens
+        if longest > config.optim.max_tokens_per_rank:
+            yield Problem("optim.max_tokens_per_rank", f"{config.optim.max_tokens_per_rank} is less than the longest "
+                          f"sequence of stage {i} ({config.data.max_prompt_tokens} prompt + "
+                          f"{stage.max_response_tokens} response tokens); raise it to at least {longest}")
+
+
+def _entropy_bounds(config: Config) -> Iterator[Problem]:
+    entropy = config.loss.entropy
+    if entropy.coef_min > entropy.coef_max:
+        yield Problem("loss.entropy.coef_min", f"{entropy.coef_min} is above coef_max = {entropy.coef_max}; swap them")
+    if entropy.control == "adaptive" and not entropy.coef_min <= entropy.coef <= entropy.coef_max:
+        yield Problem("loss.entropy.coef", f"{entropy.coef} is outside [{entropy.coef_min}, {entropy.coef_max}], "
+                      "the bounds of the adaptive controller; start inside them")
+    if entropy.control == "none" and entropy.coef > 0:
+        yield Problem("loss.entropy.coef", f'{entropy.coef} has no effect under control = "none"; '
+                      'set control = "constant" or remove coef')
+
+
+def _betas_valid(config: Config) -> Iterator[Problem]:
+    for i, beta in enumerate(config.optim.betas):
+        if not 0 <= beta < 1:
+            yield Problem(f"optim.betas.{i}", f"{beta} is outside [0, 1); AdamW's usual values are 0.9 and 0.999")
+
+
+def _eval_names_unique(config: Config) -> Iterator[Problem]:
+    names = [s.name for s in config.eval.sets]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield Problem("eval.sets", f"{names.count(name)} sets are named {name!r}; give each its own name")
+
+
+_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _files_exist,
+    _stages_fit,
+    _entropy_bounds,
+    _betas_valid,
+    _eval_names_unique,
+)
