@@ -21,13 +21,17 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`."""
+    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`.
+
+    messages  the same as `text` in roles, for servers that apply the chat template themselves
+    """
 
     id: str
     source: str
     text: str
     token_ids: np.ndarray
     golds: tuple[str, ...]
+    messages: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""JSONL and parquet files -> rows, each with its number; a broken row is a value, not an exception."""
+"""JSONL, JSON-array and parquet files -> rows, each with its number; a broken row is a value, not an exception."""
 
 from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 32 << 20
 """A longer JSONL line is a bad row."""
 
 Row = dict[str, Any]
@@ -24,22 +24,27 @@ class RowError(ValueError):
 def read_rows(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
     """Yield (line or row number from 1, the row or what is wrong with it). Blank lines are left out.
 
-    Of a parquet file only `columns` are read. Raises DataError if the file as a whole cannot be read.
+    A file that begins with `[` is one JSON array of rows. Of a parquet file only `columns` are read. Raises DataError
+    if the file as a whole cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(4096)
             file.seek(0)
-            if head == b"PAR1" or path.endswith(".parquet"):
+            if head.startswith(b"PAR1") or path.endswith(".parquet"):
                 yield from _read_parquet(path, columns)
-                return
-            for line, raw in enumerate(file, 1):
-                if line == 1 and raw.strip() == b"[":
-                    raise DataError(f"{path}: is one JSON array, not JSONL; convert it with `jq -c '.[]' {path}`")
-                if raw.strip():
-                    yield line, _parse_line(raw.removeprefix(BOM_UTF8) if line == 1 else raw)
+            elif head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+                yield from _read_array(path, file.read())
+            else:
+                yield from _read_lines(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
+    for line, raw in enumerate(file, 1):
+        if raw.strip():
+            yield line, _parse_line(raw.removeprefix(BOM_UTF8) if line == 1 else raw)
 
 
 def _parse_line(raw: bytes) -> Row | RowError:
@@ -57,7 +62,30 @@ def _parse_line(raw: bytes) -> Row | RowError:
         return RowError(str(error))
     except RecursionError:
         return RowError("JSON nested too deeply")
-    return row if isinstance(row, dict) else RowError(f"is a JSON {type(row).__name__}, not an object")
+    return _an_object(row)
+
+
+def _read_array(path: str, raw: bytes) -> Iterator[tuple[int, Row | RowError]]:
+    """The elements of one JSON array, counted from 1."""
+    try:
+        # A byte that is not UTF-8 becomes half a surrogate pair, which costs its own row when the text is looked at.
+        text = raw.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
+        rows = json.loads(text, object_pairs_hook=_unique_or_error)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: is not a whole JSON array ({error.msg} at line {error.lineno}, column {error.colno}); "
+                        "write it anew, or as JSONL, of which a broken line costs itself only") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: JSON nested too deeply") from error
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            row = next((value for value in row.values() if isinstance(value, RowError)), row)
+        yield number, _an_object(row)
+
+
+def _an_object(row: Any) -> Row | RowError:
+    if isinstance(row, dict | RowError):
+        return row
+    return RowError(f"is a JSON {type(row).__name__}, not an object")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
@@ -66,6 +94,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
         keys = [key for key, _ in pairs]
         raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     return row
+
+
+def _unique_or_error(pairs: list[tuple[str, Any]]) -> Row | RowError:
+    try:
+        return _unique(pairs)
+    except ValueError as error:
+        return RowError(str(error))
 
 
 def _read_parquet(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
