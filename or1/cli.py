@@ -58,7 +58,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from or1.display import print_plan
 
-        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.train])
+        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.files])
         return 0
     from or1.launch import launch
 

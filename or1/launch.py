@@ -23,9 +23,8 @@ def launch(config: Config, fresh: bool = False) -> None:
         for message in messages:
             display.message(message)
         trainer = Trainer(config, display)
-        for report in trainer.data.reports:
-            for line in (report.summary(), *report.listing()):
-                display.message(line)
+        for line in trainer.data.lines():
+            display.message(line)
         trainer.run()
         weights = trainer.export()
     from or1.report import write_report

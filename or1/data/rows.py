@@ -72,8 +72,9 @@ def _read_array(path: str, raw: bytes) -> Iterator[tuple[int, Row | RowError]]:
         text = raw.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
         rows = json.loads(text, object_pairs_hook=_unique_or_error)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is not a whole JSON array ({error.msg} at line {error.lineno}, column {error.colno}); "
-                        "write it anew, or as JSONL, of which a broken line costs itself only") from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{path}: is not a whole JSON array ({error.msg} at {where}); write it anew, or "
+                        "as JSONL, of which a broken line costs itself only") from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deeply") from error
     for number, row in enumerate(rows, 1):

@@ -31,8 +31,8 @@ class Sampler:
     """The order of n prompts, each epoch a permutation that depends on (seed, epoch) only.
 
     With `pools`, an epoch is still n prompts, of which each pool has its share: a small pool with a large weight
-    repeats within an epoch, a large one with a small weight goes on in the next where it stopped. Every prompt of a pool
-    comes once before any of them comes again.
+    repeats within an epoch, a large one with a small weight goes on in the next where it stopped. Every prompt of a
+    pool comes once before any of them comes again.
     """
 
     def __init__(self, n: int, seed: int, pools: Sequence[Pool] = ()):
