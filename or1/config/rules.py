@@ -64,7 +64,7 @@ def _sets_given(config: Config) -> Iterator[Problem]:
 def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
     def rule(config: Config) -> Iterator[Problem]:
         if not config.stage and getattr(config, section).max_response_tokens is None:
-            yield Problem(f"{section}.max_response_tokens", "missing, and no [[stage]] is there to take it from; set it")
+            yield Problem(f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; set")
 
     return rule
 
