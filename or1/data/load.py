@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from or1.data.difficulty import UNRATED, DifficultyFilter
 from or1.data.encode import Encoder
 from or1.data.rows import DataError, Row, RowError, read_rows
-from or1.data.schemas import COLUMNS, Schema, column, detect
-from or1.types import Prompt
+from or1.data.schemas import Schema, detect
+from or1.types import CodeTests, Prompt
 
 _LISTED = 20
 
@@ -75,8 +75,9 @@ def load_prompts(
     r"""Read JSONL, JSON-array and parquet files of problems with their answers.
 
     paths              each file's schema is detected from its columns: question/answer (GSM8K: the gold is what
-                       follows `####`), problem/answer, TRL's prompt/{answer, ground_truth, solution} and verl's
-                       prompt/reward_model.ground_truth; an answer may be a list of equally good ones
+                       follows `####`), problem/{answer, solution}, TRL's prompt/{answer, ground_truth, solution},
+                       verl's prompt/reward_model.ground_truth, and tests of programs as LeetCode, TACO, HumanEval,
+                       MBPP and LiveCodeBench write them; an answer may be a list of equally good ones
     tokenizer          a transformers tokenizer; with a chat template, a question becomes one user message and the
                        prompt ends where the assistant's turn begins; without one it is encoded as it is, without EOS.
                        None leaves the prompts without token ids, for a server that has its own tokenizer
@@ -119,7 +120,7 @@ class _Loader(NamedTuple):
     difficulty: DifficultyFilter | None
 
     def load(self, path: str, name: str) -> tuple[list[Prompt], FileReport]:
-        rows = list(read_rows(path, COLUMNS))
+        rows = list(read_rows(path))
         schema = detect(path, [row for _, row in rows if isinstance(row, dict)])
         prompts: list[Prompt] = []
         bad: list[BadRow] = []
@@ -165,8 +166,11 @@ class _Loader(NamedTuple):
 def _make_prompt(row: Row | RowError, schema: Schema | None, row_id: str, name: str, encode: Encoder) -> Prompt:
     if isinstance(row, RowError):
         raise row
-    golds = schema.golds(column(row, schema.gold))
-    encoded = encode(column(row, schema.prompt), schema.prompt)
+    truth = schema.truth(row)
+    golds, tests = ((), truth) if isinstance(truth, CodeTests) else (truth, None)
+    encoded = encode(schema.ask(row), schema.prompt)
     source = row.get("data_source")
     source = source if isinstance(source, str) and source else name
-    return Prompt(row_id, source, encoded.text, encoded.token_ids, golds, messages=encoded.messages)
+    # A problem of LiveCodeBench can carry hundreds of megabytes of packed tests, which `tests` has already.
+    kept = {key: value for key, value in row.items() if key != "private_test_cases"}
+    return Prompt(row_id, source, encoded.text, encoded.token_ids, golds, tests, kept, encoded.messages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 MAX_LINE_BYTES = 32 << 20
@@ -21,18 +21,17 @@ class RowError(ValueError):
     """Why one row is unusable."""
 
 
-def read_rows(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
+def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:
     """Yield (line or row number from 1, the row or what is wrong with it). Blank lines are left out.
 
-    A file that begins with `[` is one JSON array of rows. Of a parquet file only `columns` are read. Raises DataError
-    if the file as a whole cannot be read.
+    A file that begins with `[` is one JSON array of rows. Raises DataError if the file as a whole cannot be read.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
             file.seek(0)
             if head.startswith(b"PAR1") or path.endswith(".parquet"):
-                yield from _read_parquet(path, columns)
+                yield from _read_parquet(path)
             elif head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
                 yield from _read_array(path, file.read())
             else:
@@ -104,15 +103,14 @@ def _unique_or_error(pairs: list[tuple[str, Any]]) -> Row | RowError:
         return RowError(str(error))
 
 
-def _read_parquet(path: str, columns: Collection[str]) -> Iterator[tuple[int, Row | RowError]]:
+def _read_parquet(path: str) -> Iterator[tuple[int, Row | RowError]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            wanted = [name for name in file.schema_arrow.names if name in columns]
             count = 0
-            for batch in file.iter_batches(columns=wanted):
+            for batch in file.iter_batches(batch_size=1024):
                 for i in range(batch.num_rows):
                     count += 1
                     yield count, _parquet_row(batch.slice(i, 1))
