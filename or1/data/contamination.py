@@ -2,8 +2,12 @@
 
 Words are runs of letters and digits, lower-cased. Instructions that a set repeats ("Let's think step by step and output
 the final answer within ...") are no sign of contamination: stretches of words that many problems of a set share are cut
-out of it first. A problem with fewer than n words of its own is looked for as a whole, with its symbols, since "3 + 4"
-and "3 - 4" have the same words; one of fewer than eight words must be all there is to the training prompt.
+out of it first. Nor is a turn of phrase ("m/n where m and n are relatively prime positive integers. Find m+n"): words
+that more than ten different training prompts have are not counted, a rule of GPT-3's decontamination. What is left of
+such phrases is why the default is to report and not to drop.
+
+A problem with fewer than n words of its own is looked for as a whole, with its symbols, since "3 + 4" and "3 - 4" have
+the same words; one of fewer than eight words must be all there is to the training prompt.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ _WORD = re.compile(r"[^\W_]+")
 _SYMBOL_OR_WORD = re.compile(r"[^\W_]+|[^\w\s]")
 _BOILERPLATE_WORDS = 6
 _MIN_CONTAINED_WORDS = 8
+_MAX_TEXTS = 10
 
 
 class Overlap(NamedTuple):
@@ -44,11 +49,19 @@ class EvalIndex:
             for prompt, of_prompt in zip(prompts, words, strict=True):
                 self._add(prompt, (name, prompt.id), _own_stretches(of_prompt, common))
 
-    def find(self, prompt: Prompt) -> Overlap | None:
-        """The first overlap of a training prompt, or None."""
-        for gram in _grams(_words(prompt.text), self._n):
-            if gram in self._grams:
-                return Overlap(prompt.id, *self._grams[gram], gram)
+    def find(self, prompts: Sequence[Prompt]) -> list[Overlap]:
+        """An overlap for every training prompt that has one, in order."""
+        shared = [[g for g in _grams(_words(prompt.text), self._n) if g in self._grams] for prompt in prompts]
+        by_text = {prompt.text: grams for prompt, grams in zip(prompts, shared, strict=True)}
+        spread = Counter(gram for grams in by_text.values() for gram in set(grams))
+        found = []
+        for prompt, grams in zip(prompts, shared, strict=True):
+            gram = next((gram for gram in grams if spread[gram] <= _MAX_TEXTS), None)
+            overlap = self._find_whole(prompt) if gram is None else Overlap(prompt.id, *self._grams[gram], gram)
+            found += [] if overlap is None else [overlap]
+        return found
+
+    def _find_whole(self, prompt: Prompt) -> Overlap | None:
         tokens = _SYMBOL_OR_WORD.findall(prompt.text.lower())
         for size in {len(tokens)} | self._contained_sizes:
             for start in range(len(tokens) - size + 1):

@@ -94,7 +94,7 @@ def _decontaminate(
     if data.decontaminate == "off" or not (evals or others):
         return [], []
     index = EvalIndex(evals | others, data.decontaminate_ngram)
-    overlaps = [overlap for prompt in prompts if (overlap := index.find(prompt)) is not None]
+    overlaps = index.find(prompts)
     return overlaps, decontamination_lines(overlaps, len(prompts), data.decontaminate == "drop")
 
 
