@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 from or1.config import Config, EvalSet
 from or1.config_load import dump_config
 from or1.data import load_eval_sets
-from or1.evaluate import RIGHT, EvalResult, Outcome, by_source, pass_ks, summarise_set
+from or1.evaluate import RIGHT, EvalResult, Outcome, by_source, mean_reward, pass_ks, summarise_set
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
 from or1.offline.sample import fingerprint, part_size, sample_parts
@@ -43,16 +44,18 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
     """
     config, out = target.config, target.out
     quiet_libraries()
-    with Bar() as bar, open_source(config) as source, make_scorer(config.reward) as scorer:
+    with Bar() as bar, open_source(config) as source:
         if fresh and (message := move_aside(out / "parts")):
             bar.message(message)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.resolved.json").write_text(dump_config(config), encoding="utf-8")
-        problems = load_eval_sets(config, source.tokenizer)
-        outcomes = {
-            each.name: _evaluate(config, each, problems[each.name][: each.limit], (source, scorer), (out, bar))
-            for each in config.eval.sets
-        }
+        loaded = load_eval_sets(config, source.tokenizer)
+        problems = {each.name: loaded[each.name][: each.limit] for each in config.eval.sets}
+        with make_scorer(config.reward, chain.from_iterable(problems.values())) as scorer:
+            outcomes = {
+                each.name: _evaluate(config, each, problems[each.name], (source, scorer), (out, bar))
+                for each in config.eval.sets
+            }
     results, sources = _summarise(config, outcomes)
     report = {
         "model": source.model,
@@ -120,7 +123,7 @@ def _outcomes(rows: Sequence[dict[str, Any]], samples: int) -> Iterator[Outcome]
             source=group[0]["source"],
             samples=samples,
             correct=sum(row["reward"] >= RIGHT for row in group),
-            reward=float(np.mean([row["reward"] for row in group])),
+            reward=mean_reward([row["reward"] for row in group]),
             tokens=float(np.mean([row["tokens"] for row in group])),
             truncated=sum(row["finish"] != "stop" for row in group),
             statuses=Counter(row["status"] for row in group),

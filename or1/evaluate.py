@@ -24,7 +24,7 @@ class Outcome:
     """What became of the responses to one problem.
 
     correct    how many of `samples` were right
-    reward     mean reward
+    reward     mean reward of those that have one; NaN if none has
     tokens     mean length
     truncated  how many were cut at the limit
     statuses   how many have each `Status`, by its value
@@ -45,11 +45,17 @@ class Outcome:
             group.prompt.source,
             len(group.responses),
             int((group.rewards >= RIGHT).sum()),
-            float(group.rewards.mean()),
+            mean_reward(group.rewards),
             float(np.mean([len(r.token_ids) for r in group.responses])),
             sum(r.truncated for r in group.responses),
             Counter(score.status.value for score in group.scores),
         )
+
+
+def mean_reward(rewards: Sequence[float] | np.ndarray) -> float:
+    """Mean without the NaN of responses that have no reward; NaN if all are."""
+    given = [reward for reward in rewards if not math.isnan(reward)]
+    return float(np.mean(given)) if given else math.nan
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> 
         problems=len(outcomes),
         avg=Estimate.of([outcome.correct / samples for outcome in outcomes]),
         pass_at={k: Estimate.of([pass_at_k(samples, outcome.correct, k) for outcome in outcomes]) for k in ks},
-        reward=float(np.mean([outcome.reward for outcome in outcomes])),
+        reward=mean_reward([outcome.reward for outcome in outcomes]),
         length=float(np.mean([outcome.tokens for outcome in outcomes])),
         truncated=sum(outcome.truncated for outcome in outcomes) / total,
         statuses=sum((Counter(outcome.statuses) for outcome in outcomes), Counter()),

@@ -42,7 +42,7 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
     out = out or config.run_path / "difficulty.parquet"
     parts = out.with_name(f"{out.name}.parts")
     settings = config.filter
-    with Bar() as bar, open_source(config) as source, make_scorer(config.reward) as scorer:
+    with Bar() as bar, open_source(config) as source:
         if fresh and (message := move_aside(parts)):
             bar.message(message)
         loaded = load_training_files(config.data, source.tokenizer)
@@ -68,7 +68,8 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
         def progress(done: int, total: int) -> None:
             bar.show("filter", done, total)
 
-        sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
+        with make_scorer(config.reward, prompts) as scorer:
+            sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
     store.merge()
     _summarise(config, store, out)
     return out
