@@ -256,5 +256,16 @@ def test_each_verb_says_what_it_needs(recipe: Path, verb: str, overrides: list[s
     assert where in {problem.path for problem in caught.value.problems}
 
 
+def test_recipes_of_evaluations_are_whole_but_for_their_data(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    recipes = sorted((root / "examples" / "recipes").glob("eval-*.toml"))
+    assert len(recipes) >= 4
+    for path in recipes:
+        try:
+            load_config(path, verb="eval")
+        except ConfigError as error:
+            assert all(p.path.endswith(".path") and "no file 'data/" in p.message for p in error.problems), error
+
+
 def test_a_config_for_measuring_needs_no_stage() -> None:
     assert Config(run_dir="r", model={"path": "m"}).stage == ()
