@@ -85,15 +85,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from or1.offline.target import Target, TargetError, resolve_target
+    from or1.offline.target import Target, resolve_target
 
-    try:
+    def action() -> None:
         target = resolve_target(arguments.target, arguments.recipe, arguments.overrides, arguments.step)
-    except TargetError as error:
-        return _fail(error, EXIT_USAGE)
-    from or1.eval_run import run_evaluation
+        from or1.eval_run import run_evaluation
 
-    return _guarded(lambda: run_evaluation(Target(target.config, arguments.out or target.out), arguments.fresh))
+        run_evaluation(Target(target.config, arguments.out or target.out), arguments.fresh)
+
+    return _guarded(action)
 
 
 def _filter(arguments: argparse.Namespace) -> int:
@@ -122,6 +122,8 @@ def _guarded(action) -> int:
 
     try:
         action()
+    except ConfigError:
+        raise
     except DataError as error:
         return _fail(error, EXIT_DATA)
     except ValueError as error:

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from or1.config import Config
-from or1.config_load import load_config
-
-
-class TargetError(ValueError):
-    """A target that cannot be evaluated; the message names it and the remedy."""
+from or1.config.rules import Problem
+from or1.config_load import ConfigError, load_config
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
     overrides  `a.b=c`, applied last
     step       which checkpoint of a run; None is the newest. It is exported first if it was not yet
 
-    Raises TargetError or ConfigError, and what `or1.launch.export_run` raises.
+    Raises ConfigError, and what `or1.launch.export_run` raises.
     """
     path = Path(target)
     if re.match(r"https?://", target):
@@ -45,20 +42,21 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
         label = weights.name if recipe is None else f"{weights.name}-{Path(recipe).stem}"
         return Target(config, path / "eval" / label)
     if step is not None:
-        raise TargetError(f"--step {step} is for a run directory, which {target} is not")
+        raise _refusal(target, f"--step {step} is for a run directory, which this is not; leave it out")
     if (path / "config.json").is_file():
         config = load_config(_needed(recipe, target), [_set("model.path", str(path)), *overrides], "eval")
         return Target(config, config.run_path / "eval" / _file_name(path.resolve().name))
     if path.is_dir():
-        raise TargetError(f"{target} has no config.resolved.json and no config.json: it is no run and no checkpoint")
+        raise _refusal(target, "has no config.resolved.json and no config.json, so it is no run and no checkpoint; "
+                       "name another folder")
     config = load_config(target, overrides, "eval")
     return Target(config, config.run_path / "eval" / path.stem)
 
 
 def _needed(recipe: str | None, target: str) -> str:
     if recipe is None:
-        raise TargetError(f"{target} says nothing of evaluation sets; add --config with a TOML file that has "
-                          "[[eval.sets]], such as one of examples/recipes/eval-*.toml")
+        raise _refusal(target, "says nothing of evaluation sets; add --config with a TOML file that has "
+                       "[[eval.sets]], such as one of examples/recipes/eval-*.toml")
     return recipe
 
 
@@ -71,10 +69,14 @@ def _weights_of_run(run_dir: Path, step: int | None) -> Path:
     steps = committed_steps(checkpoints_of(run_dir))
     steps += [int(found[1]) for path in exported.glob("step_*") if (found := re.fullmatch(r"step_(\d+)", path.name))]
     if not steps:
-        raise TargetError(f"{run_dir} has no checkpoint yet; evaluate it once it has one, or name a checkpoint folder")
+        raise _refusal(str(run_dir), "has no checkpoint yet; wait until it has one, or name a checkpoint folder")
     chosen = max(steps) if step is None else step
     folder = exported / f"step_{chosen}"
     return folder if (folder / "config.json").is_file() else export_run(run_dir, chosen, None)
+
+
+def _refusal(target: str, message: str) -> ConfigError:
+    return ConfigError(target, [Problem("target", message)])
 
 
 def _set(key: str, value: str) -> str:

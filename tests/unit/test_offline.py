@@ -19,7 +19,7 @@ from or1.config_load import ConfigError, load_config
 from or1.eval_run import run_evaluation
 from or1.filter_run import run_filter
 from or1.offline.store import PartStore, StoreError
-from or1.offline.target import Target, TargetError, resolve_target
+from or1.offline.target import Target, resolve_target
 from or1.rollout.base import Sampling
 from or1.rollout.endpoint import EndpointEngine, EndpointError
 from or1.types import Prompt
@@ -225,11 +225,11 @@ def test_a_server_is_evaluated_and_filtered_with(
 def test_targets_are_told_apart(recipe: Path, adder: Path, tmp_path: Path) -> None:
     found = resolve_target(str(adder), str(recipe), [], None)
     assert found.config.model.path == str(adder) and found.out == tmp_path / "run" / "eval" / "tiny-adder"
-    with pytest.raises(TargetError, match=r"add --config with a TOML file"):
+    with pytest.raises(ConfigError, match=r"add --config with a TOML file"):
         resolve_target(str(adder), None, [], None)
-    with pytest.raises(TargetError, match=r"no run and no checkpoint"):
+    with pytest.raises(ConfigError, match=r"no run and no checkpoint"):
         resolve_target(str(tmp_path), str(recipe), [], None)
-    with pytest.raises(TargetError, match=r"--step 3 is for a run directory"):
+    with pytest.raises(ConfigError, match=r"--step 3 is for a run directory"):
         resolve_target(str(adder), str(recipe), [], 3)
     direct = resolve_target(str(recipe), None, [f'model.path="{adder}"'], None)
     assert isinstance(direct, Target) and direct.out == tmp_path / "run" / "eval" / "recipe"
