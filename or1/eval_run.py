@@ -47,15 +47,16 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
     with Bar() as bar, open_source(config) as source:
         if fresh and (message := move_aside(out / "parts")):
             bar.message(message)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.resolved.json").write_text(dump_config(config), encoding="utf-8")
         loaded = load_eval_sets(config, source.tokenizer)
-        problems = {each.name: loaded[each.name][: each.limit] for each in config.eval.sets}
+        for line in (line for found in loaded.values() for report in found.reports for line in report.lines()):
+            bar.message(line)
+        problems = {each.name: loaded[each.name].prompts[: each.limit] for each in config.eval.sets}
         with make_scorer(config.reward, chain.from_iterable(problems.values())) as scorer:
             outcomes = {
                 each.name: _evaluate(config, each, problems[each.name], (source, scorer), (out, bar))
                 for each in config.eval.sets
             }
+    (out / "config.resolved.json").write_text(dump_config(config), encoding="utf-8")
     results, sources = _summarise(config, outcomes)
     report = {
         "model": source.model,
@@ -87,7 +88,8 @@ def _evaluate(
         "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
     }
     final = out / "transcripts" / f"{each.name}.parquet"
-    store = PartStore(out / "parts" / each.name, final, settings, TRANSCRIPTS, part_size(config, each.samples))
+    size = part_size(config, source.engine, each.samples)
+    store = PartStore(out / "parts" / each.name, final, settings, TRANSCRIPTS, size)
     sampling = Sampling(each.temperature, config.eval_max_response_tokens, each.samples, config.seed, top_p=each.top_p)
 
     def rows_of(group: Group) -> Iterator[dict[str, Any]]:

@@ -46,9 +46,8 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
         if fresh and (message := move_aside(parts)):
             bar.message(message)
         loaded = load_training_files(config.data, source.tokenizer)
-        for report in loaded.reports:
-            for line in (report.summary(), *report.listing()):
-                bar.message(line)
+        for line in (line for report in loaded.reports for line in report.lines()):
+            bar.message(line)
         # A file that is named twice to count twice need be measured once only.
         prompts = list({prompt.id: prompt for prompt in loaded.prompts}.values())
         limit = config.filter_max_response_tokens
@@ -62,7 +61,7 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
             "seed": config.seed,
             "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
         }
-        store = PartStore(parts, out, depends_on, DIFFICULTY, part_size(config, settings.samples))
+        store = PartStore(parts, out, depends_on, DIFFICULTY, part_size(config, source.engine, settings.samples))
         sampling = Sampling(settings.temperature, limit, settings.samples, config.seed, top_p=settings.top_p)
 
         def progress(done: int, total: int) -> None:

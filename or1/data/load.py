@@ -49,6 +49,10 @@ class FileReport:
         return (f"{self.path}: {self.rows} rows ({self.schema}), {self.kept} kept, {self.over_long} over-long, "
                 f"{filtered}{len(self.bad)} bad")
 
+    def lines(self) -> list[str]:
+        """Summary and listing."""
+        return [self.summary(), *self.listing()]
+
     def listing(self) -> list[str]:
         """`file:line: reason` of the first 20 bad rows, and how many more there are."""
         lines = [f"{self.path}:{row.line}: {row.reason}" for row in self.bad[:_LISTED]]

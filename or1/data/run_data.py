@@ -23,6 +23,7 @@ class RunData:
     pools         where each file of a mixture lies in `prompts`; empty without one
     eval_prompts  the problems of each evaluation set by its name
     reports       what became of the rows of each training file
+    eval_reports  and of each evaluation set
     overlaps      training prompts that repeat an evaluation problem
     notes         lines for a person about difficulty and contamination
     """
@@ -31,22 +32,24 @@ class RunData:
     pools: tuple[Pool, ...]
     eval_prompts: dict[str, list[Prompt]]
     reports: list[FileReport]
+    eval_reports: list[FileReport]
     overlaps: list[Overlap]
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """The report for a person."""
-        return [line for report in self.reports for line in (report.summary(), *report.listing())] + self.notes
+        """The report for a person; evaluation sets are named only if something of them is left out."""
+        told = [*self.reports, *(report for report in self.eval_reports if report.kept < report.rows)]
+        return [line for report in told for line in report.lines()] + self.notes
 
 
-def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, list[Prompt]]:
+def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
     """All problems of every evaluation set by name. Raises DataError."""
     data = config.data
     return {
         each.name: load_prompts(
             [each.path], tokenizer, max_prompt_tokens=data.max_prompt_tokens, max_bad_fraction=data.max_bad_fraction,
             prompt_suffix=data.prompt_suffix if each.prompt_suffix is None else each.prompt_suffix,
-        ).prompts
+        )
         for each in config.eval.sets
     }  # fmt: skip
 
@@ -55,12 +58,14 @@ def load_run_data(config: Config, tokenizer: Any) -> RunData:
     """Read, filter and decontaminate. Raises DataError for a file that cannot be used, or if nothing is left of one."""
     difficulty, notes = _difficulty(config.data)
     loaded = load_training_files(config.data, tokenizer, difficulty)
-    evals = load_eval_sets(config, tokenizer)
-    overlaps, found = _decontaminate(config, loaded.prompts, evals, tokenizer)
+    sets = load_eval_sets(config, tokenizer)
+    evals = {name: found.prompts for name, found in sets.items()}
+    overlaps, found_lines = _decontaminate(config, loaded.prompts, evals, tokenizer)
     left_out = {o.prompt_id for o in overlaps} if config.data.decontaminate == "drop" else set()
     prompts, pools = _without(loaded, left_out, [part.weight for part in config.data.mix])
     limited = {each.name: evals[each.name][: each.limit] for each in config.eval.sets}
-    return RunData(prompts, pools, limited, loaded.reports, overlaps, notes + found)
+    eval_reports = [report for found in sets.values() for report in found.reports]
+    return RunData(prompts, pools, limited, loaded.reports, eval_reports, overlaps, notes + found_lines)
 
 
 def load_training_files(

@@ -16,16 +16,18 @@ from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, collect
 from or1.types import Group, Prompt
 
-_PARTS_AT_ONCE = 4
+_BATCHES = 4
 """Batches in a part where the engine keeps its own queue: a part ends with its longest response, most slots empty."""
 
 
-def part_size(config: Config, samples: int) -> int:
+def part_size(config: Config, engine: Engine, samples: int) -> int:
     """Prompts per part: about one batch of transformers' generate, some batches of an engine with a queue."""
     if config.endpoint.url is not None:
-        return max(1, _PARTS_AT_ONCE * config.endpoint.concurrency // samples)
-    at_once = 1 if config.rollout.engine == "hf" else _PARTS_AT_ONCE
-    return max(1, at_once * config.rollout.batch_size // samples)
+        return max(1, _BATCHES * config.endpoint.concurrency // samples)
+    from or1.rollout.hf import HfEngine
+
+    batches = 1 if isinstance(engine, HfEngine) else _BATCHES
+    return max(1, batches * config.rollout.batch_size // samples)
 
 
 def sample_parts(
