@@ -11,7 +11,7 @@ import pytest
 LAYERS = {
     "or1": 0,
     "or1.types": 1, "or1.config": 1, "or1.config_load": 1, "or1.humanize": 1, "or1.records": 1,
-    "or1.advantage": 2, "or1.filters": 2, "or1.entropy": 2, "or1.stages": 2, "or1.pack": 2,
+    "or1.advantage": 2, "or1.filters": 2, "or1.entropy": 2, "or1.stages": 2, "or1.balance": 2, "or1.pack": 2,
     "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3, "or1.data_rows": 3,
     "or1.checkpoint": 3, "or1.metrics": 3,
     "or1.rollout_log": 3, "or1.reward": 3, "or1.rollout": 3, "or1.display": 3,
