@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from or1_kernels import _native
-
 Row = list[int]
 
 
@@ -31,6 +29,9 @@ def plan_rows(lengths: Sequence[int], max_tokens: int) -> list[Row]:
     Every sequence is in exactly one row. The plan depends on the arguments alone. Raises ValueError naming the first
     sequence that is empty or longer than a row.
     """
+    # Here, not at the top: or1_kernels imports torch, and `or1 plan` needs SequenceCost without it.
+    from or1_kernels import _native
+
     return _native.pack_best_fit(lengths, max_tokens)
 
 
@@ -45,6 +46,8 @@ def plan_ranks(
 
     Raises ValueError as `plan_rows`, and for ranks < 1 or a cost that is negative or not finite.
     """
+    from or1_kernels import _native
+
     cost = cost or SequenceCost()
     return _native.plan_ranks(lengths, max_tokens, ranks, cost.linear, cost.quadratic)
 
