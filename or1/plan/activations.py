@@ -85,9 +85,9 @@ def _mlp(shape: ModelShape, choices: Choices, tokens: int) -> int:
 
 
 def _outside(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    """Token ids and positions, the rotary tables, the last norm."""
+    """Token ids, the rotary tables (which checkpoints hold too), the last norm."""
     rotary = 2 * choices.weight * shape.head_dim
-    return tokens * (2 * _INDEX + rotary + _norm(shape.hidden, 1, choices))
+    return tokens * (_INDEX + rotary + _norm(shape.hidden, 1, choices))
 
 
 def _transient(shape: ModelShape, choices: Choices, tokens: int) -> int:
