@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from or1.plan.shapes import PlanError
 
 GIB = 2**30
+# GB/s each way: 16 lanes of PCIe 4 in practice; a 400 Gbit/s network card a GPU.
+_PCIE, _NETWORK = 25.0, 50.0
+_GPUS_A_MACHINE = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Efficiency:
 class Device:
     """tflops: dense bf16 TFLOP/s (fp32 ones for a CPU); bandwidth in GB/s (1e9 bytes); memory in bytes, as reported.
 
+    link: GB/s to another device of the same machine, each way.
     reserved: bytes that are never the run's: the driver's context, libraries' workspaces.
     """
 
@@ -37,8 +41,13 @@ class Device:
     tflops: float
     bandwidth: float
     memory: int
+    link: float
     reserved: int = GIB
     efficiency: Efficiency = Efficiency()
+
+    def link_bytes(self, gpus: int) -> float:
+        """Bytes/s that one of `gpus` devices gets and gives in a collective; more than 8 are several machines."""
+        return 1e9 * (self.link if gpus <= _GPUS_A_MACHINE else min(self.link, _NETWORK)) * self.efficiency.memory
 
     @property
     def usable(self) -> int:
@@ -51,21 +60,21 @@ class Device:
         return self.name != "cpu"
 
 
-def _gpu(name: str, tflops: float, bandwidth: float, gib: float) -> Device:
-    return Device(name, tflops, bandwidth, int(gib * GIB))
+def _gpu(name: str, tflops: float, bandwidth: float, gib: float, link: float = _PCIE) -> Device:
+    return Device(name, tflops, bandwidth, int(gib * GIB), link)
 
 
 _GPUS = {
     d.name: d
     for d in (
-        _gpu("B200", 2250, 8000, 178.4),
-        _gpu("H200", 989, 4800, 139.8),
-        _gpu("H100", 989, 3350, 79.2),
-        _gpu("H800", 989, 3350, 79.2),
-        _gpu("H20", 148, 4000, 95.6),
-        _gpu("A100", 312, 2039, 79.2),
-        _gpu("A100-40G", 312, 1555, 39.5),
-        _gpu("A800", 312, 2039, 79.2),
+        _gpu("B200", 2250, 8000, 178.4, 900),
+        _gpu("H200", 989, 4800, 139.8, 450),
+        _gpu("H100", 989, 3350, 79.2, 450),
+        _gpu("H800", 989, 3350, 79.2, 200),
+        _gpu("H20", 148, 4000, 95.6, 450),
+        _gpu("A100", 312, 2039, 79.2, 300),
+        _gpu("A100-40G", 312, 1555, 39.5, 300),
+        _gpu("A800", 312, 2039, 79.2, 200),
         _gpu("L40S", 362, 864, 44.4),
         _gpu("L4", 121, 300, 22.0),
         _gpu("A10G", 70, 600, 22.1),
@@ -120,4 +129,4 @@ def _gpus_here() -> list[tuple[str, int]]:
 def _cpu() -> Device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", cores * _CPU_CORE_TFLOPS, _CPU_BANDWIDTH, memory)
+    return Device("cpu", cores * _CPU_CORE_TFLOPS, _CPU_BANDWIDTH, memory, _CPU_BANDWIDTH)

@@ -32,7 +32,7 @@ class Plan:
     """What `or1 plan` prints. Bytes are of one GPU.
 
     stages          estimates in order
-    largest_tokens  the largest optim.max_tokens_per_rank that fits, a multiple of 256; 0 if none does
+    largest_tokens  the largest optim.max_tokens_per_rank whose updates fit, a multiple of 256; 0 if none does
     longest         tokens of the longest sequence that a stage may make, which is the least that a row must hold
     remedy          --set options that make the plan fit, where it does not; None if nothing known does
     """
@@ -69,7 +69,7 @@ def make_plan(
     longest = config.data.max_prompt_tokens + max(stage.max_response_tokens for stage in config.stage)
     plan = Plan(config, shape, device, choices, stages, 0, longest)
     work = plan.heaviest.work
-    plan = replace(plan, largest_tokens=largest_row(_peak(shape, device, choices, work), device.usable))
+    plan = replace(plan, largest_tokens=largest_row(_peak(shape, device, choices, work, "update"), device.usable))
     return plan if plan.fits else replace(plan, remedy=_remedy(plan, work))
 
 
@@ -85,8 +85,16 @@ def largest_row(peak_of: Callable[[int], int], usable: int) -> int:
     return low * _STEP
 
 
-def _peak(shape: ModelShape, device: Device, choices: Choices, work: Workload) -> Callable[[int], int]:
-    return lambda tokens: plan_memory(shape, replace(choices, max_tokens=tokens), device, work).peak.total
+def _peak(
+    shape: ModelShape, device: Device, choices: Choices, work: Workload, phase: str | None = None
+) -> Callable[[int], int]:
+    """Bytes at the peak of `phase` (None: of the whole step) by the tokens of a packed row."""
+
+    def peak_of(tokens: int) -> int:
+        memory = plan_memory(shape, replace(choices, max_tokens=tokens), device, work)
+        return max(p.total for p in memory.phases if phase in (None, p.name))
+
+    return peak_of
 
 
 def _remedy(plan: Plan, work: Workload) -> tuple[str, ...] | None:

@@ -168,7 +168,10 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
         (kv_cache_bytes(shape, choices, prompts), prefill),
     ]
     worst = max(moments, key=sum)
-    return {"KV cache": worst[0], "generation": worst[1]} | _gathered(shape, choices)
+    parts = {"KV cache": worst[0], "generation": worst[1]}
+    # Sharded weights are gathered whole: a layer at a time for every token would wait for the links instead.
+    whole = weight_bytes(shape, choices)
+    return parts if choices.gpus == 1 else parts | {"gathered layers": whole - _shard(whole, choices)}
 
 
 def _engine_memory(shape: ModelShape, device: Device, work: Workload, choices: Choices) -> int:

@@ -31,6 +31,7 @@ _WHAT_TO_CHANGE = {
     "attention": "a shorter context: stages that grow it",
     "LM head": "nothing in the config: it grows with vocabulary and hidden size",
     "memory traffic": "Liger's kernels (model.liger)",
+    "collectives": "larger packed rows (optim.max_tokens_per_rank), or fewer GPUs",
     "weight sync": "more steps' worth of responses in a step",
 }
 
@@ -110,16 +111,16 @@ def conclusions(plan: Plan) -> list[str]:
     peak, slow = plan.heaviest.memory.peak, plan.stages[-1].time
     part, slowest = peak.dominant, slow.dominant
     lines = [
-        f"Memory: the {peak.name} phase needs most, {peak.total / GIB:.1f} of {plan.device.usable / GIB:.1f} GiB; "
-        f"{peak.parts[part] / peak.total:.0%} of that is {part}. To change it: {_WHAT_TO_CHANGE[part]}.",
+        f"Memory: the {peak.name} phase needs most, {peak.total / GIB:.1f} GiB where {plan.device.usable / GIB:.1f} "
+        f"are usable; {peak.parts[part] / peak.total:.0%} of that is {part}. To change it: {_WHAT_TO_CHANGE[part]}.",
         f"Time: {slow.parts[slowest] / slow.total:.0%} of the last stage's step is {slowest}. "
         f"To change it: {_advice_on_time(plan, slowest)}.",
     ]
     if plan.largest_tokens:
         lines.append(f"Largest optim.max_tokens_per_rank that fits: {plan.largest_tokens:,} (the longest sequence has "
-                     f"up to {plan.longest:,}).")  # fmt: skip
+                     f"up to {plan.longest:,} tokens).")  # fmt: skip
     else:
-        lines.append("No optim.max_tokens_per_rank fits: what is there before the first token is too much.")
+        lines.append("No optim.max_tokens_per_rank fits: weights, gradients and optimizer alone are too much.")
     return lines
 
 

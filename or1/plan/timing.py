@@ -58,7 +58,7 @@ def sequence_cost(shape: ModelShape) -> SequenceCost:
 
 
 def step_time(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> StepTime:
-    """One rollout step at the mean lengths of the workload, all groups kept, ranks balanced."""
+    """One rollout step at the mean lengths of the workload, all groups kept, ranks balanced, collectives overlapped."""
     sequences = work.sequences / choices.gpus
     tokens = sequences * (work.mean_prompt + work.mean_response)
     train = _train_seconds(shape, choices, device, work, sequences)
@@ -93,13 +93,23 @@ def _train_seconds(
     update = (2 * states + 3 * weight_bytes(shape, choices) / choices.gpus) / bandwidth
     if choices.optimizer == "offload" and device.is_gpu:
         update = 2 * states / 40e9 + 3 * weight_bytes(shape, choices) / choices.gpus / _HOST_LINK
-    return {
+    parts = {
         "matrix products": sequences * matrices / (peak * e.matmul),
         "attention": sequences * attention / (peak * e.attention),
         "LM head": sequences * head / (peak * e.matmul),
         "memory traffic": sequences * moved / bandwidth,
-        "optimizer": work.updates * update,
     }
+    exposed = _collective_seconds(shape, choices, device, sequences * length) - sum(parts.values())
+    return parts | {"optimizer": work.updates * update, "collectives": max(0.0, exposed)}
+
+
+def _collective_seconds(shape: ModelShape, choices: Choices, device: Device, tokens: float) -> float:
+    """FSDP of one rank: weights gathered forward and backward of every packed row, gradients scattered as sums."""
+    if choices.gpus == 1:
+        return 0.0
+    rows = max(1.0, tokens / choices.max_tokens)
+    moved = shape.parameters * (2 * choices.weight + choices.arithmetic)
+    return rows * moved / device.link_bytes(choices.gpus)
 
 
 def _rollout_seconds(

@@ -1,4 +1,4 @@
-"""The plan's bytes are those of real tensors: exactly for weights, gradients, optimizer and cache, closely for the rest."""
+"""The plan's bytes are those of real tensors: exactly for what is counted by parameter, within 10 % for activations."""
 
 from __future__ import annotations
 
