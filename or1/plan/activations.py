@@ -95,11 +95,10 @@ def _transient(shape: ModelShape, choices: Choices, tokens: int) -> int:
     tile = choices.mlp_tile_tokens
     tiled = 0 < tile < tokens
     wide = min(tile, tokens) if tiled else tokens
-    # Gradients of the MLP's three wide tensors; Liger writes two of them over what it saved.
-    mlp = (1 if choices.liger else 3) * e * i * wide
+    # Gradients of the MLP's wide tensors, less what its last linear has freed; Liger writes two over what it saved.
+    mlp = (1 if choices.liger else 2) * e * i * wide
     if tiled:
         # A tile's own forward, and its weights' gradients, which are summed in fp32.
         mlp += (3 if choices.liger else 4) * e * i * wide + 3 * h * i * (choices.arithmetic + e)
-    # Gradients of the residual stream and of a norm, which plain torch computes in fp32.
-    norm = (2 * e if choices.liger else 8 + e) * h * tokens
-    return mlp + norm + 2 * e * h * tokens
+    # Gradients of the residual stream and of the MLP's output.
+    return mlp + 2 * e * h * tokens
