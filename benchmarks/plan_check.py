@@ -49,7 +49,7 @@ def sizes(on_gpu: bool) -> Size:
     """Large enough for a GPU's numbers to mean something; small enough for two CPU cores."""
     if on_gpu:
         return Size(_qwen2(2048, 8192, 16, (16, 4), vocab=151_936), tokens=32_768)
-    return Size(_qwen2(256, 1024, 4, (8, 2), vocab=4096), tokens=1024)
+    return Size(_qwen2(128, 512, 3, (4, 1), vocab=2000), tokens=512, rows=2)
 
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], vocab: int) -> Qwen2Config:

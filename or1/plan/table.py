@@ -126,7 +126,8 @@ def conclusions(plan: Plan) -> list[str]:
 
 def _advice_on_time(plan: Plan, part: str) -> str:
     if part == "generation":
-        return ("rollout.engine = \"vllm\", or a larger rollout.batch_size" if plan.heaviest.work.engine == "hf"
+        faster = 'rollout.engine = "vllm", or ' if hasattr(plan.config.rollout, "vllm") else ""
+        return (f"{faster}a larger rollout.batch_size, if it fits" if plan.heaviest.work.engine == "hf"
                 else "more GPUs, or a shorter context: stages that grow it")  # fmt: skip
     if part == "optimizer":
         return ("more prompts a minibatch" if plan.choices.optimizer != "offload"

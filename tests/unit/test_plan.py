@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,14 +44,14 @@ def test_the_plan_answers_in_a_second_and_without_torch(root: Path) -> None:
     probe = ("import sys; from or1.cli import main; code = main(sys.argv[1:]);"
              "sys.exit(code if not {'torch', 'transformers', 'numpy'} & set(sys.modules) else 99)")  # fmt: skip
     path = str(root / "examples" / "recipes" / "or1-7b.toml")
-    began = time.perf_counter()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", probe, "plan", path, "--device", "H200", "--gpus", "8"], capture_output=True, text=True
     )
-    seconds = time.perf_counter() - began
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Two processes' worth of slack over the promised second, since tests share the machine.
-    assert seconds < 2.0
+    # Its own processor time: what an idle machine would take, whatever else runs here.
+    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 1.5
 
 
 def test_what_does_not_fit_fails_with_options_that_make_it_fit(
