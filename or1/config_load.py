@@ -26,8 +26,8 @@ class ConfigError(ValueError):
         super().__init__("\n".join(lines))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `a.b=c` overrides, validate.
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True) -> Config:
+    """Read a TOML file, apply `a.b=c` overrides, validate. files False: the files it names need not be there.
 
     Raises ConfigError with all mistakes: unreadable file, TOML syntax, unknown keys, types, ranges, missing files and
     contradictions between sections.
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config, found = _validate(data)
     problems += found
     if config is not None:
-        problems += contradictions(config)
+        problems += contradictions(config, files)
     if problems or config is None:
         raise ConfigError(str(path), problems)
     return config

@@ -16,17 +16,20 @@ class Problem(NamedTuple):
     message: str
 
 
-def contradictions(config: Config) -> list[Problem]:
-    """Every rule's complaints about a config whose fields are valid one by one."""
-    return [problem for rule in _RULES for problem in rule(config)]
+def contradictions(config: Config, files: bool = True) -> list[Problem]:
+    """Every rule's complaints about a config whose fields are valid one by one; files False: whatever files exist."""
+    rules = _RULES if files else [rule for rule in _RULES if rule is not _files_exist]
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def _files_exist(config: Config) -> Iterator[Problem]:
     named = [(f"data.train.{i}", path) for i, path in enumerate(config.data.train)]
     named += [(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)]
-    for where, path in named:
+    # A file may be named twice, which doubles its share; it is missing once.
+    for path, where in {path: where for where, path in reversed(named)}.items():
         if not Path(path).is_file():
-            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path")
+            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
+                          'README, "Train your own", names the formats, and the first lines of a recipe the contents')
     model = Path(config.model.path)
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
     if looks_local and not (model / "config.json").is_file():
