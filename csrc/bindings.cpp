@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "packing.hpp"
 #include "score_rows.hpp"
@@ -67,6 +68,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("pack_best_fit", &or1::pack_best_fit, py::arg("lengths"), py::arg("capacity"),
         py::call_guard<py::gil_scoped_release>(),
         "Best-fit decreasing packing: lists of sequence indices, one list per bin of at most `capacity` tokens.");
+  m.def(
+      "plan_ranks",
+      [](const std::vector<int64_t>& lengths, int64_t capacity, int64_t ranks, double linear, double quadratic) {
+        return or1::plan_ranks(lengths, capacity, ranks, {linear, quadratic});
+      },
+      py::arg("lengths"), py::arg("capacity"), py::arg("ranks"), py::arg("linear"), py::arg("quadratic"),
+      py::call_guard<py::gil_scoped_release>(),
+      "plan[rank][row]: lists of sequence indices, as many rows on every rank, balanced by linear * n + quadratic * "
+      "n^2.");
   m.def("row_sums", &row_sums, py::arg("logits").noconvert(), py::arg("targets").noconvert(),
         py::arg("inv_tau").noconvert(), py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("isa") = "",
         "Pass 1 over float32 logits [rows, vocab]: float32 [4, rows] = peak, target, rest, moment. softcap 0: none.");

@@ -1,10 +1,21 @@
-// Sequence packing: which sequences share a packed row, decided once per update on the host.
+// Sequence packing: which sequences share a packed row and which rank computes it, decided once per update on the host.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 namespace or1 {
+
+using Row = std::vector<int64_t>;  // indices of the sequences that share a packed row
+
+// What a sequence of n tokens costs to train on: linear * n + quadratic * n^2, in any one unit. Matrix products grow
+// with n, attention with n^2.
+struct Cost {
+  double linear = 1.0;
+  double quadratic = 0.0;
+
+  double of(int64_t tokens) const { return (linear + quadratic * double(tokens)) * double(tokens); }
+};
 
 // Best-fit decreasing bin packing.
 //
@@ -16,6 +27,16 @@ namespace or1 {
 // throws    std::invalid_argument naming the first sequence that is empty or longer than the capacity.
 //
 // O(n log n). Best-fit decreasing opens at most 11/9 of the optimal number of bins plus 6/9 (Dosa 2007).
-std::vector<std::vector<int64_t>> pack_best_fit(const std::vector<int64_t>& lengths, int64_t capacity);
+std::vector<Row> pack_best_fit(const std::vector<int64_t>& lengths, int64_t capacity);
+
+// Rows for `ranks` ranks, the same number on each, so that their collectives meet.
+//
+// returns   plan[rank][row]: every sequence in exactly one row, whole, rows within the capacity. The number of rows is
+//           the smallest that best-fit decreasing reaches, rounded up to a multiple of `ranks`. Rows are empty only
+//           where there are fewer sequences than rows, and then they are the last of their rank. Row i costs about the
+//           same on every rank, and so does the sum over rows. A pure function of its arguments.
+// throws    std::invalid_argument as pack_best_fit, and for ranks < 1 or a cost that is negative or not finite.
+std::vector<std::vector<Row>> plan_ranks(const std::vector<int64_t>& lengths, int64_t capacity, int64_t ranks,
+                                         const Cost& cost);
 
 }  // namespace or1

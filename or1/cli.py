@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling_options(measure, "parquet file to write (default: difficulty.parquet in run_dir)")
     measure.set_defaults(run=_filter)
 
+    plan = verbs.add_parser("plan", help="predict memory and time of a config, and the largest packed row that fits")
+    plan.add_argument("config", help="TOML file; the data files that it names need not exist")
+    plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
+    plan.add_argument("--device", metavar="NAME", help="device to plan for, such as H200 (default: this machine's)")
+    plan.add_argument("--gpus", type=_positive, default=1, metavar="N", help="GPUs that share the model (default: 1)")
+    plan.add_argument("--mean-response", type=_positive, metavar="TOKENS",
+                      help="mean response, for times (default: half of each stage's limit)")  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    plan.set_defaults(run=_plan)
+
     report = verbs.add_parser("report", help="write report.html of a run: plots and sample transcripts")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -104,6 +115,32 @@ def _filter(arguments: argparse.Namespace) -> int:
     return _guarded(lambda: run_filter(config, arguments.out, arguments.fresh))
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from or1.plan.devices import find_device
+    from or1.plan.estimate import make_plan
+    from or1.plan.shapes import PlanError, shape_of
+    from or1.plan.table import plan_json, print_plan_table, verdict
+
+    config = load_config(arguments.config, arguments.overrides, files=False)
+    try:
+        shape = shape_of(config.model.path)
+        device, why = find_device(arguments.device, config.model.device)
+    except PlanError as error:
+        return _fail(error, EXIT_USAGE)
+    plan = make_plan(config, shape, device, arguments.gpus, arguments.mean_response)
+    if arguments.json:
+        print(json.dumps(plan_json(plan), indent=2))
+    else:
+        print_plan_table(plan, why)
+    return 0 if plan.fits else _fail(verdict(plan), EXIT_RUN)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from or1.report import write_report
 
@@ -134,6 +171,6 @@ def _guarded(action) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"or1: {error}", file=sys.stderr)
     return code

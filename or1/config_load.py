@@ -26,8 +26,12 @@ class ConfigError(ValueError):
         super().__init__("\n".join(lines))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train") -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train", *, files: bool = True
+) -> Config:
     """Read a TOML file or a run's config.resolved.json, apply `a.b=c` overrides, validate for what is to be done.
+
+    files  False: the files it names need not be there
 
     Raises ConfigError with all mistakes: unreadable file, TOML syntax, unknown keys, types, ranges, missing files and
     contradictions between sections.
@@ -37,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "t
     config, found = _validate(data)
     problems += found
     if config is not None:
-        problems += contradictions(config, verb)
+        problems += contradictions(config, verb, files)
     if problems or config is None:
         raise ConfigError(str(path), problems)
     return config

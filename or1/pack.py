@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from or1_kernels import _native
+from or1.balance import plan_rows
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,30 @@ def pack_indexed(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[list[int], Microbatch]]:
     """As `pack`, each row with the indices of its sequences in the order in which they stand in it."""
-    for indices in _native.pack_best_fit([s.packed_tokens for s in sequences], max_tokens):
-        yield indices, _to_microbatch([sequences[i] for i in indices], device, dtype)
+    rows = plan_rows([s.packed_tokens for s in sequences], max_tokens)
+    return zip(rows, pack_rows(sequences, rows, device, dtype), strict=True)
+
+
+def pack_rows(
+    sequences: Sequence[TrainSequence],
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Microbatch]:
+    """Rows of a plan (one rank's share of `balance.plan_ranks`): the sequences of each, in the order given.
+
+    A row without sequences is an anchor, one token that nothing is trained on: its loss is 0 and its backward makes
+    the same collective calls as any other row's.
+    """
+    for indices in rows:
+        yield _to_microbatch([sequences[i] for i in indices], device, dtype) if indices else _anchor(device, dtype)
+
+
+def _anchor(device: torch.device | str, float_dtype: torch.dtype) -> Microbatch:
+    token, nothing = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    floats = torch.empty(0, dtype=float_dtype, device=device)
+    bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    return Microbatch(token, token, bounds, 1, nothing, nothing, floats, floats)
 
 
 def _to_microbatch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +19,13 @@ class Problem(NamedTuple):
 Verb = Literal["train", "filter", "eval"]
 
 
-def contradictions(config: Config, verb: Verb = "train") -> list[Problem]:
-    """Every rule's complaints about a config whose fields are valid one by one, for what is to be done with it."""
-    return [problem for rule in (*_NEEDS[verb], *_RULES) for problem in rule(config)]
+def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> list[Problem]:
+    """Every rule's complaints about a config whose fields are valid one by one, for what is to be done with it.
+
+    files  False: whatever files exist
+    """
+    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (_training_files, _files_exist)]
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def _stages_given(config: Config) -> Iterator[Problem]:
@@ -36,9 +40,14 @@ def _data_given(config: Config) -> Iterator[Problem]:
         yield Problem("data.train", "missing; name JSONL, JSON-array or parquet files of training problems")
     if data.train and data.mix:
         yield Problem("data.mix", "stands beside data.train; name the files in one of them")
+
+
+def _training_files(config: Config) -> Iterator[Problem]:
+    data = config.data
     named = [(f"data.train.{i}", path) for i, path in enumerate(data.train)]
     named += [(f"data.mix.{i}.path", part.path) for i, part in enumerate(data.mix)]
     named += [(f"data.decontaminate_against.{i}", path) for i, path in enumerate(data.decontaminate_against)]
+    named += [] if data.difficulty_file is None else [("data.difficulty_file", data.difficulty_file)]
     yield from _missing_files(named)
 
 
@@ -52,8 +61,6 @@ def _difficulty_given(config: Config) -> Iterator[Problem]:
         yield Problem(f"data.{given[0]}", "has no effect without data.keep_difficulty; set it, for example to [1, 15]")
     if data.keep_difficulty is not None and data.keep_difficulty[0] > data.keep_difficulty[1]:
         yield Problem("data.keep_difficulty", f"{list(data.keep_difficulty)} keeps nothing; write [least, most]")
-    if data.difficulty_file is not None:
-        yield from _missing_files([("data.difficulty_file", data.difficulty_file)])
 
 
 def _sets_given(config: Config) -> Iterator[Problem]:
@@ -64,7 +71,8 @@ def _sets_given(config: Config) -> Iterator[Problem]:
 def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
     def rule(config: Config) -> Iterator[Problem]:
         if not config.stage and getattr(config, section).max_response_tokens is None:
-            yield Problem(f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; set")
+            yield Problem(f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; "
+                          "set it")
 
     return rule
 
@@ -75,14 +83,16 @@ def _no_endpoint(config: Config) -> Iterator[Problem]:
                       "remove it")
 
 
-def _missing_files(named: Iterable[tuple[str, str]]) -> Iterator[Problem]:
-    for where, path in named:
+def _missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
+    # A file may be named twice, which doubles its share; it is missing once.
+    for path, where in {path: where for where, path in reversed(named)}.items():
         if not Path(path).is_file():
-            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path")
+            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
+                          'README, "Data", names the formats, and the first lines of a recipe the contents')
 
 
 def _files_exist(config: Config) -> Iterator[Problem]:
-    yield from _missing_files((f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets))
+    yield from _missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
     if config.endpoint.url is not None:
         return
     model = Path(config.model.path)
@@ -144,7 +154,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _eval_names_unique,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
-    "train": (_stages_given, _data_given, _difficulty_given, _no_endpoint),
-    "filter": (_data_given, _limit_given("filter")),
+    "train": (_stages_given, _data_given, _training_files, _difficulty_given, _no_endpoint),
+    "filter": (_data_given, _training_files, _limit_given("filter")),
     "eval": (_sets_given, _limit_given("eval")),
 }

@@ -1,0 +1,47 @@
+"""Buffers of the fused LM head (or1_kernels.chunked), in bytes.
+
+The chunk sizes are the engine's own; tests/unit/test_plan_memory.py holds the two together, since importing the engine
+would import torch.
+"""
+
+# N trained tokens of a row, C rows of a chunk, H hidden, V vocab
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from or1.plan.choices import Choices
+from or1.plan.devices import Device
+from or1.plan.shapes import ModelShape
+
+_GPU_CHUNK = 4096
+_CPU_BUFFER_BYTES, _CPU_MIN_CHUNK = 128 << 20, 256
+
+
+@dataclass(frozen=True)
+class HeadBuffers:
+    """forward: while loss and gradients are computed. kept: from then until the head's backward. backward: while the
+    weight's gradient is brought to the weight's type."""
+
+    forward: int
+    kept: int
+    backward: int
+
+
+def chunk_rows(vocab: int, rows: int, arithmetic: int, on_gpu: bool) -> int:
+    """Rows of the largest chunk: the engine cuts the row into nearly equal ones."""
+    aim = _GPU_CHUNK if on_gpu else max(_CPU_MIN_CHUNK, _CPU_BUFFER_BYTES // (vocab * arithmetic))
+    return -(-rows // -(-rows // aim))
+
+
+def head_buffers(shape: ModelShape, choices: Choices, device: Device, rows: int) -> HeadBuffers:
+    """Buffers for `rows` trained tokens: one chunk of fp32 logits, the gradients of states and weight."""
+    v, h, e, a = shape.vocab, shape.hidden, choices.weight, choices.arithmetic
+    logits = chunk_rows(v, rows, a, device.is_gpu) * v * a
+    wide = e == 2 and not device.is_gpu
+    # The tensor cores of a GPU read bf16; a CPU may have to upcast the weight.
+    operand = a if wide else e
+    upcast = v * h * a if wide else 0
+    picked, dhidden, dweight = rows * h * e, rows * h * operand, v * h * a
+    kept = picked + dhidden + dweight
+    return HeadBuffers(forward=kept + logits + upcast, kept=kept, backward=kept + rows * h * e + v * h * e)

@@ -1,0 +1,185 @@
+"""Peak memory of one GPU in each phase of a step, component by component, in bytes.
+
+With several GPUs, weights, gradients and optimizer are sharded evenly (FSDP), and a layer is gathered while it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from or1.plan.activations import activations
+from or1.plan.choices import Choices, Workload
+from or1.plan.devices import GIB, Device
+from or1.plan.head import head_buffers
+from or1.plan.shapes import ModelShape
+
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "head buffers", "KV cache", "gathered layers",
+              "generation", "batch", "temporaries")  # fmt: skip
+# Moments in 8 bits: torchao's block with one fp32 scale, and the size below which they stay in full.
+_BLOCK, _MIN_QUANTIZED = 256, 4096
+# What vLLM keeps beside weights and cache: CUDA graphs and the activations that it profiles.
+_VLLM_OVERHEAD = 2 * GIB
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A moment of a step: what each component takes on one GPU at its peak."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all components."""
+        return sum(self.parts.values())
+
+    @property
+    def dominant(self) -> str:
+        """The largest component."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Phases of a step on one GPU, and what is kept in host memory for it."""
+
+    phases: tuple[Phase, ...]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def weight_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Parameters of the whole model in forward and backward."""
+    return shape.parameters * choices.weight
+
+
+def gradient_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Gradients of the whole model as they are summed over packed rows."""
+    return shape.parameters * choices.grad
+
+
+def optimizer_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Masters, moments and step counts of the whole model, wherever they live."""
+    return sum(_state_bytes(size, choices) for size in shape.tensor_sizes())
+
+
+def _state_bytes(size: int, choices: Choices) -> int:
+    own_copy = choices.masters or (choices.optimizer == "offload" and choices.weight != 2)
+    master = choices.arithmetic * size if own_copy else 0
+    moment = choices.arithmetic * size
+    if choices.optimizer == "adamw8bit" and size >= _MIN_QUANTIZED and size % _BLOCK == 0:
+        moment = size + 4 * (size // _BLOCK)
+    return master + 2 * moment + 4
+
+
+def kv_cache_bytes(shape: ModelShape, choices: Choices, tokens: int) -> int:
+    """Keys and values of `tokens` tokens in all layers."""
+    return 2 * shape.layers * shape.kv_width * choices.weight * tokens
+
+
+def plan_memory(
+    shape: ModelShape, choices: Choices, device: Device, work: Workload, trained_tokens: int | None = None
+) -> MemoryPlan:
+    """All phases. trained_tokens: of a full packed row, None: all of it, which is the most there can be."""
+    weights = _shard(weight_bytes(shape, choices), choices)
+    states = _shard(optimizer_bytes(shape, choices), choices)
+    offloaded = choices.optimizer == "offload" and device.is_gpu
+    held = {"weights": weights, "optimizer": 0 if offloaded else states}
+    grads = held | {"gradients": _shard(gradient_bytes(shape, choices), choices)}
+    trained = choices.max_tokens if trained_tokens is None else trained_tokens
+    phases = [
+        Phase("rollout", held | _generation(shape, choices, device, work)),
+        Phase("update", grads | _gathered(shape, choices) | {"batch": batch_bytes(work, choices)}
+              | _row(shape, choices, device, trained)),
+        Phase("optimizer", grads | {"temporaries": _update_temporaries(shape, choices, device)}),
+    ]  # fmt: skip
+    if work.engine == "vllm":
+        phases.append(Phase("sync", held | {"generation": _engine_memory(shape, device, work, choices)}
+                            | _gathered(shape, choices)))  # fmt: skip
+    host = {"optimizer": states if offloaded else 0,
+            "activations": activations(shape, choices, choices.max_tokens).host}  # fmt: skip
+    return MemoryPlan(tuple(phases), {name: size for name, size in host.items() if size})
+
+
+def _shard(size: int, choices: Choices) -> int:
+    return -(-size // choices.gpus)
+
+
+def _row(shape: ModelShape, choices: Choices, device: Device, trained: int) -> dict[str, int]:
+    """Activations and head buffers at the worst moment of a packed row's forward and backward."""
+    acts, head = activations(shape, choices, choices.max_tokens), head_buffers(shape, choices, device, trained)
+    moments = [(acts.saved + acts.final, head.forward), (acts.saved + acts.final, head.backward), (acts.backward, 0)]
+    # Every linear's weight has its gradient in the weight's type before it is added to a wider sum.
+    largest = max(shape.tensor_sizes()) if choices.grad > choices.weight else 0
+    worst = max(moments, key=sum)
+    return {"activations": worst[0], "head buffers": worst[1], "temporaries": largest * choices.weight}
+
+
+def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> int:
+    """Copies of the largest tensor while its update is computed; tensors are updated one after the other."""
+    copies = int(choices.grad < choices.arithmetic) + (not device.is_gpu)
+    if choices.weight == 2 and not choices.masters:
+        copies += 3  # the weight in fp32, random bits, the rounded sum
+    if choices.optimizer == "offload" and device.is_gpu:
+        copies = 1
+    return _shard(max(shape.tensor_sizes()), choices) * choices.arithmetic * copies
+
+
+def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
+    """Under FSDP: the root's tensors and two layers in full, and one layer's gradients before they are scattered."""
+    if choices.gpus == 1:
+        return {}
+    root = shape.parameters - shape.layers * shape.layer_parameters
+    weights = (root + 2 * shape.layer_parameters) * choices.weight
+    return {"gathered layers": weights + (root + shape.layer_parameters) * choices.arithmetic}
+
+
+def batch_bytes(work: Workload, choices: Choices) -> int:
+    """Token ids, positions, targets and per-token numbers of one update's packed rows, all on the device."""
+    sequences = -(-work.sequences // work.updates // choices.gpus)
+    floats = 2 + work.old_logp_pass
+    prompt, response = 16 * work.mean_prompt, (16 + 16 + floats * choices.arithmetic) * work.mean_response
+    return int(sequences * (prompt + response))
+
+
+def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> dict[str, int]:
+    if work.engine == "server":
+        return {}
+    if work.engine == "vllm":
+        taken = _engine_memory(shape, device, work, choices)
+        weights = weight_bytes(shape, choices) // work.tensor_parallel
+        cache = max(0, taken - weights - _VLLM_OVERHEAD)
+        return {"generation": taken - cache, "KV cache": cache}
+    sequences, e = work.generated_together, choices.weight
+    tokens = sequences * (work.max_prompt + work.max_response)
+    cache = kv_cache_bytes(shape, choices, tokens)
+    # While a layer's cache grows by a token its old copy is still there; masked SDPA repeats keys and values per head.
+    growth = tokens * e * (shape.kv_width + (2 * shape.q_width if shape.heads != shape.kv_heads else 0))
+    # Logits, and five fp32 forms of them on the way to a sampled token and its log-probability.
+    scores = sequences * shape.vocab * (e + 5 * choices.arithmetic) + tokens * (8 + choices.arithmetic)
+    prompts = sequences * work.max_prompt
+    prefill = prompts * e * (3 * shape.intermediate + 3 * shape.hidden) + prompts * 4 * shape.hidden
+    moments = [
+        (cache, growth + scores),
+        (kv_cache_bytes(shape, choices, prompts), prefill),
+    ]
+    worst = max(moments, key=sum)
+    parts = {"KV cache": worst[0], "generation": worst[1]}
+    # Sharded weights are gathered whole: a layer at a time for every token would wait for the links instead.
+    whole = weight_bytes(shape, choices)
+    return parts if choices.gpus == 1 else parts | {"gathered layers": whole - _shard(whole, choices)}
+
+
+def _engine_memory(shape: ModelShape, device: Device, work: Workload, choices: Choices) -> int:
+    least = weight_bytes(shape, choices) // work.tensor_parallel + _VLLM_OVERHEAD
+    return max(int(work.engine_share * device.memory), least)
+
+
+def cache_tokens(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> int:
+    """Tokens that vLLM's cache holds on one GPU."""
+    cache = _generation(shape, choices, device, replace(work, engine="vllm"))["KV cache"]
+    return cache * work.tensor_parallel // max(1, kv_cache_bytes(shape, choices, 1))

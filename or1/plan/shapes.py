@@ -1,0 +1,161 @@
+"""Architecture -> tensors: the shapes of every parameter of a Llama-like model, from its config.json alone."""
+
+# H hidden, I intermediate, Q width of all query heads, K width of all key (or value) heads, D head dimension, V vocab
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from or1.plan.known import KNOWN
+
+
+class PlanError(ValueError):
+    """What cannot be planned; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder of gated MLPs and grouped-query attention. Counts are of scalars, not bytes."""
+
+    name: str
+    family: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def q_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together, which is also that of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes of one layer, by name."""
+        h, i, q, k = self.hidden, self.intermediate, self.q_width, self.kv_width
+        shapes: dict[str, tuple[int, ...]] = {}
+        linears = [("q_proj", q, h, self.qkv_bias), ("k_proj", k, h, self.qkv_bias), ("v_proj", k, h, self.qkv_bias),
+                   ("o_proj", h, q, self.out_bias), ("gate_proj", i, h, self.mlp_bias),
+                   ("up_proj", i, h, self.mlp_bias), ("down_proj", h, i, self.mlp_bias)]  # fmt: skip
+        for name, rows, columns, bias in linears:
+            shapes[f"{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{name}.bias"] = (rows,)
+        if self.qk_norm:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        return shapes | {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
+
+    def root_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes outside the layers, by name; a tied head is the embedding and not listed."""
+        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab, self.hidden),
+                                              "norm.weight": (self.hidden,)}  # fmt: skip
+        return shapes if self.tied else shapes | {"lm_head.weight": (self.vocab, self.hidden)}
+
+    def tensor_sizes(self) -> Iterator[int]:
+        """Scalars of every parameter tensor of the model."""
+        yield from (prod(shape) for shape in self.root_tensors().values())
+        layer = [prod(shape) for shape in self.layer_tensors().values()]
+        for _ in range(self.layers):
+            yield from layer
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        return sum(prod(shape) for shape in self.layer_tensors().values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return sum(self.tensor_sizes())
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Scalars of all layers' matrices: each costs two floating-point operations a token."""
+        return self.layers * sum(prod(shape) for shape in self.layer_tensors().values() if len(shape) == 2)
+
+
+def shape_of(path: str) -> ModelShape:
+    """The shape of a checkpoint folder, of a hub id in the local cache, or of a known hub id; reads config.json only.
+
+    Raises PlanError if there is none of these, or for an architecture that cannot be counted.
+    """
+    for folder in (Path(path).expanduser(), *_cached(path)):
+        if (folder / "config.json").is_file():
+            return parse_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), path)
+    if path.lower() in (names := {name.lower(): name for name in KNOWN}):
+        return parse_shape(KNOWN[names[path.lower()]], path)
+    raise PlanError(
+        f"no config.json for model.path = {path!r}: it is no folder here, not in the Hugging Face cache, and no model "
+        f"that or1 knows by name ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
+    )
+
+
+def _cached(hub_id: str) -> list[Path]:
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    snapshots = hub / f"models--{hub_id.replace('/', '--')}" / "snapshots"
+    return sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True) if snapshots.is_dir() else []
+
+
+def parse_shape(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape that a config.json describes. Raises PlanError for an architecture without a rule here."""
+    family = config.get("model_type")
+    rules = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama, "mistral": _mistral}
+    if family not in rules:
+        raise PlanError(
+            f"model_type {family!r} of {name!r} is not one that or1 plan can count; it knows {', '.join(rules)}. "
+            "Train with a small optim.max_tokens_per_rank and watch perf/peak_mem_gib instead"
+        )
+    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads") if key not in config]  # fmt: skip
+    if missing:
+        raise PlanError(f"the config.json of {name!r} has no {', '.join(missing)}; take the file of the checkpoint")
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        name=name, family=family, vocab=config["vocab_size"], hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"], layers=config["num_hidden_layers"], heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads, tied=bool(config.get("tie_word_embeddings", False)),
+        **rules[family](config),
+    )  # fmt: skip
+
+
+def _even_head_dim(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers' Qwen2 looks at head_dim too, though no published checkpoint sets it.
+    return {"head_dim": _even_head_dim(config), "qkv_bias": True}
+
+
+def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"head_dim": config.get("head_dim") or 128, "qkv_bias": bias, "out_bias": bias, "qk_norm": True}
+
+
+def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"head_dim": _even_head_dim(config), "qkv_bias": bias, "out_bias": bias,
+            "mlp_bias": bool(config.get("mlp_bias", False))}  # fmt: skip
+
+
+def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"head_dim": _even_head_dim(config)}

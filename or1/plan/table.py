@@ -1,0 +1,162 @@
+"""The plan as a person reads it, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from or1.display import default_console
+from or1.humanize import count_text, duration, visible
+from or1.plan.devices import GIB
+from or1.plan.estimate import Plan
+from or1.plan.memory import COMPONENTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_WHAT_TO_CHANGE = {
+    "weights": "more GPUs (--gpus) shard them",
+    "gradients": 'optim.grad_dtype = "bfloat16" or more GPUs',
+    "optimizer": 'optim.optimizer = "adamw8bit" or "offload", or more GPUs',
+    "activations": "gradient checkpointing, or a smaller optim.max_tokens_per_rank",
+    "head buffers": "a smaller optim.max_tokens_per_rank",
+    "KV cache": "a smaller rollout.batch_size, or less of the GPU for vLLM",
+    "gathered layers": "fewer, larger GPUs",
+    "generation": "a smaller rollout.batch_size or data.max_prompt_tokens, or less of the GPU for vLLM",
+    "batch": "a smaller minibatch_prompts, or more GPUs",
+    "temporaries": "more GPUs",
+    "matrix products": "a faster GPU, or none of the recomputation of gradient checkpointing if memory allows",
+    "attention": "a shorter context: stages that grow it",
+    "LM head": "nothing in the config: it grows with vocabulary and hidden size",
+    "memory traffic": "Liger's kernels (model.liger)",
+    "collectives": "larger packed rows (optim.max_tokens_per_rank), or fewer GPUs",
+    "weight sync": "more steps' worth of responses in a step",
+}
+
+
+def print_plan_table(plan: Plan, why_device: str, console: Console | None = None) -> None:
+    """Memory by phase, time by stage, what dominates, the largest row, and a remedy where it does not fit."""
+    console = console or default_console()
+    for line in _heading(plan, why_device):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_memory_table(plan))
+    console.print(_time_table(plan))
+    for line in conclusions(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _heading(plan: Plan, why_device: str) -> Iterator[str]:
+    shape, device, choices = plan.shape, plan.device, plan.choices
+    gpus = "" if choices.gpus == 1 else f"{choices.gpus} x "
+    yield f"or1 plan: {visible(shape.name)}, {count_text(shape.parameters)} parameters, on {gpus}{device.name}"
+    yield (f"  device       {device.memory / GIB:.1f} GiB, {device.usable / GIB:.1f} usable, "
+           f"{device.tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({why_device})")  # fmt: skip
+    eff = device.efficiency
+    yield (f"  assumed      {eff.matmul:.0%} of that in matrix products, {eff.attention:.0%} in attention, "
+           f"{eff.memory:.0%} of the bandwidth")  # fmt: skip
+    work = plan.heaviest.work
+    yield (f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
+           "--mean-response says otherwise, no group rejected")  # fmt: skip
+    yield (f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "
+           f"{choices.optimizer}, weights {8 * choices.weight} bit, gradients {8 * choices.grad} bit")  # fmt: skip
+
+
+def _memory_table(plan: Plan) -> Table:
+    phases = plan.heaviest.memory.phases
+    peak = plan.heaviest.memory.peak
+    unit, name = (GIB, "GiB") if peak.total > GIB else (GIB / 1024, "MiB")
+    table = _table(f"{name} a GPU", *(phase.name for phase in phases))
+    for component in COMPONENTS:
+        sizes = [phase.parts.get(component, 0) for phase in phases]
+        if any(sizes):
+            table.add_row(component, *(f"{size / unit:,.2f}" if size else "-" for size in sizes))
+    table.add_section()
+    table.add_row("peak", *(_bold(f"{phase.total / unit:,.2f}", phase is peak) for phase in phases))
+    for part, size in plan.heaviest.memory.host.items():
+        table.add_row(f"host: {part}", f"{size / unit:,.2f}", *("" for _ in phases[1:]))
+    return table
+
+
+def _bold(text: str, on: bool) -> str:
+    return f"[bold]{text}[/bold]" if on else text
+
+
+def _time_table(plan: Plan) -> Table:
+    table = _table("stage", "responses", "response limit", "step", "generation", "training", "tokens/s", "training MFU")
+    for number, stage in enumerate(plan.stages, 1):
+        time, work = stage.time, stage.work
+        generation = time.parts["generation"]
+        table.add_row(
+            str(number), f"{work.sequences:,}", f"{work.max_response:,}", duration(time.total), duration(generation),
+            duration(time.total - generation), count_text(time.tokens_per_s), f"{time.mfu:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="dim")
+    table.add_column(first)
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """What dominates, and the largest row that fits: one line each."""
+    peak, slow = plan.heaviest.memory.peak, plan.stages[-1].time
+    part, slowest = peak.dominant, slow.dominant
+    lines = [
+        f"Memory: the {peak.name} phase needs most, {peak.total / GIB:.1f} GiB where {plan.device.usable / GIB:.1f} "
+        f"are usable; {peak.parts[part] / peak.total:.0%} of that is {part}. To change it: {_WHAT_TO_CHANGE[part]}.",
+        f"Time: {slow.parts[slowest] / slow.total:.0%} of the last stage's step is {slowest}. "
+        f"To change it: {_advice_on_time(plan, slowest)}.",
+    ]
+    if plan.largest_tokens:
+        lines.append(f"Largest optim.max_tokens_per_rank that fits: {plan.largest_tokens:,} (the longest sequence has "
+                     f"up to {plan.longest:,} tokens).")  # fmt: skip
+    else:
+        lines.append("No optim.max_tokens_per_rank fits: weights, gradients and optimizer alone are too much.")
+    return lines
+
+
+def _advice_on_time(plan: Plan, part: str) -> str:
+    if part == "generation":
+        faster = 'rollout.engine = "vllm", or ' if hasattr(plan.config.rollout, "vllm") else ""
+        return (f"{faster}a larger rollout.batch_size, if it fits" if plan.heaviest.work.engine == "hf"
+                else "more GPUs, or a shorter context: stages that grow it")  # fmt: skip
+    if part == "optimizer":
+        return ("more prompts a minibatch" if plan.choices.optimizer != "offload"
+                else 'optim.optimizer = "adamw8bit", which stays on the GPU')  # fmt: skip
+    return _WHAT_TO_CHANGE[part]
+
+
+def verdict(plan: Plan) -> str:
+    """Why a plan does not fit, and the options with which it would."""
+    over = plan.heaviest.memory.peak.total - plan.device.usable
+    text = f"It does not fit: {over / GIB:.1f} GiB too much on {plan.device.name}."
+    if plan.remedy is None:
+        return text + " No option that or1 knows makes it fit; take a larger device (--device) or a smaller model."
+    options = [t if t.startswith("--") else f"--set {t}" for t in plan.remedy]
+    return f"{text} It would with: {' '.join(options)}"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The numbers of a plan: bytes, seconds, tokens."""
+    return {
+        "model": plan.shape.name, "parameters": plan.shape.parameters, "device": asdict(plan.device),
+        "usable_bytes": plan.device.usable, "gpus": plan.choices.gpus, "fits": plan.fits,
+        "largest_max_tokens_per_rank": plan.largest_tokens, "remedy": plan.remedy and list(plan.remedy),
+        "stages": [
+            {
+                "phases": {phase.name: phase.parts for phase in stage.memory.phases}, "host": stage.memory.host,
+                "peak_bytes": stage.memory.peak.total, "seconds": stage.time.parts, "tokens": stage.time.tokens,
+                "tokens_per_s": stage.time.tokens_per_s, "mfu": stage.time.mfu,
+            }
+            for stage in plan.stages
+        ],
+    }  # fmt: skip
