@@ -110,6 +110,7 @@ def test_a_killed_evaluation_goes_on(root: Path, adder: Path, sums: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_filter_goes_on_and_its_file_chooses_prompts(
     root: Path, adder: Path, sums: Path, or1: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",
     [
