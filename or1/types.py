@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,14 +22,43 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
+class CodeTests:
+    """The tests of one programming problem; `or1.reward.ground_truth` makes them from what data sets hold.
+
+    kind         "stdin": the program reads inputs[i] and prints outputs[i]
+                 "function": `fn_name`, a function or a method of class Solution, called with the JSON values in the
+                 lines of inputs[i], returns the JSON value outputs[i]
+                 "asserts": `script` asserts what the program's names must do
+    inputs       one per test; as many outputs; never none
+    fn_name      the function under test
+    script       Python source with at least one assert statement
+    setup        Python source that comes before both the program and the script
+    """
+
+    kind: Literal["stdin", "function", "asserts"]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    fn_name: str = ""
+    script: str = ""
+    setup: str = ""
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`."""
+    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`.
+
+    golds  equally good answers of a maths problem
+    tests  of a programming problem
+    row    the columns of the data row as they were read, for rewards that users bring
+    """
 
     id: str
     source: str
     text: str
     token_ids: np.ndarray
-    golds: tuple[str, ...]
+    golds: tuple[str, ...] = ()
+    tests: CodeTests | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
