@@ -11,7 +11,16 @@ import numpy as np
 
 
 class Status(StrEnum):
-    """What became of scoring one response. Only OK earns a reward; every other value is counted by name."""
+    """What became of scoring one response; every value is counted by name.
+
+    OK         right, or, for a reward of the user's own, above 0
+    WRONG      wrong, or not above 0
+    NO_ANSWER  nothing in it to grade
+    TRUNCATED  cut at the token limit, or never out of its thoughts
+    TIMEOUT    grading it took too long
+    CRASH      grading it failed
+    SKIPPED    the user's reward gave None: it has no reward
+    """
 
     OK = "ok"
     WRONG = "wrong"
@@ -19,6 +28,7 @@ class Status(StrEnum):
     TRUNCATED = "truncated"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Score:
-    """Reward of one response and why."""
+    """Reward of one response and why. A reward of NaN is none: the response is left out of its group."""
 
     reward: float
     status: Status
@@ -101,5 +111,5 @@ class Group:
 
     @property
     def rewards(self) -> np.ndarray:
-        """f64[M]"""
+        """f64[M]; NaN where a response has no reward"""
         return np.array([score.reward for score in self.scores], dtype=np.float64)

@@ -14,7 +14,7 @@ def same_output(actual: str, expected: str) -> bool:
 
 def _same_line(actual: str, expected: str) -> bool:
     actual, expected = actual.strip(), expected.strip()
-    return actual == expected or (numbers := _numbers(expected)) is not None and _numbers(actual) == numbers
+    return actual == expected or ((numbers := _numbers(expected)) is not None and _numbers(actual) == numbers)
 
 
 def _numbers(line: str) -> list[Decimal] | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _BLOCK = re.compile(r"```(?:python3?|py)[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def last_python_block(text: str) -> str | None:
     """What the last closed block that is marked as Python holds; None if there is none. Linear in len(text)."""
-    block = None
-    for block in _BLOCK.finditer(text):
-        pass
-    return block[1] if block and block[1].strip() else None
+    last = deque(_BLOCK.finditer(text), maxlen=1)
+    return last[0][1] if last and last[0][1].strip() else None

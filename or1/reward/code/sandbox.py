@@ -69,7 +69,7 @@ def find_sandbox(choice: str) -> str:
     raise ScorerError(
         f"no sandbox works here, so programs of the policy would run with your rights ({'; '.join(tried)}). Install "
         "bubblewrap (apt-get install bubblewrap), allow unprivileged user namespaces, or, on a machine with nothing "
-        'to lose, set reward.sandbox = "none"'
+        'to lose, set reward.code.sandbox = "none"'
     )
 
 

@@ -70,7 +70,7 @@ def outward(value):
 
 
 def ask(order, args=(), kwargs=None):
-    """The program's answer; what it changed of its arguments is changed here too. Raises what it raised, as an error."""
+    """The program's answer; what it changed of its arguments is changed here too. Raises RuntimeError if it raised."""
     send(1, {"ask": order})
     answer = receive(0, MESSAGE_LIMIT)
     if "value" not in answer:

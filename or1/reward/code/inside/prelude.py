@@ -1,6 +1,6 @@
 """What LeetCode offers every program: usual imports, ListNode, TreeNode, and how tests build and compare them."""
 
-# ruff: noqa: F401, F403, F405, A001, E402, I001
+# ruff: noqa: F401, F403
 
 import builtins
 import collections

@@ -183,7 +183,7 @@ def obey(order, namespace, handles):
         return {"value": encode(getattr(handles[order["of"]], order["attribute"]), handles)}
     if "function" in order:
         target = namespace.get(order["function"])
-        if target is None or "Solution" in namespace and hasattr(namespace["Solution"], order["function"]):
+        if target is None or ("Solution" in namespace and hasattr(namespace["Solution"], order["function"])):
             target = getattr(namespace["Solution"](), order["function"])
     else:
         target = handles[order["call"]]
