@@ -79,7 +79,7 @@ def encode(value, handles):
 def decode(data, names, from_handle):
     """The value of `encode`. `names` holds the classes ListNode and TreeNode if there are any."""
     if isinstance(data, list):
-        raise Lost("a bare list is no value")
+        raise ValueError("a bare list is no value")
     if not isinstance(data, dict):
         return data
     ((tag, body),) = data.items()
