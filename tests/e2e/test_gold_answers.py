@@ -51,12 +51,14 @@ def test_gsm8k_answers_are_right_for_their_own_problem_only(root: Path) -> None:
 @pytest.mark.timeout(900)
 def test_math_answers_are_right_for_their_own_problem(root: Path) -> None:
     rows = json.loads(data(root, "math_train.json").read_text())
-    answers = [str(row["answer"]) for row in rows]
+    # A row without an answer is an error of the row.
+    answers = [answer for row in rows if (answer := str(row["answer"]).strip())]
+    assert len(rows) - len(answers) <= 2
     own = scores([(answer, answer) for answer in answers])
     missed = [(a, s.status.value) for a, s in zip(answers, own, strict=True) if s.status is not Status.OK]
     # Other white space defeats the comparison of strings, so that math-verify has to decide.
     respelt = scores([(answer.replace(" ", "") + "\\,", answer) for answer in answers])
     by_meaning = sum(score.status is Status.OK for score in respelt)
-    print(f"{len(rows) - len(missed)} of {len(rows)} right, missed {missed}; by meaning alone {by_meaning}")
-    assert len(missed) <= 0.005 * len(rows), missed
-    assert by_meaning >= 0.95 * len(rows)
+    print(f"{len(answers) - len(missed)} of {len(answers)} right {missed}; by meaning {by_meaning}")
+    assert len(missed) <= 0.005 * len(answers), missed
+    assert by_meaning >= 0.95 * len(answers)

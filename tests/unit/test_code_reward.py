@@ -25,7 +25,7 @@ from or1.types import CodeTests, Prompt, Response, Score, Status
 @pytest.fixture(scope="module")
 def settings() -> CodeSettings:
     try:
-        return CodeSettings(find_sandbox("auto"), 3.0, 20.0, 1024, 16, 4, False)
+        return CodeSettings(find_sandbox("auto"), 2.0, 20.0, 1024, 16, 4, False)
     except ScorerError as error:
         pytest.skip(str(error))
 
