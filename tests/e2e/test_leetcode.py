@@ -19,11 +19,14 @@ from or1.reward import make_scorer
 from or1.reward.ground_truth import parse_ground_truth
 from or1.types import Prompt, Response, Status
 
+# Right().name, not super().name: a solution that calls itself must not get its own mistake back, where two cancel.
 RETURNS_NONE = """
 
-class Wrong(Solution):
+Right = Solution
+
+class Wrong:
     def {name}(self, *args, **kwargs):
-        super().{name}(*args, **kwargs)
+        Right().{name}(*args, **kwargs)
         return None
 
 Solution = Wrong
@@ -31,9 +34,11 @@ Solution = Wrong
 
 OFF_BY_ONE = """
 
-class Wrong(Solution):
+Right = Solution
+
+class Wrong:
     def {name}(self, *args, **kwargs):
-        value = super().{name}(*args, **kwargs)
+        value = Right().{name}(*args, **kwargs)
         if value is None or isinstance(value, (bool, str, list)):
             return {{bool: lambda v: not v, str: lambda v: v + "x", list: lambda v: v[1:] if v else [0]}}.get(
                 type(value), lambda v: ListNode(1))(value)

@@ -17,17 +17,18 @@ from or1.types import Score, Status
 
 pytestmark = pytest.mark.timeout(60)
 
-TEN = {"inputs": ["1\n"] * 3, "outputs": ["1\n"] * 3}
+THREE = {"inputs": ["1\n"] * 3, "outputs": ["1\n"] * 3}
 
 FLOODS = {
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", Status.TIMEOUT),
     "fork bomb that ends": ("import os\nfor _ in range(40): os.fork()\nprint(1)", Status.WRONG),
-    "thread bomb": ("import threading, time\nfor _ in range(999): threading.Thread(target=time.sleep, args=(9,)).start()",
-                    None),
+    "thread bomb": (
+        "import threading, time\nfor _ in range(999): threading.Thread(target=time.sleep, args=(9,)).start()", None),
     "64 GB": ("x = bytearray(64 << 30)\nprint(1)", Status.WRONG),
     "memory bit by bit": ("x = []\nwhile True: x.append(bytearray(1 << 20))", None),
     "memory in many processes": (
-        "import os, time\nfor _ in range(12):\n    if os.fork() == 0: break\nx = b'x' * (150 << 20)\ntime.sleep(9)", Status.WRONG),
+        "import os, time\nfor _ in range(12):\n    if os.fork() == 0: break\n"
+        "x = b'x' * (150 << 20)\ntime.sleep(9)", Status.WRONG),
     "10 GB of output": ("import sys\nfor _ in range(10 << 10): sys.stdout.write('x' * (1 << 20))", Status.WRONG),
     "10 GB of errors": ("import os\nprint(1, flush=True)\nfor _ in range(10 << 10): os.write(2, b'x' * (1 << 20))",
                         Status.WRONG),
@@ -58,7 +59,7 @@ print(1)
 """
 
 
-@pytest.fixture(scope="module", params=["bwrap", "namespaces"])
+@pytest.fixture(scope="module", params=["auto", pytest.param("namespaces", marks=pytest.mark.slow)])
 def sandbox(request: pytest.FixtureRequest) -> str:
     return kind_or_skip(request.param)
 
@@ -68,7 +69,7 @@ def test_floods_and_hangs_end_within_their_limits(name: str, sandbox: str) -> No
     program, status = FLOODS[name]
     start = time.monotonic()
     with census(os.getpid()) as watched:
-        found = score(program, TEN, sandbox, test_timeout_s=3.0 if name.startswith("memory in") else 1.0)
+        found = score(program, THREE, sandbox, test_timeout_s=3.0 if name.startswith("memory in") else 1.0)
     assert found.reward == 0
     assert status in (None, found.status)
     assert time.monotonic() - start < 8
@@ -77,7 +78,7 @@ def test_floods_and_hangs_end_within_their_limits(name: str, sandbox: str) -> No
 
 def test_a_daemon_does_not_outlive_its_program(sandbox: str) -> None:
     with census(os.getpid()) as watched:
-        assert score(DAEMON, TEN, sandbox) == Score(1.0, Status.OK)
+        assert score(DAEMON, THREE, sandbox) == Score(1.0, Status.OK)
     assert len(watched.seen) >= 3
 
 
@@ -93,7 +94,7 @@ def test_many_tests_share_one_limit(sandbox: str) -> None:
 
 
 PRYING = {
-    "environment": "import os; print(sorted(os.environ))",
+    "environment": "import os; print(*os.environ)",
     "environment of process 1": "print(open('/proc/1/environ').read())",
     "home": "import os; print(os.listdir({home!r}))",
     "this file": "print(open({here!r}).read())",
@@ -121,6 +122,9 @@ PRYING = {
 }
 
 
+ALLOWED = {"HOME", "LANG", "LC_CTYPE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "PWD", "PYTHONHASHSEED"}
+
+
 @pytest.fixture
 def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_TOKEN", "hf_geheim")
@@ -138,8 +142,7 @@ def test_programs_cannot_pry(name: str, sandbox: str, tmp_path: Path) -> None:
         printed = output(PRYING[name].format(**facts), sandbox)
     assert "hf_geheim" not in printed
     if name == "environment":
-        allowed = "HOME LANG LC_CTYPE OMP_NUM_THREADS OPENBLAS_NUM_THREADS PATH PWD PYTHONHASHSEED".split()
-        assert set(__import__("ast").literal_eval(printed)) <= set(allowed)
+        assert set(printed.split()) <= ALLOWED
     elif name == "environment of process 1" and "'code': 1" not in printed:
         assert not any(word in printed for word in ("TOKEN", "USER", "SHELL"))
     else:
@@ -166,7 +169,7 @@ def test_a_killed_grader_takes_its_sandbox_along(sandbox: str) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            score("while True: pass", TEN, sandbox, test_timeout_s=30.0, total_timeout_s=60.0)
+            score("while True: pass", THREE, sandbox, test_timeout_s=30.0, total_timeout_s=60.0)
         finally:
             os._exit(0)
     with census(pid) as watched:
@@ -178,7 +181,7 @@ def test_a_killed_grader_takes_its_sandbox_along(sandbox: str) -> None:
 
 def test_sandboxes_work_from_a_thread(sandbox: str) -> None:
     found = []
-    thread = threading.Thread(target=lambda: found.append(score("print(1)", TEN, sandbox)))
+    thread = threading.Thread(target=lambda: found.append(score("print(1)", THREE, sandbox)))
     thread.start()
     thread.join()
     assert found == [Score(1.0, Status.OK)]

@@ -119,7 +119,9 @@ def test_conversations_stay_conversations(functions: Path) -> None:
     assert grade(f"{functions}:trl_chat", "42", prompt=messages).reward == 1.0
 
 
-@pytest.mark.parametrize(("order", "message"), [("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward")])
+@pytest.mark.parametrize(
+    ("order", "message"), [("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward")]
+)
 def test_what_is_no_reward_is_an_error(order: str, message: str, functions: Path) -> None:
     with pytest.raises(ValueError, match=message):
         grade(f"{functions}:orders", order)

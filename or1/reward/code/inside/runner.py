@@ -9,6 +9,7 @@ that has loaded the program and keeps its objects. Inputs come one at a time, an
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import os
 import resource
@@ -122,6 +123,8 @@ class Program:
                                     encoding="utf-8", closefd=False))  # fmt: skip
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
         sys.argv = ["solution.py"]
+        # Python without site, which starts faster and sees no .pth files, lacks these two.
+        builtins.exit = builtins.quit = sys.exit
         sys.setrecursionlimit(50_000)
         limit_resources(self.limits)
 
@@ -130,12 +133,14 @@ class Program:
         code = 1
         try:
             namespace = self.namespace(name)
-            exec(self.code, namespace)
+            try:
+                exec(self.code, namespace)
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
             leave_orderly()
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException as error:
+            code = code or 1
             sys.stderr.write(f"{type(error).__name__}: {error}")
         finally:
             with contextlib.suppress(Exception):
