@@ -57,7 +57,8 @@ def evaluate_set(
     """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0)
     groups = collect(engine, scorer, prompts, sampling, progress).groups
-    rewards_PK = np.stack([group.rewards for group in groups])
+    # A response that could not be scored is not solved.
+    rewards_PK = np.nan_to_num(np.stack([group.rewards for group in groups]))
     responses = [response for group in groups for response in group.responses]
     correct_P = (rewards_PK > 0).sum(axis=1)
     means_P = rewards_PK.mean(axis=1)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from or1.types import Group
 
 
 def has_advantage(group: Group) -> bool:
     """Whether the rewards of a group differ, so that its advantages are not all 0."""
-    return bool(group.rewards.min() < group.rewards.max())
+    rewards = group.rewards[~np.isnan(group.rewards)]
+    return rewards.size > 0 and bool(rewards.min() < rewards.max())
 
 
 def reject_zero_advantage(groups: Sequence[Group]) -> list[Group]:

@@ -83,8 +83,9 @@ class RunData:
 
     def health_counts(self) -> dict[str, int]:
         """What went wrong over the whole run, by name, as far as it was recorded."""
-        shares = {"truncated responses": "completion/truncated", "without an answer": "status/no_answer"}
-        shares |= {"verifier timeouts": "status/timeout", "verifier crashes": "status/crash"}
+        shares = {"truncated responses": "completion/truncated", "without an answer": "reward/status/no_answer"}
+        shares |= {"verifier timeouts": "reward/status/timeout", "verifier crashes": "reward/status/crash"}
+        shares |= {"without a reward": "reward/status/skipped"}
         counts = {label: self.count(key) for label, key in shares.items() if self.series(key)[0]}
         if self.series("optim/skipped")[0]:
             counts["skipped updates"] = round(self.total("optim/skipped"))

@@ -317,8 +317,9 @@ def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
 
 
 def _outcomes(run: RunData) -> Plot | None:
-    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", "timeout": "s5", "crash": "s6"}
-    layers = {name: [number(r.get(f"status/{name}"), 0.0) * 100 for r in run.records] for name in names}
+    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", "timeout": "s5", "crash": "s6",
+             "skipped": "s7"}
+    layers = {name: [number(r.get(f"reward/status/{name}"), 0.0) * 100 for r in run.records] for name in names}
     labels = {name: name.replace("_", " ") for name in names}
     caption = "What became of the responses; timeout and crash are the verifier's."
     return _stack(run, ("Outcomes", caption, "%"), layers, names, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import Counter
@@ -33,16 +34,21 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     lengths = np.array([len(response.token_ids) for group in groups for response in group.responses])
     statuses = Counter(score.status for group in groups for score in group.scores)
     constant = np.array([not has_advantage(group) for group in groups])
-    mean = rewards.mean(axis=1)
+    # A response may have no reward (NaN), and so may all of a group; such a group is neither solved nor failed.
+    scored = ~np.isnan(rewards)
+    mean = np.divide(
+        rewards.sum(axis=1, where=scored), scored.sum(axis=1), out=np.full(len(groups), np.nan),
+        where=scored.any(axis=1),
+    )  # fmt: skip
     return {
-        "reward/mean": float(rewards.mean()),
+        "reward/mean": float(rewards[scored].mean()) if scored.any() else math.nan,
         "group/frac_zero_std": float(constant.mean()),
         "group/solved": float((constant & (mean > 0)).mean()),
         "group/failed": float((constant & (mean <= 0)).mean()),
         "completion/len_mean": float(lengths.mean()),
         "completion/len_max": float(lengths.max()),
         "completion/truncated": float(np.mean([r.truncated for group in groups for r in group.responses])),
-        **{f"status/{status.value}": statuses[status] / rewards.size for status in Status},
+        **{f"reward/status/{status.value}": statuses[status] / rewards.size for status in Status},
     }
 
 

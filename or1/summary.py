@@ -23,6 +23,7 @@ def summarise(
         "truncated responses": state.totals[Status.TRUNCATED.value],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
+        "responses without a reward": state.totals[Status.SKIPPED.value],
         "skipped updates": state.totals["skipped_updates"],
         "empty steps": state.totals["empty_steps"],
         "bad data rows": bad_rows,

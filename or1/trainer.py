@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ from or1.rollout_log import write_rollouts
 from or1.run_state import TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
 from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
-from or1.types import Group
+from or1.types import Group, Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
@@ -75,7 +75,7 @@ class Trainer:
         rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
         writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
         try:
-            with make_scorer(self.config.reward) as self.scorer:
+            with make_scorer(self.config.reward, self._all_prompts()) as self.scorer:
                 if self.state.step == 0:
                     self._report(writer, 0, self.evaluate())
                 while self.state.step < self.config.total_steps:
@@ -156,6 +156,7 @@ class Trainer:
             [
                 TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
                 for response, advantage in zip(group.responses, advantages_M, strict=True)
+                if not math.isnan(advantage)  # a response without a reward
             ]
             for group, advantages_M in zip(kept, advantages_KM, strict=True)
         ]
@@ -179,6 +180,11 @@ class Trainer:
             limit = self.config.eval_max_response_tokens
             metrics |= evaluate_set(self.engine, self.scorer, prompts, settings, limit, progress).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
+
+    def _all_prompts(self) -> Iterator[Prompt]:
+        yield from self.data.prompts
+        for prompts in self.eval_prompts.values():
+            yield from prompts
 
     def export(self) -> str:
         """Write the present weights as a Hugging Face checkpoint; returns the folder."""

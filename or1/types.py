@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Literal
 
 import numpy as np
 
 
 class Status(StrEnum):
-    """What became of scoring one response. Only OK earns a reward; every other value is counted by name."""
+    """What became of scoring one response; every value is counted by name.
+
+    OK         right, or, for a reward of the user's own, above 0
+    WRONG      wrong, or not above 0
+    NO_ANSWER  nothing in it to grade
+    TRUNCATED  cut at the token limit, or never out of its thoughts
+    TIMEOUT    grading it took too long
+    CRASH      grading it failed
+    SKIPPED    the user's reward gave None: it has no reward
+    """
 
     OK = "ok"
     WRONG = "wrong"
@@ -17,17 +28,47 @@ class Status(StrEnum):
     TRUNCATED = "truncated"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class CodeTests:
+    """The tests of one programming problem; `or1.reward.ground_truth` makes them from what data sets hold.
+
+    kind         "stdin": the program reads inputs[i] and prints outputs[i]
+                 "function": `fn_name`, a function or a method of class Solution, called with the JSON values in the
+                 lines of inputs[i], returns the JSON value outputs[i]
+                 "asserts": `script` asserts what the program's names must do
+    inputs       one per test; as many outputs; never none
+    fn_name      the function under test
+    script       Python source with at least one assert statement
+    setup        Python source that comes before both the program and the script
+    """
+
+    kind: Literal["stdin", "function", "asserts"]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    fn_name: str = ""
+    script: str = ""
+    setup: str = ""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`."""
+    """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`.
+
+    golds  equally good answers of a maths problem
+    tests  of a programming problem
+    row    the columns of the data row as they were read, for rewards that users bring
+    """
 
     id: str
     source: str
     text: str
     token_ids: np.ndarray
-    golds: tuple[str, ...]
+    golds: tuple[str, ...] = ()
+    tests: CodeTests | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +95,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Score:
-    """Reward of one response and why."""
+    """Reward of one response and why. A reward of NaN is none: the response is left out of its group."""
 
     reward: float
     status: Status
@@ -70,5 +111,5 @@ class Group:
 
     @property
     def rewards(self) -> np.ndarray:
-        """f64[M]"""
+        """f64[M]; NaN where a response has no reward"""
         return np.array([score.reward for score in self.scores], dtype=np.float64)

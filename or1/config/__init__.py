@@ -14,13 +14,14 @@ from or1.config.data import DataConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
-from or1.config.reward import RewardConfig
+from or1.config.reward import CodeRewardConfig, RewardConfig
 from or1.config.rollout import RolloutConfig
 from or1.config.run import CheckpointConfig, EvalConfig, EvalSet, LogConfig
 from or1.config.stage import StageConfig
 
 __all__ = [
     "CheckpointConfig",
+    "CodeRewardConfig",
     "Config",
     "DataConfig",
     "EntropyConfig",

@@ -1,4 +1,4 @@
-"""`[reward]`: what a response is worth."""
+"""`[reward]` and `[reward.code]`: what a response is worth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ from pydantic import Field
 from or1.config.base import Section
 
 
+class CodeRewardConfig(Section):
+    """`[reward.code]`"""
+
+    sandbox: Literal["auto", "bwrap", "namespaces", "none"] = "auto"
+    """How programs are isolated. auto: bwrap, else namespaces, else refuse. none: they run with your rights."""
+    partial: bool = False
+    """Pay the fraction of tests passed instead of 1 for all and 0 otherwise; then no test is left out."""
+    test_timeout_s: float = Field(6.0, gt=0)
+    """Limit for one test."""
+    total_timeout_s: float = Field(300.0, gt=0)
+    """Limit for all tests of a program; the limit is also at most 5 s and test_timeout_s + 1 for each test."""
+    memory_mib: int = Field(4096, ge=64)
+    """Memory of one program with all it starts."""
+    processes: int = Field(16, ge=1)
+    """Processes and threads of one program."""
+    output_mib: int = Field(16, ge=1)
+    """Size of one output, and of one file that a program writes."""
+
+
 class RewardConfig(Section):
     """`[reward]`"""
 
-    kind: Literal["math"] = "math"
-    """Verifier: math compares the last \\boxed{} with the gold answer through math-verify."""
+    kind: str = Field("auto", pattern=r"^(auto|math|code|[^:]+:[A-Za-z_][A-Za-z0-9_]*)$")
+    """auto: math or code by what each row holds. math: the last \\boxed{} against the gold answer. code: programs
+    against tests. Or a function of your own, "module:function" or "path/file.py:function"."""
     timeout_s: float = Field(5.0, gt=0)
-    """Limit for one response; then its worker is killed and the response counted as a timeout."""
+    """Limit for grading one response in math or by your function; then it counts as a timeout."""
     workers: int = Field(2, ge=1)
-    """Verifier processes."""
+    """Processes of each verifier in use: responses graded at once."""
     require_think_close: bool = False
     """Score a response without `</think>` as truncated (0) instead of grading all of it."""
+    code: CodeRewardConfig = CodeRewardConfig()

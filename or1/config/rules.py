@@ -37,6 +37,12 @@ def _files_exist(config: Config) -> Iterator[Problem]:
                       "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
 
 
+def _reward_file_exists(config: Config) -> Iterator[Problem]:
+    place = config.reward.kind.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
+
+
 def _stages_fit(config: Config) -> Iterator[Problem]:
     for i, stage in enumerate(config.stage):
         minibatch = stage.minibatch_prompts
@@ -76,6 +82,7 @@ def _eval_names_unique(config: Config) -> Iterator[Problem]:
 
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _files_exist,
+    _reward_file_exists,
     _stages_fit,
     _entropy_bounds,
     _betas_valid,

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from or1.config import RewardConfig
     from or1.reward.base import Scorer
+    from or1.types import Prompt
 
 
-def make_scorer(config: RewardConfig) -> Scorer:
+def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None) -> Scorer:
     """The scorer of `[reward]`, with its worker processes started and warm.
 
-    Raises or1.reward.base.ScorerError if a worker does not start, for example because math-verify is missing.
-    """
-    from or1.reward.pool import PoolScorer
+    prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
 
-    return PoolScorer(
-        workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close
-    )
+    Raises or1.reward.base.ScorerError if a worker does not start, for example because math-verify is missing, if no
+    sandbox works for code, or if a prompt lacks what the verifier compares with.
+    """
+    from or1.reward.base import ScorerError
+    from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
+
+    if ":" in config.kind:
+        return CustomScorer(config.kind, workers=config.workers, timeout_s=config.timeout_s)
+    kinds = {kind_of(prompt): prompt.id for prompt in prompts or ()}
+    other = {"math": "code", "code": "math"}.get(config.kind)
+    if other in kinds:
+        raise ScorerError(f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
+                          'reward.kind = "auto", or leave those rows out')
+
+    def math() -> Scorer:
+        return MathScorer(
+            workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close
+        )
+
+    makers = {"math": math, "code": lambda: _code_scorer(config)}
+    return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
+
+
+def _code_scorer(config: RewardConfig) -> Scorer:
+    from or1.reward.code.grade import CodeSettings
+    from or1.reward.code.sandbox import find_sandbox
+    from or1.reward.scorers import CodeScorer
+
+    options = config.code.model_dump()
+    settings = CodeSettings(**options | {"sandbox": find_sandbox(config.code.sandbox)})
+    return CodeScorer(workers=config.workers, settings=settings, require_think_close=config.require_think_close)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from or1.types import Score, Status
 
@@ -36,10 +37,10 @@ def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False
     Linear in len(text). Only what follows the last `</think>` counts; without one all of the text does, or, under
     `require_think_close`, the response is TRUNCATED.
     """
-    _, closed, answer = text.rpartition(_THINK_CLOSE)
-    if require_think_close and not closed:
+    answer = answer_part(text)
+    if require_think_close and answer is None:
         return make_score(Status.TRUNCATED)
-    box = last_box(answer)
+    box = last_box(text if answer is None else answer)
     if not box:
         return make_score(Status.NO_ANSWER)
     golds = [_squeeze(gold) for gold in golds]
@@ -54,6 +55,12 @@ def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False
         if len(integers) == len(golds):
             return make_score(Status.WRONG)
     return box
+
+
+def answer_part(text: str) -> str | None:
+    """What follows the last `</think>`; None without one."""
+    _, closed, answer = text.rpartition(_THINK_CLOSE)
+    return answer if closed else None
 
 
 def last_box(text: str) -> str | None:
@@ -91,6 +98,11 @@ def equivalent(box: str, golds: Sequence[str]) -> bool:
     return any(
         verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), answer, timeout_seconds=None) for gold in golds
     )
+
+
+def equivalent_job(job: Mapping[str, Any]) -> bool:
+    """`equivalent` as the workers of `or1.reward.pool` call it."""
+    return equivalent(job["box"], job["golds"])
 
 
 def warm_up() -> None:

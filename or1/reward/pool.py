@@ -1,4 +1,4 @@
-"""Scoring in processes that can be killed: one slow, hanging or crashing answer costs its own slot and nothing else.
+"""Grading in processes that can be killed: one slow, hanging or crashing answer costs its own slot and nothing else.
 
 Each slot is one thread here and one `or1.reward.worker` process, joined by a socket. The worker is a fresh Python, not
 a fork of the trainer (whose torch threads do not survive one) and not a multiprocessing child (which would run the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -17,58 +18,59 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import Future
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Self
+from typing import Any, Self
 
-from or1.reward import math
 from or1.reward.base import ScorerError
-from or1.types import Prompt, Response, Score, Status
+from or1.types import Score, Status
 
 START_LIMIT_S = 120.0
 """A worker that is not ready by then is given up; a cold network file system can take a minute."""
 GRACE_S = 10.0
 """A worker ends a job at its time limit by itself; this much later the whole worker is replaced."""
 
-_Key = tuple[tuple[str, ...], str]
 _log = logging.getLogger(__name__)
 _LOGGED_CRASHES = 5
 
 
-class PoolScorer:
-    r"""The math verifier as a `Scorer`.
+class WorkerPool:
+    """Processes that run one grader, and the futures of what they were given.
 
-    Truncated responses, responses without \boxed{} and answers that string or integer comparison decides are scored
-    in the caller; the others go to the workers, equal ones once.
-
-    workers              processes
-    timeout_s            limit for one answer from the moment its grading starts; then Status.TIMEOUT
-    require_think_close  a response without `</think>` is Status.TRUNCATED
-    grader               "module:function" of a function(box, golds) -> bool, run in the workers; a `warm_up()` in the
-                         same module is called before the first job
-    memo_size            answers remembered; those that timed out or crashed are not
+    grader              "module:function" of a function(job) -> Score or bool, run in the workers. The module may have
+                        `warm_up()`, called once in each worker before it forks, and `begin(options)`, called in each
+                        forked child before its first job; neither is charged to a job
+    workers             processes
+    options             for `begin`; plain JSON
+    memory_limit_bytes  address space of a child; 0 is no limit
+    memo_size           scores remembered, those of timeouts and crashes excepted; equal jobs that wait together are
+                        then graded once. 0 grades every job
+    unscored_faults     a job that times out or crashes has no reward (NaN) instead of 0
 
     Raises ScorerError if a worker cannot start.
     """
 
     def __init__(
         self,
+        grader: str,
         *,
         workers: int,
-        timeout_s: float,
-        require_think_close: bool = False,
-        grader: str = "or1.reward.math:equivalent",
-        memo_size: int = 100_000,
+        options: Mapping[str, Any] | None = None,
+        memory_limit_bytes: int = 0,
+        memo_size: int = 0,
+        unscored_faults: bool = False,
     ):
-        self._require_think_close, self._memo_size = require_think_close, memo_size
+        self._memo_size, self._fault_reward = memo_size, math.nan if unscored_faults else 0.0
         self._lock = threading.Lock()
-        self._memo: OrderedDict[_Key, Score] = OrderedDict()
-        self._running: dict[_Key, Future[Score]] = {}
-        self._jobs: queue.SimpleQueue[_Key | None] = queue.SimpleQueue()
+        self._memo: OrderedDict[bytes, Score] = OrderedDict()
+        self._running: dict[bytes, Future[Score]] = {}
+        self._jobs: queue.SimpleQueue[tuple[bytes, float, Future[Score]] | None] = queue.SimpleQueue()
         self._closed = False
         self._crashes = 0
-        self._workers = [_Worker(grader, timeout_s) for _ in range(workers)]
+        arguments = [grader, json.dumps(dict(options or {})), str(memory_limit_bytes)]
+        self._workers = [_Worker(arguments) for _ in range(workers)]
         self._threads: list[threading.Thread] = []
         try:
             for worker in self._workers:
@@ -82,17 +84,29 @@ class PoolScorer:
             self._threads.append(threading.Thread(target=self._serve, args=(worker,), name="or1-reward", daemon=True))
             self._threads[-1].start()
 
-    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`. Raises RuntimeError after `close`."""
-        if response.truncated:
-            return _done(math.make_score(Status.TRUNCATED))
-        found = math.screen(response.text, prompt.golds, require_think_close=self._require_think_close)
-        if isinstance(found, Score):
-            return _done(found)
-        return self._enqueue((prompt.golds, found))
+    def submit(self, job: Mapping[str, Any], limit_s: float) -> Future[Score]:
+        """Start grading one job, JSON but for values that str() then makes so; limit_s counts from when it starts.
+
+        Raises RuntimeError after `close`.
+        """
+        message = json.dumps(job, default=str).encode()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the scorer is closed; make a new one with or1.reward.make_scorer")
+            if message in self._memo:
+                self._memo.move_to_end(message)
+                return done(self._memo[message])
+            if message in self._running:
+                return self._running[message]
+            future: Future[Score] = Future()
+            future.set_running_or_notify_cancel()
+            if self._memo_size:
+                self._running[message] = future
+            self._jobs.put((message, limit_s, future))
+        return future
 
     def close(self) -> None:
-        """See `Scorer.close`. Workers are dead when it returns."""
+        """Stop at once: what still waits becomes Status.CRASH. Workers are dead when it returns."""
         with self._lock:
             self._closed = True
         for _ in self._threads:
@@ -112,46 +126,36 @@ class PoolScorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enqueue(self, key: _Key) -> Future[Score]:
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the scorer is closed; make a new one with or1.reward.make_scorer")
-            if key in self._memo:
-                self._memo.move_to_end(key)
-                return _done(self._memo[key])
-            if key in self._running:
-                return self._running[key]
-            future: Future[Score] = Future()
-            future.set_running_or_notify_cancel()
-            self._running[key] = future
-            self._jobs.put(key)
-        return future
-
     def _serve(self, worker: _Worker) -> None:
-        while (key := self._jobs.get()) is not None:
-            golds, box = key
-            status, cause = (Status.CRASH, "the scorer was closed") if self._closed else worker.ask(golds, box)
-            self._finish(key, math.make_score(status), cause)
+        while (item := self._jobs.get()) is not None:
+            message, limit_s, future = item
+            if self._closed:
+                status, reward, cause = Status.CRASH, None, "the scorer was closed"
+            else:
+                status, reward, cause = worker.ask(message, limit_s)
+            if status in (Status.TIMEOUT, Status.CRASH) and reward is None:
+                reward = self._fault_reward
+            self._finish(message, future, Score(math.nan if reward is None else reward, status), cause)
 
-    def _finish(self, key: _Key, score: Score, cause: str) -> None:
+    def _finish(self, message: bytes, future: Future[Score], score: Score, cause: str) -> None:
         with self._lock:
-            future = self._running.pop(key)
-            if score.status in (Status.OK, Status.WRONG):
-                self._memo[key] = score
+            self._running.pop(message, None)
+            if self._memo_size and score.status not in (Status.TIMEOUT, Status.CRASH):
+                self._memo[message] = score
                 if len(self._memo) > self._memo_size:
                     self._memo.popitem(last=False)
             self._crashes += score.status is Status.CRASH
             report = score.status is Status.CRASH and self._crashes <= _LOGGED_CRASHES and not self._closed
         if report:
-            _log.warning("grading %.200r against %.200r crashed: %s", key[1], key[0], cause)
+            _log.warning("grading %.300s crashed: %s", message.decode(), cause)
         future.set_result(score)
 
 
 class _Worker:
     """One `or1.reward.worker` process and the socket to it. Used by one thread, except for `kill`."""
 
-    def __init__(self, grader: str, timeout_s: float):
-        self._grader, self._timeout_s = grader, timeout_s
+    def __init__(self, arguments: list[str]):
+        self._arguments = arguments
         self._process: subprocess.Popen | None = None
         self._socket: Connection | None = None
 
@@ -159,7 +163,7 @@ class _Worker:
         """Start the process, which takes about a second to be ready. Raises ScorerError if it cannot be started."""
         self._socket, theirs = Pipe()
         command = [sys.executable, "-P", "-m", "or1.reward.worker"]
-        command += [str(theirs.fileno()), self._grader, str(self._timeout_s)]
+        command += [str(theirs.fileno()), *self._arguments]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -185,25 +189,25 @@ class _Worker:
         except (EOFError, OSError):
             fate = f"ended with code {self._process.wait()} before it was ready"
         raise ScorerError(f"reward worker {fate}; its own message stands above. `{sys.executable} -c "
-                          f"'import {self._grader.partition(':')[0]}, math_verify'` must work: reinstall or1 if not")
+                          f"'import {self._arguments[0].partition(':')[0]}'` must work: reinstall or1 if not")
 
-    def ask(self, golds: tuple[str, ...], box: str) -> tuple[Status, str]:
-        """The verdict on one answer, and the cause of a crash. Replaces a dead worker first; never raises."""
+    def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
+        """Status and reward of one job, and the cause of a crash. Replaces a dead worker first; never raises."""
         try:
             if self._process.poll() is not None:
                 self.launch()
                 self.await_ready()
-            self._socket.send_bytes(json.dumps({"golds": golds, "box": box}).encode())
-            if not self._socket.poll(self._timeout_s + GRACE_S):
+            self._socket.send_bytes(str(limit_s).encode() + b" " + message)
+            if not self._socket.poll(limit_s + GRACE_S):
                 self.kill()
-                return Status.TIMEOUT, ""
-            status, cause = json.loads(self._socket.recv_bytes())
-            return Status(status), cause
+                return Status.TIMEOUT, None, ""
+            status, reward, cause = json.loads(self._socket.recv_bytes())
+            return Status(status), reward, cause
         except (EOFError, OSError, ValueError) as error:  # ValueError: half a reply
             self.kill()
-            return Status.CRASH, f"the worker died ({type(error).__name__})"
+            return Status.CRASH, None, f"the worker died ({type(error).__name__})"
         except ScorerError as error:
-            return Status.CRASH, str(error)
+            return Status.CRASH, None, str(error)
 
     def kill(self) -> None:
         """Kill the process and its child, if they live."""
@@ -221,7 +225,8 @@ def _worker_environment() -> dict[str, str]:
     return os.environ | threads | {"PYTHONPATH": path}
 
 
-def _done(score: Score) -> Future[Score]:
+def done(score: Score) -> Future[Score]:
+    """A future that has its score."""
     future: Future[Score] = Future()
     future.set_result(score)
     return future

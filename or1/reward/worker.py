@@ -1,8 +1,8 @@
-"""The process on the other side of `or1.reward.pool`: `python -m or1.reward.worker FD MODULE:FUNCTION TIMEOUT_S`.
+"""The process on the other side of `or1.reward.pool`: `python -m or1.reward.worker FD MODULE:FUNCTION OPTIONS MEMORY`.
 
-It loads FUNCTION(box, golds) -> bool once, then forks a child that calls it for one job after another. A child that
-hangs is killed by its own kernel timer, and the next one is forked in milliseconds from this warm process, which has
-one thread and thus may fork. It reads and writes the socket FD alone, so every job gets exactly one reply.
+It loads FUNCTION(job) once, then forks a child that calls it for one job after another. A child that hangs is killed
+by its own kernel timer, and the next one is forked in milliseconds from this warm process, which has one thread and
+thus may fork. It reads and writes the socket FD alone, so every job gets exactly one reply.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
+
+from or1.types import Score
 
 JOBS_PER_CHILD = 5000
 """Then a new child is forked, so that what sympy leaks stays bounded."""
-MEMORY_LIMIT_BYTES = 2 << 30
-"""Address space of a child: 10^{10^{10}} ends in a MemoryError instead of the machine's out-of-memory killer."""
 
-Grader = Callable[[str, Sequence[str]], bool]
+Job = dict[str, Any]
+Grader = Callable[[Job], Score | bool]
 
 
 def main() -> None:
     """Announce readiness, then answer jobs until the other side closes the socket or dies."""
-    descriptor, path, timeout = sys.argv[1:]
+    descriptor, path, options, memory = sys.argv[1:]
     # Ctrl-C is the trainer's to handle. SIGALRM must kill, even if the trainer was started with it ignored or blocked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -37,7 +41,15 @@ def main() -> None:
     module_name, _, function_name = path.partition(":")
     module = importlib.import_module(module_name)
     getattr(module, "warm_up", lambda: None)()
-    children = _Children(getattr(module, function_name), float(timeout), jobs)
+    begin = getattr(module, "begin", lambda options: None)
+
+    def prepare() -> None:
+        _limit_memory(int(memory))
+        begin(json.loads(options))
+
+    children = _Children(getattr(module, function_name), prepare, jobs)
+    # The first child shows whether `begin` works at all.
+    children.fork()
     with contextlib.suppress(EOFError, OSError):
         jobs.send_bytes(b"ready")
         while True:
@@ -47,8 +59,8 @@ def main() -> None:
 class _Children:
     """At most one living child, forked when needed."""
 
-    def __init__(self, grader: Grader, timeout_s: float, jobs: Connection):
-        self._grader, self._timeout_s, self._jobs = grader, timeout_s, jobs
+    def __init__(self, grader: Grader, prepare: Callable[[], None], jobs: Connection):
+        self._grader, self._prepare, self._jobs = grader, prepare, jobs
         self._pid: int | None = None
         self._pipe: Connection | None = None
         self._asked = 0
@@ -57,23 +69,25 @@ class _Children:
         """The reply to one job: of the child if it lives to give one, else what killed it."""
         if self._pid is not None and (self._asked == JOBS_PER_CHILD or os.waitpid(self._pid, os.WNOHANG)[0]):
             self._retire()
-        if self._pid is None:
-            self._fork()
         self._asked += 1
         try:
+            if self._pid is None:
+                self.fork()
             self._pipe.send_bytes(job)
             return self._pipe.recv_bytes()
         except (EOFError, OSError):
             return self._obituary()
 
-    def _fork(self) -> None:
+    def fork(self) -> None:
+        """Make a child and wait until it is prepared. Raises EOFError if it is not."""
         self._pipe, theirs = Pipe()
         self._pid, self._asked = os.fork(), 0
         if self._pid == 0:
             self._pipe.close()
             self._jobs.close()
-            _grade_jobs(theirs, self._grader, self._timeout_s)
+            _grade_jobs(theirs, self._grader, self._prepare)
         theirs.close()
+        self._pipe.recv_bytes()
 
     def _retire(self) -> None:
         self._pipe.close()
@@ -86,32 +100,48 @@ class _Children:
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         self._pid = None
         if code == -signal.SIGALRM:
-            return json.dumps(["timeout", ""]).encode()
+            return json.dumps(["timeout", None, ""]).encode()
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return json.dumps(["crash", cause]).encode()
+        return json.dumps(["crash", None, cause]).encode()
 
 
-def _grade_jobs(pipe: Connection, grader: Grader, timeout_s: float) -> None:
+def _grade_jobs(pipe: Connection, grader: Grader, prepare: Callable[[], None]) -> None:
     """The child's life. Ends at a closed pipe, never returns."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    code = 1
     try:
+        prepare()
+        pipe.send_bytes(b"ready")
         while True:
-            job = json.loads(pipe.recv_bytes())
+            limit_s, _, job = pipe.recv_bytes().partition(b" ")
             # The kernel's timer also ends code that holds the GIL, and a child whose trainer was killed.
-            signal.setitimer(signal.ITIMER_REAL, timeout_s)
-            reply = _reply(grader, job["box"], job["golds"])
+            signal.setitimer(signal.ITIMER_REAL, float(limit_s))
+            reply = _reply(grader, json.loads(job))
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send_bytes(json.dumps(reply).encode())
+    except (EOFError, OSError):
+        code = 0
     finally:
-        os._exit(0)
+        if code:
+            traceback.print_exc()
+        os._exit(code)
 
 
-def _reply(grader: Grader, box: str, golds: list[str]) -> tuple[str, str]:
+def _limit_memory(limit: int) -> None:
+    """Of the address space: 10^{10^{10}} ends in a MemoryError instead of the machine's out-of-memory killer."""
+    if limit:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _reply(grader: Grader, job: Job) -> tuple[str, float | None, str]:
     try:
-        return ("ok" if grader(box, golds) else "wrong"), ""
+        verdict = grader(job)
     except Exception as error:  # noqa: BLE001  the process boundary: whatever a grader raises becomes a counted status
-        return "crash", f"{type(error).__name__}: {error}"
+        return "crash", None, f"{type(error).__name__}: {error}"
+    if isinstance(verdict, Score):
+        # JSON has no NaN; None is a response without a reward.
+        return verdict.status.value, verdict.reward if math.isfinite(verdict.reward) else None, ""
+    return ("ok", 1.0, "") if verdict else ("wrong", 0.0, "")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def _training_metrics(config: Config, step: int, stage: int, skill: float, rng: 
     solved, failed = reward**4, (1 - reward) ** 4
     times = {"rollout": 2.2 + rng.random() * 0.4, "reward": 0.4, "train": 1.3 + rng.random() * 0.2, "sync": 0.1}
     return {
-        "reward/mean": reward, "status/ok": reward, "status/wrong": rest * 1.6, "status/no_answer": rest * 0.4,
-        "status/truncated": truncated, "status/timeout": 1 / 128 if step == 7 else 0.0, "status/crash": 0.0,
+        "reward/mean": reward, "reward/status/ok": reward, "reward/status/wrong": rest * 1.6,
+        "reward/status/no_answer": rest * 0.4, "reward/status/crash": 0.0,
+        "reward/status/truncated": truncated, "reward/status/timeout": 1 / 128 if step == 7 else 0.0,
         "group/frac_zero_std": solved + failed, "group/solved": solved, "group/failed": failed,
         "group/kept": round(16 * (1 - solved - failed)),
         "completion/len_mean": limit * (0.4 + 0.1 * skill) + rng.gauss(0, 2),

@@ -21,7 +21,7 @@ from or1.config import RewardConfig
 from or1.reward import make_scorer
 from or1.reward.base import ScorerError
 from or1.reward.math import MAX_BOX_CHARS, grade, last_box, screen
-from or1.reward.pool import PoolScorer
+from or1.reward.scorers import MathScorer
 from or1.types import Prompt, Response, Score, Status
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -39,7 +39,8 @@ def warm_up():
     time.sleep(float(os.environ.get("WARM_UP_S", "0")))
     cold = False
 
-def obey(box, golds):
+def obey(job):
+    box, golds = job["box"], job["golds"]
     order, _, argument = box.partition(" ")
     if order == "exit":
         os._exit(int(argument))
@@ -100,20 +101,20 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Iterator[PoolScorer]:
-    with PoolScorer(workers=2, timeout_s=TIMEOUT_S) as scorer:
+def scorer() -> Iterator[MathScorer]:
+    with MathScorer(workers=2, timeout_s=TIMEOUT_S) as scorer:
         yield scorer
 
 
 @pytest.fixture
-def obeying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., PoolScorer]]:
+def obeying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MathScorer]]:
     """Makes scorers that run GRADER in their workers."""
     (tmp_path / "grader_for_tests.py").write_text(GRADER)
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
 
-    def make(**options) -> PoolScorer:
-        made.append(PoolScorer(**{"workers": 1, "timeout_s": TIMEOUT_S, "grader": "grader_for_tests:obey"} | options))
+    def make(**options) -> MathScorer:
+        made.append(MathScorer(**{"workers": 1, "timeout_s": TIMEOUT_S, "grader": "grader_for_tests:obey"} | options))
         return made[-1]
 
     yield make
@@ -121,7 +122,7 @@ def obeying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         scorer.close()
 
 
-def status_of(scorer: PoolScorer, order: str, gold: str = "gold") -> Status:
+def status_of(scorer: MathScorer, order: str, gold: str = "gold") -> Status:
     return scorer.submit(prompt(gold), response(f"\\boxed{{{order}}}")).result(timeout=30).status
 
 
@@ -215,17 +216,17 @@ def test_over_long_boxes_are_never_parsed() -> None:
 # --- the pool
 
 
-def test_the_pool_scores_as_grade_does(scorer: PoolScorer) -> None:
+def test_the_pool_scores_as_grade_does(scorer: MathScorer) -> None:
     cases = [(r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x}", "y"), ("none", "1"), (r"\boxed{2}", "2")]
     futures = [scorer.submit(prompt(gold), response(text)) for text, gold in cases]
     assert [f.result(timeout=30) for f in futures] == [grade(text, [gold]) for text, gold in cases]
 
 
-def test_truncated_responses_score_zero_even_when_right(scorer: PoolScorer) -> None:
+def test_truncated_responses_score_zero_even_when_right(scorer: MathScorer) -> None:
     assert scorer.submit(prompt("2"), response(r"\boxed{2}", "length")).result(0) == Score(0.0, Status.TRUNCATED)
 
 
-def test_hanging_answers_cost_only_their_own_slots(scorer: PoolScorer) -> None:
+def test_hanging_answers_cost_only_their_own_slots(scorer: MathScorer) -> None:
     texts = [f"\\boxed{{\\frac{{{i}}}{{7}}}}" for i in range(1, 61)]
     texts.insert(0, HANGS)
     texts.insert(20, HANGS_TOO)
@@ -238,7 +239,7 @@ def test_hanging_answers_cost_only_their_own_slots(scorer: PoolScorer) -> None:
     assert seconds < 2 * TIMEOUT_S + 3
 
 
-def test_both_slots_come_back_after_hanging(scorer: PoolScorer) -> None:
+def test_both_slots_come_back_after_hanging(scorer: MathScorer) -> None:
     for _ in range(2):
         start = time.perf_counter()
         futures = [scorer.submit(prompt("7"), response(text)) for text in (HANGS, HANGS_TOO)]
@@ -286,7 +287,7 @@ def test_waiting_is_not_charged_to_an_answer(obeying) -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ScorerError, match="ended with code 1 before it was ready"):
-        PoolScorer(workers=2, timeout_s=1, grader="no_such_module:grade")
+        MathScorer(workers=2, timeout_s=1, grader="no_such_module:grade")
     assert "No module named 'no_such_module'" in capfd.readouterr().err
 
 
@@ -308,7 +309,7 @@ def test_timeouts_are_not_remembered(obeying) -> None:
     assert time.perf_counter() - start > 0.4
 
 
-def test_scores_are_the_same_from_a_thread_and_from_asyncio(scorer: PoolScorer) -> None:
+def test_scores_are_the_same_from_a_thread_and_from_asyncio(scorer: MathScorer) -> None:
     def submit():
         return scorer.submit(prompt(r"\frac{1}{8}"), response(r"\boxed{0.125}"))
 
@@ -353,9 +354,9 @@ def test_no_worker_outlives_a_killed_trainer(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"  # no `if __name__ == "__main__"`: workers must not run it again
     script.write_text(
         "import time, numpy as np\n"
-        "from or1.reward.pool import PoolScorer\n"
+        "from or1.reward.scorers import MathScorer\n"
         "from or1.types import Prompt, Response\n"
-        "scorer = PoolScorer(workers=2, timeout_s=1)\n"
+        "scorer = MathScorer(workers=2, timeout_s=1)\n"
         "p = Prompt('t', 't', '?', np.array([1]), ('1',))\n"
         f"for text in ({HANGS!r}, '\\\\boxed{{0.5}}'):\n"
         "    scorer.submit(p, Response(np.array([1]), np.zeros(1), 'stop', 0, text))\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 400, 60, 6
+# Sources that are sent into sandboxes, where running what they are given is their work.
+SANDBOXED = ("or1/reward/code/inside/runner.py", "or1/reward/code/inside/checker.py")
 FORBIDDEN = ("pickle", "torch.load", "eval(", "exec(", "trust_remote_code=True", "weights_only=False")
 
 
@@ -49,7 +51,8 @@ def test_nothing_unpickles_or_runs_what_it_reads(root: Path) -> None:
                 node.value = ""
         return ast.unparse(tree).replace(".eval(", "")
 
-    found = [f"{p.name}: {word}" for p in sources(root) for word in FORBIDDEN if word in code_of(p)]
+    trusted = [p for p in sources(root) if p.relative_to(root).as_posix() not in SANDBOXED]
+    found = [f"{p.name}: {word}" for p in trusted for word in FORBIDDEN if word in code_of(p)]
     assert not found
 
 

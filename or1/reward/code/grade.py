@@ -1,0 +1,189 @@
+"""One program against its tests: the grader that the worker processes of `or1.reward.pool` run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from or1.reward.code.compare import same_output, same_value
+from or1.reward.code.inside import wire
+from or1.reward.code.sandbox import Inside, Limits, SandboxDiedError, SandboxTimeoutError
+from or1.types import CodeTests, Score, Status
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """How programs are run: `sandbox` is a kind that `find_sandbox` returned; `partial` pays the fraction of tests."""
+
+    sandbox: str
+    test_timeout_s: float
+    total_timeout_s: float
+    memory_mib: int
+    processes: int
+    output_mib: int
+    partial: bool
+
+    def total_s(self, tests: int) -> float:
+        """Limit for all tests together: (limit of one + 1) for each and 5 s, at most `total_timeout_s`."""
+        return min((self.test_timeout_s + 1) * tests + 5, self.total_timeout_s)
+
+
+@dataclass
+class Tally:
+    """Tests passed of tests counted. `fault` is what the first failure was, if it was not a wrong answer."""
+
+    passed: int = 0
+    total: int = 0
+    fault: Status = Status.WRONG
+
+    def score(self, partial: bool) -> Score:
+        """1 if every test passed, and then only; else the fraction if it pays."""
+        if self.total == 0:
+            raise ValueError("no test ran; the row's tests assert nothing")
+        if self.passed == self.total:
+            return Score(1.0, Status.OK)
+        return Score(self.passed / self.total if partial else 0.0, self.fault)
+
+
+def grade_job(job: Mapping[str, Any]) -> Score:
+    """Score job["program"] against job["tests"] under job["settings"].
+
+    Status.TIMEOUT if a limit of time ended it, WRONG for everything else that a program can do wrong. An exception
+    means that grading itself failed, never the program.
+    """
+    tests = CodeTests(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["tests"].items()})
+    settings = CodeSettings(**job["settings"])
+    if tests.kind == "asserts":
+        return _run_script(job["program"], tests, settings).score(settings.partial)
+    if not tests.inputs:
+        raise ValueError("no test to run; or1.reward.ground_truth refuses such rows")
+    return _run_pairs(job["program"], tests, settings).score(settings.partial)
+
+
+def _limits(settings: CodeSettings, total_s: float) -> Limits:
+    return Limits(
+        test_s=settings.test_timeout_s,
+        cpu_s=total_s + 1,
+        memory_bytes=settings.memory_mib << 20,
+        processes=settings.processes,
+        output_bytes=settings.output_mib << 20,
+    )
+
+
+# --- pairs of input and output
+
+
+def _run_pairs(program: str, tests: CodeTests, settings: CodeSettings) -> Tally:
+    tally = Tally(total=len(tests.inputs))
+    total_s = settings.total_s(len(tests.inputs))
+    deadline = time.monotonic() + total_s
+    for verdict in _verdicts(program, tests, _limits(settings, total_s), settings.sandbox, deadline):
+        tally.passed += verdict is Status.OK
+        if verdict is not Status.OK:
+            tally.fault = verdict if tally.fault is Status.WRONG else tally.fault
+            if not settings.partial:
+                break
+    return tally
+
+
+def _verdicts(program: str, tests: CodeTests, limits: Limits, sandbox: str, deadline: float) -> Iterator[Status]:
+    """A verdict for each test in order; ends early when the sandbox does."""
+    judge = _judge_output if tests.kind == "stdin" else _judge_call
+    try:
+        with Inside(sandbox, "runner", {"program": program, "setup": tests.setup}, limits) as runner:
+            if "error" in runner.answer:  # it does not compile
+                yield Status.WRONG
+                return
+            for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+                if time.monotonic() > deadline:
+                    yield Status.TIMEOUT
+                    return
+                yield judge(runner, tests.fn_name, given, expected, limits.test_s)
+    except SandboxTimeoutError:
+        yield Status.TIMEOUT
+    except SandboxDiedError:
+        # Nothing of ours ends a sandbox that came up: the program did it, or its memory.
+        yield Status.WRONG
+
+
+def _judge_output(runner: Inside, _: str, given: str, expected: str, seconds: float) -> Status:
+    answer = runner.ask({"stdin": given}, seconds)
+    if "timeout" in answer:
+        return Status.TIMEOUT
+    right = answer.get("code") == 0 and same_output(str(answer.get("stdout")), expected)
+    return Status.OK if right else Status.WRONG
+
+
+def _judge_call(runner: Inside, fn_name: str, given: str, expected: str, seconds: float) -> Status:
+    arguments = [wire.encode(json.loads(line), []) for line in given.split("\n")]
+    answer = runner.ask({"function": fn_name, "args": arguments, "kwargs": {}}, seconds)
+    if "timeout" in answer:
+        return Status.TIMEOUT
+    if "value" not in answer:
+        return Status.WRONG
+    value = _plain(answer["value"])
+    return Status.OK if same_value(value, json.loads(expected)) else Status.WRONG
+
+
+def _plain(data: Any) -> Any:
+    """The value that a program returned; an object, or what it forged into nonsense, equals nothing."""
+    try:
+        return wire.decode(data, {}, lambda _: object())
+    except (wire.Lost, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return object()
+
+
+# --- scripts of asserts
+
+
+def _run_script(program: str, tests: CodeTests, settings: CodeSettings) -> Tally:
+    asserts = max(tests.script.count("assert"), 1)
+    total_s = settings.total_s(asserts)
+    deadline = time.monotonic() + total_s
+    limits = _limits(settings, total_s)
+    wrong = Tally(total=asserts)
+    try:
+        with Inside(settings.sandbox, "runner", {"program": program, "setup": tests.setup}, limits) as runner:
+            if "error" in runner.answer:
+                return wrong
+            order = {"setup": tests.setup, "script": tests.script, "stop": not settings.partial}
+            return _mediate(runner, settings.sandbox, order, limits, deadline)
+    except SandboxTimeoutError:
+        return Tally(total=asserts, fault=Status.TIMEOUT)
+    except SandboxDiedError:
+        return wrong
+
+
+def _mediate(runner: Inside, sandbox: str, order: dict[str, Any], limits: Limits, deadline: float) -> Tally:
+    """Carry the script's questions to the program and its answers back until the script has counted."""
+    timed_out = False
+    with _checker(sandbox, order, limits) as checker:
+        message = checker.answer
+        while "ask" in message:
+            if time.monotonic() > deadline:
+                raise SandboxTimeoutError
+            answer = runner.ask(message["ask"], limits.test_s)
+            timed_out = timed_out or "timeout" in answer
+            message = _told(checker, answer, limits.test_s)
+    if message.get("total") == 0:
+        raise ValueError(f"no test ran: {message.get('why') or 'the script asserts nothing when it runs'}")
+    return Tally(message["passed"], message["total"], Status.TIMEOUT if timed_out else Status.WRONG)
+
+
+def _guarded(action: Callable[[], Any]) -> Any:
+    """What the checker's sandbox does wrong is not the program's fault."""
+    try:
+        return action()
+    except SandboxDiedError as error:
+        raise RuntimeError(f"the checker of the asserts died: {error}") from error
+
+
+def _checker(sandbox: str, order: dict[str, Any], limits: Limits) -> Inside:
+    return _guarded(lambda: Inside(sandbox, "checker", order, limits))
+
+
+def _told(checker: Inside, answer: dict[str, Any], seconds: float) -> dict[str, Any]:
+    return _guarded(lambda: checker.ask(answer, seconds))

@@ -1,0 +1,251 @@
+"""Rewards that users have already: functions written for TRL, verl, verifiers, OpenRLHF or AReaL, called as there.
+
+The form is recognised by parameter names. A function for batches gets batches of one: what it gives must not depend
+on the other responses. Everything here runs in the worker processes of `or1.reward.pool`.
+
+  form       recognised by                called with
+  trl        completions                  prompts, completions, completion_ids and the row's columns as lists of one
+  areal      prompt and completions       text, token ids and the row's columns
+  verl       solution_str                 data_source, solution_str, ground_truth, extra_info
+  verl_batch solution_strs                the same as lists of one
+  openrlhf   queries                      queries (prompt and response), prompts, labels as lists of one
+  verifiers  completion                   what it names of prompt, completion, answer, state, info, task, parser
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from or1.types import Score, Status
+
+Job = Mapping[str, Any]
+
+
+class RewardFunctionError(ValueError):
+    """A reward function that cannot be loaded or called."""
+
+
+def begin(options: Mapping[str, Any]) -> None:
+    """Load the function options["path"] for `grade_job`. Raises RewardFunctionError."""
+    _loaded[:] = [load(options["path"])]
+
+
+def grade_job(job: Job) -> Score:
+    """Call the loaded function on one response. Raises what it raises, and ValueError for what is no reward."""
+    function, form = _loaded[0]
+    arguments = _ARGUMENTS[form](job)
+    result = function(**_accepted(function, arguments))
+    if inspect.isawaitable(result):
+        result = asyncio.run(_awaited(result))
+    return _score(result)
+
+
+def load(path: str) -> tuple[Callable[..., Any], str]:
+    """The function "module:function" or "path/file.py:function" names, and its form. Raises RewardFunctionError."""
+    place, _, name = path.rpartition(":")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RewardFunctionError(f"{place} has no function {name!r}; it has {_callables(module)}")
+    return function, form_of(function)
+
+
+def form_of(function: Callable[..., Any]) -> str:
+    """Which library's form a function has. Raises RewardFunctionError."""
+    names = set(inspect.signature(function).parameters)
+    for form, needed in _SIGNS:
+        if needed <= names:
+            return form
+    raise RewardFunctionError(
+        f"the parameters of {getattr(function, '__name__', function)}({', '.join(sorted(names))}) are of no known "
+        "form; name one of completions (TRL), solution_str (verl), completion (verifiers), queries (OpenRLHF)"
+    )
+
+
+_loaded: list[tuple[Callable[..., Any], str]] = []
+_SIGNS = (
+    ("areal", {"prompt", "completions"}),
+    ("trl", {"completions"}),
+    ("verl", {"solution_str"}),
+    ("verl_batch", {"solution_strs"}),
+    ("openrlhf", {"queries"}),
+    ("verifiers", {"completion"}),
+)
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise RewardFunctionError(f"no file {str(path)!r} (looked in {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(f"or1_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _callables(module: Any) -> str:
+    names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+    return ", ".join(names) or "none"
+
+
+def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the function names, or all of them if it takes any."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+# --- arguments
+
+
+def _messages(job: Job) -> list[dict[str, str]] | None:
+    prompt = job["row"].get("prompt")
+    return prompt if isinstance(prompt, list) else None
+
+
+def _reply(job: Job) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": job["completion"]}]
+
+
+def _columns(job: Job) -> dict[str, Any]:
+    """The row, without what the forms set themselves."""
+    return {k: v for k, v in job["row"].items() if k not in ("prompt", "prompts", "completion", "completions")}
+
+
+def _truth(job: Job) -> Any:
+    """The gold answer as the data has it."""
+    row = job["row"]
+    model = row.get("reward_model")
+    if isinstance(model, Mapping) and model.get("ground_truth") is not None:
+        return model["ground_truth"]
+    for name in ("ground_truth", "answer", "solution", "label"):
+        if row.get(name) is not None:
+            return row[name]
+    return job["golds"][0] if len(job["golds"]) == 1 else job["golds"]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for TRL's logging callbacks."""
+
+
+def _for_trl(job: Job) -> dict[str, Any]:
+    messages = _messages(job)
+    columns = {name: [value] for name, value in _columns(job).items()}
+    return columns | {
+        "prompts": [messages or job["prompt"]],
+        "completions": [_reply(job) if messages else job["completion"]],
+        "completion_ids": [job["completion_ids"]],
+        "trainer_state": None,
+        "log_extra": _nothing,
+        "log_metric": _nothing,
+    }
+
+
+def _for_areal(job: Job) -> dict[str, Any]:
+    named = {"prompt": job["prompt"], "completions": job["completion"]}
+    return _columns(job) | named | {"prompt_ids": job["prompt_ids"], "completion_ids": job["completion_ids"]}
+
+
+def _for_verl(job: Job) -> dict[str, Any]:
+    row = job["row"]
+    return {
+        "data_source": row.get("data_source") or job["source"],
+        "solution_str": job["completion"],
+        "ground_truth": _truth(job),
+        "extra_info": row.get("extra_info") or {},
+    }
+
+
+def _for_verl_batch(job: Job) -> dict[str, Any]:
+    one = _for_verl(job)
+    return {
+        "data_sources": [one["data_source"]],
+        "solution_strs": [one["solution_str"]],
+        "ground_truths": [one["ground_truth"]],
+        "extra_infos": [one["extra_info"]],
+    }
+
+
+def _for_openrlhf(job: Job) -> dict[str, Any]:
+    return {"queries": [job["prompt"] + job["completion"]], "prompts": [job["prompt"]], "labels": [_truth(job)]}
+
+
+def _for_verifiers(job: Job) -> dict[str, Any]:
+    row = job["row"]
+    prompt = _messages(job) or [{"role": "user", "content": job["prompt"]}]
+    info = row.get("info") or {}
+    named = {
+        "prompt": prompt,
+        "completion": _reply(job),
+        "answer": row.get("answer") if row.get("answer") is not None else _truth(job),
+        "info": json.loads(info) if isinstance(info, str) else info,
+        "task": row.get("task") or "default",
+    }
+    return named | {"state": dict(named), "parser": _Parser()}
+
+
+class _Parser:
+    """verifiers' default parser: the answer is all of the last message."""
+
+    def parse(self, text: str) -> str:
+        return text
+
+    def parse_answer(self, completion: list[dict[str, str]] | str) -> str:
+        return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+_ARGUMENTS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "trl": _for_trl,
+    "areal": _for_areal,
+    "verl": _for_verl,
+    "verl_batch": _for_verl_batch,
+    "openrlhf": _for_openrlhf,
+    "verifiers": _for_verifiers,
+}
+
+
+# --- results
+
+
+def _score(result: Any) -> Score:
+    reward = _reward(result)
+    if reward is None:
+        return Score(math.nan, Status.SKIPPED)
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward is {reward}; return a finite number, or None for none")
+    return Score(reward, Status.OK if reward > 0 else Status.WRONG)
+
+
+def _reward(result: Any) -> float | None:
+    """The number in what a function returned: itself, `score` or `rewards` of an object, or the first of a list."""
+    if isinstance(result, Mapping):
+        key = next((k for k in ("score", "rewards", "reward", "scores") if k in result), None)
+        if key is None:
+            raise ValueError(f"the function returned {sorted(map(str, result))}; it must have 'score' or 'rewards'")
+        return _reward(result[key])
+    if hasattr(result, "tolist"):
+        result = result.tolist()
+    if isinstance(result, list | tuple):
+        if not result:
+            raise ValueError("the function returned no reward for its one response")
+        return _reward(result[0])
+    if result is None or isinstance(result, float):
+        return result
+    if isinstance(result, bool | int):
+        return float(result)
+    raise ValueError(f"the function returned a {type(result).__name__}, not a number")

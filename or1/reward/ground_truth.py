@@ -1,0 +1,248 @@
+"""What a data row says is right -> gold answers, or the tests of a program.
+
+The one place that knows how data sets write their tests. A row without anything to test against is an error of that
+row: a reward that passes an empty list of tests would teach the policy to answer anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import json
+import math
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from or1.types import CodeTests
+
+MAX_TEST_BYTES = 256 << 20
+"""Tests of one problem that unpack to more are refused."""
+
+
+class GroundTruthError(ValueError):
+    """Why a row's ground truth is unusable."""
+
+
+def parse_ground_truth(truth: Any) -> tuple[str, ...] | CodeTests:
+    """Gold answers of a maths row, or the tests of a programming row.
+
+    truth  text, a number, a list of equally good answers, or JSON text of a list of strings: gold answers.
+           An object, or JSON text of one, whose keys that are not null say how it is tested:
+             inputs, outputs [, fn_name]             TACO, APPS: standard input and output, or calls of fn_name
+             test_code [, import_prefix, entry_point], functional, test [, entry_point]   LeetCode, HumanEval: asserts
+             assert_case, test_list [, test_setup_code]                                   lists of asserts, MBPP
+             public_test_cases [, private_test_cases, metadata]                           LiveCodeBench
+             input_output                                                                 any of the first, nested
+
+    Raises GroundTruthError for what is empty, of the wrong type, or no test at all.
+    """
+    value = _decoded(truth)
+    return _code_tests(value) if isinstance(value, Mapping) else plain_golds(value)
+
+
+def plain_golds(value: Any) -> tuple[str, ...]:
+    """One answer or a list of equally good ones, as text. Raises GroundTruthError."""
+    values = value if isinstance(value, list | tuple) else [value]
+    golds = []
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise GroundTruthError(f"gold answer is a {type(item).__name__}, not text or a number")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise GroundTruthError(f"gold answer is {item}")
+        golds.append(_clean(str(item)).strip())
+        if not golds[-1]:
+            raise GroundTruthError("gold answer is empty")
+    if not golds:
+        raise GroundTruthError("list of gold answers is empty")
+    return tuple(golds)
+
+
+def _decoded(truth: Any) -> Any:
+    if not isinstance(truth, str) or truth.lstrip()[:1] not in ("[", "{"):
+        return truth
+    try:
+        value = json.loads(truth)
+    except (ValueError, RecursionError):
+        return truth
+    # Only a list of strings is a list of golds: "[1, 2]" is an interval or a vector, and "{1, 2}" is a set.
+    is_golds = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    return value if is_golds or isinstance(value, dict) else truth
+
+
+def _clean(text: str) -> str:
+    if "\0" in text:
+        raise GroundTruthError("gold answer holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GroundTruthError(f"gold answer holds half a surrogate pair at character {error.start + 1}") from None
+    return text
+
+
+def _code_tests(truth: Mapping[str, Any]) -> CodeTests:
+    # Columnar files fill the keys that a row lacks with null; they must not choose the format.
+    truth = {key: value for key, value in truth.items() if value is not None}
+    for key, make in _FORMATS.items():
+        if key in truth:
+            return make(truth)
+    if "question_id" in truth:
+        raise GroundTruthError("tests are named by 'question_id' only, in files that run code when they are read; "
+                               "use LiveCodeBench's rows with public_test_cases and private_test_cases")
+    raise GroundTruthError(f"ground truth has the keys {sorted(map(str, truth))}, none of which holds tests; "
+                           f"known: {', '.join(_FORMATS)}")
+
+
+# --- pairs of input and output
+
+
+def _pairs(truth: Mapping[str, Any]) -> CodeTests:
+    inputs, outputs = _list_of(truth, "inputs"), _list_of(truth, "outputs")
+    if len(inputs) != len(outputs):
+        raise GroundTruthError(f"{len(inputs)} inputs but {len(outputs)} outputs")
+    if not inputs:
+        raise GroundTruthError("list of tests is empty")
+    fn_name = truth.get("fn_name") or ""
+    if not isinstance(fn_name, str):
+        raise GroundTruthError(f"fn_name is a {type(fn_name).__name__}, not text")
+    if not fn_name:
+        return CodeTests("stdin", tuple(map(_joined, inputs)), tuple(map(_joined, outputs)))
+    calls = [_call(given, expected) for given, expected in zip(inputs, outputs, strict=True)]
+    return CodeTests("function", tuple(c[0] for c in calls), tuple(c[1] for c in calls), fn_name=fn_name)
+
+
+def _joined(text: Any) -> str:
+    lines = text if isinstance(text, list) else [text]
+    if not all(isinstance(line, str) for line in lines):
+        raise GroundTruthError("input or output of a program is not text")
+    return "\n".join(lines)
+
+
+def _call(given: Any, expected: Any) -> tuple[str, str]:
+    """Arguments as JSON lines and the result as JSON. APPS gives real lists and puts the result in a list of one."""
+    if not isinstance(given, str):
+        if not isinstance(given, list):
+            raise GroundTruthError("arguments of a call are neither JSON lines nor a list")
+        unwrapped = expected[0] if isinstance(expected, list) and len(expected) == 1 else expected
+        return "\n".join(map(json.dumps, given)), json.dumps(unwrapped)
+    for line in [*given.split("\n"), expected]:
+        try:
+            json.loads(line)
+        except (TypeError, ValueError, RecursionError):
+            raise GroundTruthError(f"argument or result of a call is not JSON: {str(line)[:60]!r}") from None
+    return given, expected
+
+
+def _live_code_bench(truth: Mapping[str, Any]) -> CodeTests:
+    cases = [*_cases(truth["public_test_cases"]), *_cases(truth.get("private_test_cases", []))]
+    pairs = {
+        "inputs": [case.get("input") for case in cases],
+        "outputs": [case.get("output") for case in cases],
+    }
+    if any(case.get("testtype") == "functional" for case in cases):
+        metadata = _decoded(truth.get("metadata", {}))
+        pairs["fn_name"] = metadata.get("func_name") if isinstance(metadata, Mapping) else None
+        if not pairs["fn_name"]:
+            raise GroundTruthError("functional test cases without metadata.func_name")
+    return _pairs(pairs)
+
+
+def _cases(value: Any) -> list[Mapping[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value if value.lstrip().startswith("[") else _unpacked(value))
+        except (ValueError, RecursionError) as error:
+            raise GroundTruthError(f"test cases are not JSON: {str(error)[:80]}") from None
+    if not isinstance(value, list) or not all(isinstance(case, Mapping) for case in value):
+        raise GroundTruthError("test cases are not a list of objects")
+    return value
+
+
+def _unpacked(text: str) -> str:
+    """LiveCodeBench's private tests: base64 of zlib of a serialised str, whose bytes are taken without running any."""
+    try:
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(base64.b64decode(text, validate=True), MAX_TEST_BYTES)
+    except (binascii.Error, zlib.error, ValueError) as error:
+        raise GroundTruthError(f"private test cases cannot be unpacked: {error}") from None
+    if inflate.unconsumed_tail:
+        raise GroundTruthError(f"test cases unpack to more than {MAX_TEST_BYTES} bytes")
+    data = re.sub(rb"^\x80.(\x95.{8})?", b"", data, count=1, flags=re.DOTALL)
+    for opcode, length in ((b"\x8c", "<B"), (b"X", "<I"), (b"\x8d", "<Q")):
+        if data.startswith(opcode):
+            start = 1 + struct.calcsize(length)
+            try:
+                return data[start : start + struct.unpack_from(length, data, 1)[0]].decode("utf-8")
+            except (struct.error, UnicodeDecodeError):
+                break
+    raise GroundTruthError("private test cases hold something other than one text")
+
+
+# --- scripts of asserts
+
+
+def _script(truth: Mapping[str, Any]) -> CodeTests:
+    key = next(key for key in ("test_code", "functional", "test") if key in truth)
+    script, setup = _text(truth, key), _text(truth, "import_prefix") if "import_prefix" in truth else ""
+    entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
+    tree = _parsed(script, key)
+    calls = [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    if entry_point and not calls:
+        script = f"{script.rstrip()}\n\ncheck({entry_point})\n"
+    return CodeTests("asserts", script=script, setup=setup)
+
+
+def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
+    key = "assert_case" if "assert_case" in truth else "test_list"
+    cases = _list_of(truth, key)
+    if not cases or not all(isinstance(case, str) for case in cases):
+        raise GroundTruthError("list of tests is empty" if not cases else f"'{key}' holds something other than text")
+    script = "\n".join(case.rstrip() for case in cases)
+    _parsed(script, key)
+    setup = _text(truth, "test_setup_code") if "test_setup_code" in truth else ""
+    return CodeTests("asserts", script=script, setup=setup)
+
+
+def _parsed(script: str, key: str) -> ast.Module:
+    try:
+        tree = ast.parse(script)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise GroundTruthError(f"'{key}' is not Python: {str(error)[:80]}") from None
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise GroundTruthError(f"'{key}' asserts nothing")
+    return tree
+
+
+def _text(truth: Mapping[str, Any], key: str) -> str:
+    if not isinstance(truth[key], str):
+        raise GroundTruthError(f"'{key}' is a {type(truth[key]).__name__}, not text")
+    return truth[key]
+
+
+def _list_of(truth: Mapping[str, Any], key: str) -> list[Any]:
+    value = truth.get(key)
+    if not isinstance(value, list | tuple):
+        raise GroundTruthError(f"'{key}' is a {type(value).__name__}, not a list")
+    return list(value)
+
+
+def _nested(truth: Mapping[str, Any]) -> CodeTests:
+    value = _decoded(truth["input_output"])
+    if not isinstance(value, Mapping) or "input_output" in value:
+        raise GroundTruthError("'input_output' is not an object of inputs and outputs")
+    return _code_tests(value)
+
+
+_FORMATS = {
+    "public_test_cases": _live_code_bench,
+    "test_code": _script,
+    "functional": _script,
+    "inputs": _pairs,
+    "assert_case": _assert_list,
+    "test_list": _assert_list,
+    "test": _script,
+    "input_output": _nested,
+}

@@ -1,0 +1,174 @@
+"""The scorers a run can choose: mathematics, code, either by data row, or a function of the user's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Self
+
+from or1.reward import math
+from or1.reward.base import Scorer
+from or1.reward.code.extract import last_python_block
+from or1.reward.code.grade import CodeSettings
+from or1.reward.code.sandbox import START_LIMIT_S
+from or1.reward.pool import WorkerPool, done
+from or1.types import Prompt, Response, Score, Status
+
+MATH_MEMORY_BYTES = 2 << 30
+"""Address space of a process that grades mathematics."""
+
+class _PoolScorer:
+    """A scorer on a WorkerPool of its own."""
+
+    _pool: WorkerPool
+
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class MathScorer(_PoolScorer):
+    r"""The math verifier as a `Scorer`.
+
+    Truncated responses, responses without \boxed{} and answers that string or integer comparison decides are scored
+    in the caller; the others go to the workers, equal ones once.
+
+    workers              processes
+    timeout_s            limit for one answer from the moment its grading starts; then Status.TIMEOUT
+    require_think_close  a response without `</think>` is Status.TRUNCATED
+    grader, memo_size    as for WorkerPool; a job is {"box", "golds"}
+
+    Raises ScorerError if a worker cannot start.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        timeout_s: float,
+        require_think_close: bool = False,
+        grader: str = "or1.reward.math:equivalent_job",
+        memo_size: int = 100_000,
+    ):
+        self._timeout_s, self._require_think_close = timeout_s, require_think_close
+        self._pool = WorkerPool(grader, workers=workers, memory_limit_bytes=MATH_MEMORY_BYTES, memo_size=memo_size)
+
+    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
+        """See `Scorer.submit`. Raises RuntimeError after `close`."""
+        if response.truncated:
+            return done(math.make_score(Status.TRUNCATED))
+        found = math.screen(response.text, prompt.golds, require_think_close=self._require_think_close)
+        if isinstance(found, Score):
+            return done(found)
+        return self._pool.submit({"box": found, "golds": prompt.golds}, self._timeout_s)
+
+
+class CodeScorer(_PoolScorer):
+    """Programs against their tests, each in a sandbox; see `or1.reward.code`.
+
+    workers              programs that run at once
+    settings             limits; `settings.sandbox` is what `find_sandbox` returned
+    require_think_close  a response without `</think>` is Status.TRUNCATED
+
+    Raises ScorerError if a worker cannot start.
+    """
+
+    def __init__(self, *, workers: int, settings: CodeSettings, require_think_close: bool = False):
+        self._settings, self._require_think_close = settings, require_think_close
+        self._pool = WorkerPool("or1.reward.code.grade:grade_job", workers=workers)
+
+    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
+        """See `Scorer.submit`. Raises RuntimeError after `close`."""
+        answer = math.answer_part(response.text)
+        if response.truncated or (answer is None and self._require_think_close):
+            return done(math.make_score(Status.TRUNCATED))
+        program = last_python_block(response.text if answer is None else answer)
+        if program is None:
+            return done(math.make_score(Status.NO_ANSWER))
+        tests = asdict(prompt.tests) if prompt.tests is not None else {}
+        count = max(len(prompt.tests.inputs), prompt.tests.script.count("assert")) if prompt.tests else 1
+        job = {"program": program, "tests": tests, "settings": asdict(self._settings)}
+        # The grader keeps the limits itself; this one is for a grader that cannot.
+        return self._pool.submit(job, self._settings.total_s(count) + 3 * START_LIMIT_S)
+
+
+class CustomScorer(_PoolScorer):
+    """A function of the user's own, in any of the signatures that `or1.reward.custom` recognises.
+
+    path       "module:function" or "path/file.py:function"
+    workers    processes, each with the function loaded
+    timeout_s  limit for one response; then Status.TIMEOUT
+
+    None from the function is Status.SKIPPED, an exception Status.CRASH; like a timeout these have no reward, so the
+    response is left out instead of being taught as wrong. Raises ScorerError if the function cannot be loaded or its
+    signature is not recognised.
+    """
+
+    def __init__(self, path: str, *, workers: int, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._pool = WorkerPool(
+            "or1.reward.custom:grade_job", workers=workers, options={"path": path}, unscored_faults=True
+        )
+
+    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
+        """See `Scorer.submit`. Truncated responses go to the function like any other."""
+        job = {
+            "row": dict(prompt.row),
+            "source": prompt.source,
+            "prompt": prompt.text,
+            "prompt_ids": prompt.token_ids.tolist(),
+            "golds": list(prompt.golds),
+            "completion": response.text,
+            "completion_ids": response.token_ids.tolist(),
+        }
+        return self._pool.submit(job, self._timeout_s)
+
+
+class AutoScorer:
+    """Mathematics or code, by what each prompt carries. `makers` make the two scorers, "math" and "code", when needed.
+
+    needs  those to start at once, so that a machine that cannot run them says so before training
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Scorer]], needs: frozenset[str] = frozenset()):
+        self._makers, self._lock, self._scorers = makers, threading.Lock(), {}
+        try:
+            for kind in sorted(needs):
+                self._scorer(kind)
+        except ValueError:
+            self.close()
+            raise
+
+    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
+        """See `Scorer.submit`. Raises ScorerError if the first prompt of a kind finds that it cannot be scored."""
+        return self._scorer(kind_of(prompt)).submit(prompt, response)
+
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        for scorer in self._scorers.values():
+            scorer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _scorer(self, kind: str) -> Scorer:
+        with self._lock:
+            if kind not in self._scorers:
+                self._scorers[kind] = self._makers[kind]()
+            return self._scorers[kind]
+
+
+def kind_of(prompt: Prompt) -> str:
+    """The verifier of a prompt: "code" if it carries tests, else "math"."""
+    return "code" if prompt.tests is not None else "math"

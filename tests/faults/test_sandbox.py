@@ -1,0 +1,197 @@
+"""F21 and F22: programs that flood, hang or pry are stopped within their limits, see nothing, and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sandboxes import MEMORY_MIB, census, kind_or_skip, output, score
+
+from or1.reward.code.sandbox import find_sandbox
+from or1.types import Score, Status
+
+pytestmark = pytest.mark.timeout(60)
+
+THREE = {"inputs": ["1\n"] * 3, "outputs": ["1\n"] * 3}
+
+FLOODS = {
+    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", Status.TIMEOUT),
+    "fork bomb that ends": ("import os\nfor _ in range(40): os.fork()\nprint(1)", Status.WRONG),
+    "thread bomb": (
+        "import threading, time\nfor _ in range(999): threading.Thread(target=time.sleep, args=(9,)).start()", None),
+    "64 GB": ("x = bytearray(64 << 30)\nprint(1)", Status.WRONG),
+    "memory bit by bit": ("x = []\nwhile True: x.append(bytearray(1 << 20))", None),
+    "memory in many processes": (
+        "import os, time\nfor _ in range(12):\n    if os.fork() == 0: break\n"
+        "x = b'x' * (150 << 20)\ntime.sleep(9)", Status.WRONG),
+    "10 GB of output": ("import sys\nfor _ in range(10 << 10): sys.stdout.write('x' * (1 << 20))", Status.WRONG),
+    "10 GB of errors": ("import os\nprint(1, flush=True)\nfor _ in range(10 << 10): os.write(2, b'x' * (1 << 20))",
+                        Status.WRONG),
+    "full disk": ("import itertools\nfor i in itertools.count(): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
+                  Status.WRONG),
+    "infinite loop": ("while True: pass", Status.TIMEOUT),
+    "sleep": ("import time\ntime.sleep(99)", Status.TIMEOUT),
+    "loop in C": ("sum(range(10 ** 15))", Status.TIMEOUT),
+    "blocks signals": ("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass",
+                       Status.TIMEOUT),
+    "stops its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nwhile True: pass", Status.TIMEOUT),
+    "kills its parent": ("import os\nos.kill(os.getppid(), 9)", Status.WRONG),
+    "kills everything": ("import os\nos.kill(-1, 9)", Status.WRONG),
+    "segfault": ("import ctypes\nctypes.string_at(0)", Status.WRONG),
+    "deep recursion": ("def f(): f()\nf()", Status.WRONG),
+    "deep source": ("x = " + "(" * 100_000, Status.WRONG),
+    "NUL in source": ("print(1)\0", Status.WRONG),
+}  # fmt: skip
+
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(99)
+    os._exit(0)
+print(1)
+"""
+
+
+@pytest.fixture(scope="module", params=["auto", pytest.param("namespaces", marks=pytest.mark.slow)])
+def sandbox(request: pytest.FixtureRequest) -> str:
+    return kind_or_skip(request.param)
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_floods_and_hangs_end_within_their_limits(name: str, sandbox: str) -> None:
+    program, status = FLOODS[name]
+    start = time.monotonic()
+    with census(os.getpid()) as watched:
+        found = score(program, THREE, sandbox, test_timeout_s=3.0 if name.startswith("memory in") else 1.0)
+    assert found.reward == 0
+    assert status in (None, found.status)
+    assert time.monotonic() - start < 8
+    assert watched.peak_bytes < 3 * MEMORY_MIB << 20
+
+
+def test_a_daemon_does_not_outlive_its_program(sandbox: str) -> None:
+    with census(os.getpid()) as watched:
+        assert score(DAEMON, THREE, sandbox) == Score(1.0, Status.OK)
+    assert len(watched.seen) >= 3
+
+
+def test_many_tests_share_one_limit(sandbox: str) -> None:
+    many = {"inputs": ["1\n"] * 50, "outputs": ["1\n"] * 50}
+    start = time.monotonic()
+    found = score("import time\ntime.sleep(0.3)\nprint(1)", many, sandbox, total_timeout_s=1.5)
+    assert found == Score(0.0, Status.TIMEOUT)
+    assert time.monotonic() - start < 5
+
+
+# --- F22
+
+
+PRYING = {
+    "environment": "import os; print(*os.environ)",
+    "environment of process 1": "print(open('/proc/1/environ').read())",
+    "home": "import os; print(os.listdir({home!r}))",
+    "this file": "print(open({here!r}).read())",
+    "passwords": "print(open('/etc/passwd').read())",
+    "hostname": "print(open('/etc/hostname').read())",
+    "write to the system": "open('/usr/or1-was-here', 'w')",
+    "write to the root": "open('/or1-was-here', 'w')",
+    "write to Python": "import os; open(os.path.dirname(os.__file__) + '/or1_was_here.py', 'w')",
+    "loopback": "import socket; socket.create_connection(('127.0.0.1', {port}), 1); print('connected')",
+    "internet": "import socket; socket.create_connection(('1.1.1.1', 53), 1); print('connected')",
+    "name": "import socket; print(socket.gethostbyname('pypi.org'))",
+    "trace process 1": (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.ptrace(16, 1, None, None) == 0; print('attached')"
+    ),
+    "memory of process 1": "open('/proc/1/mem', 'rb')",
+    "the trainer": "import os; os.kill({pid}, 0); print('there')",
+    "become root": "import os; os.setuid(0); print('root')",
+    "mount": (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0; print('mounted')"
+    ),
+    "chroot": "import os; os.chroot('/tmp'); print('rooted')",
+    "devices": "print([n for n in __import__('os').listdir('/dev') if n in ('mem', 'kmem', 'sda', 'vda', 'kvm')][0])",
+}
+
+
+ALLOWED = {"HOME", "LANG", "LC_CTYPE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "PWD", "PYTHONHASHSEED"}
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HF_TOKEN", "hf_geheim")
+    (tmp_path / "token").write_text("hf_geheim")
+    yield
+    assert not Path("/usr/or1-was-here").exists()
+    assert not Path("/or1-was-here").exists()
+
+
+@pytest.mark.usefixtures("secrets")
+@pytest.mark.parametrize("name", PRYING)
+def test_programs_cannot_pry(name: str, sandbox: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        facts = {"home": str(tmp_path), "here": __file__, "port": server.getsockname()[1], "pid": os.getpid()}
+        printed = output(PRYING[name].format(**facts), sandbox)
+    assert "hf_geheim" not in printed
+    if name == "environment":
+        assert set(printed.split()) <= ALLOWED
+    elif name == "environment of process 1" and "'code': 1" not in printed:
+        assert not any(word in printed for word in ("TOKEN", "USER", "SHELL"))
+    else:
+        assert "'code': 1" in printed, printed
+        assert any(word in printed for word in ("Error", "error")), printed
+
+
+def test_each_program_has_a_tmp_of_its_own(sandbox: str) -> None:
+    assert "none yet" in output("open('/tmp/x', 'w').write('x'); print('none yet')", sandbox)
+    assert "'x'" not in output("import os; print(os.listdir('/tmp'))", sandbox)
+    assert not Path("/tmp/x").exists()
+
+
+def test_descriptors_of_the_trainer_are_closed(sandbox: str, tmp_path: Path) -> None:
+    with open(tmp_path / "secret", "w+") as secret:
+        secret.write("x")
+        os.set_inheritable(secret.fileno(), True)
+        printed = output("import os\nfor fd in range(3, 256):\n    try: print(os.readlink(f'/proc/self/fd/{fd}'))\n"
+                         "    except OSError: pass\nprint('end')", sandbox)  # fmt: skip
+    assert "secret" not in printed and printed.endswith("end\n")
+
+
+def test_a_killed_grader_takes_its_sandbox_along(sandbox: str) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            score("while True: pass", THREE, sandbox, test_timeout_s=30.0, total_timeout_s=60.0)
+        finally:
+            os._exit(0)
+    with census(pid) as watched:
+        time.sleep(0.8)
+        assert len(watched.seen) >= 3
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def test_sandboxes_work_from_a_thread(sandbox: str) -> None:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(score("print(1)", THREE, sandbox)))
+    thread.start()
+    thread.join()
+    assert found == [Score(1.0, Status.OK)]
+
+
+def test_without_isolation_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from or1.reward.base import ScorerError
+    from or1.reward.code import sandbox
+
+    monkeypatch.setattr(sandbox, "_wrapper", lambda kind, uid: [])
+    with pytest.raises(ScorerError, match=r'apt-get install bubblewrap.*reward.code.sandbox = "none"'):
+        find_sandbox("auto")
+    assert find_sandbox("none") == "none"

@@ -1,0 +1,231 @@
+"""The code reward: what counts as the program, what as the right output, and the status of everything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from or1.config import RewardConfig
+from or1.reward import make_scorer
+from or1.reward.base import ScorerError
+from or1.reward.code.compare import same_output, same_value
+from or1.reward.code.extract import last_python_block
+from or1.reward.code.grade import CodeSettings, grade_job
+from or1.reward.code.inside import wire
+from or1.reward.code.sandbox import find_sandbox
+from or1.reward.ground_truth import parse_ground_truth
+from or1.types import CodeTests, Prompt, Response, Score, Status
+
+
+@pytest.fixture(scope="module")
+def settings() -> CodeSettings:
+    try:
+        return CodeSettings(find_sandbox("auto"), 2.0, 20.0, 1024, 16, 4, False)
+    except ScorerError as error:
+        pytest.skip(str(error))
+
+
+def score(program: str, truth: object, settings: CodeSettings, **changes: object) -> Score:
+    tests = parse_ground_truth(truth)
+    return grade_job({"program": program, "tests": asdict(tests), "settings": asdict(settings) | changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\n```python\nx = 2\n```", "x = 2\n"),
+        ("```py\nx = 1\n``` and ```cpp\nint x;\n```", "x = 1\n"),
+        ("```Python3 \r\nx = 1\n```", "x = 1\n"),
+        ("```\nx = 1\n```", None),
+        ("```python\nx = 1", None),
+        ("```python\n\n```", None),
+        ("```pythonic\nx\n```", None),
+        ("x = 1", None),
+    ],
+)
+def test_the_program_is_the_last_python_block(text: str, program: str | None) -> None:
+    assert last_python_block(text) == program
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
+        ("1\n2\n", "1\n2", True),
+        ("  1  \n2", "1\n2\n", True),
+        ("1 2", "1\n2", False),
+        ("1.0 2", "1 2.00", True),
+        ("1e2", "100", True),
+        ("0.3333", "0.3334", False),
+        ("yes", "YES", False),
+        ("1 a", "1.0 a", False),
+        ("", "", True),
+        ("nan", "NaN", False),
+        ("sNaN", "1", False),
+        ("Infinity", "inf", False),
+        ("1\n2\n3", "1\n2", False),
+    ],
+)
+def test_outputs_are_compared_by_line_and_number(actual: str, expected: str, same: bool) -> None:
+    assert same_output(actual, expected) is same
+
+
+def test_values_are_compared_exactly_with_tuples_as_lists() -> None:
+    assert same_value((1, (2, 3)), [1, [2, 3]]) and same_value({"a": (1,)}, {"a": [1]})
+    assert not same_value(0.1 + 0.2, 0.3) and not same_value("1", 1) and not same_value({1}, [1])
+
+
+def test_values_survive_the_wire() -> None:
+    value = [None, True, 1, 1 << 100, -1.5, "x\ud800", (1, [2]), {3}, frozenset({4}), {(5,): [6]}, b"7", 8j]
+    handles: list = []
+    data = wire.json.loads(wire.json.dumps(wire.encode(value, handles)))
+    assert wire.decode(data, {}, handles.__getitem__) == value and handles == []
+    marker = object()
+    assert wire.decode(wire.encode([marker], handles), {}, handles.__getitem__) == [marker]
+
+
+ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n", "0 0\n"], "outputs": ["3\n", "7\n", "11\n", "0\n"]}
+READ = "a, b = map(int, input().split())\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "fraction"),
+    [
+        (READ + "print(a + b)", Status.OK, 1.0),
+        ("import sys\na, b = map(int, sys.stdin.read().split())\nsys.stdout.write(f'{a + b}')", Status.OK, 1.0),
+        ("import os\na, b = os.read(0, 99).split()\nos.write(1, b'%d' % (int(a) + int(b)))", Status.OK, 1.0),
+        ("a, b = open('/dev/stdin').read().split()\nprint(int(a) + int(b))", Status.OK, 1.0),
+        ("import threading\ndef f():\n    print(sum(map(int, input().split())))\nthreading.stack_size(1 << 26)\n"
+         "threading.Thread(target=f).start()", Status.OK, 1.0),
+        ("if __name__ == '__main__':\n    print(sum(map(int, input().split())))\n    exit()", Status.OK, 1.0),
+        ("def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)\n" + READ + "print(a + b + f(20000) - 20000)",
+         Status.OK, 1.0),
+        (READ + "print(3)", Status.WRONG, 0.25),
+        (READ + "print(a + b)\nexit(1)", Status.WRONG, 0.0),
+        (READ + "print(a + b)\n1 / (a - 1)", Status.WRONG, 0.75),
+        (READ + "while a == 3: pass\nprint(a + b)", Status.TIMEOUT, 0.75),
+        ("print(", Status.WRONG, 0.0),
+    ],
+)  # fmt: skip
+def test_programs_with_standard_input(program: str, status: Status, fraction: float, settings: CodeSettings) -> None:
+    assert score(program, ADD, settings) == Score(float(status is Status.OK), status)
+    if status is not Status.OK:
+        assert score(program, ADD, settings, partial=True) == Score(fraction, status)
+
+
+CALLS = {"inputs": ['[3, 1, 2]\n"x"', '[]\n""'], "outputs": ['[1, 2, 3, "x"]', '[""]'], "fn_name": "order"}
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("def order(a, b): return sorted(a) + [b]", Status.OK),
+        ("class Solution:\n    def order(self, a: List[int], b): return (*sorted(a), b)", Status.OK),
+        ("def order(a, b): return 1\nclass Solution:\n    def order(self, a, b): return sorted(a) + [b]", Status.OK),
+        ("order = lambda a, b: heapq.nsmallest(9, a) + [b]", Status.OK),
+        ("def order(a, b): return a + [b]", Status.WRONG),
+        ("def order(a): return a", Status.WRONG),
+        ("def other(a, b): return a", Status.WRONG),
+        ("def order(a, b): print('noise'); return sorted(a) + [b]", Status.OK),
+        ("import time\ndef order(a, b): time.sleep(99)", Status.TIMEOUT),
+        ("1 / 0", Status.WRONG),
+    ],
+)
+def test_functions(program: str, status: Status, settings: CodeSettings) -> None:
+    assert score(program, CALLS, settings).status is status
+
+
+SCRIPTS = [
+    ("def f(x): x.sort()", "x = [2, 1]\nf(x)\nassert x == [1, 2]", Status.OK),
+    ("def f(n): return ListNode(n, ListNode(2))", "assert is_same_list(f(1), list_node([1, 2]))", Status.OK),
+    ("def f(t): t.left, t.right = t.right, t.left; return t",
+     "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))", Status.WRONG),
+    ("def f(t):\n    if t: t.left, t.right = f(t.right), f(t.left)\n    return t",
+     "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))", Status.OK),
+    ("class Stack:\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n"
+     "    def pop(self): return self.a.pop()\n    size = 3",
+     "s = Stack()\ns.push(1)\ns.push((2, 3))\nassert s.pop() == (2, 3)\nassert s.size == 3", Status.OK),
+    ("def f(x): return x / 3", "assert abs(f(1) - 0.333333) < 1e-5", Status.OK),
+    ("def f(x): raise ValueError('no')", "try:\n    f(1)\n    ok = False\nexcept Exception:\n    ok = True\nassert ok",
+     Status.OK),
+    ("def f(x): return {x: [x]}", "for i in range(3):\n    assert f(i) == {i: [i]}, i", Status.OK),
+    ("import time\ndef f(x): time.sleep(99)", "assert f(1) == 1", Status.TIMEOUT),
+    ("LIMIT = 7", "assert LIMIT == 7", Status.OK),
+    ("def g(): pass", "assert f(1) == 1", Status.WRONG),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "script", "status"), SCRIPTS)
+def test_scripts_of_asserts(program: str, script: str, status: Status, settings: CodeSettings) -> None:
+    assert score(program, {"functional": script}, settings).status is status
+
+
+def test_the_fraction_of_asserts(settings: CodeSettings) -> None:
+    truth = {"assert_case": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 3", "assert f(0) == 0"]}
+    program = "def f(x): return x if x < 3 else 1 / 0"
+    assert score(program, truth, settings) == Score(0.0, Status.WRONG)
+    assert score(program, truth, settings, partial=True) == Score(0.5, Status.WRONG)
+
+
+def test_a_script_that_runs_no_assert_is_an_error_and_no_pass(settings: CodeSettings) -> None:
+    with pytest.raises(ValueError, match="no test ran"):
+        score("def f(): pass", {"functional": "def check(f):\n    assert f()\n"}, settings)
+    with pytest.raises(ValueError, match="no test to run"):
+        grade_job({"program": "1", "tests": asdict(CodeTests("stdin")), "settings": asdict(settings)})
+
+
+def test_installed_packages_can_be_used(settings: CodeSettings) -> None:
+    program = "import numpy as np\na, b = map(int, input().split())\nprint(np.array([a, b]).sum())"
+    assert score(program, ADD, settings, test_timeout_s=20.0) == Score(1.0, Status.OK)
+
+
+# --- the scorer
+
+
+def prompt(tests: CodeTests | None = None, golds: tuple[str, ...] = ()) -> Prompt:
+    return Prompt("t:1", "t", "?", np.array([1], dtype=np.int32), golds, tests)
+
+
+def response(text: str, finish: str = "stop") -> Response:
+    return Response(np.array([1], dtype=np.int32), np.zeros(1, dtype=np.float32), finish, 0, text)
+
+
+def test_auto_takes_code_and_mathematics_by_row(settings: CodeSettings) -> None:
+    code, maths = prompt(parse_ground_truth(ADD)), prompt(golds=("7",))
+    program = f"```python\n{READ}print(a + b)\n```"
+    with make_scorer(RewardConfig(workers=1, require_think_close=True), [code, maths]) as scorer:
+        cases = [
+            (code, f"<think>hm</think>{program}", Status.OK),
+            (code, "<think>hm</think> it is easy", Status.NO_ANSWER),
+            (code, f"<think>{program}</think> so", Status.NO_ANSWER),
+            (code, program, Status.TRUNCATED),
+            (maths, r"<think></think>\boxed{7}", Status.OK),
+            (maths, f"<think></think>{program}", Status.NO_ANSWER),
+        ]
+        found = [scorer.submit(p, response(text)).result(timeout=60).status for p, text, _ in cases]
+        assert found == [status for *_, status in cases]
+        cut = scorer.submit(code, response(f"<think>hm</think>{program}", "length"))
+        assert cut.result(timeout=60) == Score(0.0, Status.TRUNCATED)
+
+
+def test_only_what_the_data_needs_must_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from or1.reward.code import sandbox
+
+    monkeypatch.setattr(sandbox, "_problem", lambda kind: "not here")
+    with make_scorer(RewardConfig(workers=1), [prompt(golds=("7",))]) as scorer:
+        assert scorer.submit(prompt(golds=("7",)), response(r"\boxed{7}")).result(timeout=60).status is Status.OK
+    with pytest.raises(ScorerError, match="no sandbox works here"):
+        make_scorer(RewardConfig(workers=1), [prompt(parse_ground_truth(ADD))])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_without_a_sandbox_programs_run_if_the_config_says_so(tmp_path: Path, settings: CodeSettings) -> None:
+    assert score(READ + "print(a + b)", ADD, settings, sandbox="none") == Score(1.0, Status.OK)
+    here = os.getcwd()
+    program = f"import os\nassert os.getcwd() != {here!r} and 'HF_TOKEN' not in os.environ\n{READ}print(a + b)"
+    assert score(program, ADD, settings, sandbox="none") == Score(1.0, Status.OK)

@@ -1,0 +1,221 @@
+"""Reward functions of the user's own: recognised by their parameters, called as their libraries call them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from or1.advantage import group_advantages
+from or1.config import RewardConfig
+from or1.filters import has_advantage
+from or1.reward import custom, make_scorer
+from or1.reward.base import ScorerError
+from or1.step_metrics import rollout_metrics
+from or1.types import Group, Prompt, Response, Score, Status
+
+FUNCTIONS = """
+import asyncio, os, time
+import numpy as np
+
+def trl(completions, answer, **kwargs):
+    assert set(kwargs) >= {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "level"}
+    return [float(text == gold) for text, gold in zip(completions, answer)]
+
+def trl_chat(prompts, completions, answer):
+    assert prompts[0][-1]["role"] == "user"
+    return [1.0 if c[0] == {"role": "assistant", "content": a} else 0.0 for c, a in zip(completions, answer)]
+
+async def trl_async(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return [0.5 for _ in completions]
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    assert data_source == "gsm8k" and extra_info == {"index": 3}
+    return {"score": float(solution_str == ground_truth), "acc": True}
+
+def verl_bool(data_source, solution_str, ground_truth, extra_info, **kwargs):
+    return solution_str == ground_truth
+
+def verl_tuple(solution_str, ground_truth):
+    return 0.25, "why"
+
+def verl_batch(data_sources, solution_strs, ground_truths, extra_infos):
+    return [float(s == g) for s, g in zip(solution_strs, ground_truths)]
+
+def verifiers(completion, answer, parser, state):
+    assert state["task"] == "default"
+    return float(parser.parse_answer(completion) == answer)
+
+async def verifiers_async(prompt, completion, answer, info):
+    return 1.0 if completion[-1]["content"] == answer and info == {"k": 1} and prompt[0]["role"] == "user" else 0.0
+
+def openrlhf(queries, prompts, labels):
+    right = [q == p + label for q, p, label in zip(queries, prompts, labels)]
+    return {"rewards": np.array(right, dtype=np.float32), "scores": np.zeros(1), "extra_logs": {}}
+
+def areal(prompt, completions, prompt_ids, completion_ids, answer, **kwargs):
+    assert isinstance(completions, str) and completion_ids == [5, 6] and prompt_ids == [1, 2]
+    return float(completions == answer)
+
+def unknown(x, y):
+    return 1.0
+
+def orders(completions, **kwargs):
+    order = completions[0]
+    if order == "raise": raise KeyError("apples")
+    if order == "exit": os._exit(0)
+    if order == "hang": time.sleep(99)
+    return [{"none": None, "nan": float("nan"), "text": "1", "list": [], "minus": -2.5}.get(order, 1.0)]
+"""
+
+ROW = {
+    "prompt": "6 * 7 = ", "answer": "42", "data_source": "gsm8k", "level": 3, "extra_info": {"index": 3},
+    "reward_model": {"ground_truth": "42", "style": "rule"}, "info": '{"k": 1}',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def job(completion: str, **row: object) -> dict:
+    return {"row": ROW | row, "source": "file", "prompt": "6 * 7 = ", "prompt_ids": [1, 2], "golds": ["42"],
+            "completion": completion, "completion_ids": [5, 6]}  # fmt: skip
+
+
+def grade(path: str, completion: str, **row: object) -> Score:
+    custom.begin({"path": path})
+    return custom.grade_job(job(completion, **row))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("trl", "trl"), ("verl", "verl"), ("verl_bool", "verl"), ("verl_batch", "verl_batch"),
+        ("verifiers", "verifiers"), ("verifiers_async", "verifiers"), ("openrlhf", "openrlhf"), ("areal", "areal"),
+    ],
+)  # fmt: skip
+def test_forms_are_recognised_and_called(name: str, form: str, functions: Path) -> None:
+    assert custom.load(f"{functions}:{name}")[1] == form
+    assert grade(f"{functions}:{name}", "42") == Score(1.0, Status.OK)
+    assert grade(f"{functions}:{name}", "43") == Score(0.0, Status.WRONG)
+
+
+def test_other_results_are_numbers_too(functions: Path) -> None:
+    assert grade(f"{functions}:trl_async", "x") == Score(0.5, Status.OK)
+    assert grade(f"{functions}:verl_tuple", "x") == Score(0.25, Status.OK)
+    assert grade(f"{functions}:orders", "minus") == Score(-2.5, Status.WRONG)
+    assert grade(f"{functions}:orders", "none").status is Status.SKIPPED
+
+
+def test_conversations_stay_conversations(functions: Path) -> None:
+    messages = [{"role": "user", "content": "6 * 7 = "}]
+    assert grade(f"{functions}:trl_chat", "42", prompt=messages).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("order", "message"), [("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward")]
+)
+def test_what_is_no_reward_is_an_error(order: str, message: str, functions: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        grade(f"{functions}:orders", order)
+
+
+def test_trl_own_reward_function() -> None:
+    pytest.importorskip("trl")
+    messages = [{"role": "user", "content": "?"}]
+    path = "trl.rewards:accuracy_reward"
+    assert grade(path, r"\boxed{0.5}", prompt=messages, solution=r"\boxed{\frac{1}{2}}").reward == 1.0
+    assert grade(path, r"\boxed{0.6}", prompt=messages, solution=r"\boxed{\frac{1}{2}}").reward == 0.0
+
+
+def test_verl_own_reward_function() -> None:
+    pytest.importorskip("verl")
+    path = "verl.utils.reward_score.gsm8k:compute_score"
+    assert grade(path, "so\n#### 42").reward == 1.0
+    assert grade(path, "so\n#### 41").reward == 0.0
+
+
+# --- in the pool
+
+
+def response(text: str) -> Response:
+    return Response(np.array([5, 6], dtype=np.int32), np.zeros(2, dtype=np.float32), "stop", 0, text)
+
+
+PROMPT = Prompt("t:1", "t", "6 * 7 = ", np.array([1, 2], dtype=np.int32), ("42",), row=ROW)
+
+
+def test_exceptions_hangs_and_nothing_are_counted_and_never_zero(functions: Path, caplog) -> None:
+    config = RewardConfig(kind=f"{functions}:orders", workers=2, timeout_s=1.0)
+    with make_scorer(config, [PROMPT]) as scorer:
+        orders = ("x", "raise", "exit", "hang", "none", "minus", "x")
+        scores = [f.result(timeout=60) for f in [scorer.submit(PROMPT, response(order)) for order in orders]]
+    assert [s.status.value for s in scores] == ["ok", "crash", "crash", "timeout", "skipped", "wrong", "ok"]
+    assert [s.reward for s in scores if not math.isnan(s.reward)] == [1.0, -2.5, 1.0]
+    assert "KeyError: 'apples'" in caplog.text
+
+    group = Group(PROMPT, tuple(response(order) for order in orders), tuple(scores))
+    metrics = rollout_metrics([group])
+    assert metrics["reward/mean"] == pytest.approx(-0.5 / 3)
+    assert metrics["reward/status/crash"] == pytest.approx(2 / 7)
+    assert metrics["reward/status/skipped"] == metrics["reward/status/timeout"] == pytest.approx(1 / 7)
+    assert has_advantage(group)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("{file}:unknown", "ended with code 1 before it was ready"),
+        ("{file}:absent", "ended with code 1 before it was ready"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_an_error_before_training(
+    kind: str, message: str, functions: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ScorerError, match=message):
+        make_scorer(RewardConfig(kind=kind.format(file=functions), workers=1))
+    reason = capfd.readouterr().err
+    assert "are of no known form; name one of completions (TRL)" in reason or "has no function 'absent'" in reason
+
+
+def test_unscored_responses_count_for_nothing_in_their_group() -> None:
+    whole = group_advantages(np.array([[1.0, 0.0, 0.0]]))
+    with_gap = group_advantages(np.array([[1.0, math.nan, 0.0, 0.0]]))
+    np.testing.assert_array_equal(with_gap[0, [0, 2, 3]], whole[0])
+    assert math.isnan(with_gap[0, 1])
+
+    def group(*rewards: float) -> Group:
+        scores = tuple(Score(reward, Status.OK) for reward in rewards)
+        return Group(PROMPT, tuple(response("") for _ in rewards), scores)
+
+    assert not has_advantage(group(math.nan, 1.0, 1.0))
+    assert not has_advantage(group(math.nan, math.nan))
+    metrics = rollout_metrics([group(math.nan, math.nan), group(1.0, math.nan)])
+    assert metrics["reward/mean"] == 1.0 and metrics["group/solved"] == 0.5 and metrics["group/failed"] == 0.0
+
+
+def test_kinds_that_the_config_takes(functions: Path) -> None:
+    for kind in ("math", "code", "auto", f"{functions}:trl", "package.module:name"):
+        assert RewardConfig(kind=kind).kind == kind
+    for kind in ("maths", "module:", "a:b:c", ""):
+        with pytest.raises(ValueError, match="kind"):
+            RewardConfig(kind=kind)
+
+
+def test_kinds_that_do_not_fit_the_data_are_refused(functions: Path) -> None:
+    from or1.types import CodeTests
+
+    program = Prompt("code.jsonl:7", "t", "?", np.array([1]), tests=CodeTests("stdin", ("1",), ("1",)))
+    with pytest.raises(ScorerError, match=r'kind = "math", but code.jsonl:7 and others are code problems'):
+        make_scorer(RewardConfig(kind="math"), [program])
+    with pytest.raises(ScorerError, match="are math problems"):
+        make_scorer(RewardConfig(kind="code"), [PROMPT])
+
+
