@@ -16,16 +16,15 @@ def launch(config: Config, fresh: bool = False) -> None:
     """Train, then export the weights and write the report. Raises RunError, DataError, ModelError, CheckpointError."""
     messages = prepare_run_dir(config, fresh)
     print_plan(config, [])
-    _quiet_libraries()
+    quiet_libraries()
     from or1.trainer import Trainer
 
     with RunDisplay(config.total_steps, config.stage) as display:
         for message in messages:
             display.message(message)
         trainer = Trainer(config, display)
-        for report in trainer.data.reports:
-            for line in (report.summary(), *report.listing()):
-                display.message(line)
+        for line in trainer.data.lines():
+            display.message(line)
         trainer.run()
         weights = trainer.export()
     from or1.report import write_report
@@ -45,7 +44,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     if not record.is_file():
         raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
     config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")))
-    _quiet_libraries()
+    quiet_libraries()
     from or1.checkpoint import committed_steps, load_checkpoint
     from or1.model import export_model, load_model, load_tokenizer
     from or1.optim import MasterAdamW
@@ -60,7 +59,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep progress bars and advice of libraries out of the display; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -23,7 +23,7 @@ import torch
 from or1.advantage import group_advantages
 from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
 from or1.config import Config, StageConfig
-from or1.data import Sampler, load_prompts
+from or1.data import Sampler, load_run_data
 from or1.evaluate import evaluate_set
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
@@ -52,18 +52,8 @@ class Trainer:
     def __init__(self, config: Config, display: RunDisplay):
         self.config, self.display = config, display
         self.tokenizer = load_tokenizer(config.model.path)
-        self.data = load_prompts(
-            config.data.train, self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
-            prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
-        )  # fmt: skip
-        self.eval_prompts = {
-            s.name: load_prompts(
-                [s.path], self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
-                prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
-            ).prompts[: s.limit]
-            for s in config.eval.sets
-        }  # fmt: skip
-        self.sampler = Sampler(len(self.data.prompts), config.seed)
+        self.data = load_run_data(config, self.tokenizer)
+        self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model).train()
         self.optimizer = MasterAdamW(self.model, config.optim)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
@@ -103,7 +93,9 @@ class Trainer:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
         seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
-        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
+        self._drop_solved(index)
+        solved_N = self.state.solved.mask(self.data.prompts)
+        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step, solved_N)
         sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
         prompts = [self.data.prompts[i] for i in chosen]
         rollout = collect(self.engine, self.scorer, prompts, sampling, lambda a, b: self.display.phase("rollout", a, b))
@@ -133,11 +125,14 @@ class Trainer:
         self.state.policy_version += 1
         self.engine.update_weights(self.state.policy_version)
         self._count(rollout.groups)
+        if self.config.data.drop_solved:
+            self.state.solved.note(rollout.groups)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
         return metrics | stats.metrics() | {
             "group/kept": float(len(kept)),
             "policy/entropy_controller": self.state.entropy.coef,
             "data/epoch": float(self.state.sampler.epoch),
+            "data/dropped_solved": float(len(self.state.solved.dropped)),
             "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
             "time/rollout": rollout.generate_s,
             "time/reward": rollout.reward_s,
@@ -176,14 +171,14 @@ class Trainer:
             def progress(done: int, total: int, name: str = settings.name) -> None:
                 self.display.phase(f"eval {name}", done, total)
 
-            prompts = self.eval_prompts[settings.name]
+            prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
             metrics |= evaluate_set(self.engine, self.scorer, prompts, settings, limit, progress).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
 
     def _all_prompts(self) -> Iterator[Prompt]:
         yield from self.data.prompts
-        for prompts in self.eval_prompts.values():
+        for prompts in self.data.eval_prompts.values():
             yield from prompts
 
     def export(self) -> str:
@@ -221,6 +216,15 @@ class Trainer:
     def _count(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
+
+    def _drop_solved(self, stage_index: int) -> None:
+        """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""
+        if dropped := self.state.solved.enter(stage_index):
+            left = len(self.data.prompts) - len(self.state.solved.dropped)
+            self.display.message(
+                f"{dropped} prompts that the stage before always solved are dropped; {left} of "
+                f"{len(self.data.prompts)} are left"
+            )
 
     def _due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.total_steps

@@ -10,13 +10,14 @@ from pathlib import Path
 from pydantic import Field
 
 from or1.config.base import Section
-from or1.config.data import DataConfig
+from or1.config.data import DataConfig, MixConfig
+from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import CodeRewardConfig, RewardConfig
 from or1.config.rollout import RolloutConfig
-from or1.config.run import CheckpointConfig, EvalConfig, EvalSet, LogConfig
+from or1.config.run import CheckpointConfig, LogConfig
 from or1.config.stage import StageConfig
 
 __all__ = [
@@ -24,11 +25,14 @@ __all__ = [
     "CodeRewardConfig",
     "Config",
     "DataConfig",
+    "EndpointConfig",
     "EntropyConfig",
     "EvalConfig",
     "EvalSet",
+    "FilterConfig",
     "LogConfig",
     "LossConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",
@@ -46,15 +50,17 @@ class Config(Section):
     seed: int = Field(1, ge=0)
     """Seed of data order and sampling."""
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    filter: FilterConfig = FilterConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     log: LogConfig = LogConfig()
-    stage: tuple[StageConfig, ...] = Field(min_length=1)
+    stage: tuple[StageConfig, ...] = ()
     """Stages in order; each may grow the context."""
 
     @property
@@ -66,6 +72,11 @@ class Config(Section):
     def eval_max_response_tokens(self) -> int:
         """Response limit of evaluations."""
         return self.eval.max_response_tokens or self.stage[-1].max_response_tokens
+
+    @property
+    def filter_max_response_tokens(self) -> int:
+        """Response limit of `or1 filter`."""
+        return self.filter.max_response_tokens or self.stage[-1].max_response_tokens
 
     @property
     def run_path(self) -> Path:

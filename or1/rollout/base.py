@@ -11,12 +11,16 @@ from or1.types import Prompt, Response
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed."""
+    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed.
+
+    top_p  sample from the likeliest tokens that hold this much probability; 1 is all of them
+    """
 
     temperature: float
     max_tokens: int
     samples: int
     seed: int
+    top_p: float = 1.0
 
 
 class Finished(NamedTuple):
@@ -38,4 +42,8 @@ class Engine(Protocol):
 
     def update_weights(self, version: int) -> None:
         """Generate with the trainer's present weights from now on, stamping responses with `version`."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine started. May be called twice."""
         ...

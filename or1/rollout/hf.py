@@ -29,6 +29,9 @@ class HfEngine:
         """Stamp responses with `version` from now on; the weights are the trainer's own."""
         self.version = version
 
+    def close(self) -> None:
+        """See `Engine.close`; there is nothing to end."""
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
         """Yield responses batch by batch; see `Engine.generate`."""
         jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
@@ -68,7 +71,7 @@ class HfEngine:
             do_sample=sampling.temperature > 0,
             temperature=1.0,
             top_k=0,
-            top_p=1.0,
+            top_p=sampling.top_p,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
