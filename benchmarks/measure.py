@@ -11,6 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def stamp() -> dict[str, object]:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+@cache
 def device_name() -> str:
     """The GPU's name, or the CPU's with what matters about it."""
     if torch.cuda.is_available():
@@ -129,6 +131,7 @@ def device_name() -> str:
     return f"{model}, {os.cpu_count()} CPUs, {' '.join(sets)}"
 
 
+@cache
 def _commit() -> str:
     """The commit checked out, with a "+" when files differ from it; "unknown" outside a git clone."""
     git = ["git", "-C", str(ROOT)]

@@ -97,8 +97,8 @@ def make_problem(
     hidden = hidden.to(dtype)
     targets, logp = _sampled_targets(hidden, weight, gen)
     documents = math.gcd(tokens, 8)
-    length = tokens // documents
-    advantages = torch.randn(documents, **draw).repeat_interleave(length)
+    length = max(1, tokens // documents)
+    advantages = torch.randn(documents, **draw).repeat_interleave(length)[:tokens]
     live = torch.arange(tokens, device=device) % length >= round(masked * length)
     token_weight = live.float() / live.sum().clamp_min(1)
     # Ratios of 0.61, 1 and 1.65: far from the clip's edges, where rounding of logp alone would decide the gradient.
