@@ -3,11 +3,11 @@
 import importlib
 import importlib.util
 import sys
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(module: str, *bare: str) -> ModuleType:
     """The module, imported with the packages `bare` present as folders only, unless they are imported already.
 

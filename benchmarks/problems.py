@@ -131,7 +131,7 @@ def task_loss(problem: Problem, task: str, logp_N: Tensor, entropy_N: Tensor | N
 
 
 def errors(got: SimpleNamespace, want: SimpleNamespace) -> dict[str, float | None]:
-    """logp, entropy: largest absolute error in nats; dhidden, dweight: relative, in the Frobenius norm; None: absent."""
+    """logp, entropy: largest absolute error, nats; dhidden, dweight: relative, Frobenius norm; None: not computed."""
     out: dict[str, float | None] = {}
     for name in ("logp", "entropy"):
         value = getattr(got, name)

@@ -28,11 +28,8 @@ def first_fit_decreasing(sizes, capacity):
     """The longest first, each into the first row with room."""
     bins, rooms = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for b, room in enumerate(rooms):
-            if sizes[i] <= room:
-                break
-        else:
-            b = len(bins)
+        b = next((b for b, room in enumerate(rooms) if sizes[i] <= room), len(bins))
+        if b == len(bins):
             bins.append([])
             rooms.append(capacity)
         bins[b].append(i)
@@ -47,6 +44,7 @@ PACKERS = {"or1 best fit (C++)": _native.pack_best_fit, "first fit (Python)": fi
 @pytest.mark.parametrize("count", [256, 4096])
 @pytest.mark.parametrize("packer", PACKERS)
 def test_packing(packer, count, benchmark, record):
+    """One row of the table; every packer must place every sequence once."""
     sizes, capacity = lengths(count), 32768
     bins = benchmark.pedantic(PACKERS[packer], args=(sizes, capacity), rounds=5, warmup_rounds=1)
     assert sorted(i for b in bins for i in b) == list(range(count))

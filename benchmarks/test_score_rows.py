@@ -16,6 +16,7 @@ IMPLS = ("triton", "torch") if DEVICE.type == "cuda" else ("native", "torch")
 
 
 def inputs():
+    """logits f32[C, V], targets i64[C], 1 / temperature f32[C]."""
     gen = torch.Generator(device=DEVICE).manual_seed(0)
     logits = torch.randn(ROWS, VOCAB, generator=gen, device=DEVICE) * 4
     targets = torch.randint(0, VOCAB, (ROWS,), generator=gen, device=DEVICE)
@@ -26,6 +27,7 @@ def inputs():
 @pytest.mark.parametrize("step", ["row_sums", "row_grads"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_score_rows(impl, step, softcap, benchmark, record):
+    """One row of the table."""
     backend = backends.resolve(impl, DEVICE, torch.float32)
     (logits, targets, inv_tau), transform = inputs(), Transform(1.0, softcap)
     stats = finish(backend.row_sums(logits, targets, inv_tau, transform), inv_tau)
