@@ -64,7 +64,7 @@ def test_cpu_targets_time_and_memory(record):
     problem = make_problem(Shape("target", 1024, 32000), 4096)
     runs = {name: VARIANTS[name].runner(problem, "policy") for name in ("or1", "naive torch")}
     fns = runs | {"gemms": measure.bare_gemms(problem.hidden, problem.weight)}
-    wall, cpu = ({name: math.inf for name in fns} for _ in range(2))
+    wall, cpu = (dict.fromkeys(fns, math.inf) for _ in range(2))
     for _ in range(3):
         for name, fn in fns.items():
             began = time.process_time()

@@ -41,8 +41,11 @@ def test_score_rows(impl, step, softcap, benchmark, record):
             backend.row_grads_(scratch, targets, inv_tau, transform, stats, slopes)
         measure.synchronize(DEVICE)
 
-    # The pass destroys its input; gradients fed back as logits would be another distribution.
-    benchmark.pedantic(timed, setup=lambda: scratch.copy_(logits) and None, rounds=10, warmup_rounds=2)
+    def refill():
+        # Pass 2 destroys its input; gradients fed back as logits would be another distribution.
+        scratch.copy_(logits)
+
+    benchmark.pedantic(timed, setup=refill, rounds=10, warmup_rounds=2)
     seconds = benchmark.stats.stats.min
     moved = logits.numel() * 4 * (1 if step == "row_sums" else 2)
     benchmark.group = f"{step}, {'softcap' if softcap else 'plain'}"
