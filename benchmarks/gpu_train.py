@@ -23,7 +23,11 @@ def run(context: Context) -> None:
     if not _native_built():
         _build_native()
     began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        context.check(f"or1 train ends within {_LIMIT_S} s", False)
+        return
     seconds = time.monotonic() - began
     context.check("or1 train exits with 0", done.returncode == 0, seconds=seconds, code=done.returncode,
                   stderr=done.stderr[-2000:] if done.returncode else "")
