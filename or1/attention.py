@@ -9,8 +9,8 @@ A document's keys may begin with rows that it does not own: the prompt that a gr
 lists, document by document, the packed rows of its keys, and queries are aligned with the end of their keys.
 """
 
-# T packed tokens, U keys of all documents, S documents of a bucket, L longest of them, Q query heads, G key-value heads,
-# D head dimension
+# T packed tokens, U keys of all documents, S documents of a bucket, L longest of them, Q query heads, G key-value
+# heads, D head dimension
 
 from __future__ import annotations
 
