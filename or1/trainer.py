@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from or1.advantage import group_advantages
+from or1.budget import Budget
 from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_run_data
@@ -57,6 +58,7 @@ class Trainer:
         self.model = load_model(config.model).train()
         self.optimizer = MasterAdamW(self.model, config.optim)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
+        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message)
         self._checkpoint_s: float | None = None
         self.state = self._restore() or TrainState.start(config)
 
@@ -131,6 +133,8 @@ class Trainer:
         return metrics | stats.metrics() | {
             "group/kept": float(len(kept)),
             "policy/entropy_controller": self.state.entropy.coef,
+            "optim/out_of_memory": float(self.budget.out_of_memory),
+            "optim/row_tokens": float(self.budget.max_tokens),
             "data/epoch": float(self.state.sampler.epoch),
             "data/dropped_solved": float(len(self.state.solved.dropped)),
             "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
@@ -189,7 +193,7 @@ class Trainer:
     def _save(self) -> float:
         began = time.perf_counter()
         self.display.phase("checkpoint")
-        self.state.updates = self.optimizer.updates
+        self.state.updates, self.state.budget = self.optimizer.updates, self.budget.state()
         checkpoint = Checkpoint(self.state.step, self.state.to_json(), self.optimizer.state_tensors())
         save_checkpoint(checkpoints_of(self.config.run_path), checkpoint, self.config.checkpoint.keep)
         return time.perf_counter() - began
@@ -202,6 +206,7 @@ class Trainer:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)
         self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
+        self.budget.restore(state.budget)
         self.engine.update_weights(state.policy_version)
         self.display.message(f"resumed after step {state.step}")
         return state
@@ -238,6 +243,7 @@ class Trainer:
             ),
             alpha,
             config.rollout.temperature,
-            config.optim.max_tokens_per_rank,
+            self.budget,
+            config.optim.share_prompts,
             lambda done, total: self.display.phase("train", done, total),
         )  # fmt: skip

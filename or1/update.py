@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from or1.budget import Budget
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence, pack, pack_indexed
+from or1.prefix import Sharing
 from or1.rollout.collect import Progress, no_progress
 from or1.step_metrics import UpdateStats
 from or1_kernels.objective import PolicyObjective
@@ -20,12 +22,13 @@ from or1_kernels.objective import PolicyObjective
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `max_tokens` the size of a packed row."""
+    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `budget` the size of a packed row."""
 
     objective: PolicyObjective
     entropy_coef: float
     temperature: float
-    max_tokens: int
+    budget: Budget
+    sharing: Sharing = "off"
     progress: Progress = no_progress
 
 
@@ -39,11 +42,28 @@ def update_policy(
     """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
 
     The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend on
-    how the sequences are packed.
+    how the sequences are packed: what runs out of memory is done again in smaller rows.
     """
+
+    def attempt(max_tokens: int) -> tuple[torch.Tensor, UpdateStats]:
+        # A row that failed in backward has left part of its gradient; the rows before it have left all of theirs.
+        optimizer.zero_grad()
+        return _accumulate_gradient(model, sequences, settings, max_tokens)
+
+    total, rows = settings.budget.run(attempt, longest_of(sequences))
+    stats.add_rows(rows)
+    result = optimizer.step_if_finite(total)
+    stats.add_update(float(total), result)
+    return result.took
+
+
+def _accumulate_gradient(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
+) -> tuple[torch.Tensor, UpdateStats]:
+    """Forward and backward of every packed row; the loss, and the rows' numbers."""
     tokens = sum(s.trained_tokens for s in sequences)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    packs = pack(sequences, settings.max_tokens, model.device, _float_dtype(model))
+    total, stats = torch.zeros((), dtype=torch.float64, device=model.device), UpdateStats()
+    packs = pack(sequences, max_tokens, model.device, _float_dtype(model), settings.sharing)
     for done, batch in enumerate(packs):
         settings.progress(done, len(packs))
         hidden_TH = hidden_states(model, batch)
@@ -61,24 +81,33 @@ def update_policy(
         loss.backward()
         total += loss.detach()
         stats.add_row(batch, row_stats)
-    result = optimizer.step_if_finite(total)
-    stats.add_update(float(total), result)
-    return result.took
+    return total, stats
 
 
 def with_old_logp(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[TrainSequence]:
     """The same sequences with the present policy's log-probabilities, packed as the update will pack them."""
-    filled: dict[int, TrainSequence] = {}
-    with eval_mode(model):
-        for indices, batch in pack_indexed(sequences, settings.max_tokens, model.device, _float_dtype(model)):
+
+    def attempt(max_tokens: int) -> dict[int, TrainSequence]:
+        filled: dict[int, TrainSequence] = {}
+        packs = pack_indexed(sequences, max_tokens, model.device, _float_dtype(model), settings.sharing)
+        for indices, batch in packs:
             hidden_NH = hidden_states(model, batch)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
             parts = logp_N.split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
+        return filled
+
+    with eval_mode(model):
+        filled = settings.budget.run(attempt, longest_of(sequences))
     return [filled[i] for i in range(len(sequences))]
+
+
+def longest_of(sequences: Sequence[TrainSequence]) -> int:
+    """Packed tokens of the longest sequence, 1 for none."""
+    return max((s.packed_tokens for s in sequences), default=1)
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:
