@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+ArrayT = TypeVar("ArrayT")
 NormaliserKind = Literal["token", "sequence", "dr_grpo"]
 
 
@@ -31,6 +32,10 @@ class Normaliser:
         share = {"token": length, "sequence": 1, "dr_grpo": self.max_tokens}[self.kind]
         return self.scale * share
 
-    def weight(self, length: int) -> float:
-        """Factor of each token's loss in a response of `length` tokens."""
-        return 1.0 / length if self.kind == "sequence" else 1.0
+    def weights(self, lengths_N: ArrayT) -> ArrayT:
+        """Factor of each token's loss; lengths_N: tokens of the response that it belongs to, an array or tensor."""
+        return 1.0 / lengths_N if self.kind == "sequence" else 0.0 * lengths_N + 1.0
+
+
+TOKEN_MEAN = Normaliser()
+"""Eq. 3.1."""

@@ -23,7 +23,8 @@ from or1.prefix import Sharing, Unit, make_units, unit_rows
 class TrainSequence:
     """One response to train on: `prompt_ids` i32[Lp], `response_ids` i32[L], `rollout_logp` f32[L], its advantage.
 
-    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy.
+    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy. `ref_logp` float[L] is the
+    reference model's, which the KL term reads.
     """
 
     prompt_ids: np.ndarray
@@ -31,6 +32,7 @@ class TrainSequence:
     rollout_logp: np.ndarray
     advantage: float
     old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
 
     @property
     def packed_tokens(self) -> int:
@@ -57,7 +59,9 @@ class Microbatch:
     targets_N           i64[N], those tokens
     advantages_N        float[N]
     rollout_logp_N      float[N], the engine's log-probabilities
+    lengths_N           float[N], trained tokens of the sequence that a token belongs to
     old_logp_N          float[N], or None when on-policy
+    ref_logp_N          float[N], or None without a reference model
     """
 
     ids_T: Tensor
@@ -70,7 +74,9 @@ class Microbatch:
     targets_N: Tensor
     advantages_N: Tensor
     rollout_logp_N: Tensor
+    lengths_N: Tensor
     old_logp_N: Tensor | None = None
+    ref_logp_N: Tensor | None = None
     kv_rows_U: Tensor | None = None
 
 
@@ -153,9 +159,12 @@ def _to_microbatch(
     def floats(parts: list[np.ndarray]) -> Tensor:
         return to_device(np.concatenate(parts), float_dtype)
 
-    old = [s.old_logp for s in sequences if s.old_logp is not None]
-    if old and len(old) != len(sequences):
-        raise ValueError(f"{len(old)} of {len(sequences)} sequences have old_logp; give it to all or to none")
+    def optional(name: str) -> Tensor | None:
+        parts = [logp for s in sequences if (logp := getattr(s, name)) is not None]
+        if parts and len(parts) != len(sequences):
+            raise ValueError(f"{len(parts)} of {len(sequences)} sequences have {name}; give it to all or to none")
+        return floats(parts) if parts else None
+
     k_lens = [len(k) for k in key_rows]
     shared = k_lens != q_lens
     cu_seqlens = to_device(np.cumsum([0, *q_lens]), torch.int32)
@@ -170,6 +179,8 @@ def _to_microbatch(
         targets_N=to_device(np.concatenate([s.response_ids for s in sequences]), torch.int64),
         advantages_N=floats([np.full(s.trained_tokens, s.advantage) for s in sequences]),
         rollout_logp_N=floats([s.rollout_logp for s in sequences]),
-        old_logp_N=floats(old) if old else None,
+        lengths_N=floats([np.full(s.trained_tokens, s.trained_tokens) for s in sequences]),
+        old_logp_N=optional("old_logp"),
+        ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
     )

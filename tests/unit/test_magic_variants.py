@@ -67,9 +67,9 @@ def test_dr_grpo_advantages_are_centred_only() -> None:
     ],
 )
 def test_normalisers(normaliser: Normaliser, loss: float) -> None:
-    lengths, token_losses = (2, 6), (1.0, 5.0)
-    total = sum(normaliser.weight(n) * n * each for n, each in zip(lengths, token_losses, strict=True))
-    assert total / sum(map(normaliser.units, lengths)) == pytest.approx(loss)
+    lengths_N, losses_N = np.repeat([2.0, 6.0], [2, 6]), np.repeat([1.0, 5.0], [2, 6])
+    total = (normaliser.weights(lengths_N) * losses_N).sum()
+    assert total / sum(map(normaliser.units, (2, 6))) == pytest.approx(loss)
 
 
 def test_overlong_penalty_falls_from_the_buffer_to_the_limit() -> None:
