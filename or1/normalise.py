@@ -11,7 +11,7 @@ NormaliserKind = Literal["token", "sequence", "dr_grpo"]
 
 @dataclass(frozen=True)
 class Normaliser:
-    """loss = sum over sequences s, tokens t of weight(|s|) l_st / (scale * sum over sequences s of units(|s|)).
+    """loss = sum_s sum_t w(|s|) l_st / (scale * sum_s units(|s|)), over sequences s of |s| trained tokens t.
 
     token     every token counts the same: l / sum |s|. Eq. 3.1, adopted by the report (MAGIC) and DAPO
     sequence  every response counts the same: (l / |s|) / number of responses. GRPO as first published

@@ -33,9 +33,9 @@ class UpdateSettings:
     entropy_coef: float
     temperature: float
     budget: Budget
-    normaliser: Normaliser = TOKEN_MEAN
     sharing: Sharing = "off"
     progress: Progress = no_progress
+    normaliser: Normaliser = TOKEN_MEAN
 
 
 def update_policy(
