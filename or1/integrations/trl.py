@@ -58,7 +58,7 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
             install(model, settings)
     if version < _ASKS_FOR_LOGPROBS:
         outputs = 3 if version >= _RETURNS_AUX_LOSS else 2
-        trainer._get_per_token_logps_and_entropies = functools.partial(_per_token_logps_and_entropies, trainer, outputs)
+        trainer._get_per_token_logps_and_entropies = _Scores(trainer, outputs)
         # What this attribute means in these versions is Liger's loss; its layers were patched in before.
         trainer.use_liger_kernel = False
     return trainer
@@ -79,36 +79,38 @@ def _check(trainer: Any) -> Version:
     return version
 
 
-def _per_token_logps_and_entropies(
-    trainer: Any, outputs: int, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *,
-    batch_size: int | None = None, compute_entropy: bool = False, compute_aux_loss: bool = False, **extra: Any
-) -> tuple[Tensor | None, ...]:
-    """What TRL before 1.15 computes from logits: (logps f32[B, C], entropies f32[B, C] or None, aux loss or None).
+class _Scores:
+    """GRPOTrainer._get_per_token_logps_and_entropies of TRL before 1.15, without its logits.
 
-    TRL calls it with these names; before 1.7 it expects the first two outputs only.
+    Called as it is: (logps f32[B, C], entropies f32[B, C] or None, aux loss or None), without the last before 1.7.
     """
-    given = [name for name in _MULTIMODAL if extra.get(name) is not None]
-    if given:
-        raise UnsupportedTRLError(f"the batch has {given}; with images or token types or1 needs trl >= "
-                                  f"{_ASKS_FOR_LOGPROBS}")
-    logps, entropies, aux_losses = [], [], []
-    size = batch_size or len(input_ids)
-    for ids_BT, mask_BT in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-        labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
-        labels_BT[:, :-logits_to_keep] = -100
-        router = {"output_router_logits": True} if compute_aux_loss else {}
-        with trainer.accelerator.autocast():
-            out = model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, **router, **{_FUSED_FLAG: True})
-        logps.append(out.log_probs[:, -logits_to_keep:])
-        entropies.append(out.entropy[:, -logits_to_keep:])
-        aux_losses.append(out.aux_loss)
-    entropy_BC = None
-    if compute_entropy:
-        entropy_BC = torch.cat(entropies)
-        if not getattr(trainer, "_entropy_bonus_enabled", False):
+
+    def __init__(self, trainer: Any, outputs: int) -> None:
+        self.trainer = trainer
+        self.outputs = outputs
+
+    def __call__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
+        batch_size: int | None = None, compute_entropy: bool = False, *, compute_aux_loss: bool = False, **extra: Any
+    ) -> tuple[Tensor | None, ...]:
+        given = [name for name in _MULTIMODAL if extra.get(name) is not None]
+        if given:
+            raise UnsupportedTRLError(f"the batch has {given}; with images or token types or1 needs trl >= "
+                                      f"{_ASKS_FOR_LOGPROBS}")
+        options = {_FUSED_FLAG: True} | ({"output_router_logits": True} if compute_aux_loss else {})
+        parts = []
+        size = batch_size or len(input_ids)
+        for ids_BT, mask_BT in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
+            labels_BT[:, :-logits_to_keep] = -100
+            with self.trainer.accelerator.autocast():
+                parts.append(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, **options))
+        logps_BC = torch.cat([part.log_probs[:, -logits_to_keep:] for part in parts])
+        entropy_BC = torch.cat([part.entropy[:, -logits_to_keep:] for part in parts]) if compute_entropy else None
+        if compute_entropy and not getattr(self.trainer, "_entropy_bonus_enabled", False):
             entropy_BC = entropy_BC.detach()
-    aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-    return (torch.cat(logps), entropy_BC, aux_loss)[:outputs]
+        aux_loss = torch.stack([part.aux_loss for part in parts]).mean() if compute_aux_loss else None
+        return (logps_BC, entropy_BC, aux_loss)[: self.outputs]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,9 @@ def grpo_run(tiny_qwen2: Path, tmp_path: Path) -> Callable[..., Record]:
 
     def run(patch: Callable[[Any], Any] = lambda trainer: trainer, peft_config: Any = None, steps: int = 5,
             trainer_class: type | None = None, **settings: Any) -> Record:
+        missing = settings.keys() - {f.name for f in dataclasses.fields(trl.GRPOConfig)}
+        if missing:
+            pytest.skip(f"trl {trl.__version__} has no {sorted(missing)}")
         prompts = [f"w{7 * i % WORDS} w{i} w{3 * i}" for i in range(24)]
         args = trl.GRPOConfig(**{
             "output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "max_steps": steps,
@@ -114,7 +118,7 @@ def assert_same_training(got: Record, want: Record, rel: float = 1e-5) -> None:
     A loss is compared on the scale of the advantages, which are about 1: on-policy its value is near 0.
     """
     assert len(got.losses) == len(want.losses) > 0 and len(got.grad_norms) == len(want.grad_norms) > 0
-    assert got.losses == pytest.approx(want.losses, rel=rel, abs=rel * 0.1)
+    assert got.losses == pytest.approx(want.losses, rel=rel, abs=rel * 0.3)
     assert got.grad_norms == pytest.approx(want.grad_norms, rel=rel)
     assert got.entropies == pytest.approx(want.entropies, rel=rel)
     assert min(want.grad_norms) > 1e-3
