@@ -18,12 +18,13 @@ if __name__ == "__main__":
     ids = tokenizer([f"{p['question']}={p['answer']}" for p in problems(8)], padding=True, return_tensors="pt")
     patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="triton")
     out = model(**ids, temperature=1.0, return_dict=True)
-    print(f"mean log-prob {out.log_probs.mean():.3f}, entropy {out.entropy.mean():.3f}, no logits: {out.logits is None}")
+    logp, entropy = out.log_probs, out.entropy
+    print(f"mean log-prob {logp.mean():.3f}, entropy {entropy.mean():.3f}, no logits: {out.logits is None}")
 
     config = FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=8, optim=OptimizerConfig(lr=1e-6),
                              policy_loss=PolicyLossConfig(loss_mode="magic"), clip_ratio_high=0.28)
     loss, metrics = get_policy_loss_fn("magic")(
-        old_log_prob=out.log_probs.detach(), log_prob=out.log_probs, advantages=torch.randn(8, 1).expand_as(out.log_probs),
+        old_log_prob=logp.detach(), log_prob=logp, advantages=torch.randn(8, 1).expand_as(logp),
         response_mask=ids["attention_mask"], loss_agg_mode="token-mean", config=config)
     loss.backward()
     print(f"loss {loss:.4f}, {metrics}")

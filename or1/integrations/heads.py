@@ -75,7 +75,7 @@ def require_supported(head: nn.Module) -> None:
         variants = getattr(head, "lora_variant", {})
         if variants:
             raise UnsupportedHeadError(
-                f"the LM head has the LoRA variant {next(iter(variants.values()))!r}; only plain LoRA (with or without "
+                f"the LM head has the LoRA variant {next(iter(variants.values()))!r}; only plain LoRA (also with "
                 "dropout, bias and rslora) is a matrix product. Leave lm_head out of target_modules, or drop the variant")
         require_supported(head.base_layer)
     elif not isinstance(head, nn.Linear):

@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from or1.integrations.transformers import ScoreSettings, install, unwrap
+from or1.integrations.transformers import ScoreSettings, install
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -47,7 +47,8 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     """
     version = _check(trainer)
     if "temperature" in options:
-        raise ValueError(f"temperature is {options['temperature']}; set GRPOConfig.temperature, which sampling obeys too")
+        raise ValueError(f"temperature is {options['temperature']}; set GRPOConfig.temperature, which sampling also "
+                         "obeys")
     settings = ScoreSettings(
         flag=_FUSED_FLAG,
         fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),

@@ -114,8 +114,8 @@ _MAGIC = _Magic()
 
 
 def policy_loss(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean",
-    config: Any = None, **given: Any
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "token-mean", config: Any = None, **given: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """The clipped loss of MAGIC (report, Eq. 3.1) with verl's arguments: tensors [B, C], rollout_is_weights in `given`.
 

@@ -24,7 +24,7 @@ if "entropy_coef" in GRPOConfig.__dataclass_fields__:
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_five_steps_equal_stock(grpo_run: Callable[..., Any], loss_type: str, accumulated: bool) -> None:
-    """Plain and on-policy; then with accumulation, two updates a batch (old log-probs), a reference, an entropy bonus."""
+    """Plain and on-policy; then accumulation, two updates a batch (old log-probs), a reference, an entropy bonus."""
     settings = {"loss_type": loss_type} | (OFF_POLICY if accumulated else {})
     try:
         stock = grpo_run(**settings)
@@ -112,7 +112,8 @@ def test_importance_sampling_correction_equals_stock(grpo_run: Callable[..., Any
 def test_lora_equals_stock(grpo_run: Callable[..., Any]) -> None:
     """The reference is the model with its adapters off."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+                             task_type="CAUSAL_LM")
     settings = {"beta": 0.1, "num_iterations": 2, "peft_config": config}
     assert_same_training(grpo_run(patch, **settings), grpo_run(**settings))
 
@@ -143,5 +144,5 @@ def test_other_versions_and_trainers_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_temperature_is_the_trainers(grpo_run: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="set GRPOConfig.temperature"):
+    with pytest.raises(ValueError, match=r"set GRPOConfig\.temperature"):
         grpo_run(lambda trainer: patch(trainer, temperature=0.5), steps=1)
