@@ -12,11 +12,11 @@ PROMPTS, RESPONSES, HIDDEN, VOCAB = 8, 16, 32, 512
 torch.manual_seed(0)
 policy = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=0.004)
-controller = magic.EntropyController(target=2.0, delta=5e-3, coef_max=0.1)
+controller = magic.EntropyController(target=3.0, delta=1e-2, coef_max=0.2)
 hidden = torch.randn(PROMPTS, HIDDEN).repeat_interleave(RESPONSES, dim=0)
 right = torch.randint(VOCAB, (PROMPTS,)).repeat_interleave(RESPONSES)
 
-for step in range(201):
+for step in range(121):
     with torch.no_grad():
         tokens = torch.multinomial(policy(hidden).softmax(-1), 1)[:, 0]
         old_logp, _ = linear_logprob_entropy(hidden, policy.weight, tokens)
@@ -32,5 +32,5 @@ for step in range(201):
     loss.backward()
     optimizer.step()
     controller.update(entropy)
-    if step % 40 == 0:
+    if step % 20 == 0:
         print(f"step {step:3}  reward {rewards.mean():.3f}  entropy {entropy:.3f}  alpha {alpha:.4f}  {stats.impl}")

@@ -76,7 +76,7 @@ def require_supported(head: nn.Module) -> None:
         if variants:
             raise UnsupportedHeadError(
                 f"the LM head has the LoRA variant {next(iter(variants.values()))!r}; only plain LoRA (also with "
-                "dropout, bias and rslora) is a matrix product. Leave lm_head out of target_modules, or drop the variant")
+                "dropout, bias and rslora) is a matrix product. Drop the variant or leave lm_head out of target_modules")
         require_supported(head.base_layer)
     elif not isinstance(head, nn.Linear):
         raise UnsupportedHeadError(

@@ -69,7 +69,7 @@ def test_transformers_snippet(root: Path, tiny_qwen2: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "needs", "shows"), [
-    ("plain_pytorch", "torch", r"step 200  reward 0\.[6-9]"),
+    ("plain_pytorch", "torch", r"step 120  reward 0\.[6-9]"),
     ("trl_grpo", "trl", r"step 4  reward"),
     ("transformers_sft", "transformers", r"gradient norm \d"),
     ("verl_head", "verl", r"no logits: True"),
