@@ -76,7 +76,7 @@ def require_supported(head: nn.Module) -> None:
         if variants:
             raise UnsupportedHeadError(
                 f"the LM head has the LoRA variant {next(iter(variants.values()))!r}; only plain LoRA (also with "
-                "dropout, bias and rslora) is a matrix product. Drop the variant or leave lm_head out of target_modules")
+                "dropout, bias and rslora) is a matrix product. Drop the variant, or take lm_head out of the targets")
         require_supported(head.base_layer)
     elif not isinstance(head, nn.Linear):
         raise UnsupportedHeadError(
