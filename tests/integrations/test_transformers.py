@@ -119,9 +119,11 @@ def test_generation_is_untouched() -> None:
     assert torch.equal(patch_model(model).generate(inputs["input_ids"], **arguments), want)
 
 
+@pytest.mark.integrations
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_trainer_trains_the_same(tmp_path: Path, accumulate: int) -> None:
     """Stock SFT loss, with num_items_in_batch counting the tokens of all accumulated micro-batches."""
+    pytest.importorskip("accelerate")
     generator = torch.Generator().manual_seed(4)
     rows = []
     for i in range(12):
