@@ -99,8 +99,8 @@ def test_fused_forward_equals_unfused(external_lib: Any, monkeypatch: pytest.Mon
     try:
         own = fused_forward(model, ids_BT, labels_BT)
     except (AssertionError, RuntimeError) as error:
-        # Its kernel asserts CUDA tensors, so that not even Triton's interpreter can run it.
-        print(f"  verl cannot run here ({type(error).__name__}: its Triton kernel asserts hidden.is_cuda)")
+        # Behind what fails first, its kernel asserts CUDA tensors: not even Triton's interpreter can run it.
+        print(f"  verl cannot run without CUDA: {type(error).__name__}: {str(error).splitlines()[0]}")
         assert backend == "triton" and not torch.cuda.is_available()
     else:
         print("  verl", *(f"{float((x - y).detach().abs().max()):.1e}" for x, y in zip(own, want, strict=True)))
