@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ class Side:
         scored = with_old_logp(self.model, sequences, settings)
         return max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored)
 
+    @contextlib.contextmanager
+    def endless(self) -> Iterator[None]:
+        """Inside, the policy never ends a response by itself."""
+        kept = {name: p.clone() for name, p in self.model.named_parameters()}
+        with torch.no_grad():
+            for embedding in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                embedding.weight[:, 0] = 4.0
+                embedding.weight[self.tokenizer.eos_token_id, 0] = -4.0
+        self.engine.update_weights(self.engine.version + 1)
+        yield
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(kept[name])
+        self.engine.update_weights(self.engine.version + 1)
+
     def disturb(self, seed: int, scale: float = 0.05) -> None:
         """An update large enough that stale weights cannot hide."""
         generator = torch.Generator().manual_seed(seed)
@@ -53,9 +69,10 @@ class Side:
                 p += scale * p.std() * torch.randn(p.shape, generator=generator)
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 12, seed: int = 0) -> list[Prompt]:
+def prompts_of(count: int, length: int = 12, seed: int = 0) -> list[Prompt]:
     rng = np.random.default_rng(seed)
-    ids = rng.integers(5, len(tokenizer), (count, length)).astype(np.int32)
+    # The tokenizer names a token more than the model has.
+    ids = rng.integers(5, 19, (count, length)).astype(np.int32)
     return [Prompt(f"made:{i}", "made", "", row, ("0",)) for i, row in enumerate(ids)]
 
 
