@@ -51,6 +51,9 @@ class EndpointEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
         """See `Engine.generate`. Raises EndpointError when a request fails for good; the others are given up."""
+        if begun is not None:
+            raise EndpointError(f"{self._url} cannot go on with responses of another policy; partial rollouts need "
+                                "rollout.engine, without [endpoint]")
         jobs: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         for p in range(len(prompts)):
             for s in range(sampling.samples):

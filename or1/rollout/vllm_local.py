@@ -121,7 +121,10 @@ class _Requests:
     def step(self) -> list[tuple[Job, list[int], list[float], str]]:
         """One iteration of the engine; returns what finished in it."""
         done = []
-        for output in self._engine.step():
+        # Even where every request has a seed, vLLM's sampler draws from the generator that is the trainer's too.
+        with torch.random.fork_rng(devices=[]):
+            outputs = self._engine.step()
+        for output in outputs:
             job, tokens, logp = self.open[output.request_id]
             part = output.outputs[0]
             tokens += part.token_ids
