@@ -39,22 +39,29 @@ def collect(
     progress: Progress = no_progress,
     *,
     carried: Sequence[OpenGroup] = (),
+    release: Callable[[Group], None] | None = None,
 ) -> Rollout:
     """Generate `sampling.samples` responses to every prompt, scoring each as it finishes.
 
     `carried` groups come first: their finished responses stay, the others go on. With `sampling.new_tokens` set, a
     response that is unfinished at that limit or at the deadline leaves its group open instead of being truncated.
+    `release` is called with each group as soon as its last score is there, while others are still being generated.
     """
     began = time.perf_counter()
     gathering = _Gathering(scorer, prompts, sampling, carried)
     for p, s, response in engine.generate(gathering.prompts, sampling, gathering.to_generate()):
         gathering.add((p, s), response)
         progress(gathering.filled, gathering.total)
+        for group in gathering.close(wait=False):
+            if release is not None:
+                release(group)
     generated = time.perf_counter()
-    closed = dict(gathering.closed())
-    groups = [closed[p] for p in sorted(closed)]
+    for group in gathering.close(wait=True):
+        if release is not None:
+            release(group)
+    closed = gathering.closed
     still_open = [gathering.as_open(p) for p in range(len(gathering.prompts)) if p not in closed]
-    return Rollout(groups, generated - began, time.perf_counter() - generated, still_open)
+    return Rollout([closed[p] for p in sorted(closed)], generated - began, time.perf_counter() - generated, still_open)
 
 
 class _Gathering:
@@ -66,6 +73,9 @@ class _Gathering:
         self._scorer, self._sampling = scorer, sampling
         self.prompts = [group.prompt for group in carried] + list(prompts)
         self._sizes = [len(group.responses) for group in carried] + [sampling.samples] * len(prompts)
+        self._missing = list(self._sizes)
+        self._full: set[int] = set()
+        self.closed: dict[int, Group] = {}
         self._responses: dict[Slot, Response] = {}
         self._scores: dict[Slot, Future[Score]] = {}
         self._begun: dict[Slot, Response] = {}
@@ -73,10 +83,10 @@ class _Gathering:
             for s, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
                 self._responses[p, s] = response
                 if score is not None:
-                    self._scores[p, s] = _done(score)
+                    self._score((p, s), _done(score))
                 elif len(response.token_ids) >= sampling.max_tokens:
                     # A stage with a smaller limit began: there is no room to go on.
-                    self._scores[p, s] = scorer.submit(group.prompt, response)
+                    self._score((p, s), scorer.submit(group.prompt, response))
                 else:
                     self._begun[p, s] = response
         self.total = sum(self._sizes)
@@ -99,7 +109,13 @@ class _Gathering:
         self._responses[slot] = response
         if self._goes_on(response, before):
             return
-        self._scores[slot] = self._scorer.submit(self.prompts[slot[0]], response)
+        self._score(slot, self._scorer.submit(self.prompts[slot[0]], response))
+
+    def _score(self, slot: Slot, score: Future[Score]) -> None:
+        self._scores[slot] = score
+        self._missing[slot[0]] -= 1
+        if not self._missing[slot[0]]:
+            self._full.add(slot[0])
 
     def _goes_on(self, response: Response, before: Response | None) -> bool:
         if self._sampling.new_tokens is None or response.finish == "stop":
@@ -108,13 +124,15 @@ class _Gathering:
         added = len(response.token_ids) - (0 if before is None else len(before.token_ids))
         return added > 0 and len(response.token_ids) < self._sampling.max_tokens
 
-    def closed(self) -> Iterator[tuple[int, Group]]:
-        """Groups whose every response has a score, waiting for those still being computed."""
-        for p, size in enumerate(self._sizes):
-            slots = [(p, s) for s in range(size)]
-            if all(slot in self._scores for slot in slots):
-                scores = tuple(self._scores[slot].result() for slot in slots)
-                yield p, Group(self.prompts[p], tuple(self._responses[slot] for slot in slots), scores)
+    def close(self, wait: bool) -> Iterator[Group]:
+        """Groups that have become complete: all their responses have a score. `wait`: for scores being computed."""
+        for p in list(self._full):
+            scores = [self._scores[p, s] for s in range(self._sizes[p])]
+            if wait or all(score.done() for score in scores):
+                self._full.discard(p)
+                responses = tuple(self._responses[p, s] for s in range(self._sizes[p]))
+                self.closed[p] = Group(self.prompts[p], responses, tuple(score.result() for score in scores))
+                yield self.closed[p]
 
     def as_open(self, p: int) -> OpenGroup:
         """A group that goes on in a later call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -48,7 +49,7 @@ class Streams:
 
     def close(self) -> None:
         """End what is still open, and wait for the thread."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # The loop has just closed by itself.
             self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join()
 
@@ -61,6 +62,9 @@ class Streams:
             self._loop.run_until_complete(self._all())
         except asyncio.CancelledError:
             pass
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            # Half an answer, or one of another form; without a word from here its reader would wait for ever.
+            self.events.put(Failed(f"an answer cannot be read ({type(error).__name__}: {error})", lost=True))
         finally:
             self._loop.close()
 

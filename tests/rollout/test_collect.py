@@ -100,6 +100,18 @@ def test_the_deadline_aborts_what_is_unfinished_and_scores_it_as_truncated(side:
     assert late and all(s.status is Status.TRUNCATED and s.reward == 0 for _, s in late)
 
 
+def test_a_group_is_released_while_others_are_still_generated(side: Side) -> None:
+    prompts, done, released = prompts_of(32), [], []
+    side.engine.batch_size, before = 16, side.engine.batch_size
+    rollout = collect(
+        side.engine, LengthScorer(), prompts, Sampling(1.0, 20, 4, 1), lambda d, _: done.append(d),
+        release=lambda group: released.append((group, done[-1])),
+    )  # fmt: skip
+    side.engine.batch_size = before
+    assert len(released) == 32 and released[0][1] < 128, "the first group is out before the last response is in"
+    assert [g for g, _ in sorted(released, key=lambda r: prompts.index(r[0].prompt))] == rollout.groups
+
+
 def test_a_response_that_a_whole_call_did_not_advance_is_truncated(side: Side) -> None:
     # The deadline is over before the first batch begins.
     sampling = Sampling(1.0, 40, 4, 1, new_tokens=9, deadline_s=1e-9)
