@@ -67,7 +67,7 @@ def _vllm_line(config: Config | None) -> Line:
 
 def _canary(config: Config) -> Iterator[Line]:
     """Log-probs of engine and trainer with the checkpoint's weights, then again after pushing those very weights."""
-    from or1.data import load_prompts
+    from or1.data import load_run_data
     from or1.model import load_model, load_tokenizer
     from or1.parity import compare_engine
     from or1.rollout import make_engine
@@ -75,10 +75,7 @@ def _canary(config: Config) -> Iterator[Line]:
 
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model)
-    prompts = load_prompts(
-        config.data.train, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
-        prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
-    ).prompts  # fmt: skip
+    prompts = load_run_data(config, tokenizer).prompts
     with RunDisplay(1, config.stage) as display:
         display.phase("engine")
         try:

@@ -101,8 +101,6 @@ class Trainer:
         self._drop_solved(index)
         rollout = self.feed.take(number, self.scorer, lambda a, b: self.display.phase("rollout", a, b))
         torch.manual_seed(step_seed(self.config, number))
-        rollout = self.feed.take(number, self.scorer, lambda a, b: self.display.phase("rollout", a, b))
-        torch.manual_seed(step_seed(self.config, number))
         self.feed.ahead(number + 1, self.scorer)
         if not self.config.rollout.overlap:
             self.engine.release()
