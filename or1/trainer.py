@@ -26,19 +26,21 @@ from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_run_data
 from or1.evaluate import evaluate_set
+from or1.feed import RolloutFeed, step_seed
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
+from or1.parity import compare_engine
 from or1.reward import make_scorer
-from or1.rollout.base import Sampling
-from or1.rollout.collect import collect
+from or1.rollout import make_engine
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
+from or1.rollout_state import InFlight
 from or1.run_state import TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
-from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
+from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
@@ -57,10 +59,11 @@ class Trainer:
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model).train()
         self.optimizer = MasterAdamW(self.model, config.optim)
-        self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
         self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message)
+        self.engine = make_engine(config, self.model, self.tokenizer)
         self._checkpoint_s: float | None = None
         self.state = self._restore() or TrainState.start(config)
+        self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state)
 
     def run(self) -> None:
         """All steps that are left. Every step ends with a line in metrics.jsonl; some with a checkpoint."""
@@ -72,7 +75,11 @@ class Trainer:
                     self._report(writer, 0, self.evaluate())
                 while self.state.step < self.config.total_steps:
                     self._one_step(writer)
+            if unfinished := len(self.state.in_flight.carried):
+                self.display.message(f"{unfinished} groups were still open after the last step and are left out")
         finally:
+            self.feed.close()
+            self.engine.close()
             writer.close()
 
     def _one_step(self, writer: MetricsWriter) -> None:
@@ -93,15 +100,13 @@ class Trainer:
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
-        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
-        torch.manual_seed(seed)
         self._drop_solved(index)
-        solved_N = self.state.solved.mask(self.data.prompts)
-        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step, solved_N)
-        sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
-        prompts = [self.data.prompts[i] for i in chosen]
-        rollout = collect(self.engine, self.scorer, prompts, sampling, lambda a, b: self.display.phase("rollout", a, b))
-        metrics = rollout_metrics(rollout.groups)
+        rollout = self.feed.take(number, self.scorer, lambda a, b: self.display.phase("rollout", a, b))
+        torch.manual_seed(step_seed(self.config, number))
+        self.feed.ahead(number + 1, self.scorer)
+        if not self.config.rollout.overlap:
+            self.engine.release()
+        metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
 
         trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
@@ -124,8 +129,9 @@ class Trainer:
         self.state.totals["empty_steps"] += not kept
         trained = time.perf_counter()
 
-        self.state.policy_version += 1
-        self.engine.update_weights(self.state.policy_version)
+        self.feed.settle()
+        synced = time.perf_counter()
+        metrics |= self._push()
         self._count(rollout.groups)
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
@@ -137,12 +143,24 @@ class Trainer:
             "optim/row_tokens": float(self.budget.max_tokens),
             "data/epoch": float(self.state.sampler.epoch),
             "data/dropped_solved": float(len(self.state.solved.dropped)),
-            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
-            "time/rollout": rollout.generate_s,
+            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + synced - train_began),
+            # A rollout made ahead costs what the step waits for it after training.
+            "time/rollout": rollout.generate_s + synced - trained,
             "time/reward": rollout.reward_s,
+            "time/reward_exposed": rollout.reward_s,
             "time/train": trained - train_began,
-            "time/sync": time.perf_counter() - trained,
+            "time/sync": time.perf_counter() - synced,
         }  # fmt: skip
+
+    def _push(self) -> dict[str, float]:
+        """The present weights to the engine, as the next version; now and then, see that they arrived."""
+        version = self.state.policy_version + 1
+        self.engine.update_weights(version)
+        self.state.policy_version = version
+        every = self.config.rollout.verify_every
+        if isinstance(self.engine, HfEngine) or not every or version % every:
+            return {}
+        return compare_engine(self.engine, self.model, self.data.prompts, self.config).require().metrics()
 
     def _minibatches(
         self, kept: Sequence[Group], advantages_KM: np.ndarray, stage: StageConfig
@@ -155,7 +173,8 @@ class Trainer:
             [
                 TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
                 for response, advantage in zip(group.responses, advantages_M, strict=True)
-                if not math.isnan(advantage)  # a response without a reward
+                # Left out: a response without a reward, and one that was aborted before its first token.
+                if not math.isnan(advantage) and len(response.token_ids)
             ]
             for group, advantages_M in zip(kept, advantages_KM, strict=True)
         ]
@@ -194,7 +213,9 @@ class Trainer:
         began = time.perf_counter()
         self.display.phase("checkpoint")
         self.state.updates, self.state.budget = self.optimizer.updates, self.budget.state()
-        checkpoint = Checkpoint(self.state.step, self.state.to_json(), self.optimizer.state_tensors())
+        in_flight, tensors = self.state.in_flight.to_checkpoint(self.data.prompts)
+        state = self.state.to_json() | {"in_flight": in_flight}
+        checkpoint = Checkpoint(self.state.step, state, self.optimizer.state_tensors() | tensors)
         save_checkpoint(checkpoints_of(self.config.run_path), checkpoint, self.config.checkpoint.keep)
         return time.perf_counter() - began
 
@@ -205,6 +226,8 @@ class Trainer:
         if checkpoint is None:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)
+        in_flight = checkpoint.state.get("in_flight", {})
+        state.in_flight = InFlight.from_checkpoint(in_flight, checkpoint.tensors, self.data.prompts, self.tokenizer)
         self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
         self.budget.restore(state.budget)
         self.engine.update_weights(state.policy_version)
@@ -221,6 +244,7 @@ class Trainer:
     def _count(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
+            self.state.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
 
     def _drop_solved(self, stage_index: int) -> None:
         """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""

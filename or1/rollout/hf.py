@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from or1.model import eval_mode
-from or1.rollout.base import Finished, Sampling
+from or1.model import eos_token_ids, eval_mode
+from or1.rollout.base import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.types import Prompt, Response
 
 
@@ -23,31 +26,44 @@ class HfEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.version = 0
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
 
     def update_weights(self, version: int) -> None:
         """Stamp responses with `version` from now on; the weights are the trainer's own."""
         self.version = version
 
+    def release(self) -> None:
+        """See `Engine.release`; there is nothing to free."""
+
     def close(self) -> None:
         """See `Engine.close`; there is nothing to end."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+    ) -> Iterator[Finished]:
         """Yield responses batch by batch; see `Engine.generate`."""
-        jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
+        jobs = list(jobs_of(prompts, sampling, begun))
+        deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             seed = int(np.random.SeedSequence([sampling.seed, start]).generate_state(1, np.uint64)[0] >> 1)
-            responses = self._generate_batch([prompts[p].token_ids for p, _ in batch], sampling, seed)
-            for (p, s), response in zip(batch, responses, strict=True):
-                yield Finished(p, s, response)
+            left_s = deadline - time.monotonic()
+            if left_s > 0:
+                responses = self._generate_batch(batch, sampling, seed, left_s)
+            else:
+                nothing = (np.empty(0, np.int32), np.empty(0, np.float32))
+                responses = [continued(job, *nothing, "deadline", self.version) for job in batch]
+            texts = self.tokenizer.batch_decode([r.token_ids.tolist() for r in responses], skip_special_tokens=True)
+            for job, response, text in zip(batch, responses, texts, strict=True):
+                yield Finished(*job.slot, replace(response, text=text))
 
-    def _generate_batch(self, prompt_ids: list[np.ndarray], sampling: Sampling, seed: int) -> list[Response]:
+    def _generate_batch(self, jobs: list[Job], sampling: Sampling, seed: int, left_s: float) -> list[Response]:
         device = self.model.device
-        width = max(len(ids) for ids in prompt_ids)
-        input_ids = torch.full((len(prompt_ids), width), self.tokenizer.pad_token_id)
+        contexts = [job.context_ids for job in jobs]
+        width = max(len(ids) for ids in contexts)
+        input_ids = torch.full((len(jobs), width), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompt_ids):
+        for row, ids in enumerate(contexts):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
         recorder = LogprobRecorder(sampling.temperature or 1.0)
@@ -58,36 +74,37 @@ class HfEngine:
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                generation_config=self._config(sampling),
+                generation_config=self._config(sampling, max(job.max_new for job in jobs), left_s),
                 logits_processor=[recorder],
             )
         tokens_BL = sequences[:, width:]
         logp_BL = recorder.finish(tokens_BL)
-        return self._cut(tokens_BL.cpu().numpy(), logp_BL.float().cpu().numpy())
+        return self._cut(jobs, tokens_BL.cpu().numpy(), logp_BL.float().cpu().numpy())
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
+    def _config(self, sampling: Sampling, max_new: int, left_s: float) -> GenerationConfig:
         # Temperature 1 here: the recorder divides by the temperature itself, so that it sees what is sampled from.
         return GenerationConfig(
             do_sample=sampling.temperature > 0,
             temperature=1.0,
-            top_k=0,
+            top_k=sampling.top_k,
             top_p=sampling.top_p,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max_new,
+            max_time=left_s if math.isfinite(left_s) else None,
             eos_token_id=self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
-    def _cut(self, tokens_BL: np.ndarray, logp_BL: np.ndarray) -> list[Response]:
-        """End each row after its first end-of-sequence token."""
+    def _cut(self, jobs: list[Job], tokens_BL: np.ndarray, logp_BL: np.ndarray) -> list[Response]:
+        """End each row after its first end-of-sequence token, or at its job's own limit."""
         is_eos_BL = np.isin(tokens_BL, self.eos_ids)
-        stopped_B = is_eos_BL.any(axis=1)
-        length_B = np.where(stopped_B, is_eos_BL.argmax(axis=1) + 1, tokens_BL.shape[1])
-        token_ids = [tokens[:n].astype(np.int32) for tokens, n in zip(tokens_BL, length_B, strict=True)]
-        texts = self.tokenizer.batch_decode([ids.tolist() for ids in token_ids], skip_special_tokens=True)
-        return [
-            Response(ids, logp[: len(ids)].astype(np.float32), "stop" if stopped else "length", self.version, text)
-            for ids, logp, stopped, text in zip(token_ids, logp_BL, stopped_B, texts, strict=True)
-        ]
+        end_B = np.where(is_eos_BL.any(axis=1), is_eos_BL.argmax(axis=1) + 1, np.iinfo(np.int64).max)
+        responses = []
+        for job, tokens, logp, end in zip(jobs, tokens_BL.astype(np.int32), logp_BL, end_B, strict=True):
+            length = min(int(end), job.max_new, len(tokens))
+            finish = "stop" if length == end else "length" if length == job.max_new else "deadline"
+            logp = logp[:length].astype(np.float32)
+            responses.append(continued(job, tokens[:length], logp, finish, self.version))
+        return responses
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -127,9 +144,3 @@ def _plain_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})
