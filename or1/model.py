@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from or1 import attention
 from or1.config import ModelConfig
+from or1.dist import SINGLE, World
+from or1.fsdp import is_sharded, shard_model
 from or1.pack import Microbatch
 from or1_kernels.lm_head import LMHead
 
@@ -44,7 +46,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
     """Weights from safetensors, packed attention, and `lm_head` replaced by an LMHead that shares its parameter.
 
     Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`.
@@ -69,7 +71,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     )
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
-    return model.to(resolve_device(config.device))
+    return shard_model(model, world, resolve_device(config.device))
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -93,7 +95,7 @@ def _require_safetensors(path: str) -> None:
 def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
     """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other."""
     with attention.packed_forward():
-        output = model.get_decoder()(
+        output = (model.decode if is_sharded(model) else model.get_decoder())(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
             # A cache, even an empty one, would make transformers attend across documents.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
+from or1.dist import SINGLE, World
+from or1.fsdp import local_shard
 
 
 class UpdateResult(NamedTuple):
@@ -25,8 +28,8 @@ class MasterAdamW:
     alone would be lost. Parameters that are fp32 or fp64 already are their own masters and cost nothing more.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimConfig, world: World = SINGLE):
+        self.config, self.world = config, world
         self.updates = 0
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -46,12 +49,12 @@ class MasterAdamW:
         """Clip, then update if loss and gradient norm are finite; else leave parameters, moments and schedule alone."""
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param and param.grad is not None:
-                master.grad = param.grad.to(master.dtype)
+                master.grad = local_shard(param.grad).to(master.dtype)
         # A parameter that the loss does not reach has no gradient; everything else must have one.
         grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = _total_norm(grads, self.world)
         lr = self.config.lr * min(1.0, (self.updates + 1) / max(self.config.warmup_steps, 1))
-        took = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        took = self.world.all_agree(bool(torch.isfinite(norm) & torch.isfinite(loss)))
         if took:
             nn.utils.clip_grads_with_norm_(self.masters, self.config.grad_clip, norm)
             for group in self.adamw.param_groups:
@@ -65,8 +68,9 @@ class MasterAdamW:
     @torch.no_grad()
     def _publish(self) -> None:
         for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param:
-                param.copy_(master)
+            shard = local_shard(param)
+            if shard.data_ptr() != master.data_ptr():
+                shard.copy_(master)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Masters and moments by parameter name, for a checkpoint."""
@@ -93,6 +97,12 @@ class MasterAdamW:
 
 
 def _master(param: nn.Parameter) -> Tensor:
-    if param.dtype in (torch.float32, torch.float64):
-        return param
-    return param.detach().to(torch.float32, copy=True)
+    shard = local_shard(param)
+    return shard if shard.dtype in (torch.float32, torch.float64) else shard.detach().to(torch.float32, copy=True)
+
+
+def _total_norm(grads: Sequence[Tensor], world: World) -> Tensor:
+    if world.size == 1:
+        return nn.utils.get_total_norm(grads)
+    squares = [g.square().sum(dtype=torch.float64) for g in grads]
+    return world.sum(torch.stack(squares).sum().reshape(1))[0].sqrt()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from or1.dist import World
 from or1.filters import has_advantage
 from or1.optim import UpdateResult
 from or1.pack import Microbatch
@@ -79,6 +80,16 @@ class UpdateStats:
         """Count one optimizer step."""
         self.losses.append(loss)
         self.results.append(result)
+
+    def reduce(self, world: World) -> None:
+        """Add up the token sums of all ranks; called once, before `metrics`."""
+        if world.size == 1 or not self.results:
+            return
+        # Every rank has trained a row in every update, if only an anchor, so all have the same names.
+        names = sorted(self.sums)
+        values = world.sum(torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64),
+                                        *(self.sums[name].cpu() for name in names)]))
+        self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
 
     def metrics(self) -> dict[str, float]:
         """Token means, and means over the optimizer steps."""

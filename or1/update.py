@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from or1.balance import Row, plan_ranks
+from or1.dist import SINGLE, World
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack, pack_indexed
+from or1.pack import Microbatch, TrainSequence, pack_rows
 from or1.rollout.collect import Progress, no_progress
 from or1.step_metrics import UpdateStats
 from or1_kernels.objective import PolicyObjective
@@ -27,6 +29,7 @@ class UpdateSettings:
     temperature: float
     max_tokens: int
     progress: Progress = no_progress
+    world: World = SINGLE
 
 
 def update_policy(
@@ -39,12 +42,13 @@ def update_policy(
     """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
 
     The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend on
-    how the sequences are packed.
+    how the sequences are packed. Every rank is given all sequences of the update and trains its share of their rows;
+    gradients and numbers are summed over ranks.
     """
     tokens = sum(s.trained_tokens for s in sequences)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    packs = pack(sequences, settings.max_tokens, model.device, _float_dtype(model))
-    for done, batch in enumerate(packs):
+    packs = _my_rows(model, sequences, settings)
+    for done, (_, batch) in enumerate(packs):
         settings.progress(done, len(packs))
         hidden_TH = hidden_states(model, batch)
         loss, row_stats = lm_head(model)(
@@ -61,6 +65,7 @@ def update_policy(
         loss.backward()
         total += loss.detach()
         stats.add_row(batch, row_stats)
+    total = settings.world.sum(total)
     result = optimizer.step_if_finite(total)
     stats.add_update(float(total), result)
     return result.took
@@ -69,16 +74,28 @@ def update_policy(
 def with_old_logp(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[TrainSequence]:
-    """The same sequences with the present policy's log-probabilities, packed as the update will pack them."""
+    """The same sequences with the present policy's log-probabilities, packed as the update will pack them.
+
+    A rank fills the sequences that it will train; the others come back as they are.
+    """
     filled: dict[int, TrainSequence] = {}
     with eval_mode(model):
-        for indices, batch in pack_indexed(sequences, settings.max_tokens, model.device, _float_dtype(model)):
+        for indices, batch in _my_rows(model, sequences, settings):
             hidden_NH = hidden_states(model, batch)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
             parts = logp_N.split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
-    return [filled[i] for i in range(len(sequences))]
+    return [filled.get(i, s) for i, s in enumerate(sequences)]
+
+
+def _my_rows(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
+) -> list[tuple[Row, Microbatch]]:
+    """This rank's packed rows with the indices of their sequences; as many on every rank."""
+    world, lengths = settings.world, [s.packed_tokens for s in sequences]
+    rows = plan_ranks(lengths, settings.max_tokens, world.data_size)[world.data_rank]
+    return list(zip(rows, pack_rows(sequences, rows, model.device, _float_dtype(model)), strict=True))
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from or1.config.base import Section
 from or1.config.data import DataConfig
+from or1.config.dist import DistConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CodeRewardConfig",
     "Config",
     "DataConfig",
+    "DistConfig",
     "EntropyConfig",
     "EvalConfig",
     "EvalSet",
@@ -51,6 +53,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    dist: DistConfig = DistConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

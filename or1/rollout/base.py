@@ -6,17 +6,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from or1.types import Prompt, Response
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed."""
+    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed.
+
+    numbers   what each prompt of the call counts as for its random numbers; None: its position. A rank that samples
+              prompts 1, 3, 5 of a step names them so, and gets what one process gets for the whole step
+    """
 
     temperature: float
     max_tokens: int
     samples: int
     seed: int
+    numbers: tuple[int, ...] | None = None
+
+    def slot_seed(self, prompt: int, sample: int) -> int:
+        """The seed of one response: `sample` of the `prompt`-th prompt of the call."""
+        number = prompt if self.numbers is None else self.numbers[prompt]
+        return int(np.random.SeedSequence([self.seed, number, sample]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Finished(NamedTuple):

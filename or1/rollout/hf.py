@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.fsdp import gathered
 from or1.model import eval_mode
 from or1.rollout.base import Finished, Sampling
 from or1.types import Prompt, Response
@@ -32,14 +33,16 @@ class HfEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
         """Yield responses batch by batch; see `Engine.generate`."""
         jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
-            seed = int(np.random.SeedSequence([sampling.seed, start]).generate_state(1, np.uint64)[0] >> 1)
-            responses = self._generate_batch([prompts[p].token_ids for p, _ in batch], sampling, seed)
-            for (p, s), response in zip(batch, responses, strict=True):
-                yield Finished(p, s, response)
+        # A rank without jobs gathers the weights all the same: the others wait for it.
+        with gathered(self.model):
+            for start in range(0, len(jobs), self.batch_size):
+                batch = jobs[start : start + self.batch_size]
+                seeds = [sampling.slot_seed(p, s) for p, s in batch]
+                responses = self._generate_batch([prompts[p].token_ids for p, _ in batch], sampling, seeds)
+                for (p, s), response in zip(batch, responses, strict=True):
+                    yield Finished(p, s, response)
 
-    def _generate_batch(self, prompt_ids: list[np.ndarray], sampling: Sampling, seed: int) -> list[Response]:
+    def _generate_batch(self, prompt_ids: list[np.ndarray], sampling: Sampling, seeds: list[int]) -> list[Response]:
         device = self.model.device
         width = max(len(ids) for ids in prompt_ids)
         input_ids = torch.full((len(prompt_ids), width), self.tokenizer.pad_token_id)
@@ -47,28 +50,21 @@ class HfEngine:
         for row, ids in enumerate(prompt_ids):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        recorder = LogprobRecorder(sampling.temperature or 1.0)
-        devices = [device] if device.type == "cuda" else []
-        # The seed belongs to this call alone: what ran before it must not change what it samples.
-        with torch.random.fork_rng(devices=devices), eval_mode(self.model), _plain_defaults(self.model):
-            torch.manual_seed(seed)
+        sampler = RowSampler(sampling.temperature, seeds)
+        with eval_mode(self.model), _plain_defaults(self.model):
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=self._config(sampling),
-                logits_processor=[recorder],
+                logits_processor=[sampler],
             )
         tokens_BL = sequences[:, width:]
-        logp_BL = recorder.finish(tokens_BL)
-        return self._cut(tokens_BL.cpu().numpy(), logp_BL.float().cpu().numpy())
+        return self._cut(tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
-        # Temperature 1 here: the recorder divides by the temperature itself, so that it sees what is sampled from.
+        # Greedy here: RowSampler has sampled already and leaves one possible token.
         return GenerationConfig(
-            do_sample=sampling.temperature > 0,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -87,32 +83,38 @@ class HfEngine:
         ]
 
 
-class LogprobRecorder(LogitsProcessor):
-    """Scales logits by 1 / temperature and keeps the log-probability of what is then sampled, in O(B V) memory.
+class RowSampler(LogitsProcessor):
+    """Samples the next token of every row from random numbers of the row's own, and keeps its log-probability.
 
-    It sees the scores of a token before it is sampled and the token itself one call later.
+    temperature  above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at 1
+    seeds        one a row, so that what a row becomes does not depend on which rows share its batch
+
+    It leaves a single possible token to `generate`. O(B V) memory.
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, seeds: Sequence[int]):
         self.temperature = temperature
-        self._columns: list[Tensor] = []
-        self._pending_BV: Tensor | None = None
+        self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+        self._logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """One generation step."""
-        self._settle(input_ids[:, -1])
-        scaled_BV = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
-        self._pending_BV = scaled_BV.log_softmax(-1)
-        return scaled_BV
+        wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
+        token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)
+        self._logp.append(logp_BV.gather(1, token_B1)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
-    def finish(self, tokens_BL: Tensor) -> Tensor:
+    def logp_BL(self) -> Tensor:
         """float[B, L]: the log-probability of each generated token; past the end of a sequence it means nothing."""
-        self._settle(tokens_BL[:, -1])
-        return torch.stack(self._columns, dim=1)
+        return torch.stack(self._logp, dim=1)
 
-    def _settle(self, token_B: Tensor) -> None:
-        if self._pending_BV is not None:
-            self._columns.append(self._pending_BV.gather(1, token_B[:, None])[:, 0])
+    def _draw(self, logp_BV: Tensor) -> Tensor:
+        cdf_BV = logp_BV.double().exp().cumsum(-1)
+        uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
+        # The first token whose cumulated probability is above u; a token of probability 0 never is.
+        threshold_B1 = uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]
+        return (cdf_BV <= threshold_B1).sum(-1, keepdim=True)
 
 
 @contextmanager
