@@ -16,10 +16,13 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from or1.sequence_parallel import to_all_heads, to_all_tokens
 
 NAME = "or1_packed"
 
@@ -50,6 +53,7 @@ def _attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sequence_group: ProcessGroup | None = None,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -62,10 +66,11 @@ def _attention(
             f"packed attention has no sliding window, but the model's is {sliding_window} tokens and a document has "
             f"{max_length_q}; set use_sliding_window to false in the model's config.json"
         )
-    out_TQD = padded_varlen_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q, max_length_q, scaling
-    )
-    return out_TQD[None], None
+    q_TQD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if sequence_group is not None:
+        q_TQD, k_TKD, v_TKD = (to_all_tokens(x.contiguous(), sequence_group) for x in (q_TQD, k_TKD, v_TKD))
+    out_TQD = padded_varlen_attention(q_TQD, k_TKD, v_TKD, cu_seq_lens_q, max_length_q, scaling)
+    return (out_TQD if sequence_group is None else to_all_heads(out_TQD, sequence_group))[None], None
 
 
 def padded_varlen_attention(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1 import attention
@@ -20,6 +21,7 @@ from or1.config import ModelConfig
 from or1.dist import SINGLE, World
 from or1.fsdp import is_sharded, shard_model
 from or1.pack import Microbatch
+from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
 
 
@@ -69,6 +71,7 @@ def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
             logit_scale=getattr(model.config, "logit_scale", None) or 1.0,
         )
     )
+    check_heads(model.config, world.sequence_size)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     return shard_model(model, world, resolve_device(config.device))
@@ -92,8 +95,11 @@ def _require_safetensors(path: str) -> None:
         )
 
 
-def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
-    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other."""
+def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: ProcessGroup | None = None) -> Tensor:
+    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other.
+
+    With a `sequence_group`, `batch` is this rank's slice of the row (`sequence_parallel.my_slice`), and so is T.
+    """
     with attention.packed_forward():
         output = (model.decode if is_sharded(model) else model.get_decoder())(
             input_ids=batch.ids_T[None],
@@ -104,6 +110,7 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
+            **({} if sequence_group is None else {"sequence_group": sequence_group}),
         )
     return output.last_hidden_state[0]
 

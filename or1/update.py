@@ -16,6 +16,7 @@ from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
 from or1.pack import Microbatch, TrainSequence, pack_rows
 from or1.rollout.collect import Progress, no_progress
+from or1.sequence_parallel import join_rows, my_slice
 from or1.step_metrics import UpdateStats
 from or1_kernels.objective import PolicyObjective
 
@@ -50,7 +51,7 @@ def update_policy(
     packs = _my_rows(model, sequences, settings)
     for done, (_, batch) in enumerate(packs):
         settings.progress(done, len(packs))
-        hidden_TH = hidden_states(model, batch)
+        hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
             hidden_TH[batch.rows_N],
             batch.targets_N,
@@ -81,8 +82,9 @@ def with_old_logp(
     filled: dict[int, TrainSequence] = {}
     with eval_mode(model):
         for indices, batch in _my_rows(model, sequences, settings):
-            hidden_NH = hidden_states(model, batch)[batch.rows_N]
+            hidden_NH = hidden_states(model, batch, settings.world.sequence_group)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
+            logp_N = join_rows(logp_N, settings.world)
             parts = logp_N.split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
@@ -92,10 +94,11 @@ def with_old_logp(
 def _my_rows(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[tuple[Row, Microbatch]]:
-    """This rank's packed rows with the indices of their sequences; as many on every rank."""
+    """This rank's packed rows, or its slice of each, with the indices of their sequences; as many on every rank."""
     world, lengths = settings.world, [s.packed_tokens for s in sequences]
     rows = plan_ranks(lengths, settings.max_tokens, world.data_size)[world.data_rank]
-    return list(zip(rows, pack_rows(sequences, rows, model.device, _float_dtype(model)), strict=True))
+    packed = pack_rows(sequences, rows, model.device, _float_dtype(model))
+    return [(row, my_slice(batch, world)) for row, batch in zip(rows, packed, strict=True)]
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:
