@@ -74,3 +74,9 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (m for m in model.modules() if isinstance(m, FSDPModule))
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's state dict, each tensor whole, in the order of the names; one at a time. Collective."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from or1.config import OptimConfig
 from or1.dist import SINGLE, World
@@ -80,6 +81,15 @@ class MasterAdamW:
             for key, value in self.adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
         return tensors
+
+    def state_rows(self) -> dict[str, int]:
+        """Rows of the whole tensor, for those of `state_tensors` that are split over ranks."""
+        rows: dict[str, int] = {}
+        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
+            if isinstance(param, DTensor):
+                split = [key for key, value in self.adamw.state.get(master, {}).items() if value.ndim]
+                rows |= {f"{key}.{name}": param.shape[0] for key in ("master", *split)}
+        return rows
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
