@@ -62,15 +62,22 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Take a copy and begin to write it; waits for the checkpoint before, should it still be written."""
         self.wait()
-        partial = partial_folder(self._folder, checkpoint.step)
-        if self._world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._world.barrier()
+        self._make_partial(partial_folder(self._folder, checkpoint.step))
         # Copied, because the next update changes these tensors in place.
         tensors = {name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()}
         copied = Checkpoint(checkpoint.step, json.loads(json.dumps(checkpoint.state)), tensors, checkpoint.rows)
         self._job = _Job(self._folder, copied, self._keep, self._world)
+
+    def _make_partial(self, path: Path) -> None:
+        problem = ""
+        if self._world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                problem = f"{path} could not be made ({error}); make room there, or choose another run_dir"
+        if message := self._world.gather(problem.encode())[0].decode():
+            raise DiskError(message)
 
     def poll(self) -> None:
         """Look after the checkpoint that is being written, without waiting for it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from or1 import __version__
 from or1.config_load import ConfigError, load_config
 
-EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_INTERRUPTED = 2, 65, 70, 130
+EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
     train.add_argument("--dry-run", action="store_true", help="check the config, show the plan, do nothing")
     train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
+    train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
     train.set_defaults(run=_train)
 
     plan = verbs.add_parser("plan", help="predict memory and time of a config, and the largest packed row that fits")
@@ -71,6 +72,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.train])
         return 0
+    if arguments.nproc is not None and "RANK" not in os.environ:
+        from or1.local_ranks import run_ranks
+
+        overrides = [part for override in arguments.overrides for part in ("--set", override)]
+        return run_ranks(arguments.nproc, ["train", arguments.config, *overrides, *(["--fresh"] * arguments.fresh)])
     from or1.launch import launch
 
     return _guarded(lambda: launch(config, fresh=arguments.fresh))
@@ -133,3 +139,9 @@ def _guarded(action) -> int:
 def _fail(error: Exception | str, code: int) -> int:
     print(f"or1: {error}", file=sys.stderr)
     return code
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from or1.config import EvalSet
+from or1.dist import SINGLE, World
 from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
-from or1.rollout.collect import Progress, collect, no_progress
+from or1.rollout.collect import Progress, no_progress
+from or1.rollout.spread import collect_spread
 from or1.types import Prompt
 
 
@@ -52,11 +54,13 @@ def evaluate_set(
     prompts: Sequence[Prompt],
     settings: EvalSet,
     max_tokens: int,
+    *,
     progress: Progress = no_progress,
+    world: World = SINGLE,
 ) -> EvalResult:
     """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0)
-    groups = collect(engine, scorer, prompts, sampling, progress).groups
+    groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
     # A response that could not be scored is not solved.
     rewards_PK = np.nan_to_num(np.stack([group.rewards for group in groups]))
     responses = [response for group in groups for response in group.responses]

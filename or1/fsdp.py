@@ -77,6 +77,9 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's state dict, each tensor whole, in the order of the names; one at a time. Collective."""
+    """Parameters and persistent buffers by name, each whole, one at a time; a tied one comes once. Collective."""
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if name not in shared:
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,37 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
 from or1.run_state import RunError, checkpoints_of, prepare_run_dir
+from or1.survival import StopRequest
+
+if TYPE_CHECKING:
+    from or1.dist import World
+    from or1.rank_display import RankDisplay
+    from or1.trainer import Trainer
 
 
 def launch(config: Config, fresh: bool = False) -> None:
-    """Train, then export the weights and write the report. Raises RunError, DataError, ModelError, CheckpointError."""
-    messages = prepare_run_dir(config, fresh)
-    print_plan(config, [])
+    """Train, then export the weights and write the report; in every rank that torchrun started.
+
+    Raises RunError, DataError, ModelError, CheckpointError, DistError, DiskError; in all ranks, whichever found it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Before torch is imported, so that a folder that cannot be used answers at once.
+        messages = prepare_run_dir(config, fresh)
+        print_plan(config, [])
     _quiet_libraries()
+    from or1.dist import join
+    from or1.model import resolve_device
+    from or1.rank_display import RankDisplay
+    from or1.watchdog import watched
+
+    with (
+        join(config.dist, resolve_device(config.model.device)) as world,
+        watched(world, config.dist.heartbeat_timeout_s) as watchdog,
+        StopRequest() as stop,
+    ):
+        if world.size > 1:
+            messages = _prepare_together(world, config, fresh)
+        with contextlib.ExitStack() as stack:
+            shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
+            trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
+        if trainer is not None and world.is_main:
+            _finish(config, trainer)
+
+
+def _prepare_together(world: World, config: Config, fresh: bool) -> list[str]:
+    """The main rank prepares the folder; what stops it there stops all."""
+    messages, problem = [], ""
+    if world.is_main:
+        try:
+            messages = prepare_run_dir(config, fresh)
+            print_plan(config, [])
+        except RunError as error:
+            problem = str(error)
+    if found := world.gather(problem.encode())[0].decode():
+        raise RunError(found)
+    return messages
+
+
+def _train(
+    config: Config, messages: list[str], display: RankDisplay, world: World, stop: StopRequest
+) -> Trainer | None:
+    """The trainer and where its weights went, or None if the run was asked to stop before its last step."""
     from or1.trainer import Trainer
 
-    with RunDisplay(config.total_steps, config.stage) as display:
-        for message in messages:
-            display.message(message)
-        trainer = Trainer(config, display)
-        for report in trainer.data.reports:
-            for line in (report.summary(), *report.listing()):
-                display.message(line)
-        trainer.run()
-        weights = trainer.export()
+    for message in messages:
+        display.message(message)
+    trainer = Trainer(config, display, world, lambda: stop.requested)
+    for report in trainer.data.reports:
+        for line in (report.summary(), *report.listing()):
+            display.message(line)
+    if not trainer.run():
+        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
+        return None
+    display.phase("export")
+    trainer.export()
+    return trainer
+
+
+def _finish(config: Config, trainer: Trainer) -> None:
     from or1.report import write_report
     from or1.summary import summarise
 
     report = write_report(config.run_path)
     bad_rows = sum(len(r.bad) for r in trainer.data.reports)
+    weights = str(trainer.weights_folder)
     print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
 
 

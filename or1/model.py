@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from or1 import attention
 from or1.config import ModelConfig
 from or1.dist import SINGLE, World
-from or1.fsdp import is_sharded, shard_model
+from or1.fsdp import is_sharded, shard_model, whole_tensors
 from or1.pack import Microbatch
 from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
@@ -132,22 +132,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder."""
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World = SINGLE
+) -> Path:
+    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder.
+
+    Collective: the ranks put the weights together, the main one writes them, in the type the model computes in.
+    """
+    dtype = model.config.dtype
+    state = {name: t.to("cpu", dtype) for name, t in whole_tensors(model)} if world.size > 1 else None
+    if not world.is_main:
+        return folder
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
-    _forget_attention(partial / "config.json")
+    _forget_attention(partial / "config.json", dtype)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
     return folder
 
 
-def _forget_attention(path: Path) -> None:
-    """Drop the name of or1's attention from a saved config, where nobody else could resolve it."""
+def _forget_attention(path: Path, dtype: torch.dtype) -> None:
+    """Drop the name of or1's attention from a saved config, where nobody else could resolve it; note the weights' type.
+
+    transformers notes that of the parameters, which are fp32 masters while they are sharded.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
     for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -13,17 +13,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from or1 import faults
 from or1.advantage import group_advantages
-from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
+from or1.checkpoint import Checkpoint, load_latest, remove_partials
+from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_prompts
+from or1.dist import SINGLE, World
 from or1.evaluate import evaluate_set
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
@@ -32,8 +37,9 @@ from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
 from or1.reward import make_scorer
 from or1.rollout.base import Sampling
-from or1.rollout.collect import collect
+from or1.rollout.collect import Rollout
 from or1.rollout.hf import HfEngine
+from or1.rollout.spread import collect_spread
 from or1.rollout_log import write_rollouts
 from or1.run_state import TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
@@ -43,14 +49,16 @@ from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
-    from or1.display import RunDisplay
+    from or1.rank_display import RankDisplay
 
 
 class Trainer:
     """A run: `Trainer(config, display).run()` trains from the newest checkpoint to the last step."""
 
-    def __init__(self, config: Config, display: RunDisplay):
-        self.config, self.display = config, display
+    def __init__(
+        self, config: Config, display: RankDisplay, world: World = SINGLE, stop: Callable[[], bool] = lambda: False
+    ):
+        self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
         self.data = load_prompts(
             config.data.train, self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
@@ -64,28 +72,44 @@ class Trainer:
             for s in config.eval.sets
         }  # fmt: skip
         self.sampler = Sampler(len(self.data.prompts), config.seed)
-        self.model = load_model(config.model).train()
-        self.optimizer = MasterAdamW(self.model, config.optim)
+        self.model = load_model(config.model, world).train()
+        self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
+        self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
         self._checkpoint_s: float | None = None
         self.state = self._restore() or TrainState.start(config)
 
-    def run(self) -> None:
-        """All steps that are left. Every step ends with a line in metrics.jsonl; some with a checkpoint."""
+    def run(self) -> bool:
+        """All steps that are left, or as many as run before a stop is asked for; returns whether all are done.
+
+        Every step ends with a line in metrics.jsonl; some with a checkpoint, and the last one that runs always.
+        """
+        stopped = False
+        with self._metrics() as writer, make_scorer(self.config.reward, self._all_prompts()) as self.scorer:
+            if self.state.step == 0:
+                self._report(writer, 0, self.evaluate())
+            while self.state.step < self.config.total_steps and not stopped:
+                stopped = self._one_step(writer)
+            self.checkpoints.wait()
+        return self.state.step == self.config.total_steps
+
+    @contextmanager
+    def _metrics(self) -> Iterator[MetricsWriter | None]:
+        """metrics.jsonl from the step after the newest checkpoint on; None on all ranks but the main one."""
+        if not self.world.is_main:
+            yield None
+            return
         rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
         writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
-        try:
-            with make_scorer(self.config.reward, self._all_prompts()) as self.scorer:
-                if self.state.step == 0:
-                    self._report(writer, 0, self.evaluate())
-                while self.state.step < self.config.total_steps:
-                    self._one_step(writer)
-        finally:
-            writer.close()
+        with closing(writer):
+            yield writer
 
-    def _one_step(self, writer: MetricsWriter) -> None:
+    def _one_step(self, writer: MetricsWriter | None) -> bool:
+        """The next step and what belongs to it; returns whether any rank was asked to stop."""
         began = time.perf_counter()
         number = self.state.step + 1
+        faults.at_step(number)
+        self.display.begin(number)
         index, stage = stage_at(self.config, number)
         metrics = self.step(number, index, stage)
         self.state.step = number
@@ -96,8 +120,11 @@ class Trainer:
             metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
         # The line comes before the commit: a crash between them repeats the step, the other order would lose the line.
         self._report(writer, index, metrics)
-        if self._due(number, self.config.checkpoint.every_steps):
+        stopped = self.world.any(self._stop())
+        self._look_after(self.checkpoints.poll)
+        if stopped or self._due(number, self.config.checkpoint.every_steps):
             self._checkpoint_s = self._save()
+        return stopped
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
@@ -106,13 +133,20 @@ class Trainer:
         chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
         sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
         prompts = [self.data.prompts[i] for i in chosen]
-        rollout = collect(self.engine, self.scorer, prompts, sampling, lambda a, b: self.display.phase("rollout", a, b))
-        metrics = rollout_metrics(rollout.groups)
 
+        def progress(done: int, total: int) -> None:
+            self.display.phase("rollout", done, total)
+
+        rollout = collect_spread(self.world, self.engine, self.scorer, prompts, sampling, progress)
+        return self.learn(number, index, stage, rollout)
+
+    def learn(self, number: int, index: int, stage: StageConfig, rollout: Rollout) -> dict[str, float]:
+        """The rest of a step, from its groups on: reject, update, publish the weights."""
+        metrics = rollout_metrics(rollout.groups)
         trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
         advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
-        if number % self.config.log.rollouts_every_steps == 0:
+        if number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
             rows = iter(advantages_KM)
             self._log_rollouts(number, index, rollout.groups, [next(rows) if keep else None for keep in trainable])
 
@@ -134,6 +168,7 @@ class Trainer:
         self.engine.update_weights(self.state.policy_version)
         self._count(rollout.groups)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
+        stats.reduce(self.world)
         return metrics | stats.metrics() | {
             "group/kept": float(len(kept)),
             "policy/entropy_controller": self.state.entropy.coef,
@@ -178,7 +213,9 @@ class Trainer:
 
             prompts = self.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
-            metrics |= evaluate_set(self.engine, self.scorer, prompts, settings, limit, progress).metrics()
+            metrics |= evaluate_set(
+                self.engine, self.scorer, prompts, settings, limit, progress=progress, world=self.world
+            ).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
 
     def _all_prompts(self) -> Iterator[Prompt]:
@@ -186,21 +223,40 @@ class Trainer:
         for prompts in self.eval_prompts.values():
             yield from prompts
 
+    @property
+    def weights_folder(self) -> Path:
+        """Where `export` writes the present weights."""
+        return self.config.run_path / "weights" / f"step_{self.state.step}"
+
     def export(self) -> str:
         """Write the present weights as a Hugging Face checkpoint; returns the folder."""
-        folder = self.config.run_path / "weights" / f"step_{self.state.step}"
-        return str(export_model(self.model, self.tokenizer, folder))
+        return str(export_model(self.model, self.tokenizer, self.weights_folder, self.world))
 
     def _save(self) -> float:
         began = time.perf_counter()
         self.display.phase("checkpoint")
+        self._look_after(self.checkpoints.wait)
         self.state.updates = self.optimizer.updates
-        checkpoint = Checkpoint(self.state.step, self.state.to_json(), self.optimizer.state_tensors())
-        save_checkpoint(checkpoints_of(self.config.run_path), checkpoint, self.config.checkpoint.keep)
+        optimizer = self.optimizer
+        self.checkpoints.save(
+            Checkpoint(self.state.step, self.state.to_json(), optimizer.state_tensors(), optimizer.state_rows())
+        )
         return time.perf_counter() - began
 
+    def _look_after(self, how: Callable[[], None]) -> None:
+        """A checkpoint that cannot be written is counted and told, and the run goes on; only the last one has to be."""
+        try:
+            how()
+        except DiskError as error:
+            self.state.totals["failed_checkpoints"] += 1
+            self.display.message(str(error))
+
     def _restore(self) -> TrainState | None:
-        checkpoint, warnings = load_latest(checkpoints_of(self.config.run_path))
+        folder = checkpoints_of(self.config.run_path)
+        if self.world.is_main:
+            remove_partials(folder)
+        self.world.barrier()
+        checkpoint, warnings = load_latest(folder, self.world)
         for warning in warnings:
             self.display.message(warning)
         if checkpoint is None:
@@ -211,8 +267,9 @@ class Trainer:
         self.display.message(f"resumed after step {state.step}")
         return state
 
-    def _report(self, writer: MetricsWriter, stage_index: int, metrics: dict[str, float]) -> None:
-        writer.write(self.state.step, stage_index, metrics)
+    def _report(self, writer: MetricsWriter | None, stage_index: int, metrics: dict[str, float]) -> None:
+        if writer is not None:
+            writer.write(self.state.step, stage_index, metrics)
         self.display.step({"step": self.state.step, "stage": stage_index} | metrics)
 
     def _log_rollouts(self, number: int, index: int, groups: list[Group], advantages: list) -> None:
@@ -236,4 +293,5 @@ class Trainer:
             config.rollout.temperature,
             config.optim.max_tokens_per_rank,
             lambda done, total: self.display.phase("train", done, total),
+            self.world,
         )  # fmt: skip

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from or1 import faults
 from or1.balance import Row, plan_ranks
 from or1.dist import SINGLE, World
+from or1.fsdp import local_shard
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
 from or1.pack import Microbatch, TrainSequence, pack_rows
@@ -51,6 +53,7 @@ def update_policy(
     packs = _my_rows(model, sequences, settings)
     for done, (_, batch) in enumerate(packs):
         settings.progress(done, len(packs))
+        faults.hit("train.forward")
         hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
             hidden_TH[batch.rows_N],
@@ -66,6 +69,8 @@ def update_policy(
         loss.backward()
         total += loss.detach()
         stats.add_row(batch, row_stats)
+    if faults.hit("train.gradient") == "inf":
+        next(shard for p in model.parameters() if (shard := local_shard(p.grad)).numel()).view(-1)[0] = torch.inf
     total = settings.world.sum(total)
     result = optimizer.step_if_finite(total)
     stats.add_update(float(total), result)
