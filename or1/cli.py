@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from or1 import __version__
@@ -62,7 +63,42 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
     export.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/weights/step_N)")
     export.set_defaults(run=_export)
+
+    replay = verbs.add_parser("replay", help="repeat one step of a run from its checkpoint and saved rollouts")
+    replay.add_argument("run_dir", type=Path)
+    replay.add_argument("step", type=_positive)
+    replay.set_defaults(run=_replay)
+
+    checkpoints = verbs.add_parser("ckpt", help="list, verify or remove checkpoints of a run")
+    actions = checkpoints.add_subparsers(required=True, metavar="ls|verify|prune")
+    for name, text in (("ls", "list them"), ("verify", "read every file and compare its sha256"),
+                       ("prune", "keep the newest that verify, remove the others")):  # fmt: skip
+        action = actions.add_parser(name, help=text)
+        action.add_argument("run_dir", type=Path)
+        action.set_defaults(run=_checkpoints, action=name, step=None, keep=None)
+        if name == "verify":
+            action.add_argument("--step", type=_positive, help="this one only")
+        if name == "prune":
+            action.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many to keep")
     return parser
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from or1.replay import replay
+
+    return _guarded(lambda: replay(arguments.run_dir, arguments.step))
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from or1.checkpoint_tool import list_checkpoints, prune_checkpoints, verify_checkpoints
+
+    match arguments.action:
+        case "ls":
+            return _guarded(lambda: list_checkpoints(arguments.run_dir))
+        case "verify":
+            return _guarded(lambda: verify_checkpoints(arguments.run_dir, arguments.step))
+        case _:
+            return _guarded(lambda: prune_checkpoints(arguments.run_dir, arguments.keep))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -120,24 +156,31 @@ def _export(arguments: argparse.Namespace) -> int:
     return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
 
 
-def _guarded(action) -> int:
+def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
+    from or1.checkpoint import ForeignFileError
+    from or1.checkpoint_writer import DiskError
     from or1.data import DataError
 
+    codes = {DataError: EXIT_DATA, DiskError: EXIT_RETRY, ForeignFileError: EXIT_USAGE}
     try:
         action()
-    except DataError as error:
-        return _fail(error, EXIT_DATA)
     except ValueError as error:
         # Another library's ValueError has no remedy in it: its traceback is worth more than one line.
         if not type(error).__module__.startswith("or1"):
             raise
-        return _fail(error, EXIT_RUN)
+        return _fail(error, codes.get(type(error), EXIT_RUN))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"the disk is full ({error}); make room, and the same command resumes", EXIT_RETRY)
     return 0
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"or1: {error}", file=sys.stderr)
+    # What all ranks found alike is said once, in full; the watchdog passes on what only one found.
+    rank, text = os.environ.get("RANK", "0"), str(error)
+    print(f"or1: {text}" if rank == "0" else f"or1: rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
     return code
 
 

@@ -29,7 +29,7 @@ def launch(config: Config, fresh: bool = False) -> None:
         # Before torch is imported, so that a folder that cannot be used answers at once.
         messages = prepare_run_dir(config, fresh)
         print_plan(config, [])
-    _quiet_libraries()
+    quiet_libraries()
     from or1.dist import join
     from or1.model import resolve_device
     from or1.rank_display import RankDisplay
@@ -102,7 +102,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     if not record.is_file():
         raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
     config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")))
-    _quiet_libraries()
+    quiet_libraries()
     from or1.checkpoint import committed_steps, load_checkpoint
     from or1.model import export_model, load_model, load_tokenizer
     from or1.optim import MasterAdamW
@@ -117,7 +117,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep progress bars and advice of libraries out of the display; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

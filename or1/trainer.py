@@ -24,7 +24,7 @@ import torch
 
 from or1 import faults
 from or1.advantage import group_advantages
-from or1.checkpoint import Checkpoint, load_latest, remove_partials
+from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_prompts
@@ -56,8 +56,14 @@ class Trainer:
     """A run: `Trainer(config, display).run()` trains from the newest checkpoint to the last step."""
 
     def __init__(
-        self, config: Config, display: RankDisplay, world: World = SINGLE, stop: Callable[[], bool] = lambda: False
+        self,
+        config: Config,
+        display: RankDisplay,
+        world: World = SINGLE,
+        stop: Callable[[], bool] = lambda: False,
+        resume: int | None = None,
     ):
+        """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest."""
         self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
         self.data = load_prompts(
@@ -77,7 +83,7 @@ class Trainer:
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
         self._checkpoint_s: float | None = None
-        self.state = self._restore() or TrainState.start(config)
+        self.state = self._restore(resume) or TrainState.start(config)
 
     def run(self) -> bool:
         """All steps that are left, or as many as run before a stop is asked for; returns whether all are done.
@@ -128,11 +134,8 @@ class Trainer:
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
-        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
-        torch.manual_seed(seed)
-        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
+        seed, prompts = self.begin(number, stage)
         sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
-        prompts = [self.data.prompts[i] for i in chosen]
 
         def progress(done: int, total: int) -> None:
             self.display.phase("rollout", done, total)
@@ -140,13 +143,20 @@ class Trainer:
         rollout = collect_spread(self.world, self.engine, self.scorer, prompts, sampling, progress)
         return self.learn(number, index, stage, rollout)
 
-    def learn(self, number: int, index: int, stage: StageConfig, rollout: Rollout) -> dict[str, float]:
-        """The rest of a step, from its groups on: reject, update, publish the weights."""
+    def begin(self, number: int, stage: StageConfig) -> tuple[int, list[Prompt]]:
+        """Take the step's prompts and seed what it draws; returns the seed and the prompts."""
+        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        torch.manual_seed(seed)
+        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
+        return seed, [self.data.prompts[i] for i in chosen]
+
+    def learn(self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True) -> dict[str, float]:
+        """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
         metrics = rollout_metrics(rollout.groups)
         trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
         advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
-        if number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
+        if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
             rows = iter(advantages_KM)
             self._log_rollouts(number, index, rollout.groups, [next(rows) if keep else None for keep in trainable])
 
@@ -251,14 +261,17 @@ class Trainer:
             self.state.totals["failed_checkpoints"] += 1
             self.display.message(str(error))
 
-    def _restore(self) -> TrainState | None:
+    def _restore(self, step: int | None) -> TrainState | None:
         folder = checkpoints_of(self.config.run_path)
-        if self.world.is_main:
-            remove_partials(folder)
-        self.world.barrier()
-        checkpoint, warnings = load_latest(folder, self.world)
-        for warning in warnings:
-            self.display.message(warning)
+        if step is not None:
+            checkpoint = load_checkpoint(step_folder(folder, step), self.world) if step else None
+        else:
+            if self.world.is_main:
+                remove_partials(folder)
+            self.world.barrier()
+            checkpoint, warnings = load_latest(folder, self.world)
+            for warning in warnings:
+                self.display.message(warning)
         if checkpoint is None:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,9 +12,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from or1 import faults
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["or1.trainer", "or1.launch"])
@@ -33,6 +37,8 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 def _main(pipe: Connection, variables: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
     os.environ.update(variables)
+    # Loaded before the variables were set.
+    importlib.reload(faults)
     torch.set_num_threads(1)
     try:
         result = function(*arguments)
@@ -83,4 +89,38 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout:
         return [results[r] for r in range(size)]
 
 
-sys.modules.setdefault("ranks", sys.modules[__name__])
+def or1_command(arguments: list[str], log: str) -> int:
+    """`or1 ARGUMENTS` in this process, its output in the file `log` with the rank added; returns the exit code."""
+    from or1.cli import main
+
+    with open(f"{log}.{os.environ['RANK']}", "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    code = main(arguments)
+    sys.stdout.flush()
+    return code
+
+
+def exit_codes(ranks: list, timeout: float) -> list[int]:
+    """Exit codes of ranks that `started` runs `or1_command` in, when all have ended within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    for process, _ in ranks:
+        process.join(max(deadline - time.monotonic(), 0))
+    alive = [rank for rank, (process, _) in enumerate(ranks) if process.exitcode is None]
+    assert not alive, f"ranks {alive} still run after {timeout} s"
+    codes = []
+    for process, pipe in ranks:
+        code = process.exitcode
+        if code == 0 and pipe.poll():
+            fine, result = pipe.recv()
+            code = result if fine else 1
+        codes.append(code)
+    return codes
+
+
+def or1_ranks(size: int, arguments: list[str], log: Path, timeout: float = 150, **variables: str) -> list[int]:
+    """`or1 ARGUMENTS` in `size` ranks; their exit codes."""
+    with started(or1_command, size, arguments, str(log), **variables) as ranks:
+        return exit_codes(ranks, timeout)
