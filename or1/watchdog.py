@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ from or1.dist import World
 
 EXIT_LOST_RANK = 75
 _PERIOD_S = 1.0
+_DIAGNOSIS_S = 6.0
 _KEY = "or1/alive/{}"
 
 
@@ -52,7 +54,11 @@ class Watchdog:
 
     def beat(self, **doing: Any) -> None:
         """Say what this rank does: step, phase, done, total."""
-        self._mine = self._mine | doing
+        former, self._mine = self._mine, self._mine | doing
+        # A new phase is told at once: it may be the one that this rank dies in.
+        if self._thread is not None and any(former[key] != self._mine[key] for key in ("phase", "step")):
+            with contextlib.suppress(RuntimeError):
+                self._publish()
 
     def close(self) -> None:
         """This rank is through; the others no longer expect a sign of it."""
@@ -61,9 +67,10 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """This rank ends with an error. If that is a collective's, wait for the watch to name the rank that is gone."""
         if self._thread is not None and is_collective_error(error):
-            self.timeout_s = min(self.timeout_s, 4 * self._period)
-            self._thread.join(self.timeout_s + 4 * self._period)
-            print(f"or1: rank {self.world.rank} waited in vain; {self._table()}", file=sys.stderr, flush=True)
+            self.timeout_s = min(self.timeout_s, 3 * self._period)
+            self._thread.join(self.timeout_s + _DIAGNOSIS_S)
+            traceback.print_exception(error)
+            self._give_up(f"a collective failed while {self._table()}")
         self._end("failed", f"{type(error).__name__}: {error}"[:2000])
 
     def _end(self, key: str, value: Any) -> None:
@@ -78,8 +85,9 @@ class Watchdog:
             self._publish()
 
     def _publish(self) -> None:
-        self._beats += 1
-        self._store.set(_KEY.format(self.world.rank), json.dumps(self._mine | {"beat": self._beats}))
+        with self._lock:
+            self._beats += 1
+            self._store.set(_KEY.format(self.world.rank), json.dumps(self._mine | {"beat": self._beats}))
 
     def _watch(self) -> None:
         others = [r for r in range(self.world.size) if r != self.world.rank]

@@ -1,4 +1,4 @@
-"""Makes the ranks' module importable in the processes that run it."""
+"""Makes the helpers of these tests importable, here and in the processes they start."""
 
 import sys
 from pathlib import Path
