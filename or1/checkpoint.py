@@ -43,7 +43,7 @@ class Checkpoint:
 
     state   plain JSON data: step, sampler, controller, counters
     tensors masters and moments by name: this rank's rows of those in `rows`, else whole and the same on every rank
-    rows    rows of the whole tensor (its size along dimension 0) of those that are split over ranks
+    rows    rows of the whole tensor (its size along dimension 0), for those split where there are several ranks
     """
 
     step: int
@@ -208,8 +208,7 @@ def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
                 continue
             mine = split_evenly(entry["rows"], world.size)[world.rank]
             tensors[name] = shards.rows(name, entry["parts"], mine)
-            if world.size > 1:
-                rows[name] = entry["rows"]
+            rows[name] = entry["rows"]
     return Checkpoint(manifest["step"], manifest["state"], tensors, rows)
 
 

@@ -169,11 +169,7 @@ class _Job(threading.Thread):
         for name in self.checkpoint.tensors:
             holders = [shard["file"] for shard in self._shards if name in shard["tensors"]]
             if name not in self.checkpoint.rows:
-                # A single process holds every row, and may be read by several ranks later.
-                whole = self.checkpoint.tensors[name]
-                tensors[name] = {"parts": [[holders[0], 0, len(whole) if whole.ndim else 1]]}
-                if whole.ndim:
-                    tensors[name]["rows"] = len(whole)
+                tensors[name] = {"parts": [[holders[0]]]}
                 continue
             ranges = split_evenly(self.checkpoint.rows[name], self.world.size)
             parts = [[file, r.start, len(r)] for file, r in zip(holders, ranges, strict=True)]

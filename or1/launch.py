@@ -30,6 +30,8 @@ def launch(config: Config, fresh: bool = False) -> None:
         messages = prepare_run_dir(config, fresh)
         print_plan(config, [])
     quiet_libraries()
+    if config.deterministic:
+        _only_deterministic_algorithms()
     from or1.dist import join
     from or1.model import resolve_device
     from or1.rank_display import RankDisplay
@@ -115,6 +117,17 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     model = load_model(config.model)
     MasterAdamW(model, config.optim).load_state_tensors(checkpoint.tensors, checkpoint.state["updates"])
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
+
+
+def _only_deterministic_algorithms() -> None:
+    """Before the first use of the GPU: the same seed and ranks then give the same bits on the same kind of GPU."""
+    # cuBLAS and NCCL read these once: a fixed workspace, and one order of summation.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def quiet_libraries() -> None:

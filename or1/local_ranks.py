@@ -1,4 +1,4 @@
-"""`or1 train --nproc N`: N ranks on this machine, as `torchrun --standalone --nproc-per-node N -m or1 train` starts them.
+"""`or1 train --nproc N`: N ranks on this machine, as torchrun --standalone --nproc-per-node N -m or1 train starts them.
 
 It uses the part of torchrun that starts and watches processes, and not its rendezvous of machines: so or1's exit codes
 survive, a SIGTERM leaves time to finish the step, and a second one is passed on too.
@@ -32,7 +32,7 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
     ranks = start_processes(
         name="or1",
         entrypoint=sys.executable,
-        args={rank: ("-m", "or1", *arguments) for rank in range(nproc)},
+        args=dict.fromkeys(range(nproc), ("-m", "or1", *arguments)),
         envs={rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)},
         logs_specs=DefaultLogsSpecs(),
     )

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from or1.config import OptimConfig
 from or1.dist import SINGLE, World
@@ -83,12 +82,11 @@ class MasterAdamW:
         return tensors
 
     def state_rows(self) -> dict[str, int]:
-        """Rows of the whole tensor, for those of `state_tensors` that are split over ranks."""
+        """Rows of the whole tensor, for those of `state_tensors` that are split over ranks where there are several."""
         rows: dict[str, int] = {}
         for name, param, master in zip(self.names, self.params, self.masters, strict=True):
-            if isinstance(param, DTensor):
-                split = [key for key, value in self.adamw.state.get(master, {}).items() if value.ndim]
-                rows |= {f"{key}.{name}": param.shape[0] for key in ("master", *split)}
+            split = [key for key, value in self.adamw.state.get(master, {}).items() if value.ndim]
+            rows |= {f"{key}.{name}": param.shape[0] for key in ("master", *split) if param.ndim}
         return rows
 
     @torch.no_grad()

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from or1.checkpoint import committed_steps
 from or1.config import Config
-from or1.dist import SINGLE
 from or1.display import RunDisplay, default_console
+from or1.dist import SINGLE
 from or1.launch import quiet_libraries
 from or1.metrics import read_metrics
 from or1.rank_display import RankDisplay

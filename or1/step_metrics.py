@@ -26,7 +26,7 @@ def rollout_entropy(groups: Sequence[Group]) -> float:
     It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
     """
     logp = np.concatenate([response.logp for group in groups for response in group.responses])
-    return float(-logp.mean(dtype=np.float64))
+    return float(-logp[np.isfinite(logp)].mean(dtype=np.float64))
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

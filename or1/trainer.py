@@ -29,6 +29,7 @@ from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_prompts
 from or1.dist import SINGLE, World
+from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
@@ -150,10 +151,13 @@ class Trainer:
         chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
         return seed, [self.data.prompts[i] for i in chosen]
 
-    def learn(self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True) -> dict[str, float]:
+    def learn(
+        self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True
+    ) -> dict[str, float]:
         """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
         metrics = rollout_metrics(rollout.groups)
-        trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
+        wanted = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
+        trainable = [want and is_known(group) for want, group in zip(wanted, rollout.groups, strict=True)]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
         advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
         if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
@@ -181,6 +185,7 @@ class Trainer:
         stats.reduce(self.world)
         return metrics | stats.metrics() | {
             "group/kept": float(len(kept)),
+            "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
             "policy/entropy_controller": self.state.entropy.coef,
             "data/epoch": float(self.state.sampler.epoch),
             "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
@@ -291,6 +296,7 @@ class Trainer:
     def _count(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
+        self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
 
     def _due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.total_steps

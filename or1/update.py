@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from or1 import faults
 from or1.balance import Row, plan_ranks
 from or1.dist import SINGLE, World
+from or1.engine_logp import keep_known, known_tokens
 from or1.fsdp import local_shard
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
@@ -48,12 +49,13 @@ def update_policy(
     how the sequences are packed. Every rank is given all sequences of the update and trains its share of their rows;
     gradients and numbers are summed over ranks.
     """
-    tokens = sum(s.trained_tokens for s in sequences)
+    tokens = known_tokens(sequences)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     packs = _my_rows(model, sequences, settings)
-    for done, (_, batch) in enumerate(packs):
+    for done, (_, row) in enumerate(packs):
         settings.progress(done, len(packs))
         faults.hit("train.forward")
+        batch = keep_known(row)
         hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
             hidden_TH[batch.rows_N],

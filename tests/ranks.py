@@ -68,7 +68,7 @@ def started(function: Callable[..., Any], size: int, *arguments: Any, **variable
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 100, **variables: str) -> list:
-    """What `function(*arguments)` returned on each rank. Raises AssertionError with the traceback of one that failed."""
+    """What `function(*arguments)` returned on each rank. Raises AssertionError with the traceback of a failed one."""
     with started(function, size, *arguments, **variables) as ranks:
         deadline, results = time.monotonic() + timeout, {}
         while len(results) < size:

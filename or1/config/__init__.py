@@ -47,6 +47,9 @@ class Config(Section):
     """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
     seed: int = Field(1, ge=0)
     """Seed of data order and sampling."""
+    deterministic: bool = False
+    """On a GPU, use only algorithms whose result has the same bits every time, and fail where there is none; slower. A
+    CPU run always is."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -25,7 +25,7 @@ def collect_spread(
     sampling: Sampling,
     progress: Progress = no_progress,
 ) -> Rollout:
-    """`collect` over all ranks. Groups in prompt order, equal on every rank; seconds of the slowest rank. Collective."""
+    """`collect` over all ranks: groups in prompt order, equal on every rank; the slowest rank's seconds. Collective."""
     mine = world.share(len(prompts))
     share = replace(sampling, numbers=tuple(mine))
     rollout = collect(engine, scorer, [prompts[p] for p in mine], share, progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +155,24 @@ def test_the_faults_are_none_without_the_variable() -> None:
     assert faults._FAULTS is None and faults.hit("ckpt.after_shard", 1) is None
     with pytest.raises(faults.FaultError, match="point:rankR:stepS:action"):
         faults._parse("ckpt.after_shard:kill")
+
+
+@pytest.mark.parametrize("plant", ["pickled weights", "config.json", "tokenizer_config.json"])
+def test_f06_a_model_folder_that_would_run_code_is_refused_with_exit_2(
+    plant: str, adder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(adder, model)
+    (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    if plant == "pickled weights":
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
+        named = "pytorch_model.bin"
+    else:
+        path = model / plant
+        settings = json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "evil.E", "AutoTokenizer": "evil.E"}}
+        path.write_text(json.dumps(settings))
+        named = plant
+    assert main(arguments(tmp_path / "run", model__path=model)) == 2
+    assert named in capsys.readouterr().err
+    assert not canary.exists() and not (tmp_path / "run").exists()
