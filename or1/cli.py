@@ -158,18 +158,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
-    from or1.checkpoint import ForeignFileError
-    from or1.checkpoint_writer import DiskError
-    from or1.data import DataError
-
-    codes = {DataError: EXIT_DATA, DiskError: EXIT_RETRY, ForeignFileError: EXIT_USAGE}
+    # By name, because their modules import torch.
+    codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE}
     try:
         action()
     except ValueError as error:
         # Another library's ValueError has no remedy in it: its traceback is worth more than one line.
         if not type(error).__module__.startswith("or1"):
             raise
-        return _fail(error, codes.get(type(error), EXIT_RUN))
+        return _fail(error, codes.get(type(error).__name__, EXIT_RUN))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -182,9 +179,3 @@ def _fail(error: Exception | str, code: int) -> int:
     rank, text = os.environ.get("RANK", "0"), str(error)
     print(f"or1: {text}" if rank == "0" else f"or1: rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
     return code
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)

@@ -62,15 +62,15 @@ class Watchdog:
 
     def close(self) -> None:
         """This rank is through; the others no longer expect a sign of it."""
-        self._end("done", True)
+        self._end("through", True)
 
     def fail(self, error: BaseException) -> None:
         """This rank ends with an error. If that is a collective's, wait for the watch to name the rank that is gone."""
         if self._thread is not None and is_collective_error(error):
+            traceback.print_exception(error)
             self.timeout_s = min(self.timeout_s, 3 * self._period)
             self._thread.join(self.timeout_s + _DIAGNOSIS_S)
-            traceback.print_exception(error)
-            self._give_up(f"a collective failed while {self._table()}")
+            self._give_up(f"a collective failed here, and {self._table()}")
         self._end("failed", f"{type(error).__name__}: {error}"[:2000])
 
     def _end(self, key: str, value: Any) -> None:
@@ -104,13 +104,14 @@ class Watchdog:
                     self._seen[rank] = status, now
                 silent_s = now - self._seen[rank][1]
                 if "failed" in status:
-                    self._give_up(f"{_describe(rank, status)} and failed: {status['failed']}")
-                if "done" not in status and silent_s > self.timeout_s:
-                    self._give_up(f"{_describe(rank, status)} and has given no sign of life for {silent_s:.0f} s")
+                    self._give_up(f"{_describe(rank, status)} failed: {status['failed']}")
+                if "through" not in status and silent_s > self.timeout_s:
+                    self._give_up(f"{_describe(rank, status)} has given no sign of life for {silent_s:.0f} s")
 
     def _table(self) -> str:
-        lines = [f"{_describe(rank, status)}" for rank, (status, _) in sorted(self._seen.items())]
-        return "; ".join(lines) or "no other rank was seen"
+        now = time.monotonic()
+        lines = [f"{_describe(rank, s)} was last heard of {now - t:.0f} s ago" for rank, (s, t) in self._seen.items()]
+        return "; ".join(lines) or "no other rank was heard of"
 
     def _give_up(self, reason: str) -> None:
         print(
@@ -144,7 +145,7 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 def _describe(rank: int, status: dict[str, Any]) -> str:
-    text = f"rank {rank} was in phase {status['phase']!r} of step {status['step']}"
+    text = f"rank {rank} (step {status['step']}, phase {status['phase']!r}"
     if status.get("total"):
-        text += f", {status['total'] - status['done']} of {status['total']} pending,"
-    return text
+        text += f", {status['total'] - status['done']} of {status['total']} pending"
+    return text + ")"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -44,8 +45,8 @@ def test_f13_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
         codes = exit_codes(ranks, limit_s + 10)
     assert codes == [75, -signal.SIGKILL]
     text = output(log, 0)
-    assert "rank 1 was in phase 'train' of step 2" in text and "pending" in text and "no sign of life" in text
-    assert "Stacks of this rank" in text and "update.py" in text
+    assert "rank 1 (step 2, phase 'train', " in text and "pending) has given no sign of life" in text
+    assert "Stacks of this rank" in text and "train" in text
     assert committed_steps(tmp_path / "run" / "checkpoints") == [1]
 
 
@@ -57,7 +58,7 @@ def test_a_rank_that_hangs_ends_the_run_at_the_time_limit(tmp_path: Path) -> Non
     with started(or1_command, 2, arguments(tmp_path / "run", **settings), str(log), **variables) as ranks:
         codes = exit_codes(ranks, 150)
     assert 0 not in codes
-    assert "rank 1 was in phase 'train' of step 2" in output(log, 0)
+    assert "rank 1 (step 2, phase 'train', " in output(log, 0)
 
 
 @pytest.mark.timeout(200)
@@ -120,3 +121,17 @@ def test_f08_a_run_of_two_ranks_goes_on_with_one_and_with_four(size: int, two_ra
             assert a.get(name) == pytest.approx(b.get(name), rel=1e-4, abs=1e-6), (a["step"], name)
     last = load_checkpoint(run_dir / "checkpoints" / "step_6")
     assert last.state["sampler"] == load_checkpoint(two_ranks / "checkpoints" / "step_6").state["sampler"]
+
+
+@pytest.mark.timeout(200)
+def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_path: Path) -> None:
+    data, run_dir = tmp_path / "wrong.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": "123456"}) + "\n" for i in range(8)))
+    settings = {"stage__0__steps": 2, "stage__1__steps": 1, "data__train": data}
+    assert or1_ranks(2, arguments(run_dir, **settings), tmp_path / "log") == [0, 0]
+    first, last = (load_checkpoint(run_dir / "checkpoints" / f"step_{n}") for n in (1, 3))
+    assert last.state["totals"]["empty_steps"] == 3 and last.state["updates"] == 0
+    assert last.state["sampler"] != first.state["sampler"], "an empty step is a step"
+    assert all(t.equal(last.tensors[name]) for name, t in first.tensors.items())
+    for line in lines(run_dir)[1:]:
+        assert line["group/kept"] == 0 and line["reward/mean"] == 0 and line["optim/updates"] == 0
