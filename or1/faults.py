@@ -44,6 +44,7 @@ def _parse(text: str | None) -> tuple[_Fault, ...] | None:
 
 
 _FAULTS = _parse(os.environ.get("OR1_FAULT"))
+_sent: set[_Fault] = set()
 _step = 0
 
 
@@ -61,20 +62,22 @@ def hit(point: str, step: int | None = None) -> str | None:
     if _FAULTS is None:
         return None
     for fault in _FAULTS:
-        if fault.applies(point, _step if step is None else step):
-            return _act(fault.action)
+        if fault.applies(point, _step if step is None else step) and fault not in _sent:
+            return _act(fault)
     return None
 
 
-def _act(action: str) -> str:
-    match action:
+def _act(fault: _Fault) -> str:
+    match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "term":
+            # Once: a point may be passed several times in a step, and a second SIGTERM means something else.
+            _sent.add(fault)
             os.kill(os.getpid(), signal.SIGTERM)
         case "hang":
             while True:
                 time.sleep(1)
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return action
+    return fault.action

@@ -44,22 +44,21 @@ def kill_in_save(run_dir: Path, log: Path, size: int, dice: random.Random) -> in
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("size", [1, 2])
-def test_f01_f07_twenty_kills_inside_saves_lose_nothing(size: int, tmp_path: Path) -> None:
+def test_f01_f07_twenty_kills_inside_saves_lose_nothing(tmp_path: Path) -> None:
+    size = 2
     straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
     assert or1_ranks(size, arguments(straight, **QUICK), log, timeout=400) == [0] * size
-    dice, in_save, resumed = random.Random(size), 0, 0
-    for _ in range(KILLS // size):
+    dice, in_save = random.Random(1), 0
+    for _ in range(KILLS):
         before = committed_steps(killed / "checkpoints")
         step = kill_in_save(killed, log, size, dice)
         after = committed_steps(killed / "checkpoints")
         in_save += step not in after
         assert set(before) <= set(after), "a committed step is gone"
         assert all(verify_checkpoint(killed / "checkpoints" / f"step_{s}") for s in after)
-        resumed += 1
     assert or1_ranks(size, arguments(killed, **QUICK), log, timeout=400) == [0] * size
-    print(f"{resumed} kills, {in_save} of them before the commit")
-    assert in_save >= KILLS // size // 4, "too few kills hit a save before its commit to show anything"
+    print(f"{KILLS} kills, {in_save} of them before the commit")
+    assert in_save >= KILLS // 4, "too few kills hit a save before its commit to show anything"
     assert not list((killed / "checkpoints").glob(".step_*"))
 
     ours, theirs = lines(straight), lines(killed)
