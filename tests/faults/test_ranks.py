@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -109,9 +110,8 @@ def test_f14_a_second_sigterm_ends_at_once_and_the_last_commit_stands(tmp_path: 
 @pytest.mark.parametrize("size", [1, 4])
 def test_f08_a_run_of_two_ranks_goes_on_with_one_and_with_four(size: int, two_ranks: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    (run_dir / "checkpoints").mkdir(parents=True)
-    for name in ("config.resolved.json", "metrics.jsonl", "checkpoints/step_3"):
-        os.system(f"cp -r {two_ranks / name} {run_dir / name}")
+    shutil.copytree(two_ranks / "checkpoints" / "step_3", run_dir / "checkpoints" / "step_3")
+    shutil.copy(two_ranks / "metrics.jsonl", run_dir)
     assert or1_ranks(size, arguments(run_dir), tmp_path / "log", timeout=300) == [0] * size
     assert "resumed after step 3" in output(tmp_path / "log", 0)
     ours, theirs = lines(run_dir), lines(two_ranks)
