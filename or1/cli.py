@@ -44,6 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
     train.set_defaults(run=_train)
 
+    evaluate = verbs.add_parser("eval", help="avg@k and pass@k of a config, run, checkpoint or server; resumes")
+    evaluate.add_argument("target", help="TOML file, run directory, Hugging Face folder, or URL of a server")
+    evaluate.add_argument("--config", dest="recipe", help="TOML file with [[eval.sets]], for a target without its own")
+    evaluate.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+    _add_sampling_options(evaluate, "folder for the results")
+    evaluate.set_defaults(run=_evaluate)
+
+    measure = verbs.add_parser("filter", help="measure how often a model solves each training prompt; resumes")
+    measure.add_argument("config", help="TOML file")
+    measure.add_argument("--server", metavar="URL", help="sample from this server (sets endpoint.url)")
+    _add_sampling_options(measure, "parquet file to write (default: difficulty.parquet in run_dir)")
+    measure.set_defaults(run=_filter)
+
     plan = verbs.add_parser("plan", help="predict memory and time of a config, and the largest packed row that fits")
     plan.add_argument("config", help="TOML file; the data files that it names need not exist")
     plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
@@ -101,12 +114,18 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
             return _guarded(lambda: prune_checkpoints(arguments.run_dir, arguments.keep))
 
 
+def _add_sampling_options(verb: argparse.ArgumentParser, out: str) -> None:
+    verb.add_argument("--out", type=Path, help=out)
+    verb.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
+    verb.add_argument("--fresh", action="store_true", help="move former results aside and start anew")
+
+
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from or1.display import print_plan
 
-        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.train])
+        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.files])
         return 0
     if arguments.nproc is not None and "RANK" not in os.environ:
         from or1.local_ranks import run_ranks
@@ -116,6 +135,26 @@ def _train(arguments: argparse.Namespace) -> int:
     from or1.launch import launch
 
     return _guarded(lambda: launch(config, fresh=arguments.fresh))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from or1.offline.target import Target, resolve_target
+
+    def action() -> None:
+        target = resolve_target(arguments.target, arguments.recipe, arguments.overrides, arguments.step)
+        from or1.eval_run import run_evaluation
+
+        run_evaluation(Target(target.config, arguments.out or target.out), arguments.fresh)
+
+    return _guarded(action)
+
+
+def _filter(arguments: argparse.Namespace) -> int:
+    server = [f'endpoint.url="{arguments.server}"'] if arguments.server else []
+    config = load_config(arguments.config, [*server, *arguments.overrides], "filter")
+    from or1.filter_run import run_filter
+
+    return _guarded(lambda: run_filter(config, arguments.out, arguments.fresh))
 
 
 def _positive(text: str) -> int:
@@ -162,6 +201,8 @@ def _guarded(action: Callable[[], object]) -> int:
     codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE}
     try:
         action()
+    except ConfigError:
+        raise
     except ValueError as error:
         # Another library's ValueError has no remedy in it: its traceback is worth more than one line.
         if not type(error).__module__.startswith("or1"):

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from or1.config import Config
-from or1.config.rules import Problem, contradictions
+from or1.config.rules import Problem, Verb, contradictions
 
 
 class ConfigError(ValueError):
@@ -26,18 +26,22 @@ class ConfigError(ValueError):
         super().__init__("\n".join(lines))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True) -> Config:
-    """Read a TOML file, apply `a.b=c` overrides, validate. files False: the files it names need not be there.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train", *, files: bool = True
+) -> Config:
+    """Read a TOML file or a run's config.resolved.json, apply `a.b=c` overrides, validate for what is to be done.
+
+    files  False: the files it names need not be there
 
     Raises ConfigError with all mistakes: unreadable file, TOML syntax, unknown keys, types, ranges, missing files and
     contradictions between sections.
     """
-    data = _read_toml(Path(path))
+    data = _read_file(Path(path))
     problems = [p for text in overrides if (p := _apply_override(data, text)) is not None]
     config, found = _validate(data)
     problems += found
     if config is not None:
-        problems += contradictions(config, files)
+        problems += contradictions(config, verb, files)
     if problems or config is None:
         raise ConfigError(str(path), problems)
     return config
@@ -48,9 +52,10 @@ def dump_config(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(str(path), [Problem("file", f"cannot be read ({error.strerror}); check the path")]) from error
     except UnicodeDecodeError as error:
@@ -58,6 +63,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [problem]) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), [Problem("file", f"is not TOML: {error}")]) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(path), [Problem("file", f"is not JSON: {error}")]) from error
 
 
 def _apply_override(data: dict[str, Any], text: str) -> Problem | None:

@@ -308,7 +308,7 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     stages = "1 stage" if len(config.stage) == 1 else f"{len(config.stage)} stages"
     console.print(Text(f"or1 plan: {config.total_steps} steps in {stages}", style="bold"), soft_wrap=True)
     pairs = [("model", f"{config.model.path} ({config.model.dtype}, device {config.model.device})")]
-    pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.train)]
+    pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.files)]
     _print_pairs(pairs, console)
     console.print(_stage_table(config))
     optim, entropy = config.optim, config.loss.entropy

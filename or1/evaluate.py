@@ -1,9 +1,10 @@
-"""Held-out evaluation: avg@k and pass@k over named sets."""
+"""avg@k and pass@k of problems that were sampled several times: of a run's own evaluations and of `or1 eval`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,28 +15,93 @@ from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, no_progress
 from or1.rollout.spread import collect_spread
-from or1.types import Prompt
+from or1.types import Group, Prompt
+
+RIGHT = 1.0
+"""A response counts as right from this reward on, so that a program that passes half of its tests is not."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the responses to one problem.
+
+    correct    how many of `samples` were right
+    reward     mean reward of those that have one; NaN if none has
+    tokens     mean length
+    truncated  how many were cut at the limit
+    statuses   how many have each `Status`, by its value
+    """
+
+    source: str
+    samples: int
+    correct: int
+    reward: float
+    tokens: float
+    truncated: int
+    statuses: Mapping[str, int]
+
+    @classmethod
+    def of(cls, group: Group) -> Outcome:
+        """From the responses themselves."""
+        return cls(
+            group.prompt.source,
+            len(group.responses),
+            int((group.rewards >= RIGHT).sum()),
+            mean_reward(group.rewards),
+            float(np.mean([len(r.token_ids) for r in group.responses])),
+            sum(r.truncated for r in group.responses),
+            Counter(score.status.value for score in group.scores),
+        )
+
+
+def mean_reward(rewards: Sequence[float] | np.ndarray) -> float:
+    """Mean without the NaN of responses that have no reward; NaN if all are."""
+    given = [reward for reward in rewards if not math.isnan(reward)]
+    return float(np.mean(given)) if given else math.nan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and the half width of its 95 % interval: 1.96 standard errors of the mean over problems.
+
+    The interval speaks of other problems of the same kind, not of other samples of these; NaN for a single problem.
+    """
+
+    value: float
+    ci95: float
+
+    @classmethod
+    def of(cls, values_P: Sequence[float]) -> Estimate:
+        """From one value per problem."""
+        spread = float(np.std(values_P, ddof=1)) if len(values_P) > 1 else math.nan
+        return cls(float(np.mean(values_P)), 1.96 * spread / math.sqrt(len(values_P)))
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """avg: mean correctness over k samples. ci95: half width of its interval over problems. pass_k: see `pass_at_k`."""
+    """One set, or one source of a set.
+
+    avg      mean correctness over `samples` responses (avg@k)
+    pass_at  k -> unbiased chance that one of k responses is right
+    """
 
     name: str
-    k: int
-    avg: float
-    ci95: float
-    pass_k: float
+    samples: int
+    problems: int
+    avg: Estimate
+    pass_at: Mapping[int, Estimate]
+    reward: float
     length: float
     truncated: float
+    statuses: Mapping[str, int]
 
     def metrics(self) -> dict[str, float]:
         """As metric names."""
-        prefix = f"eval/{self.name}"
+        prefix, avg = f"eval/{self.name}", f"eval/{self.name}/avg@{self.samples}"
         return {
-            f"{prefix}/avg@{self.k}": self.avg,
-            f"{prefix}/avg@{self.k}_ci95": self.ci95,
-            f"{prefix}/pass@{self.k}": self.pass_k,
+            avg: self.avg.value,
+            f"{avg}_ci95": self.avg.ci95,
+            **{f"{prefix}/pass@{k}": estimate.value for k, estimate in self.pass_at.items()},
             f"{prefix}/len_mean": self.length,
             f"{prefix}/truncated": self.truncated,
         }
@@ -46,6 +112,39 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples; raise samples")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def pass_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
+    """The k of pass@k: those wanted that the samples allow, or 1, 2, 4, ... and all samples."""
+    found = set(wanted) or {2**i for i in range(samples.bit_length())} | {samples}
+    return sorted(k for k in found if 1 <= k <= samples)
+
+
+def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> EvalResult:
+    """The statistics of problems that all have the same number of samples. Raises ValueError for none."""
+    if not outcomes:
+        raise ValueError(f"evaluation set {name!r} has no problems")
+    samples = outcomes[0].samples
+    total = samples * len(outcomes)
+    return EvalResult(
+        name=name,
+        samples=samples,
+        problems=len(outcomes),
+        avg=Estimate.of([outcome.correct / samples for outcome in outcomes]),
+        pass_at={k: Estimate.of([pass_at_k(samples, outcome.correct, k) for outcome in outcomes]) for k in ks},
+        reward=mean_reward([outcome.reward for outcome in outcomes]),
+        length=float(np.mean([outcome.tokens for outcome in outcomes])),
+        truncated=sum(outcome.truncated for outcome in outcomes) / total,
+        statuses=sum((Counter(outcome.statuses) for outcome in outcomes), Counter()),
+    )
+
+
+def by_source(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of each source, in order of first appearance."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.source, []).append(outcome)
+    return found
 
 
 def evaluate_set(
@@ -59,20 +158,6 @@ def evaluate_set(
     world: World = SINGLE,
 ) -> EvalResult:
     """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
-    sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0)
+    sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
     groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
-    # A response that could not be scored is not solved.
-    rewards_PK = np.nan_to_num(np.stack([group.rewards for group in groups]))
-    responses = [response for group in groups for response in group.responses]
-    correct_P = (rewards_PK > 0).sum(axis=1)
-    means_P = rewards_PK.mean(axis=1)
-    spread = means_P.std(ddof=1) if len(means_P) > 1 else math.nan
-    return EvalResult(
-        name=settings.name,
-        k=settings.samples,
-        avg=float(means_P.mean()),
-        ci95=float(1.96 * spread / math.sqrt(len(means_P))),
-        pass_k=float(np.mean([pass_at_k(settings.samples, int(c), settings.samples) for c in correct_P])),
-        length=float(np.mean([len(r.token_ids) for r in responses])),
-        truncated=float(np.mean([r.truncated for r in responses])),
-    )
+    return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples))

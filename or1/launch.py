@@ -74,9 +74,8 @@ def _train(
     for message in messages:
         display.message(message)
     trainer = Trainer(config, display, world, lambda: stop.requested)
-    for report in trainer.data.reports:
-        for line in (report.summary(), *report.listing()):
-            display.message(line)
+    for line in trainer.data.lines():
+        display.message(line)
     if not trainer.run():
         display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
         return None

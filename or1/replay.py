@@ -64,7 +64,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
 
 def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
     index, stage = stage_at(trainer.config, number)
-    trainer.begin(number, stage)
+    trainer.begin(number, index, stage)
     by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
     try:
         groups = read_rollouts(path, by_id, stage.group_size)

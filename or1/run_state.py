@@ -11,7 +11,7 @@ from typing import Any
 
 from or1.config import Config
 from or1.config_load import dump_config
-from or1.data import SamplerState
+from or1.data import SamplerState, SolvedPrompts
 from or1.entropy import EntropyController
 
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
@@ -32,6 +32,7 @@ class TrainState:
     entropy: EntropyController
     step: int = 0
     sampler: SamplerState = field(default_factory=SamplerState)
+    solved: SolvedPrompts = field(default_factory=SolvedPrompts)
     policy_version: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
@@ -61,6 +62,7 @@ class TrainState:
             "entropy": self.entropy.state(),
             "step": self.step,
             "sampler": asdict(self.sampler),
+            "solved": self.solved.state(),
             "policy_version": self.policy_version,
             "updates": self.updates,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
@@ -75,6 +77,7 @@ class TrainState:
             | {
                 "entropy": EntropyController(config.loss.entropy, **data["entropy"]),
                 "sampler": SamplerState(**data["sampler"]),
+                "solved": SolvedPrompts.from_state(data["solved"]) if "solved" in data else SolvedPrompts(),
                 "totals": Counter(data["totals"]),
             }
         )

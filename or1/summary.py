@@ -27,6 +27,7 @@ def summarise(
         "skipped updates": state.totals["skipped_updates"],
         "empty steps": state.totals["empty_steps"],
         "bad data rows": bad_rows,
+        "solved prompts dropped": len(state.solved.dropped),
     }
     return Summary(
         evals=eval_histories(records),

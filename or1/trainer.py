@@ -27,7 +27,7 @@ from or1.advantage import group_advantages
 from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
-from or1.data import Sampler, load_prompts
+from or1.data import Sampler, load_run_data
 from or1.dist import SINGLE, World
 from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
@@ -67,18 +67,8 @@ class Trainer:
         """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest."""
         self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
-        self.data = load_prompts(
-            config.data.train, self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
-            prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
-        )  # fmt: skip
-        self.eval_prompts = {
-            s.name: load_prompts(
-                [s.path], self.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens,
-                prompt_suffix=config.data.prompt_suffix, max_bad_fraction=config.data.max_bad_fraction,
-            ).prompts[: s.limit]
-            for s in config.eval.sets
-        }  # fmt: skip
-        self.sampler = Sampler(len(self.data.prompts), config.seed)
+        self.data = load_run_data(config, self.tokenizer)
+        self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
@@ -135,7 +125,7 @@ class Trainer:
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
-        seed, prompts = self.begin(number, stage)
+        seed, prompts = self.begin(number, index, stage)
         sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
 
         def progress(done: int, total: int) -> None:
@@ -144,11 +134,13 @@ class Trainer:
         rollout = collect_spread(self.world, self.engine, self.scorer, prompts, sampling, progress)
         return self.learn(number, index, stage, rollout)
 
-    def begin(self, number: int, stage: StageConfig) -> tuple[int, list[Prompt]]:
+    def begin(self, number: int, index: int, stage: StageConfig) -> tuple[int, list[Prompt]]:
         """Take the step's prompts and seed what it draws; returns the seed and the prompts."""
         seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
-        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step)
+        self._drop_solved(index)
+        solved_N = self.state.solved.mask(self.data.prompts)
+        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step, solved_N)
         return seed, [self.data.prompts[i] for i in chosen]
 
     def learn(
@@ -181,6 +173,8 @@ class Trainer:
         self.state.policy_version += 1
         self.engine.update_weights(self.state.policy_version)
         self._count(rollout.groups)
+        if self.config.data.drop_solved:
+            self.state.solved.note(rollout.groups)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
         stats.reduce(self.world)
         return metrics | stats.metrics() | {
@@ -188,6 +182,7 @@ class Trainer:
             "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
             "policy/entropy_controller": self.state.entropy.coef,
             "data/epoch": float(self.state.sampler.epoch),
+            "data/dropped_solved": float(len(self.state.solved.dropped)),
             "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
             "time/rollout": rollout.generate_s,
             "time/reward": rollout.reward_s,
@@ -226,7 +221,7 @@ class Trainer:
             def progress(done: int, total: int, name: str = settings.name) -> None:
                 self.display.phase(f"eval {name}", done, total)
 
-            prompts = self.eval_prompts[settings.name]
+            prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
             metrics |= evaluate_set(
                 self.engine, self.scorer, prompts, settings, limit, progress=progress, world=self.world
@@ -235,7 +230,7 @@ class Trainer:
 
     def _all_prompts(self) -> Iterator[Prompt]:
         yield from self.data.prompts
-        for prompts in self.eval_prompts.values():
+        for prompts in self.data.eval_prompts.values():
             yield from prompts
 
     @property
@@ -297,6 +292,15 @@ class Trainer:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
         self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
+
+    def _drop_solved(self, stage_index: int) -> None:
+        """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""
+        if dropped := self.state.solved.enter(stage_index):
+            left = len(self.data.prompts) - len(self.state.solved.dropped)
+            self.display.message(
+                f"{dropped} prompts that the stage before always solved are dropped; {left} of "
+                f"{len(self.data.prompts)} are left"
+            )
 
     def _due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.total_steps

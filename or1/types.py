@@ -57,9 +57,10 @@ class CodeTests:
 class Prompt:
     """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`.
 
-    golds  equally good answers of a maths problem
-    tests  of a programming problem
-    row    the columns of the data row as they were read, for rewards that users bring
+    golds     equally good answers of a maths problem
+    tests     of a programming problem
+    row       the columns of the data row as they were read, for rewards that users bring
+    messages  the same as `text` in roles, for servers that apply the chat template themselves
     """
 
     id: str
@@ -69,6 +70,7 @@ class Prompt:
     golds: tuple[str, ...] = ()
     tests: CodeTests | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

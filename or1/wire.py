@@ -1,6 +1,6 @@
 """Groups as bytes, to travel between ranks and into checkpoints: safetensors for arrays, JSON for the rest, no pickle.
 
-Any tree of or1.types' dataclasses, tuples, arrays and plain values; a new field of a dataclass needs no change here.
+Any tree of or1.types' dataclasses, tuples, dicts, arrays and plain values; a new field needs no change here.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def _plain(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return {"enum": type(value).__name__, "value": value.value}
     if isinstance(value, tuple | list):
         return [_plain(item, arrays) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _plain(item, arrays) for key, item in value.items()}}
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"{type(value).__name__} cannot travel; make it a dataclass of or1.types")
@@ -54,6 +56,8 @@ def _rebuilt(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
         return tree
     if "array" in tree:
         return arrays[tree["array"]]
+    if "dict" in tree:
+        return {key: _rebuilt(item, arrays) for key, item in tree["dict"].items()}
     if "enum" in tree:
         return getattr(types, tree["enum"])(tree["value"])
     return getattr(types, tree["type"])(**{k: _rebuilt(v, arrays) for k, v in tree.items() if k != "type"})

@@ -178,8 +178,16 @@ def _eager_logprob_entropy(inputs: chunked.RowInputs, weight_VH: Tensor, head: H
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`. Not in place: with retain_graph a second backward reads the same accumulator."""
+    """grad * factor in `dtype`; in place where no second backward can read the accumulator, which saves a [V, H]."""
+    if grad.dtype == dtype and not _graph_is_kept():
+        return grad.mul_(factor)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward under way was started with retain_graph; a torch that cannot tell counts as yes."""
+    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return probe is None or probe()
 
 
 def _fused_policy_loss(

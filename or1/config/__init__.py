@@ -10,14 +10,15 @@ from pathlib import Path
 from pydantic import Field
 
 from or1.config.base import Section
-from or1.config.data import DataConfig
+from or1.config.data import DataConfig, MixConfig
 from or1.config.dist import DistConfig
+from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import CodeRewardConfig, RewardConfig
 from or1.config.rollout import RolloutConfig
-from or1.config.run import CheckpointConfig, EvalConfig, EvalSet, LogConfig
+from or1.config.run import CheckpointConfig, LogConfig
 from or1.config.stage import StageConfig
 
 __all__ = [
@@ -26,11 +27,14 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistConfig",
+    "EndpointConfig",
     "EntropyConfig",
     "EvalConfig",
     "EvalSet",
+    "FilterConfig",
     "LogConfig",
     "LossConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",
@@ -51,7 +55,7 @@ class Config(Section):
     """On a GPU, use only algorithms whose result has the same bits every time, and fail where there is none; slower. A
     CPU run always is."""
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
@@ -59,8 +63,10 @@ class Config(Section):
     dist: DistConfig = DistConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    filter: FilterConfig = FilterConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     log: LogConfig = LogConfig()
-    stage: tuple[StageConfig, ...] = Field(min_length=1)
+    stage: tuple[StageConfig, ...] = ()
     """Stages in order; each may grow the context."""
 
     @property
@@ -72,6 +78,11 @@ class Config(Section):
     def eval_max_response_tokens(self) -> int:
         """Response limit of evaluations."""
         return self.eval.max_response_tokens or self.stage[-1].max_response_tokens
+
+    @property
+    def filter_max_response_tokens(self) -> int:
+        """Response limit of `or1 filter`."""
+        return self.filter.max_response_tokens or self.stage[-1].max_response_tokens
 
     @property
     def run_path(self) -> Path:

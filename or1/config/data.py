@@ -1,20 +1,52 @@
-"""`[data]`: training problems."""
+"""`[data]`: training problems, which of them, and in what shares."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
 from or1.config.base import Section, StringList
 
 
+class MixConfig(Section):
+    """`[[data.mix]]`"""
+
+    path: str
+    """JSONL, JSON-array or parquet file of training problems."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this file in every epoch: weight / sum of all weights."""
+
+
 class DataConfig(Section):
     """`[data]`"""
 
-    train: StringList = Field(min_length=1)
-    """JSONL or parquet files of training problems."""
+    train: StringList = ()
+    """JSONL, JSON-array or parquet files of training problems; a file named twice counts twice."""
+    mix: tuple[MixConfig, ...] = ()
+    """Files with weights, instead of train."""
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longer prompts are left out and counted."""
     prompt_suffix: str = ""
     """Text put after every question, such as an instruction to answer within \\boxed{}."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop if more than this share of a file's rows is unusable."""
+    keep_difficulty: tuple[int, int] | None = None
+    """Train on prompts solved at least and at most this often, as [1, 15] of 16 samples; absent keeps all."""
+    difficulty_model: str | None = None
+    """Whose count keep_difficulty reads: a model's name in the rows' extra_info.model_difficulty."""
+    difficulty_file: str | None = None
+    """Or a file written by `or1 filter`, with counts of your own model."""
+    drop_solved: bool = False
+    """At the start of each stage, drop the prompts of which every response of the stage before was right."""
+    decontaminate: Literal["off", "report", "drop"] = "report"
+    """What to do about training prompts that repeat a problem of [[eval.sets]]."""
+    decontaminate_ngram: int = Field(13, ge=5)
+    """Words in a row that two problems must share; a shorter problem is compared as a whole."""
+    decontaminate_against: StringList = ()
+    """More files to hold apart from the training data."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of training problems, from train or mix."""
+        return self.train or tuple(part.path for part in self.mix)

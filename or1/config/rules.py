@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from or1.config import Config
 
@@ -16,20 +16,85 @@ class Problem(NamedTuple):
     message: str
 
 
-def contradictions(config: Config, files: bool = True) -> list[Problem]:
-    """Every rule's complaints about a config whose fields are valid one by one; files False: whatever files exist."""
-    rules = _RULES if files else [rule for rule in _RULES if rule is not _files_exist]
+Verb = Literal["train", "filter", "eval"]
+
+
+def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> list[Problem]:
+    """Every rule's complaints about a config whose fields are valid one by one, for what is to be done with it.
+
+    files  False: whatever files exist
+    """
+    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (_training_files, _files_exist)]
     return [problem for rule in rules for problem in rule(config)]
 
 
-def _files_exist(config: Config) -> Iterator[Problem]:
-    named = [(f"data.train.{i}", path) for i, path in enumerate(config.data.train)]
-    named += [(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)]
+def _stages_given(config: Config) -> Iterator[Problem]:
+    if not config.stage:
+        yield Problem("stage", "missing; add at least one [[stage]] with steps, max_response_tokens, prompts_per_step "
+                      "and group_size")
+
+
+def _data_given(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if not data.files:
+        yield Problem("data.train", "missing; name JSONL, JSON-array or parquet files of training problems")
+    if data.train and data.mix:
+        yield Problem("data.mix", "stands beside data.train; name the files in one of them")
+
+
+def _training_files(config: Config) -> Iterator[Problem]:
+    data = config.data
+    named = [(f"data.train.{i}", path) for i, path in enumerate(data.train)]
+    named += [(f"data.mix.{i}.path", part.path) for i, part in enumerate(data.mix)]
+    named += [(f"data.decontaminate_against.{i}", path) for i, path in enumerate(data.decontaminate_against)]
+    named += [] if data.difficulty_file is None else [("data.difficulty_file", data.difficulty_file)]
+    yield from _missing_files(named)
+
+
+def _difficulty_given(config: Config) -> Iterator[Problem]:
+    data = config.data
+    given = [name for name in ("difficulty_model", "difficulty_file") if getattr(data, name) is not None]
+    if data.keep_difficulty is not None and len(given) != 1:
+        yield Problem("data.keep_difficulty", f"needs one source of counts but has {' and '.join(given) or 'none'}; "
+                      "set data.difficulty_model or data.difficulty_file")
+    if data.keep_difficulty is None and given:
+        yield Problem(f"data.{given[0]}", "has no effect without data.keep_difficulty; set it, for example to [1, 15]")
+    if data.keep_difficulty is not None and data.keep_difficulty[0] > data.keep_difficulty[1]:
+        yield Problem("data.keep_difficulty", f"{list(data.keep_difficulty)} keeps nothing; write [least, most]")
+
+
+def _sets_given(config: Config) -> Iterator[Problem]:
+    if not config.eval.sets:
+        yield Problem("eval.sets", "missing; add at least one [[eval.sets]] with a name and a path")
+
+
+def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
+    def rule(config: Config) -> Iterator[Problem]:
+        if not config.stage and getattr(config, section).max_response_tokens is None:
+            yield Problem(f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; "
+                          "set it")
+
+    return rule
+
+
+def _no_endpoint(config: Config) -> Iterator[Problem]:
+    if config.endpoint.url is not None:
+        yield Problem("endpoint.url", "a server that or1 cannot give weights to is for `or1 eval` and `or1 filter`; "
+                      "remove it")
+
+
+def _missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     # A file may be named twice, which doubles its share; it is missing once.
     for path, where in {path: where for where, path in reversed(named)}.items():
         if not Path(path).is_file():
             yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
-                          'README, "Train your own", names the formats, and the first lines of a recipe the contents')
+                          'README, "Data", names the formats, and the first lines of a recipe the contents')
+
+
+def _files_exist(config: Config) -> Iterator[Problem]:
+    yield from _missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
+    if config.endpoint.url is not None:
+        return
     model = Path(config.model.path)
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
     if looks_local and not (model / "config.json").is_file():
@@ -113,3 +178,8 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _betas_valid,
     _eval_names_unique,
 )
+_NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
+    "train": (_stages_given, _data_given, _training_files, _difficulty_given, _no_endpoint),
+    "filter": (_data_given, _training_files, _limit_given("filter")),
+    "eval": (_sets_given, _limit_given("eval")),
+}

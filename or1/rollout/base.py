@@ -17,12 +17,14 @@ class Sampling:
 
     numbers   what each prompt of the call counts as for its random numbers; None: its position. A rank that samples
               prompts 1, 3, 5 of a step names them so, and gets what one process gets for the whole step
+    top_p     sample from the likeliest tokens that hold this much probability; 1 is all of them
     """
 
     temperature: float
     max_tokens: int
     samples: int
     seed: int
+    top_p: float = 1.0
     numbers: tuple[int, ...] | None = None
 
     def slot_seed(self, prompt: int, sample: int) -> int:
@@ -50,4 +52,8 @@ class Engine(Protocol):
 
     def update_weights(self, version: int) -> None:
         """Generate with the trainer's present weights from now on, stamping responses with `version`."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine started. May be called twice."""
         ...

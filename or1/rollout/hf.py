@@ -30,6 +30,9 @@ class HfEngine:
         """Stamp responses with `version` from now on; the weights are the trainer's own."""
         self.version = version
 
+    def close(self) -> None:
+        """See `Engine.close`; there is nothing to end."""
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
         """Yield responses batch by batch; see `Engine.generate`."""
         jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
@@ -50,7 +53,7 @@ class HfEngine:
         for row, ids in enumerate(prompt_ids):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        sampler = RowSampler(sampling.temperature, seeds)
+        sampler = RowSampler(sampling.temperature, seeds, sampling.top_p)
         with eval_mode(self.model), _plain_defaults(self.model):
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
@@ -88,12 +91,13 @@ class RowSampler(LogitsProcessor):
 
     temperature  above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at 1
     seeds        one a row, so that what a row becomes does not depend on which rows share its batch
+    top_p        sample from the likeliest tokens that hold this much probability; log-probs stay those among all
 
     It leaves a single possible token to `generate`. O(B V) memory.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int]):
-        self.temperature = temperature
+    def __init__(self, temperature: float, seeds: Sequence[int], top_p: float = 1.0):
+        self.temperature, self.top_p = temperature, top_p
         self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._logp: list[Tensor] = []
 
@@ -110,7 +114,13 @@ class RowSampler(LogitsProcessor):
         return torch.stack(self._logp, dim=1)
 
     def _draw(self, logp_BV: Tensor) -> Tensor:
-        cdf_BV = logp_BV.double().exp().cumsum(-1)
+        p_BV = logp_BV.double().exp()
+        if self.top_p < 1:
+            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            # A token stays if those before it hold less than top_p; the likeliest one always does.
+            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p
+            p_BV = p_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0.0)
+        cdf_BV = p_BV.cumsum(-1)
         uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
         # The first token whose cumulated probability is above u; a token of probability 0 never is.
         threshold_B1 = uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]

@@ -14,7 +14,7 @@ from or1.dist import World
 from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, Rollout, collect, no_progress
-from or1.types import Prompt
+from or1.types import Group, Prompt
 
 
 def collect_spread(
@@ -31,12 +31,14 @@ def collect_spread(
     rollout = collect(engine, scorer, [prompts[p] for p in mine], share, progress)
     if world.size == 1:
         return rollout
-    payload = wire.dumps((rollout.groups, rollout.generate_s, rollout.reward_s))
+    # Prompts stay: every rank has them, and their data rows may hold anything.
+    answers = [(group.responses, group.scores) for group in rollout.groups]
+    payload = wire.dumps((answers, rollout.generate_s, rollout.reward_s))
     parts = [wire.loads(part) for part in world.gather(payload)]
     dealt = {
-        p: group
-        for rank, (groups, _, _) in enumerate(parts)
-        for p, group in zip(range(rank, len(prompts), world.size), groups, strict=True)
+        p: Group(prompts[p], *answer)
+        for rank, (answers, _, _) in enumerate(parts)
+        for p, answer in zip(range(rank, len(prompts), world.size), answers, strict=True)
     }
     slowest = [max(part[i] for part in parts) for i in (1, 2)]
     return Rollout([dealt[p] for p in range(len(prompts))], *slowest)

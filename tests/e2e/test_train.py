@@ -51,11 +51,23 @@ def kill_after_step(root: Path, run_dir: Path, step: int, *more: str) -> None:
 VARIANTS = {
     "on-policy": (),
     "two updates a rollout": ("stage.0.minibatch_prompts=4", "stage.1.minibatch_prompts=4"),
+    "a mixture without what was solved": (
+        "data.train=[]", 'data.mix=[{path="examples/tiny-adder/train.jsonl", weight=2}, '
+        '{path="examples/tiny-adder/heldout.jsonl"}]', "data.drop_solved=true", "stage.0.group_size=2",
+    ),
     "entropy bonus": ('loss.entropy.variant="paper"', "loss.entropy.target=9", "loss.entropy.coef=0.01"),
 }
 
 
-@pytest.mark.parametrize("name", ["entropy bonus", pytest.param("two updates a rollout", marks=pytest.mark.slow)])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "entropy bonus",
+        pytest.param("two updates a rollout", marks=pytest.mark.slow),
+        pytest.param("a mixture without what was solved", marks=pytest.mark.slow),
+    ],
+)
 def test_ten_steps_equal_five_killed_and_five_resumed(
     name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -74,6 +86,8 @@ def test_ten_steps_equal_five_killed_and_five_resumed(
         assert {k: a.get(k) for k in SAME} == {k: b.get(k) for k in SAME}, f"step {a['step']}"
     if name == "entropy bonus":
         assert any(line.get("policy/entropy_coef", 0) > 0 for line in ours)
+    if name == "a mixture without what was solved":
+        assert [line.get("data/dropped_solved", 0) > 0 for line in ours] == [False] * 7 + [True] * 4
     for step in range(1, 11):
         tables = [pq.read_table(run / "rollouts" / f"step_{step}.parquet") for run in (straight, killed)]
         assert tables[0].equals(tables[1]), f"samples of step {step}"

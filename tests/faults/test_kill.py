@@ -31,8 +31,8 @@ def kill_in_save(run_dir: Path, log: Path, size: int, dice: random.Random) -> in
             assert all(process.is_alive() for process, _ in ranks), log.with_name(log.name + ".0").read_text()[-2000:]
             assert time.monotonic() < deadline, "no save began within 100 s"
         step = int(partials[0].name.split("_")[1].split(".")[0])
-        # A save of this model takes 20 to 100 ms here; some kills come just after the commit.
-        time.sleep(dice.uniform(0, 0.06))
+        # A save of this model takes 20 to 200 ms; some kills come just after the commit.
+        time.sleep(dice.uniform(0, 0.15))
         victim = dice.randrange(size)
         os.kill(ranks[victim][0].pid, signal.SIGKILL)
         # The others are killed as a launcher would, before they could do another step.

@@ -137,6 +137,18 @@ def test_upstream_factor_scales_the_policy_gradient(kit, impl):
         assert torch.equal(a * 0.25, b)
 
 
+def test_a_kept_graph_can_be_differentiated_again(kit, impl):
+    case = kit.make_case(30, 8, 50)
+    weight = case.weight.requires_grad_()
+    loss, _ = linear_policy_loss(case.hidden, weight, case.targets, case.advantages, impl=impl, **case.options)
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    kept = first.clone()
+    (last,) = torch.autograd.grad(loss * 3, weight)  # may take over the accumulator: nobody can ask again
+    assert torch.equal(first, kept) and torch.equal(last, kept * 3)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_permuting_rows_permutes_results_bit_for_bit(kit, impl, dtype):
     case = kit.make_case(127, 32, 1031, dtype=dtype)

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts
-from or1.data_rows import MAX_LINE_BYTES
+from or1.data.rows import MAX_LINE_BYTES
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -136,7 +136,8 @@ def test_the_limit_holds_for_each_file_and_all_offenders_are_named(tmp_path: Pat
         ([b""], "has no rows"),
         ([{"question": "q" * 101, "answer": "1"}], "1 are longer than max_prompt_tokens = 100"),
         ([{"instruction": "q", "output": "1"}], "the first has instruction, output; rename"),
-        ([b"[", b"{}", b"]"], "is one JSON array, not JSONL; convert it with `jq"),
+        ([b"[", b"{}", b"]"], "the first has none; rename"),
+        ([b'[{"question": "q", "answer": "1"},', b'{"question":'], "is not a whole JSON array .* at line"),
     ],
 )
 def test_a_file_nothing_can_be_used_of_is_an_error(tmp_path: Path, rows: list, message: str) -> None:

@@ -15,13 +15,14 @@ LAYERS = {
     "or1.faults": 2, "or1.engine_logp": 2, "or1.wire": 2, "or1.survival": 2,
     "or1.dist": 3, "or1.fsdp": 3, "or1.sequence_parallel": 3, "or1.checkpoint_writer": 3, "or1.watchdog": 4,
     "or1.checkpoint_tool": 5, "or1.rank_display": 5, "or1.local_ranks": 6, "or1.replay": 6,
-    "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3, "or1.data_rows": 3,
+    "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
     "or1.checkpoint": 3, "or1.metrics": 3,
     "or1.rollout_log": 3, "or1.reward": 3, "or1.reward.code": 3, "or1.reward.code.inside": 3,
     "or1.rollout": 3, "or1.display": 3,
     "or1.run_state": 4, "or1.step_metrics": 4, "or1.evaluate": 4, "or1.report": 4, "or1.report_data": 4,
     "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
     "or1.summary": 4, "or1.plan": 4,
+    "or1.offline": 5, "or1.offline.target": 6, "or1.eval_run": 6, "or1.filter_run": 6,
     "or1.update": 4, "or1.trainer": 5, "or1.launch": 6, "or1.cli": 7, "or1.__main__": 8,
 }  # fmt: skip
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}

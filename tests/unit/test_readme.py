@@ -40,7 +40,7 @@ def test_commands_parse_and_examples_exist(readme: str, root: Path) -> None:
         arguments = _parser().parse_args(command.split())
         assert (root / arguments.config).is_file()
     verbs = set(re.findall(r"`or1 (\w+)", readme))
-    assert {"train", "report", "export"} <= verbs
+    assert {"train", "eval", "filter", "report", "export"} <= verbs
     for verb in verbs:
         with pytest.raises(SystemExit) as done:
             _parser().parse_args([verb, "--help"])

@@ -1,0 +1,27 @@
+"""Problems: files -> prompts, which of them a run trains on, and in what order."""
+
+from __future__ import annotations
+
+from or1.data.difficulty import DifficultyFilter
+from or1.data.load import BadRow, FileReport, PromptSet, load_prompts
+from or1.data.rows import DataError
+from or1.data.run_data import RunData, load_eval_sets, load_run_data, load_training_files
+from or1.data.sampler import Pool, Sampler, SamplerState
+from or1.data.solved import SolvedPrompts
+
+__all__ = [
+    "BadRow",
+    "DataError",
+    "DifficultyFilter",
+    "FileReport",
+    "Pool",
+    "PromptSet",
+    "RunData",
+    "Sampler",
+    "SamplerState",
+    "SolvedPrompts",
+    "load_eval_sets",
+    "load_prompts",
+    "load_run_data",
+    "load_training_files",
+]

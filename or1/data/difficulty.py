@@ -1,0 +1,73 @@
+"""Model-aware difficulty: keep the prompts that a model solves sometimes (Skywork-OR1 report, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from or1.data.rows import DataError, Row, RowError
+
+TOO_EASY, TOO_HARD, UNRATED = "too easy", "too hard", "without a difficulty"
+
+
+@dataclass(frozen=True)
+class DifficultyFilter:
+    """Keeps prompts that were solved `low` to `high` times, both included.
+
+    model  whose count to read in a row's extra_info.model_difficulty (Skywork-OR1-RL-Data counts out of 16)
+    rates  whole prompt text -> times solved, as read by `read_rates`; used instead of `model` where given
+    """
+
+    low: int
+    high: int
+    model: str | None = None
+    rates: Mapping[str, int] | None = None
+    seen_models: set[str] = field(default_factory=set)
+    """Every model that a row names, for the message when the wanted one is not there."""
+
+    def verdict(self, row: Row, text: str) -> str | None:
+        """None to keep a prompt, else why it is left out. Raises RowError for a count that is no number."""
+        solved = self.rates.get(text) if self.rates is not None else self._of_model(row)
+        if solved is None:
+            return UNRATED
+        if solved > self.high:
+            return TOO_EASY
+        return TOO_HARD if solved < self.low else None
+
+    def _of_model(self, row: Row) -> int | None:
+        info = row.get("extra_info")
+        counts = info.get("model_difficulty") if isinstance(info, Mapping) else None
+        if not isinstance(counts, Mapping):
+            return None
+        self.seen_models.update(counts)
+        solved = counts.get(self.model)
+        if solved is None:
+            return None
+        if isinstance(solved, bool) or not isinstance(solved, int | float):
+            raise RowError(f"extra_info.model_difficulty[{self.model!r}] is {solved!r}, not a number")
+        return int(solved)
+
+
+def read_rates(path: str, high: int) -> tuple[dict[str, int], list[str]]:
+    """Times solved by whole prompt text from a file of `or1 filter`, and warnings about its use with `high`.
+
+    The text with its suffix is the key, because that is what the model was asked. Raises DataError for another file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["prompt", "samples", "passes"])
+    except (pyarrow.ArrowException, OSError) as error:
+        cause = str(error).partition("\n")[0]
+        raise DataError(f"data.difficulty_file {path!r} is not a file of `or1 filter` ({cause})") from error
+    rows = table.to_pylist()
+    if not rows:
+        raise DataError(f"data.difficulty_file {path!r} has no rows; let `or1 filter` finish first")
+    warnings = []
+    samples = min(row["samples"] for row in rows)
+    if high >= samples:
+        warnings.append(f"{Path(path).name} counts out of {samples}, so keep_difficulty up to {high} keeps prompts "
+                        f"that were always solved; end at {samples - 1} to leave them out")
+    return {row["prompt"]: row["passes"] for row in rows}, warnings

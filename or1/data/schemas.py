@@ -1,0 +1,164 @@
+"""Which columns of a file hold the problem and what is right, and how both are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from or1.data.rows import DataError, Row, RowError
+from or1.reward.ground_truth import GroundTruthError, parse_ground_truth, plain_golds
+from or1.reward.math import last_box
+from or1.types import CodeTests
+
+Truth = tuple[str, ...] | CodeTests
+
+
+class Schema(NamedTuple):
+    """The columns of one kind of file, and how they are read.
+
+    prompt    column of the question
+    gold      column that must be there beside it
+    read      row -> gold answers or tests; raises RowError or GroundTruthError
+    question  row -> the question as text or messages; None: the prompt column as it is
+    """
+
+    prompt: str
+    gold: str
+    read: Callable[[Row], Truth]
+    question: Callable[[Row], Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """How reports call it."""
+        return f"{self.prompt}/{self.gold}"
+
+    def truth(self, row: Row) -> Truth:
+        """What is right in a row. Raises RowError."""
+        column(row, self.gold)
+        try:
+            return self.read(row)
+        except GroundTruthError as error:
+            raise RowError(str(error)) from error
+
+    def ask(self, row: Row) -> Any:
+        """The question of a row, text or messages. Raises RowError."""
+        value = column(row, self.prompt)
+        return value if self.question is None else self.question(row)
+
+
+def column(row: Row, name: str) -> Any:
+    """A value that must be there. Raises RowError if it is missing or null."""
+    if name not in row:
+        raise RowError(f"missing column {name!r}")
+    if row[name] is None:
+        raise RowError(f"column {name!r} is null")
+    return row[name]
+
+
+def detect(path: str, rows: Sequence[Row]) -> Schema | None:
+    """The schema of the first row that has one; None if the file has no row at all."""
+    for row in rows:
+        for schema in _SCHEMAS:
+            if schema.prompt in row and schema.gold in row:
+                return schema
+    if rows:
+        known = ", ".join(schema.label for schema in _SCHEMAS)
+        columns = ", ".join(rows[0]) or "none"
+        raise DataError(f"{path}: no row has the columns of a known schema; the first has {columns}; "
+                        f"rename them to one of: {known}")
+    return None
+
+
+def filled(text: str, what: str) -> str:
+    """`text`, if it is more than white space. Raises RowError."""
+    if not text.strip():
+        raise RowError(f"{what} is empty")
+    return clean(text, what)
+
+
+def clean(text: str, what: str) -> str:
+    """`text`, if the tokenizer can take it. Raises RowError."""
+    if "\0" in text:
+        raise RowError(f"{what} holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # How `or1.data.rows` keeps a byte of a JSON array that is not UTF-8.
+        found = "a byte that is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+        raise RowError(f"{what} holds {found} at character {error.start + 1}") from None
+    return text
+
+
+def _golds(name: str) -> Callable[[Row], Truth]:
+    return lambda row: plain_golds(row[name])
+
+
+def _gsm8k(row: Row) -> Truth:
+    value = row["answer"]
+    if not isinstance(value, str) or "####" not in value:
+        return plain_golds(value)
+    gold = value.rpartition("####")[2].strip()
+    return plain_golds(gold.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", gold) else gold)
+
+
+def _solution(row: Row) -> Truth:
+    r"""A worked solution's gold is its last \boxed{}."""
+    value = row["solution"]
+    return plain_golds((last_box(value) or value) if isinstance(value, str) else value)
+
+
+def _verl(row: Row) -> Truth:
+    value = row["reward_model"]
+    if not isinstance(value, Mapping):
+        raise RowError(f"column 'reward_model' is a {type(value).__name__}, not an object with 'ground_truth'")
+    return parse_ground_truth(column(dict(value), "ground_truth"))
+
+
+def _tests(row: Row) -> Truth:
+    """Tests in columns of their own."""
+    nested = row.get("tests") if isinstance(row.get("tests"), Mapping) else row
+    truth = parse_ground_truth({key: value for key, value in nested.items() if key in _TEST_COLUMNS})
+    if not isinstance(truth, CodeTests):
+        raise RowError("holds no tests")
+    return truth
+
+
+def _live_code_bench_question(row: Row) -> str:
+    """The problem, how the program takes its input, and where it is to be written."""
+    starter = row.get("starter_code")
+    if isinstance(starter, str) and starter.strip():
+        how = "Complete the starter code below; its signature stays as it is."
+        code = starter.rstrip()
+    else:
+        how = "The program reads its input from stdin, solves the problem and prints the answer to stdout."
+        code = "# the whole program"
+    question = column(row, "question_content")
+    if not isinstance(question, str):
+        raise RowError("column 'question_content' is not text")
+    filled(question, "column 'question_content'")
+    return (f"### Question\n{question.strip()}\n\n### Format\n{how} Write it in one code block:\n"
+            f"```python\n{code}\n```\n\n### Answer\n")
+
+
+_TEST_COLUMNS = frozenset({
+    "inputs", "outputs", "fn_name", "test_code", "import_prefix", "entry_point", "functional", "test", "assert_case",
+    "test_list", "test_setup_code", "public_test_cases", "private_test_cases", "metadata", "input_output",
+})  # fmt: skip
+
+_SCHEMAS = (
+    Schema("prompt", "reward_model", _verl),
+    Schema("question_content", "public_test_cases", _tests, _live_code_bench_question),
+    Schema("problem", "tests", _tests),
+    Schema("question", "input_output", _tests),
+    Schema("prompt", "test", _tests),
+    Schema("prompt", "test_list", _tests),
+    Schema("text", "test_list", _tests),
+    Schema("prompt", "answer", _golds("answer")),
+    Schema("prompt", "ground_truth", lambda row: parse_ground_truth(row["ground_truth"])),
+    Schema("prompt", "solution", _solution),
+    Schema("problem", "answer", _golds("answer")),
+    Schema("problem", "solution", _solution),
+    Schema("question", "answer", _gsm8k),
+)

@@ -1,0 +1,57 @@
+"""The online filter: a stage does not train on what the stage before solved every time (report, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from or1.types import Group, Prompt
+
+
+@dataclass
+class SolvedPrompts:
+    """Part of a run's state, by prompt id.
+
+    always   of the prompts seen in the present stage, whether every response so far was right
+    dropped  prompts that an earlier stage solved by every response it gave
+    """
+
+    stage: int = 0
+    always: dict[str, bool] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    def enter(self, stage: int) -> int:
+        """Begin stage `stage` if it is a later one: what the one before always solved is dropped. Returns how many."""
+        if stage <= self.stage:
+            return 0
+        solved = {name for name, always in self.always.items() if always}
+        self.dropped |= solved
+        self.stage, self.always = stage, {}
+        return len(solved)
+
+    def note(self, groups: Iterable[Group]) -> None:
+        """Remember what became of the prompts of a step."""
+        for group in groups:
+            right = bool(group.rewards.min() >= 1.0)
+            self.always[group.prompt.id] = self.always.get(group.prompt.id, True) and right
+
+    def mask(self, prompts: Sequence[Prompt]) -> np.ndarray | None:
+        """bool[N], the dropped ones of `prompts`; None if there are none."""
+        if not self.dropped:
+            return None
+        return np.fromiter((prompt.id in self.dropped for prompt in prompts), dtype=bool, count=len(prompts))
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        by_answer = {name: sorted(p for p, a in self.always.items() if a is right)
+                     for name, right in (("solved", True), ("unsolved", False))}  # fmt: skip
+        return {"stage": self.stage, **by_answer, "dropped": sorted(self.dropped)}
+
+    @classmethod
+    def from_state(cls, data: dict[str, Any]) -> SolvedPrompts:
+        """The inverse of `state`."""
+        always = dict.fromkeys(data["solved"], True) | dict.fromkeys(data["unsolved"], False)
+        return cls(data["stage"], always, set(data["dropped"]))

@@ -1,0 +1,101 @@
+"""`or1 filter`: how often a model solves each training prompt (model-aware difficulty; report, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from or1.config import Config
+from or1.data import load_training_files
+from or1.evaluate import Outcome
+from or1.launch import quiet_libraries
+from or1.offline.progress import Bar
+from or1.offline.sample import fingerprint, part_size, sample_parts
+from or1.offline.source import open_source
+from or1.offline.store import PartStore, move_aside
+from or1.offline.tables import print_difficulty
+from or1.reward import make_scorer
+from or1.rollout.base import Sampling
+from or1.types import Group, Status
+
+DIFFICULTY = pa.schema({
+    "prompt_id": pa.string(), "source": pa.string(), "prompt": pa.string(), "samples": pa.int32(),
+    "passes": pa.int32(), "pass_rate": pa.float64(), "truncated": pa.int32(), "no_answer": pa.int32(),
+    "failed": pa.int32(), "tokens_mean": pa.float64(),
+})  # fmt: skip
+"""One row a prompt. `passes` of `samples` responses were right; `failed` ones timed out or crashed the verifier."""
+
+
+def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> Path:
+    """Sample every prompt of `[data]` filter.samples times and write the counts to `out`; returns its path.
+
+    out  default: difficulty.parquet in the run directory. Parts stand in a folder beside it, so that the same command
+         goes on where it was stopped.
+
+    Raises DataError, StoreError, ModelError, EndpointError, ScorerError.
+    """
+    quiet_libraries()
+    out = out or config.run_path / "difficulty.parquet"
+    parts = out.with_name(f"{out.name}.parts")
+    settings = config.filter
+    with Bar() as bar, open_source(config) as source:
+        if fresh and (message := move_aside(parts)):
+            bar.message(message)
+        loaded = load_training_files(config.data, source.tokenizer)
+        for line in (line for report in loaded.reports for line in report.lines()):
+            bar.message(line)
+        # A file that is named twice to count twice need be measured once only.
+        prompts = list({prompt.id: prompt for prompt in loaded.prompts}.values())
+        limit = config.filter_max_response_tokens
+        depends_on = {
+            "model": source.model,
+            "problems": fingerprint(prompts),
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_response_tokens": limit,
+            "seed": config.seed,
+            "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
+        }
+        store = PartStore(parts, out, depends_on, DIFFICULTY, part_size(config, source.engine, settings.samples))
+        sampling = Sampling(settings.temperature, limit, settings.samples, config.seed, top_p=settings.top_p)
+
+        def progress(done: int, total: int) -> None:
+            bar.show("filter", done, total)
+
+        with make_scorer(config.reward, prompts) as scorer:
+            sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
+    store.merge()
+    _summarise(config, store, out)
+    return out
+
+
+def _rows(group: Group) -> Iterator[dict[str, Any]]:
+    outcome = Outcome.of(group)
+    statuses = outcome.statuses
+    yield {
+        "prompt_id": group.prompt.id, "source": outcome.source, "prompt": group.prompt.text,
+        "samples": outcome.samples, "passes": outcome.correct, "pass_rate": outcome.correct / outcome.samples,
+        "truncated": outcome.truncated, "no_answer": statuses.get(Status.NO_ANSWER.value, 0),
+        "failed": statuses.get(Status.TIMEOUT.value, 0) + statuses.get(Status.CRASH.value, 0),
+        "tokens_mean": outcome.tokens,
+    }  # fmt: skip
+
+
+def _summarise(config: Config, store: PartStore, out: Path) -> None:
+    columns = ("passes", "truncated", "failed")
+    table = pa.concat_tables(store.tables(columns))
+    passes, truncated, failed = (table[name].to_numpy() for name in columns)
+    samples = config.filter.samples
+    counts = np.bincount(passes, minlength=samples + 1).tolist()
+    total = len(passes) * samples
+    lines = [
+        f"  {truncated.sum():,} of {total:,} responses truncated, {failed.sum():,} timed out or crashed the verifier",
+        f"results: {out}",
+        f'use it with: [data] difficulty_file = "{out}", keep_difficulty = [1, {samples - 1}]',
+    ]
+    print_difficulty(counts, config.data.keep_difficulty, lines)

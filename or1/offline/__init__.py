@@ -1,0 +1,1 @@
+"""Sampling without training: what `or1 eval` and `or1 filter` share."""

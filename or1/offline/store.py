@@ -1,0 +1,138 @@
+"""Rows in parts, each committed by rename: a process killed at any instant repeats the part it was at, no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class StoreError(ValueError):
+    """A folder of results that belongs to something else; the message names it and the remedy."""
+
+
+class PartStore:
+    """`folder` holds settings.json and part_NNNNNN.parquet until all of them are merged into the file `final`.
+
+    settings  what the rows depend on; a folder made under others is refused
+    size      problems per part of a new store; a store that is gone on with keeps its own, so that parts mean the same
+
+    Raises StoreError for a folder made under other settings.
+    """
+
+    def __init__(self, folder: Path, final: Path, settings: Mapping[str, Any], schema: pa.Schema, size: int):
+        self.folder, self.final, self.schema, self.size = folder, final, schema, size
+        self._settings = dict(settings)
+        self._merged = False
+        if self._record.is_file():
+            self._go_on(json.loads(self._record.read_text(encoding="utf-8")))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_record()
+        for path in folder.glob("*.partial"):
+            path.unlink()
+        self._done = {index for index in self._numbers() if self._is_whole(index)}
+
+    def __contains__(self, index: int) -> bool:
+        return self._merged or index in self._done
+
+    def write(self, index: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Commit one part."""
+        path = self._path(index)
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=self.schema), partial, compression="zstd")
+        _sync(partial)
+        os.replace(partial, path)
+        self._done.add(index)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The parts in order."""
+        wanted = None if columns is None else list(columns)
+        if self._merged:
+            with pq.ParquetFile(self.final) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=wanted)
+            return
+        for index in sorted(self._done):
+            yield pq.read_table(self._path(index), columns=wanted)
+
+    def merge(self) -> None:
+        """Put all rows into `final`, a row group per part, committed by rename; then the parts are removed."""
+        if self._merged:
+            return
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.final.with_name(f".{self.final.name}.partial")
+        with pq.ParquetWriter(partial, self.schema, compression="zstd") as writer:
+            for table in self.tables():
+                writer.write_table(table)
+        _sync(partial)
+        os.replace(partial, self.final)
+        self._merged = True
+        self._write_record()
+        self._remove_parts()
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "settings.json"
+
+    def _write_record(self) -> None:
+        own = {"part_size": self.size, "merged": self._merged}
+        _commit(self._record, json.dumps({**self._settings, **own}, indent=1).encode())
+
+    def _go_on(self, before: dict[str, Any]) -> None:
+        self.size, merged = before.pop("part_size"), before.pop("merged")
+        changed = [key for key in sorted(before | self._settings) if before.get(key) != self._settings.get(key)]
+        if changed:
+            raise StoreError(f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
+                             "another folder with --out, or start anew with --fresh, which moves these aside")
+        self._merged = merged and self.final.is_file()
+        if self._merged:
+            self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for index in self._numbers():
+            self._path(index).unlink()
+        self._done = set()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"part_{index:06d}.parquet"
+
+    def _numbers(self) -> list[int]:
+        return [int(path.stem.removeprefix("part_")) for path in self.folder.glob("part_*.parquet")]
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether a part can be read; one that a power cut left without its end is sampled again."""
+        try:
+            pq.read_metadata(self._path(index))
+        except (pa.ArrowException, OSError):
+            self._path(index).unlink()
+            return False
+        return True
+
+
+def move_aside(path: Path) -> str | None:
+    """Give a former result another name; returns a message, or None if there was nothing."""
+    if not path.exists():
+        return None
+    aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    shutil.move(path, aside)
+    return f"moved the former results to {aside}"
+
+
+def _commit(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

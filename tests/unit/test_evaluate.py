@@ -1,0 +1,69 @@
+"""avg@k, pass@k and their intervals against other ways to compute them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from or1.evaluate import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
+from or1.types import Group, Prompt, Response, Score, Status
+
+
+def outcome(correct: int, samples: int = 4, source: str = "s") -> Outcome:
+    return Outcome(source, samples, correct, correct / samples, 10.0, 1, {"ok": correct, "wrong": samples - correct})
+
+
+@pytest.mark.parametrize(("samples", "correct"), [(1, 0), (1, 1), (6, 0), (6, 2), (6, 6), (7, 3)])
+def test_pass_at_k_is_the_share_of_all_choices_with_a_right_one(samples: int, correct: int) -> None:
+    right = [i < correct for i in range(samples)]
+    for k in range(1, samples + 1):
+        choices = list(itertools.combinations(right, k))
+        assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-12)
+    with pytest.raises(ValueError, match="raise samples"):
+        pass_at_k(samples, correct, samples + 1)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    generator, chance, samples = np.random.default_rng(0), 0.3, 8
+    correct = generator.binomial(samples, chance, 20_000)
+    for k in (1, 2, 4, 8):
+        estimate = np.mean([pass_at_k(samples, int(c), k) for c in correct])
+        assert estimate == pytest.approx(1 - (1 - chance) ** k, abs=0.01)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    inside = 0
+    for _ in range(400):
+        rates = generator.beta(1, 1, 60)
+        estimate = Estimate.of((generator.binomial(16, rates) / 16).tolist())
+        inside += abs(estimate.value - 0.5) <= estimate.ci95
+    assert 0.92 <= inside / 400 <= 0.98
+    assert math.isnan(Estimate.of([0.5]).ci95)
+
+
+def test_which_k() -> None:
+    assert pass_ks(1) == [1] and pass_ks(4) == [1, 2, 4] and pass_ks(6) == [1, 2, 4, 6] and pass_ks(32)[-1] == 32
+    assert pass_ks(8, (3, 1, 64)) == [1, 3]
+
+
+def test_a_set_and_its_sources() -> None:
+    outcomes = [outcome(4), outcome(0), outcome(2, source="t")]
+    result = summarise_set("x", outcomes, [1, 4])
+    assert (result.problems, result.samples, result.avg.value, result.truncated) == (3, 4, 0.5, 0.25)
+    assert result.pass_at[1].value == pytest.approx(0.5) and result.pass_at[4].value == pytest.approx(2 / 3)
+    assert result.statuses == {"ok": 6, "wrong": 6}
+    assert result.metrics()["eval/x/avg@4"] == 0.5 and "eval/x/pass@1" in result.metrics()
+    assert {name: len(found) for name, found in by_source(outcomes).items()} == {"s": 2, "t": 1}
+    with pytest.raises(ValueError, match="no problems"):
+        summarise_set("x", [], [1])
+
+
+def test_half_of_the_tests_is_not_right() -> None:
+    response = Response(np.arange(3, dtype=np.int32), np.zeros(3, np.float32), "length", 0, "")
+    scores = (Score(0.5, Status.WRONG), Score(1.0, Status.OK), Score(0.0, Status.TRUNCATED))
+    found = Outcome.of(Group(Prompt("i", "s", "q", np.arange(2), ("1",)), (response,) * 3, scores))
+    assert (found.correct, found.samples, found.reward, found.tokens, found.truncated) == (1, 3, 0.5, 3.0, 3)
