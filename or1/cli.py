@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/weights/step_N)")
     export.set_defaults(run=_export)
 
+    _add_checkpoint_verbs(verbs)
+    return parser
+
+
+def _add_checkpoint_verbs(verbs: argparse._SubParsersAction) -> None:
     replay = verbs.add_parser("replay", help="repeat one step of a run from its checkpoint and saved rollouts")
     replay.add_argument("run_dir", type=Path)
     replay.add_argument("step", type=_positive)
@@ -93,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("--step", type=_positive, help="this one only")
         if name == "prune":
             action.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many to keep")
-    return parser
 
 
 def _replay(arguments: argparse.Namespace) -> int:
