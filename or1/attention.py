@@ -1,22 +1,29 @@
-"""Attention over packed rows, registered with transformers as `or1_packed`.
+"""Attention over packed rows, registered with transformers under one name per backend.
 
 A packed row [1, T] holds several documents; each must attend only to itself. transformers can isolate documents by
 position ids alone, but only while no cache is made and no attention mask is given, and otherwise leaks in silence. So
-the document boundaries travel with the call (`cu_seq_lens_q`), and this function never looks at masks or positions
-when they are there. Without them (generation) it is transformers' own SDPA attention.
+the layout travels with the call (`cu_seq_lens_q` and what belongs to it), and these functions never look at masks or
+positions when it is there. Without it (generation) they are transformers' own SDPA attention.
+
+A document's keys may begin with rows that it does not own: the prompt that a group of responses shares. Then `kv_rows`
+lists, document by document, the packed rows of its keys, and queries are aligned with the end of their keys.
 """
 
-# T packed tokens, S documents, L longest document, Q query heads, K key-value heads, D head dimension
+# T packed tokens, U keys of all documents, S documents of a bucket, L longest of them, Q query heads, G key-value
+# heads, D head dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,14 +31,43 @@ from transformers.masking_utils import sdpa_mask
 
 from or1.sequence_parallel import to_all_heads, to_all_tokens
 
-NAME = "or1_packed"
+# transformers takes any name with "flash" in it for its own flash attention.
+NAMES = {"flash": "or1_packed_fa", "varlen": "or1_packed_varlen", "sdpa": "or1_packed"}
+
+# Documents of one SDPA call differ in length by at most this factor, plus a constant that keeps short ones together.
+_BUCKET_GROWTH, _BUCKET_SLACK = 1.25, 16
 
 _packed: ContextVar[bool] = ContextVar("or1_packed_forward", default=False)
 
 
+class AttentionError(ValueError):
+    """A backend that cannot run here; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents of a packed row.
+
+    cu_q, cu_k    i32[S+1], boundaries of the documents in their queries and in their keys
+    max_q, max_k  longest document in queries and in keys
+    kv_rows_U     i64[U], packed rows of all keys; None: every document's keys are its own tokens
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    kv_rows_U: Tensor | None = None
+
+    def as_kwargs(self) -> dict[str, object]:
+        """The keyword arguments with which transformers models hand a layout down to their attention."""
+        return {"cu_seq_lens_q": self.cu_q, "cu_seq_lens_k": self.cu_k, "max_length_q": self.max_q,
+                "max_length_k": self.max_k, "kv_rows": self.kv_rows_U}  # fmt: skip
+
+
 @contextmanager
 def packed_forward() -> Iterator[None]:
-    """Inside, models with `or1_packed` attention build no mask: a [T, T] mask would outweigh the activations."""
+    """Inside, models with or1's attention build no mask: a [T, T] mask would outweigh the activations."""
     token = _packed.set(True)
     try:
         yield
@@ -39,71 +75,161 @@ def packed_forward() -> Iterator[None]:
         _packed.reset(token)
 
 
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """"flash", "varlen" or "sdpa" for `model.attention`. Raises AttentionError if an explicit choice cannot run."""
+    on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if wanted == "auto":
+        return ("flash" if has_flash else "varlen") if on_gpu else "sdpa"
+    if wanted != "sdpa" and not on_gpu:
+        raise AttentionError(
+            f'model.attention = "{wanted}" needs a GPU and 16-bit weights, but the model is {dtype} on {device}; '
+            'use "auto" or "sdpa"'
+        )
+    if wanted == "flash" and not has_flash:
+        raise AttentionError('model.attention = "flash", but flash-attn is not installed; '
+                             'pip install "or1[flash-attn]", or use "varlen"')
+    return wanted
+
+
+def packed_attention(
+    q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, scale: float | None = None,
+    *, window: int | None = None, backend: str = "sdpa",
+) -> Tensor:  # fmt: skip
+    """Causal attention within documents, float[T, Q, D].
+
+    q_TQD   float[T, Q, D];  k_TGD, v_TGD float[T, G, D] with G dividing Q
+    window  keys that a query sees, itself included; None: all before it
+    """
+    if layout.kv_rows_U is not None:
+        k_TGD, v_TGD = k_TGD.index_select(0, layout.kv_rows_U), v_TGD.index_select(0, layout.kv_rows_U)
+    # No query reaches past its document's keys.
+    window = None if window is not None and window >= layout.max_k else window
+    return _BACKENDS[backend](q_TQD, k_TGD, v_TGD, layout, scale, window)
+
+
+def _flash(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+    from flash_attn import flash_attn_varlen_func
+
+    # flash-attn counts the keys to the left of the query, without the query's own.
+    return flash_attn_varlen_func(
+        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, softmax_scale=scale, causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+    )  # fmt: skip
+
+
+def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The causal and grouped-heads switches changed their form between torch 2.10 and 2.13.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise AttentionError(f"this torch's varlen attention has no sliding window ({window} tokens); "
+                             'set model.attention = "flash" or "sdpa"')
+    return varlen_attn(
+        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scale, **options
+    )
+
+
+def _sdpa(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+    """Documents of similar length, padded to the longest of them, in one SDPA call each.
+
+    Borrowed keys bring their queries along, whose results are dropped: that costs what the documents would cost alone,
+    while SDPA's general masks cost more and skip nothing.
+    """
+    cu_k = layout.cu_k.tolist()
+    lengths = [b - a for a, b in pairwise(cu_k)]
+    q_UQD = q_TQD if layout.kv_rows_U is None else q_TQD.index_select(0, layout.kv_rows_U)
+    parts, places = [], []
+    for bucket in _buckets(lengths):
+        spans = [(cu_k[s], lengths[s]) for s in bucket]
+        parts.append(_sdpa_bucket(q_UQD, k_UGD, v_UGD, spans, scale, window))
+        places += [torch.arange(a, a + n) for a, n in spans]
+    out_UQD = torch.empty_like(q_UQD).index_copy(0, torch.cat(places).to(q_TQD.device), torch.cat(parts))
+    if layout.kv_rows_U is None:
+        return out_UQD
+    own = [torch.arange(end - n, end) for n, end in zip(layout.cu_q.diff().tolist(), cu_k[1:], strict=True)]
+    return out_UQD.index_select(0, torch.cat(own).to(q_TQD.device))
+
+
+def _buckets(lengths: list[int]) -> Iterator[list[int]]:
+    """Documents that are cheap to pad together, shortest first."""
+    bucket: list[int] = []
+    for s in sorted(range(len(lengths)), key=lambda s: lengths[s]):
+        if bucket and lengths[s] > _BUCKET_GROWTH * lengths[bucket[0]] + _BUCKET_SLACK:
+            yield bucket
+            bucket = []
+        bucket.append(s)
+    if bucket:
+        yield bucket
+
+
+def _sdpa_bucket(
+    q_UQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, spans: list[tuple[int, int]], scale: float | None, window: int | None
+) -> Tensor:
+    def pad(x_UND: Tensor) -> Tensor:
+        # Padding stands after each document's tokens, so the causal rule keeps every real token from seeing it.
+        return nn.utils.rnn.pad_sequence([x_UND[a : a + n] for a, n in spans], batch_first=True).transpose(1, 2)
+
+    q, k, v = pad(q_UQD), pad(k_UGD), pad(v_UGD)
+    mask = None if window is None else _window_mask(q.shape[2], window, q.device)
+    out_SQLD = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return torch.cat([out_QLD[:, :n].transpose(0, 1) for out_QLD, (_, n) in zip(out_SQLD, spans, strict=True)])
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """bool[L, L], true where a query sees a key."""
+    at_L = torch.arange(length, device=device)
+    back_LL = at_L[:, None] - at_L
+    return (back_LL >= 0) & (back_LL < window)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
+
+
+def _refuse(kwargs: dict[str, object]) -> None:
+    """What models ask of their attention and packed rows do not have must not be left out in silence."""
+    for name in ("softcap", "s_aux", "dropout", "position_bias"):
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, float | int) and value == 0):
+            raise AttentionError(f"the model's attention uses {name}, which or1's packed attention does not have")
+
+
+def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        *, scaling: float | None = None, sliding_window: int | None = None, **kwargs: object,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        if kwargs.get("cu_seq_lens_q") is None:
+            if sliding_window is not None:
+                kwargs["sliding_window"] = sliding_window
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        _refuse(kwargs)
+        layout = Layout(
+            kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"],
+            kwargs.get("kv_rows"),
+        )  # fmt: skip
+        q_TQD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+        group = kwargs.get("sequence_group")
+        if group is not None:
+            q_TQD, k_TGD, v_TGD = (to_all_tokens(x.contiguous(), group) for x in (q_TQD, k_TGD, v_TGD))
+        out_TQD = packed_attention(q_TQD, k_TGD, v_TGD, layout, scaling, window=sliding_window, backend=backend)
+        return (out_TQD if group is None else to_all_heads(out_TQD, group))[None], None
+
+    return attention
+
+
 def _mask(*args: object, **kwargs: object) -> Tensor | None:
     return None if _packed.get() else sdpa_mask(*args, **kwargs)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    sequence_group: ProcessGroup | None = None,
-    sliding_window: int | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    if cu_seq_lens_q is None:
-        if sliding_window is not None:
-            kwargs["sliding_window"] = sliding_window
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if sliding_window is not None and max_length_q > sliding_window:
-        raise NotImplementedError(
-            f"packed attention has no sliding window, but the model's is {sliding_window} tokens and a document has "
-            f"{max_length_q}; set use_sliding_window to false in the model's config.json"
-        )
-    q_TQD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if sequence_group is not None:
-        q_TQD, k_TKD, v_TKD = (to_all_tokens(x.contiguous(), sequence_group) for x in (q_TQD, k_TKD, v_TKD))
-    out_TQD = padded_varlen_attention(q_TQD, k_TKD, v_TKD, cu_seq_lens_q, max_length_q, scaling)
-    return (out_TQD if sequence_group is None else to_all_heads(out_TQD, sequence_group))[None], None
-
-
-def padded_varlen_attention(
-    q_TQD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
-) -> Tensor:
-    """Causal attention within documents, exact on any device: documents are padded to the longest for SDPA only.
-
-    q_TQD       float[T, Q, D];  k_TKD, v_TKD float[T, K, D] with K dividing Q
-    cu_seqlens  i32[S+1], document boundaries in the packed row
-    returns     float[T, Q, D]
-
-    Padding stands after each document's tokens, so the causal rule keeps every real token from seeing it.
-    """
-    slots_T, documents = _slots(cu_seqlens, max_seqlen)
-
-    def pad(x_TND: Tensor) -> Tensor:
-        padded = x_TND.new_zeros(documents * max_seqlen, *x_TND.shape[1:]).index_copy(0, slots_T, x_TND)
-        return padded.view(documents, max_seqlen, *x_TND.shape[1:]).transpose(1, 2)
-
-    q, k, v = pad(q_TQD), pad(k_TKD), pad(v_TKD)
-    out_SQLD = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out_SQLD.transpose(1, 2).reshape(documents * max_seqlen, *q_TQD.shape[1:]).index_select(0, slots_T)
-
-
-def _slots(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
-    """Where each packed token stands in the padded [S * L] layout."""
-    lengths_S = cu_seqlens.diff().to(torch.int64)
-    documents = len(lengths_S)
-    starts_S = cu_seqlens[:-1].to(torch.int64)
-    shift_S = torch.arange(documents, device=cu_seqlens.device) * max_seqlen - starts_S
-    tokens = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    return tokens + shift_S.repeat_interleave(lengths_S, output_size=len(tokens)), documents
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+for _backend, _name in NAMES.items():
+    AttentionInterface.register(_name, _interface(_backend))
+    AttentionMaskInterface.register(_name, _mask)

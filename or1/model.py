@@ -20,6 +20,7 @@ from or1 import attention
 from or1.config import ModelConfig
 from or1.dist import SINGLE, World
 from or1.fsdp import is_sharded, shard_model, whole_tensors
+from or1.memory import apply_liger, checkpoint_layers, tile_mlps
 from or1.pack import Microbatch
 from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
@@ -51,16 +52,25 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
     """Weights from safetensors, packed attention, and `lm_head` replaced by an LMHead that shares its parameter.
 
-    Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`.
+    Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`, AttentionError and
+    MemoryOptionError for an explicit option that cannot be had.
     """
     _require_safetensors(config.path)
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         config.path,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=attention.NAME,
+        dtype=dtype,
+        attn_implementation=attention.NAMES[attention.choose_backend(config.attention, device, dtype)],
         use_safetensors=True,
         trust_remote_code=False,
     )
+    return prepare_model(model, config, device, world)
+
+
+def prepare_model(
+    model: PreTrainedModel, config: ModelConfig, device: torch.device, world: World = SINGLE
+) -> PreTrainedModel:
+    """What `load_model` does once there are weights: LMHead, Liger, tiles, checkpointing, the device or the shards."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{config.path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
@@ -72,18 +82,13 @@ def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
         )
     )
     check_heads(model.config, world.sequence_size)
-    if config.gradient_checkpointing:
-        _checkpoint_activations(model)
-    return shard_model(model, world, resolve_device(config.device))
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers 5.23 renames the method and warns at the old name, which is the only one before.
-    name = "activation_checkpointing_enable"
-    if hasattr(model, name):
-        getattr(model, name)(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_liger(model, config.liger, device)
+    # After Liger, which replaces the forward of the MLPs.
+    if config.mlp_tile_tokens:
+        tile_mlps(model, config.mlp_tile_tokens)
+    if config.gradient_checkpointing != "none":
+        checkpoint_layers(model, offload=config.gradient_checkpointing == "offload")
+    return shard_model(model, world, device)
 
 
 def _require_safetensors(path: str) -> None:
@@ -100,16 +105,16 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
 
     With a `sequence_group`, `batch` is this rank's slice of the row (`sequence_parallel.my_slice`), and so is T.
     """
+    layout = attention.Layout(
+        batch.cu_seqlens, batch.cu_keys, batch.max_seqlen, batch.max_keys, batch.kv_rows_U
+    )
     with attention.packed_forward():
         output = (model.decode if is_sharded(model) else model.get_decoder())(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
             # A cache, even an empty one, would make transformers attend across documents.
             use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
+            **layout.as_kwargs(),
             **({} if sequence_group is None else {"sequence_group": sequence_group}),
         )
     return output.last_hidden_state[0]

@@ -37,6 +37,7 @@ class TrainState:
     updates: int = 0
     nonfinite_in_a_row: int = 0
     totals: Counter[str] = field(default_factory=Counter)
+    budget: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def start(cls, config: Config) -> TrainState:
@@ -67,6 +68,7 @@ class TrainState:
             "updates": self.updates,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "totals": dict(self.totals),
+            "budget": self.budget,
         }
 
     @classmethod

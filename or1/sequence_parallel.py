@@ -34,24 +34,28 @@ def check_heads(config: PretrainedConfig, size: int) -> None:
 def my_slice(batch: Microbatch, world: World) -> Microbatch:
     """This rank's part of a packed row: its tokens, and the trained tokens whose hidden state it computes.
 
-    `cu_seqlens` stays that of the whole row, which attention sees; where T is no multiple of S, a document of padding
-    that nothing is trained on fills the row up.
+    The boundaries and shared keys stay those of the whole row, which attention sees; where T is no multiple of S, a
+    document of padding that nothing is trained on fills the row up.
     """
     size = world.sequence_size
     if size == 1:
         return batch
     padding = -len(batch.ids_T) % size
     if padding:
+        filled = torch.arange(padding, device=batch.positions_T.device)
         batch = replace(
             batch,
             ids_T=torch.nn.functional.pad(batch.ids_T, (0, padding)),
-            positions_T=torch.cat([batch.positions_T, torch.arange(padding, device=batch.positions_T.device)]),
+            positions_T=torch.cat([batch.positions_T, filled]),
             cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + padding]),
             max_seqlen=max(batch.max_seqlen, padding),
+            cu_keys=torch.cat([batch.cu_keys, batch.cu_keys[-1:] + padding]),
+            max_keys=max(batch.max_keys, padding),
+            kv_rows_U=None if batch.kv_rows_U is None else torch.cat([batch.kv_rows_U, filled + len(batch.ids_T)]),
         )
     width = len(batch.ids_T) // size
     first = world.sequence_rank * width
-    mine_N = (batch.rows_N >= first) & (batch.rows_N < first + width)
+    mine_N = _is_mine(batch.rows_N, len(batch.ids_T), world)
     return replace(
         batch,
         ids_T=batch.ids_T[first : first + width],
@@ -64,17 +68,20 @@ def my_slice(batch: Microbatch, world: World) -> Microbatch:
     )
 
 
-def join_rows(values_N: Tensor, world: World) -> Tensor:
-    """The values of a whole row's trained tokens from those of each rank's slice, in order. No gradient."""
+def join_slices(values_N: Tensor, whole: Microbatch, world: World) -> Tensor:
+    """float[N] of the whole row from the values of this rank's slice and of the others'. No gradient."""
     if world.sequence_size == 1:
         return values_N
-    group = world.sequence_group
-    lengths = [torch.zeros(1, dtype=torch.int64, device=values_N.device) for _ in range(world.sequence_size)]
-    dist.all_gather(lengths, torch.tensor([len(values_N)], device=values_N.device), group=group)
-    width = max(int(n) for n in lengths)
-    parts = [values_N.new_empty(width) for _ in lengths]
-    dist.all_gather(parts, torch.nn.functional.pad(values_N, (0, width - len(values_N))), group=group)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+    tokens = -(-len(whole.ids_T) // world.sequence_size) * world.sequence_size
+    joined = values_N.new_zeros(len(whole.rows_N))
+    joined[_is_mine(whole.rows_N, tokens, world)] = values_N
+    dist.all_reduce(joined, group=world.sequence_group)
+    return joined
+
+
+def _is_mine(rows_N: Tensor, tokens: int, world: World) -> Tensor:
+    width = tokens // world.sequence_size
+    return rows_N // width == world.sequence_rank
 
 
 def to_all_tokens(x_TQD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -76,6 +76,12 @@ class UpdateStats:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
 
+    def add_rows(self, rows: UpdateStats) -> None:
+        """Count the rows that another one counted."""
+        self.tokens += rows.tokens
+        for name, total in rows.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+
     def add_update(self, loss: float, result: UpdateResult) -> None:
         """Count one optimizer step."""
         self.losses.append(loss)

@@ -24,6 +24,7 @@ import torch
 
 from or1 import faults
 from or1.advantage import group_advantages
+from or1.budget import Budget
 from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
@@ -73,6 +74,7 @@ class Trainer:
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
+        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
         self._checkpoint_s: float | None = None
         self.state = self._restore(resume) or TrainState.start(config)
 
@@ -181,6 +183,8 @@ class Trainer:
             "group/kept": float(len(kept)),
             "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
             "policy/entropy_controller": self.state.entropy.coef,
+            "optim/out_of_memory": float(self.budget.out_of_memory),
+            "optim/row_tokens": float(self.budget.max_tokens),
             "data/epoch": float(self.state.sampler.epoch),
             "data/dropped_solved": float(len(self.state.solved.dropped)),
             "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
@@ -246,7 +250,7 @@ class Trainer:
         began = time.perf_counter()
         self.display.phase("checkpoint")
         self._look_after(self.checkpoints.wait)
-        self.state.updates = self.optimizer.updates
+        self.state.updates, self.state.budget = self.optimizer.updates, self.budget.state()
         optimizer = self.optimizer
         self.checkpoints.save(
             Checkpoint(self.state.step, self.state.to_json(), optimizer.state_tensors(), optimizer.state_rows())
@@ -276,6 +280,7 @@ class Trainer:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)
         self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
+        self.budget.restore(state.budget)
         self.engine.update_weights(state.policy_version)
         self.display.message(f"resumed after step {state.step}")
         return state
@@ -314,7 +319,8 @@ class Trainer:
             ),
             alpha,
             config.rollout.temperature,
-            config.optim.max_tokens_per_rank,
+            self.budget,
+            config.optim.share_prompts,
             lambda done, total: self.display.phase("train", done, total),
             self.world,
         )  # fmt: skip

@@ -11,27 +11,30 @@ import torch
 from transformers import PreTrainedModel
 
 from or1 import faults
-from or1.balance import Row, plan_ranks
+from or1.balance import plan_ranks
+from or1.budget import Budget
 from or1.dist import SINGLE, World
 from or1.engine_logp import keep_known, known_tokens
 from or1.fsdp import local_shard
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.optim import MasterAdamW
-from or1.pack import Microbatch, TrainSequence, pack_rows
+from or1.pack import Microbatch, TrainSequence, pack_rows, units_of
+from or1.prefix import Sharing
 from or1.rollout.collect import Progress, no_progress
-from or1.sequence_parallel import join_rows, my_slice
+from or1.sequence_parallel import join_slices, my_slice
 from or1.step_metrics import UpdateStats
 from or1_kernels.objective import PolicyObjective
 
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `max_tokens` the size of a packed row."""
+    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `budget` the size of a packed row."""
 
     objective: PolicyObjective
     entropy_coef: float
     temperature: float
-    max_tokens: int
+    budget: Budget
+    sharing: Sharing = "off"
     progress: Progress = no_progress
     world: World = SINGLE
 
@@ -46,16 +49,36 @@ def update_policy(
     """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
 
     The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend on
-    how the sequences are packed. Every rank is given all sequences of the update and trains its share of their rows;
-    gradients and numbers are summed over ranks.
+    how the sequences are packed: what runs out of memory is done again in smaller rows. Every rank is given all
+    sequences of the update and trains its share of their rows; gradients and numbers are summed over ranks.
     """
+
+    def attempt(max_tokens: int) -> tuple[torch.Tensor, UpdateStats]:
+        # A row that failed in backward has left part of its gradient; the rows before it have left all of theirs.
+        optimizer.zero_grad()
+        return _accumulate_gradient(model, sequences, settings, max_tokens)
+
+    total, rows = settings.budget.run(attempt, longest_of(sequences))
+    stats.add_rows(rows)
+    if faults.hit("train.gradient") == "inf":
+        next(shard for p in model.parameters() if (shard := local_shard(p.grad)).numel()).view(-1)[0] = torch.inf
+    total = settings.world.sum(total)
+    result = optimizer.step_if_finite(total)
+    stats.add_update(float(total), result)
+    return result.took
+
+
+def _accumulate_gradient(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
+) -> tuple[torch.Tensor, UpdateStats]:
+    """Forward and backward of every packed row; the loss, and the rows' numbers."""
     tokens = known_tokens(sequences)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    packs = _my_rows(model, sequences, settings)
+    total, stats = torch.zeros((), dtype=torch.float64, device=model.device), UpdateStats()
+    packs = _my_rows(model, sequences, settings, max_tokens)
     for done, (_, row) in enumerate(packs):
         settings.progress(done, len(packs))
         faults.hit("train.forward")
-        batch = keep_known(row)
+        batch = keep_known(my_slice(row, settings.world))
         hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
             hidden_TH[batch.rows_N],
@@ -71,12 +94,7 @@ def update_policy(
         loss.backward()
         total += loss.detach()
         stats.add_row(batch, row_stats)
-    if faults.hit("train.gradient") == "inf":
-        next(shard for p in model.parameters() if (shard := local_shard(p.grad)).numel()).view(-1)[0] = torch.inf
-    total = settings.world.sum(total)
-    result = optimizer.step_if_finite(total)
-    stats.add_update(float(total), result)
-    return result.took
+    return total, stats
 
 
 def with_old_logp(
@@ -86,26 +104,38 @@ def with_old_logp(
 
     A rank fills the sequences that it will train; the others come back as they are.
     """
-    filled: dict[int, TrainSequence] = {}
-    with eval_mode(model):
-        for indices, batch in _my_rows(model, sequences, settings):
+
+    def attempt(max_tokens: int) -> dict[int, TrainSequence]:
+        filled: dict[int, TrainSequence] = {}
+        for indices, row in _my_rows(model, sequences, settings, max_tokens):
+            batch = my_slice(row, settings.world)
             hidden_NH = hidden_states(model, batch, settings.world.sequence_group)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
-            logp_N = join_rows(logp_N, settings.world)
-            parts = logp_N.split([sequences[i].trained_tokens for i in indices])
+            parts = join_slices(logp_N, row, settings.world).split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
+        return filled
+
+    with eval_mode(model):
+        filled = settings.budget.run(attempt, longest_of(sequences))
     return [filled.get(i, s) for i, s in enumerate(sequences)]
 
 
 def _my_rows(
-    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
-) -> list[tuple[Row, Microbatch]]:
-    """This rank's packed rows, or its slice of each, with the indices of their sequences; as many on every rank."""
-    world, lengths = settings.world, [s.packed_tokens for s in sequences]
-    rows = plan_ranks(lengths, settings.max_tokens, world.data_size)[world.data_rank]
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
+) -> list[tuple[list[int], Microbatch]]:
+    """This rank's packed rows with the indices of their sequences; as many on every rank."""
+    world, units = settings.world, units_of(sequences, max_tokens, settings.sharing)
+    plan = plan_ranks([unit.tokens for unit in units], max_tokens, world.data_size)[world.data_rank]
+    rows = [[units[u] for u in row] for row in plan]
     packed = pack_rows(sequences, rows, model.device, _float_dtype(model))
-    return [(row, my_slice(batch, world)) for row, batch in zip(rows, packed, strict=True)]
+    indices = [[i for unit in row for i in unit.members] for row in rows]
+    return list(zip(indices, packed, strict=True))
+
+
+def longest_of(sequences: Sequence[TrainSequence]) -> int:
+    """Packed tokens of the longest sequence, 1 for none."""
+    return max((s.packed_tokens for s in sequences), default=1)
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:

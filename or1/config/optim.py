@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from or1.config.base import Section
@@ -10,6 +12,15 @@ from or1.config.base import Section
 class OptimConfig(Section):
     """`[optim]`"""
 
+    optimizer: Literal["adamw", "adamw8bit", "offload"] = "adamw"
+    """adamw: fp32 moments beside the weights. adamw8bit: moments in blockwise 8 bits (torchao). offload: fp32 moments
+    and master weights in host memory, the update on the CPU."""
+    weights: Literal["master", "stochastic"] = "master"
+    """What an update is added to. master: an fp32 copy of bf16 weights. stochastic: the bf16 weights themselves,
+    rounded up or down at random so that small updates survive on average; saves 4 bytes a parameter."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which a bf16 model's gradient is summed over packed rows; bfloat16 saves 2 bytes a parameter. Models of
+    other types sum in their own."""
     lr: float = Field(1e-6, gt=0)
     """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -24,5 +35,8 @@ class OptimConfig(Section):
     """Largest gradient norm of one update."""
     max_tokens_per_rank: int = Field(32768, ge=1)
     """Tokens in one packed row; sets peak memory, never the gradient."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Let the responses of a group share one copy of their prompt in a packed row; the gradient is the same. auto: if
+    that saves at least 10 % of the tokens."""
     max_nonfinite_steps: int = Field(3, ge=1)
     """Stop after this many updates in a row were skipped for a non-finite loss or gradient."""

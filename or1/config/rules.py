@@ -162,6 +162,12 @@ def _betas_valid(config: Config) -> Iterator[Problem]:
             yield Problem(f"optim.betas.{i}", f"{beta} is outside [0, 1); AdamW's usual values are 0.9 and 0.999")
 
 
+def _weights_are_16_bit(config: Config) -> Iterator[Problem]:
+    if config.optim.weights == "stochastic" and config.model.dtype != "bfloat16":
+        yield Problem("optim.weights", f'"stochastic" rounds bf16 weights, but model.dtype = "{config.model.dtype}"; '
+                      'set model.dtype = "bfloat16" or remove it')
+
+
 def _eval_names_unique(config: Config) -> Iterator[Problem]:
     names = [s.name for s in config.eval.sets]
     for name in sorted({n for n in names if names.count(n) > 1}):
@@ -176,6 +182,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _stages_fit,
     _entropy_bounds,
     _betas_valid,
+    _weights_are_16_bit,
     _eval_names_unique,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {

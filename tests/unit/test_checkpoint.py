@@ -156,6 +156,7 @@ def test_gradient_is_clipped_to_the_limit_and_reported_before_clipping() -> None
     optimizer = MasterAdamW(model, OptimConfig(lr=1e-3, grad_clip=1.0))
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     seen = []
-    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
+    update = optimizer.rule.update
+    optimizer.rule.update = lambda weight, grad, *rest: (seen.append(grad.clone()), update(weight, grad, *rest))
     assert optimizer.step_if_finite(torch.tensor(0.0)).grad_norm == pytest.approx(5.0)
     assert seen[0].norm().item() == pytest.approx(1.0, rel=1e-4)

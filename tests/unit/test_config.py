@@ -108,6 +108,8 @@ def test_entropy_variants_have_their_own_defaults(tmp_path: Path) -> None:
     [
         ("optim.max_tokens_per_rank=10", "optim.max_tokens_per_rank"),
         ("optim.betas=[0.9, 1.0]", "optim.betas.1"),
+        ("optim.weights=stochastic", "optim.weights"),
+        ("model.attention=fast", "model.attention"),
         ("loss.entropy.coef=0.5", "loss.entropy.coef"),
         ("loss.clip_low=1.5", "loss.clip_low"),
         ("stage.0.group_size=1", "stage.0.group_size"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from or1.budget import Budget
 from or1.config import EntropyConfig, ModelConfig, OptimConfig
 from or1.entropy import EntropyController
 from or1.model import load_model
@@ -26,7 +27,8 @@ TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH = 1.3, 0.07, 0.2, 0.28
 
 
 def settings_of(max_tokens: int) -> UpdateSettings:
-    return UpdateSettings(PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH), ALPHA, TEMPERATURE, max_tokens)
+    objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+    return UpdateSettings(objective, ALPHA, TEMPERATURE, Budget(max_tokens))
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -48,9 +50,9 @@ def gradient_of_update(path: Path, sequences: list[TrainSequence], max_tokens: i
     """What `update_policy` hands to the optimizer."""
     model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
-    optimizer.adamw.register_step_pre_hook(
-        lambda *_: seen.update({n: m.grad.clone() for n, m in zip(optimizer.names, optimizer.masters, strict=True)})
-    )
+    step = optimizer.step_if_finite
+    optimizer.step_if_finite = lambda loss: (seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
+                                             step(loss))[1]
     assert update_policy(model, optimizer, sequences, settings_of(max_tokens), stats)
     return seen, stats
 

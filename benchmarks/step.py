@@ -1,0 +1,181 @@
+"""The whole training step beside its peers: `python -m benchmarks.step OUT_DIR [--parts ...]`.
+
+Forward, backward and optimizer on random weights: or1, TRL's GRPO step (its default path and with Liger's layers), and
+plain transformers with all logits. Without a GPU a scaled-down set runs. Every case is a process of its own with a time
+limit: one that runs out of memory or time loses no other. OUT_DIR/step.json is rewritten after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("cpu", "1.5b", "7b", "longest-1.5b", "longest-7b")
+CONTEXTS = (8192, 16384, 32768)
+LONGEST = (16384, 32768, 65536, 131072, 262144)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine of benchmarks.step_engines by name, with its options, under a label for the table."""
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process. groups 0: a single response of the whole context. rounds 0: the first step is the measurement."""
+
+    part: str
+    architecture: str
+    context: int
+    groups: int
+    prompt: int
+    rounds: int
+    engines: tuple[EngineSpec, ...]
+
+
+def cpu_cases() -> list[Case]:
+    """Two contexts of the tiny model, all engines taking turns; no checkpointing for any."""
+    engines = (
+        EngineSpec("or1", "or1", {"row_tokens": 2048}),
+        EngineSpec("TRL", "trl", {}),
+        EngineSpec("TRL, micro-batches of 4", "trl", {"micro_batch": 4}),
+        EngineSpec("plain transformers", "plain", {"micro_batch": 4}),
+    )
+    return [Case("cpu", "tiny", context, 2, 32, 3, engines) for context in (128, 256)]
+
+
+def gpu_engines(architecture: str) -> tuple[EngineSpec, ...]:
+    """TRL and the plain loop take one padded response at a time: what else would fit decides nothing at 32K."""
+    large = architecture == "qwen2.5-7b"
+    or1 = {"checkpointing": "offload" if large else "layer", "optimizer": "adamw8bit" if large else "adamw"}
+    peer = {"micro_batch": 1, "checkpointing": "layer"}
+    return (
+        EngineSpec("or1", "or1", or1),
+        EngineSpec("TRL", "trl", peer),
+        EngineSpec("TRL with Liger", "trl-liger", peer),
+        EngineSpec("plain transformers", "plain", peer),
+    )
+
+
+def cases_of(part: str) -> Iterator[list[Case]]:
+    """Chains of cases: within a chain, one that fails ends it, since the next asks for more."""
+    if part == "cpu":
+        yield from ([case] for case in cpu_cases())
+        return
+    architecture = "qwen2.5-" + part.removeprefix("longest-")
+    for engine in gpu_engines(architecture):
+        if part.startswith("longest-"):
+            yield [Case(part, architecture, context, 0, 256, 0, (engine,)) for context in LONGEST]
+        else:
+            yield [Case(part, architecture, context, 2, 512, 1, (engine,)) for context in CONTEXTS]
+
+
+def run(case: Case, limit_s: float) -> dict[str, Any]:
+    """The case's result, or {"error": why there is none}."""
+    # Threads that spin at barriers would measure the machine's other work; or1 itself sets the same.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.step_case", json.dumps(asdict(case)), str(result)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"more than {limit_s:.0f} s"}
+        if result.exists():
+            return json.loads(result.read_text(encoding="utf-8"))
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"exit status {done.returncode}: {last}"}
+
+
+def run_parts(parts: list[str], out: Path, case_s: float, total_s: float) -> list[dict[str, Any]]:
+    """All cases of `parts`, in order, until `total_s` is over; writes step.json as it goes."""
+    results: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for chain in (chain for part in parts for chain in cases_of(part)):
+        for case in chain:
+            left = total_s - (time.monotonic() - began)
+            result = run(case, min(case_s, left)) if left > 10 else {"error": "not run: out of --seconds"}
+            results.append({"case": asdict(case), "result": result})
+            out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            names = ", ".join(e.label for e in case.engines)
+            print(f"{case.architecture} at {case.context}: {names}: {result.get('error', 'done')}", flush=True)
+            if "error" in result:
+                break
+    return results
+
+
+HEADER = ("model", "context", "engine", "s/step", "tokens/s", "MFU", "peak GiB", "against or1", "loss", "grad norm")
+
+
+def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows under HEADER. "against or1" is how many times longer a step takes."""
+    ours = {}
+    rows = [HEADER]
+    for entry in results:
+        case, result = entry["case"], entry["result"]
+        where = (case["architecture"], f"{case['context']:,}" + ("" if case["groups"] else " (one)"))
+        for engine in case["engines"]:
+            numbers = result.get("engines", {}).get(engine["label"], {"error": result.get("error", "absent")})
+            if "error" in numbers:
+                rows.append((*where, engine["label"], numbers["error"], *[""] * 6))
+                continue
+            if engine["name"] == "or1":
+                ours[where] = numbers["seconds"]
+            rows.append((
+                *where, engine["label"], f"{numbers['seconds']:.2f}", f"{numbers['tokens_per_s']:,.0f}",
+                f"{numbers['mfu']:.1%}" if numbers["mfu"] else "-",
+                f"{numbers['peak_gib']:.2f}" if numbers["peak_gib"] is not None else "-",
+                f"{numbers['seconds'] / ours[where]:.2f}x" if where in ours else "-",
+                f"{numbers['loss']:.7f}", f"{numbers['grad_norm']:.6f}",
+            ))  # fmt: skip
+    return rows
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns aligned by their widest cell; a failure's text may run over the empty cells after it."""
+    widths = [max(len(row[c]) for row in rows if c != 3 or row[4]) for c in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser.add_argument("out_dir", type=Path, help="folder for step.json")
+    parser.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all that can run here)")
+    parser.add_argument("--case-seconds", type=float, default=230, help="limit of one case (default 230)")
+    parser.add_argument("--seconds", type=float, default=460, help="start no case after this long (default 460)")
+    options = parser.parse_args(arguments)
+    parts = options.parts.split(",") if options.parts else _default_parts()
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    results = run_parts(parts, options.out_dir / "step.json", options.case_seconds, options.seconds)
+    print()
+    print_table(table(results))
+    print(f"\n{options.out_dir / 'step.json'}")
+    return 0
+
+
+def _default_parts() -> list[str]:
+    import torch
+
+    return [p for p in PARTS if p != "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""One case of benchmarks.step, in a process of its own: `python -m benchmarks.step_case SPEC_JSON RESULT_FILE`.
+
+A case names an architecture, a context and engines. Engines in one case take turns, so that a load on the machine meets
+all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import interleaved, peak_extra_bytes, stamp
+from benchmarks.step_batch import ARCHITECTURES, PEAK_FLOPS, one_long_sequence, ragged_batch, useful_flops
+from benchmarks.step_engines import make_engine
+from or1.pack import TrainSequence
+
+
+def run_case(spec: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of every engine by its label, or an "error"; see `benchmarks.step.Case` for the spec."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sequences = _batch_of(spec)
+    result: dict[str, Any] = {"tokens": sum(s.packed_tokens for s in sequences), "engines": {}}
+    engines = {}
+    for engine in spec["engines"]:
+        try:
+            engines[engine["label"]] = make_engine(engine["name"], spec["architecture"], sequences, device,
+                                                   **engine["options"])  # fmt: skip
+        except ImportError as error:
+            result["engines"][engine["label"]] = {"error": f"not installed: {error}"}
+    first, peaks = {}, {}
+    for label, engine in engines.items():
+        began = time.perf_counter()
+        first[label] = engine.step().as_dict() | {"first_seconds": time.perf_counter() - began}
+        if spec["rounds"] and device.type == "cpu":
+            with contextlib.suppress(RuntimeError):
+                peaks[label] = peak_extra_bytes(engine.step, device)
+    times = interleaved({label: e.step for label, e in engines.items()}, device, spec["rounds"], warmup=0)
+    for label in engines:
+        if device.type == "cuda":
+            # One engine a process on a GPU: weights, optimizer and activations are all its own.
+            peaks[label] = torch.cuda.max_memory_allocated()
+        seconds = min(times[label], default=first[label]["first_seconds"])
+        result["engines"][label] = _numbers(spec, sequences, seconds) | first[label] | {
+            "all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None,
+        }  # fmt: skip
+    return result | {"stamp": stamp()}
+
+
+def _batch_of(spec: dict[str, Any]) -> list[TrainSequence]:
+    vocab = ARCHITECTURES[spec["architecture"]]["vocab_size"]
+    if spec["groups"] == 0:
+        return one_long_sequence(spec["context"], vocab)
+    return ragged_batch(spec["context"], spec["groups"], spec["prompt"], vocab)
+
+
+def _numbers(spec: dict[str, Any], sequences: list[TrainSequence], seconds: float) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    flops = useful_flops(spec["architecture"], sequences)
+    return {
+        "seconds": seconds,
+        "tokens_per_s": sum(s.packed_tokens for s in sequences) / seconds,
+        "mfu": flops / seconds / peak if peak else None,
+    }
+
+
+def main(spec: str, result_file: str) -> int:
+    """Run the case of the JSON `spec` and write its numbers; 0 also if it ran out of memory, which is a result."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        result = run_case(json.loads(spec))
+    except torch.OutOfMemoryError as error:
+        result = {"error": "out of memory", "detail": str(error).split("\n")[0], "stamp": stamp()}
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

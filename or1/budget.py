@@ -1,0 +1,83 @@
+"""The size of a packed row, halved when one does not fit into memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class MemoryLimitError(ValueError):
+    """A sequence that does not fit into memory even in a row of its own; the message names it and the remedy."""
+
+
+@dataclass
+class Budget:
+    """`max_tokens` a packed row; `out_of_memory` counts the halvings; `tell` shows a person what happened.
+
+    `retry` False: several ranks are at it, and one that starts again would leave the others waiting in a collective.
+    """
+
+    max_tokens: int
+    out_of_memory: int = 0
+    tell: Callable[[str], None] = field(default=lambda message: None, repr=False)
+    retry: bool = True
+
+    def state(self) -> dict[str, int]:
+        """Plain data: a resumed run must pack as the first one did, or its sums would round otherwise."""
+        return {"max_tokens": self.max_tokens, "out_of_memory": self.out_of_memory}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """The inverse of `state`; of an empty one, nothing."""
+        self.max_tokens = state.get("max_tokens", self.max_tokens)
+        self.out_of_memory = state.get("out_of_memory", self.out_of_memory)
+
+    def run(self, attempt: Callable[[int], T], longest: int) -> T:
+        """`attempt(max_tokens)`, again with half the budget for as long as it runs out of memory.
+
+        An attempt must leave nothing behind when it fails. Never goes below `longest`, the tokens of the longest
+        sequence: raises MemoryLimitError if that does not fit. The smaller budget stays for later calls.
+        """
+        while True:
+            try:
+                return attempt(self.max_tokens)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().split("\n")[0]
+                if not self.retry:
+                    smaller = max(longest, self.max_tokens // 2)
+                    raise MemoryLimitError(
+                        f"out of memory with packed rows of {self.max_tokens} tokens, and one of several ranks cannot "
+                        f"start an update again alone; set optim.max_tokens_per_rank = {smaller}, or "
+                        f"dist.sequence_parallel = 2, and resume ({reason})"
+                    ) from error
+            # Out of the handler: the exception's frames hold the very activations that have to go.
+            self._halve(longest, reason)
+
+    def _halve(self, longest: int, reason: str) -> None:
+        if self.max_tokens <= longest:
+            raise MemoryLimitError(
+                f"out of memory with a packed row of {self.max_tokens} tokens, and the longest sequence has {longest}: "
+                'a row cannot be shorter. Set model.gradient_checkpointing = "offload", optim.optimizer = "adamw8bit" '
+                f"or \"offload\", or lower the stage's max_response_tokens ({reason})"
+            )
+        before, self.max_tokens = self.max_tokens, max(longest, self.max_tokens // 2)
+        self.out_of_memory += 1
+        self.tell(
+            f"out of memory with packed rows of {before} tokens; going on with {self.max_tokens}. The gradient is the "
+            f"same. Set optim.max_tokens_per_rank = {self.max_tokens} to save the retry ({reason})"
+        )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on the GPU or the CPU; torch has no type of its own for the latter."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

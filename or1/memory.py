@@ -1,0 +1,184 @@
+"""What keeps a long row within memory: checkpointed layers, their inputs in host memory, MLPs in tiles, Liger."""
+
+# T packed tokens, H hidden
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+# Copying less than this to the host costs more than it frees.
+_MIN_OFFLOAD_BYTES = 1 << 20
+
+
+class MemoryOptionError(ValueError):
+    """An option that cannot be had on this model or machine; the message names it and the remedy."""
+
+
+def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
+    """Keep only the input of each layer; recompute the rest in backward. `offload` keeps it in host memory.
+
+    Raises MemoryOptionError for a model that transformers cannot checkpoint.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise MemoryOptionError(f"{type(model).__name__} cannot be checkpointed by transformers; "
+                                'set model.gradient_checkpointing = "none"')
+    # transformers 5.23 renames the method and warns at the old name, which is the only one before.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if offload:
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _offloaded_checkpoint
+
+
+def _offloaded_checkpoint(function: Callable, *args: object) -> object:
+    # torch saves the inputs of a checkpoint as saved tensors of the surrounding graph, so these hooks see them alone.
+    with host_copies():
+        return checkpoint(function, *args, use_reentrant=False)
+
+
+def host_copies() -> AbstractContextManager:
+    """Large tensors that autograd saves inside are kept in pinned host memory; CPU tensors stay as they are."""
+    if not torch.cuda.is_available():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _to_host(tensor: Tensor) -> Tensor | tuple[Tensor, torch.cuda.Event, torch.device]:
+    if not tensor.is_cuda or tensor.nbytes < _MIN_OFFLOAD_BYTES:
+        return tensor
+    stream = _copy_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    with torch.cuda.stream(stream):
+        buffer.copy_(tensor, non_blocking=True)
+    # The allocator must not hand the memory to a later kernel while the copy still reads it.
+    tensor.record_stream(stream)
+    return buffer, stream.record_event(), tensor.device
+
+
+def _from_host(packed: Tensor | tuple[Tensor, torch.cuda.Event, torch.device]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    buffer, event, device = packed
+    torch.cuda.current_stream(device).wait_event(event)
+    return buffer.to(device, non_blocking=True)
+
+
+def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
+    """Let every gated MLP take rows longer than `tile_tokens` in tiles; returns how many modules that are.
+
+    Outputs and gradients are those of the whole row. Backward recomputes a tile at a time, so the widest activations
+    exist for one tile only.
+    """
+    parts = ("gate_proj", "up_proj", "down_proj")
+    # Experts and routers have other parts, and are not functions of each token alone.
+    modules = [m for m in model.modules() if all(isinstance(getattr(m, part, None), nn.Linear) for part in parts)]
+    for module in modules:
+        whole = module.forward
+
+        def tiled(x: Tensor, whole: Callable[[Tensor], Tensor] = whole, module: nn.Module = module) -> Tensor:
+            if x.shape[-2] <= tile_tokens:
+                return whole(x)
+            return tiled_forward(whole, x, tile_tokens, tuple(p for p in module.parameters() if p.requires_grad))
+
+        module.forward = tiled
+    return len(modules)
+
+
+def tiled_forward(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile_tokens: int, params: tuple[nn.Parameter, ...]
+) -> Tensor:
+    """`function(x)` for a function of each token alone that reads `params`; x float[..., T, H]."""
+    if not torch.is_grad_enabled():
+        return torch.cat([function(tile) for tile in x.split(tile_tokens, dim=-2)], dim=-2)
+    # x is saved by a node before the computation: within a checkpointed layer, the recomputation stops at the last
+    # tensor that backward needs, which is then this x, and does not run the tiles only to throw them away.
+    token = _Keep.apply(x, torch.zeros((), device=x.device, requires_grad=True))
+    return _Tiled.apply(x, token, function, tile_tokens, *params)
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor):
+        ctx.save_for_backward(x)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, token, function, tile_tokens, *params):
+        ctx.kept, ctx.function, ctx.tile_tokens, ctx.params = token.grad_fn, function, tile_tokens, params
+        ctx.x_needs_grad = ctx.needs_input_grad[0]
+        return torch.cat([function(tile) for tile in x.split(tile_tokens, dim=-2)], dim=-2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.kept.saved_tensors
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.params]
+        # 16-bit sums over many tiles would lose what one matrix product over the row keeps.
+        sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.params, dtypes, strict=True)]
+        dx = torch.empty_like(x)
+        for x_tile, dy_tile, dx_tile in zip(*(t.split(ctx.tile_tokens, dim=-2) for t in (x, dy, dx)), strict=True):
+            with torch.enable_grad():
+                leaf = x_tile.detach().requires_grad_()
+                y_tile = ctx.function(leaf)
+            grads = torch.autograd.grad(y_tile, (leaf, *ctx.params), dy_tile)
+            dx_tile.copy_(grads[0])
+            for total, grad in zip(sums, grads[1:], strict=True):
+                total.add_(grad)
+        dparams = (total.to(p.dtype) for total, p in zip(sums, ctx.params, strict=True))
+        return dx if ctx.x_needs_grad else None, None, None, None, *dparams
+
+
+def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> bool:
+    """Put Liger's RMSNorm, RoPE and SwiGLU into `model`; returns whether they are in.
+
+    Raises MemoryOptionError if `wanted` is "on" and they cannot be had.
+    """
+    if wanted == "off":
+        return False
+    why_not = _why_no_liger(model, device)
+    if why_not:
+        if wanted == "on":
+            raise MemoryOptionError(f'model.liger = "on", but {why_not}; use "auto" or "off"')
+        return False
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    # The losses are or1's own head; RoPE is replaced in the architecture's module, for all its models in this process.
+    _apply_liger_kernel_to_instance(
+        model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    return True
+
+
+def _why_no_liger(model: PreTrainedModel, device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"its kernels need a GPU and the model is on the {device.type}"
+    if model.dtype == torch.float64:
+        return "its kernels compute in fp32 and the model is fp64"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return 'liger-kernel is not installed (pip install "or1[liger]")'
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    known = model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    return "" if known else f"it does not know the architecture {model.config.model_type!r}"

@@ -1,0 +1,173 @@
+"""AdamW of one weight: its moments in full precision or in 8 bits, and rounding to bf16 at random."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from or1.config import OptimConfig
+
+# bitsandbytes' and torchao's block, and the size below which 8 bits save nothing worth their error.
+_BLOCK, _MIN_QUANTIZED = 256, 4096
+
+State = dict[str, Tensor]
+# What any rule's `flatten` may give.
+FLAT_KEYS = ("step", "exp_avg", "exp_avg_sq", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale")
+
+
+class OptimizerError(ValueError):
+    """An optimizer that cannot be had, or a state that is not its own; the message names it and the remedy."""
+
+
+class Rule(Protocol):
+    """How one weight is updated. A state is a dict of tensors; `flatten` makes them plain for a checkpoint."""
+
+    def new_state(self, weight: Tensor) -> State:
+        """Before the first update."""
+
+    def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
+        """One step of AdamW (arXiv 1711.05101, Algorithm 2) on `weight` and `state`, in place."""
+
+    def flatten(self, state: State) -> dict[str, Tensor]:
+        """Plain tensors that hold the state exactly."""
+
+    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
+        """The inverse of `flatten`. Raises OptimizerError for tensors of another kind of state."""
+
+
+def make_rule(config: OptimConfig) -> Rule:
+    """The rule of `optim.optimizer`. Raises OptimizerError if its library is missing."""
+    if config.optimizer != "adamw8bit":
+        return FullAdamW(config)
+    if importlib.util.find_spec("torchao") is None:
+        raise OptimizerError('optim.optimizer = "adamw8bit" needs torchao; pip install "or1[torchao]", or use "adamw" '
+                             'or "offload"')
+    return AdamW8bit(config)
+
+
+class FullAdamW:
+    """Moments of the weight's own type."""
+
+    def __init__(self, config: OptimConfig):
+        self.config = config
+
+    def new_state(self, weight: Tensor) -> State:
+        """See Rule."""
+        # A fused update counts its steps on the device, so that the host need not wait for it.
+        step = torch.zeros((), dtype=torch.float32, device=weight.device if self._fused(weight) else "cpu")
+        return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+
+    def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
+        """See Rule."""
+        beta1, beta2 = self.config.betas
+        adamw(
+            [weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], foreach=False,
+            fused=self._fused(weight), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay,
+            eps=self.config.eps, maximize=False,
+        )  # fmt: skip
+
+    def flatten(self, state: State) -> dict[str, Tensor]:
+        """See Rule."""
+        return dict(state)
+
+    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
+        """See Rule."""
+        state = self.new_state(weight)
+        _require(state.keys(), tensors)
+        return {key: tensors[key].to(value.device, copy=True) for key, value in state.items()}
+
+    def _fused(self, weight: Tensor) -> bool:
+        return weight.is_cuda or self.config.optimizer == "offload"
+
+
+class AdamW8bit:
+    """Moments in blocks of 256 values of 8 bits with an fp32 scale each (arXiv 2110.02861), held by torchao.
+
+    Small weights and those that do not divide into blocks have full moments.
+    """
+
+    def __init__(self, config: OptimConfig):
+        self.config = config
+
+    def new_state(self, weight: Tensor) -> State:
+        """See Rule."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": _moment(weight, signed=True),
+            "exp_avg_sq": _moment(weight, signed=False),
+        }
+
+    def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
+        """See Rule."""
+        state["step"] += 1
+        beta1, beta2 = self.config.betas
+        _adam_of(weight.is_cuda)(
+            weight, grad, state["step"], state["exp_avg"], state["exp_avg_sq"], None,
+            torch.tensor(lr, dtype=torch.float32), beta1, beta2, weight_decay, self.config.eps,
+            IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False,
+        )  # fmt: skip
+
+    def flatten(self, state: State) -> dict[str, Tensor]:
+        """See Rule."""
+        flat = {"step": state["step"]}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = state[key]
+            # The third part, the map from code to value, is a constant.
+            parts = {".codes": moment.codes, ".scale": moment.scale} if _quantized(moment) else {"": moment}
+            flat |= {key + part: tensor for part, tensor in parts.items()}
+        return flat
+
+    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
+        """See Rule."""
+        state = self.new_state(weight)
+        flat = self.flatten(state)
+        _require(flat.keys(), tensors)
+        for key, value in flat.items():
+            value.copy_(tensors[key])
+        return state
+
+
+def _quantized(moment: Tensor) -> bool:
+    return hasattr(moment, "codes")
+
+
+def _moment(weight: Tensor, signed: bool) -> Tensor:
+    if weight.numel() < _MIN_QUANTIZED or weight.numel() % _BLOCK:
+        return torch.zeros_like(weight)
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit.zeros(weight.shape, signed, _BLOCK, weight.device, dtype=weight.dtype)
+
+
+@functools.cache
+def _adam_of(compiled: bool) -> Callable[..., None]:
+    """torchao's update of one weight; compiled on the GPU, where eager mode would hold many copies of the weight."""
+    from torchao.optim.adam import single_param_adam
+
+    return torch.compile(single_param_adam, fullgraph=True, dynamic=False) if compiled else single_param_adam
+
+
+def _require(keys, tensors: dict[str, Tensor]) -> None:
+    missing = sorted(set(keys) - tensors.keys())
+    if missing:
+        raise OptimizerError(
+            f"the checkpoint has no {', '.join(missing)} but {', '.join(sorted(tensors))}: it is of another "
+            "optim.optimizer; resume with the settings of the run"
+        )
+
+
+def round_stochastically(weight: Tensor, seed: int) -> Tensor:
+    """bf16 copy of an fp32 tensor, each value rounded to one of its two neighbours with expectation equal to it.
+
+    The bits are a function of `seed` alone, so that a resumed run rounds as the first one did.
+    """
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    noise = torch.randint(0, 1 << 16, weight.shape, generator=generator, device=weight.device, dtype=torch.int32)
+    # bf16 is the upper half of fp32: adding noise below carries into it as often as the lower half demands.
+    return noise.add_(weight.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,98 @@
+"""Attention over packed rows: every backend that can run here against the equation, document by document."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from or1.attention import AttentionError, Layout, _interface, choose_backend, packed_attention
+
+GPU = torch.cuda.is_available()
+BACKENDS = [
+    "sdpa",
+    pytest.param("varlen", marks=pytest.mark.skipif(not GPU, reason="torch's varlen attention needs a GPU")),
+    pytest.param("flash", marks=pytest.mark.skipif(not (GPU and importlib.util.find_spec("flash_attn")),
+                                                   reason="flash-attn needs a GPU and the package")),
+]  # fmt: skip
+
+# Documents of one token, of very unlike lengths, and two that borrow the keys of the third's first five tokens.
+Q_LENS = [1, 3, 9, 4, 2, 40]
+KEYS = [[0], [1, 2, 3], list(range(4, 13)), [*range(4, 9), *range(13, 17)], [*range(4, 9), 17, 18], list(range(19, 59))]
+
+
+def boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def layout_of(shared: bool, device: str = "cpu") -> Layout:
+    keys = KEYS if shared else list(torch.arange(sum(Q_LENS)).split(Q_LENS))
+    rows = torch.tensor([row for k in keys for row in k], device=device) if shared else None
+    k_lens = [len(k) for k in keys]
+    return Layout(boundaries(Q_LENS).to(device), boundaries(k_lens).to(device), max(Q_LENS), max(k_lens), rows)
+
+
+def naive(q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, keys: list[list[int]], window: int | None) -> Tensor:
+    repeat, parts, start = q_TQD.shape[1] // k_TGD.shape[1], [], 0
+    for length, rows in zip(Q_LENS, keys, strict=True):
+        q_LQD = q_TQD[start : start + length]
+        k_KQD, v_KQD = (x[torch.as_tensor(rows)].repeat_interleave(repeat, dim=1) for x in (k_TGD, v_TGD))
+        scores_QLK = torch.einsum("iqd,jqd->qij", q_LQD, k_KQD) / q_TQD.shape[2] ** 0.5
+        at_L, at_K = torch.arange(length)[:, None] + len(rows) - length, torch.arange(len(rows))
+        seen_LK = (at_K <= at_L) & (at_K > at_L - (window or len(rows)))
+        weights = scores_QLK.masked_fill(~seen_LK.to(q_TQD.device), -torch.inf).softmax(-1)
+        parts.append(torch.einsum("qij,jqd->iqd", weights, v_KQD))
+        start += length
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_each_backend_is_attention_per_document(backend: str, window: int | None, shared: bool, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    device, dtype = ("cpu", torch.float64) if backend == "sdpa" else ("cuda", torch.bfloat16)
+    tokens, tight = sum(Q_LENS), backend == "sdpa"
+    inputs = [torch.randn(tokens, h, 8 if tight else 32, dtype=dtype, device=device) for h in (4, kv_heads, kv_heads)]
+    weight = torch.randn_like(inputs[0])
+    keys = KEYS if shared else list(torch.arange(tokens).split(Q_LENS))
+    layout = layout_of(shared, device)
+
+    def run(attend, cast: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(cast).requires_grad_() for x in inputs)
+        out = attend(q, k, v)
+        return [out, *torch.autograd.grad((out * weight.to(cast)).sum(), (q, k, v))]
+
+    ours = run(lambda q, k, v: packed_attention(q, k, v, layout, window=window, backend=backend), dtype)
+    truth = run(lambda q, k, v: naive(q, k, v, keys, window), torch.float64)
+    plain = run(lambda q, k, v: naive(q, k, v, keys, window), dtype)
+    for our, exact, same_dtype in zip(ours, truth, plain, strict=True):
+        if tight:
+            torch.testing.assert_close(our, exact, rtol=1e-10, atol=1e-12)
+        else:
+            allowed = 2 * (same_dtype - exact).abs().max() + 1e-6
+            assert (our - exact).abs().max() <= allowed
+
+
+def test_the_choice_of_backend() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu, torch.bfloat16) == "sdpa"
+    assert choose_backend("auto", gpu, torch.float32) == "sdpa"
+    assert choose_backend("auto", gpu, torch.bfloat16) in ("flash", "varlen")
+    assert choose_backend("sdpa", gpu, torch.bfloat16) == "sdpa"
+    for wanted in ("flash", "varlen"):
+        with pytest.raises(AttentionError, match=rf'"{wanted}" needs a GPU.*"sdpa"'):
+            choose_backend(wanted, cpu, torch.bfloat16)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(AttentionError, match="flash-attn is not installed"):
+            choose_backend("flash", gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
+def test_what_packed_attention_cannot_do_is_refused(extra: dict) -> None:
+    x = torch.zeros(1, 4, 59, 8)
+    with pytest.raises(AttentionError, match=next(iter(extra))):
+        _interface("sdpa")(torch.nn.Identity(), x, x, x, None, **layout_of(False).as_kwargs(), **extra)
