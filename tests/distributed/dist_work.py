@@ -41,7 +41,8 @@ class Probe(MasterAdamW):
 
     def step_if_finite(self, loss: torch.Tensor):
         named = zip(self.names, self.params, strict=True)
-        self.seen = {name: whole(p.grad) for name, p in named if p.grad is not None}
+        sums = self.gradients()
+        self.seen = {name: whole(p.grad if isinstance(p.grad, DTensor) else sums[name]) for name, p in named}
         return super().step_if_finite(loss)
 
 

@@ -31,6 +31,7 @@ def small_checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, {"step": step}, {"master.w": torch.randn(7, 3), "step.w": torch.tensor(float(step))})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("point", ["ckpt.after_shard:rank1", "ckpt.before_manifest:rank0", "ckpt.before_rename:rank0"])
 def test_f02_a_rank_killed_before_the_commit_leaves_no_step(point: str, tmp_path: Path) -> None:
@@ -71,6 +72,7 @@ def test_f03_a_full_disk_keeps_the_old_checkpoint(small_disk: Path) -> None:
     assert committed_steps(small_disk) == [1, 3], "room that the failed save had taken is free again"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_f03_a_run_goes_on_without_a_checkpoint_and_only_the_last_must_be_written(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"

@@ -51,6 +51,7 @@ def test_f13_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     assert committed_steps(tmp_path / "run" / "checkpoints") == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_rank_that_hangs_ends_the_run_at_the_time_limit(tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -62,6 +63,7 @@ def test_a_rank_that_hangs_ends_the_run_at_the_time_limit(tmp_path: Path) -> Non
     assert "rank 1 (step 2, phase 'train', " in output(log, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_f10_an_infinity_on_one_rank_skips_on_both_and_repeats_stop_the_run(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -76,6 +78,7 @@ def test_f10_an_infinity_on_one_rank_skips_on_both_and_repeats_stop_the_run(tmp_
     assert [line["optim/skipped"] for line in lines(run_dir)[1:]] == [0, 0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_f14_sigterm_to_one_rank_finishes_the_step_and_commits_on_both(two_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -123,6 +126,7 @@ def test_f08_a_run_of_two_ranks_goes_on_with_one_and_with_four(size: int, two_ra
     assert last.state["sampler"] == load_checkpoint(two_ranks / "checkpoints" / "step_6").state["sampler"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_path: Path) -> None:
     data, run_dir = tmp_path / "wrong.jsonl", tmp_path / "run"
