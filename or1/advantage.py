@@ -1,20 +1,48 @@
-"""Group-relative advantages (Skywork-OR1 report, Eq. 2.5)."""
+"""Group-relative advantages (Skywork-OR1 report, Eq. 2.5) and the truncation masks of its section 3.2.3."""
 
 # P prompts, M responses each
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
+AdvantageMask = Literal["none", "before", "after"]
 
-def group_advantages(rewards_PM: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+
+def group_advantages(
+    rewards_PM: np.ndarray,
+    eps: float = 1e-6,
+    *,
+    truncated_PM: np.ndarray | None = None,
+    mask: AdvantageMask = "none",
+    scale_std: bool = True,
+) -> np.ndarray:
     """A_ij = (r_ij - mean_i) / (std_i + eps), with the sample standard deviation (ddof 1).
 
-    rewards_PM  f64[P, M], M >= 2; NaN where a response has no reward
-    returns     f64[P, M]; a row of equal rewards becomes exactly 0; NaN stays, and counts for nothing in its row
+    rewards_PM    f64[P, M], M >= 2; NaN where a response has no reward
+    truncated_PM  bool[P, M], responses cut at the token limit; needed unless mask is "none"
+    mask          "none": a truncated response counts like any wrong one (the report's choice); "before": it is left out
+                  of mean and std and has A = 0; "after": it counts in mean and std, but has A = 0
+    scale_std     False leaves the division by std out, as Dr.GRPO does (arXiv:2503.20783)
+    returns       f64[P, M]; a row of equal rewards becomes exactly 0, and so does one with fewer than two responses to
+                  compare; NaN stays, and counts for nothing in its row
+
+    Raises ValueError if a mask is asked for without truncated_PM.
     """
-    scored_PM = ~np.isnan(rewards_PM)
-    scored_P = scored_PM.sum(axis=1, keepdims=True)
-    centred_PM = rewards_PM - rewards_PM.sum(axis=1, where=scored_PM, keepdims=True) / np.maximum(scored_P, 1)
-    squares_P = np.square(centred_PM).sum(axis=1, where=scored_PM, keepdims=True)
-    return centred_PM / (np.sqrt(squares_P / np.maximum(scored_P - 1, 1)) + eps)
+    if mask != "none" and truncated_PM is None:
+        raise ValueError(f"advantage mask {mask!r} needs truncated_PM; pass which responses were cut, or mask='none'")
+    compared_PM = ~np.isnan(rewards_PM)
+    if mask == "before":
+        compared_PM &= ~truncated_PM
+    count_P1 = compared_PM.sum(axis=1, keepdims=True)
+    mean_P1 = rewards_PM.sum(axis=1, where=compared_PM, keepdims=True) / np.maximum(count_P1, 1)
+    low_P1 = rewards_PM.min(axis=1, where=compared_PM, initial=np.inf, keepdims=True)
+    high_P1 = rewards_PM.max(axis=1, where=compared_PM, initial=-np.inf, keepdims=True)
+    # The mean of equal rewards may be off by a rounding error, which a std of the same size would blow up to 1.
+    advantages_PM = (rewards_PM - mean_P1) * (low_P1 < high_P1)
+    if scale_std:
+        squares_P1 = np.square(advantages_PM).sum(axis=1, where=compared_PM, keepdims=True)
+        advantages_PM /= np.sqrt(squares_P1 / np.maximum(count_P1 - 1, 1)) + eps
+    return advantages_PM if mask == "none" else np.where(truncated_PM, 0.0, advantages_PM)

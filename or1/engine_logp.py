@@ -8,18 +8,13 @@ the entropy that steers the controller. The rest of its response is trained as e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from or1.pack import Microbatch, TrainSequence
+from or1.pack import Microbatch
 from or1.types import Group
-
-
-def known_tokens(sequences: Iterable[TrainSequence]) -> int:
-    """Tokens that an update on these sequences sums over."""
-    return sum(int(np.isfinite(s.rollout_logp).sum()) for s in sequences)
 
 
 def unknown_tokens(groups: Sequence[Group]) -> int:
@@ -37,11 +32,6 @@ def keep_known(batch: Microbatch) -> Microbatch:
     known_N = batch.rollout_logp_N.isfinite()
     if known_N.all():
         return batch
-    return replace(
-        batch,
-        rows_N=batch.rows_N[known_N],
-        targets_N=batch.targets_N[known_N],
-        advantages_N=batch.advantages_N[known_N],
-        rollout_logp_N=batch.rollout_logp_N[known_N],
-        old_logp_N=None if batch.old_logp_N is None else batch.old_logp_N[known_N],
-    )
+    per_token = ("rows_N", "targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
+    present = {name: values for name in per_token if (values := getattr(batch, name)) is not None}
+    return replace(batch, **{name: values[known_N] for name, values in present.items()})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from or1.config import EntropyConfig
+if TYPE_CHECKING:
+    from or1.config import EntropyConfig
 
 
 @dataclass
@@ -18,41 +19,64 @@ class EntropyController:
     script  alpha_k = c_k 1{e_{k-1} < target};   then c += delta if e_k < target, else c -= delta
 
     and c is clipped to [coef_min, coef_max] in both. `constant` always applies c; `none` applies 0.
-    The state (coef, gate) belongs in every checkpoint: the released code lost it on resume and between stages.
+
+        alpha = controller.alpha(entropy)        before the update; loss -= alpha * mean entropy
+        controller.update(entropy)               after it
+
+    The defaults are the released code's; the paper's own are variant="paper", delta=5e-3, coef_max=inf. The state
+    (coef, gate) belongs in every checkpoint: the released code lost it on resume and between stages.
     """
 
-    config: EntropyConfig
-    coef: float
+    coef: float = 0.0
     gate: bool = True
+    target: float = 0.2
+    delta: float = 1e-4
+    coef_min: float = 0.0
+    coef_max: float = 5e-3
+    variant: Literal["script", "paper"] = "script"
+    control: Literal["none", "constant", "adaptive"] = "adaptive"
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("script", "paper") or self.control not in ("none", "constant", "adaptive"):
+            raise ValueError(f"variant is {self.variant!r} and control {self.control!r}; choose script or paper, and "
+                             "none, constant or adaptive")
+        if not self.delta > 0 or not 0 <= self.coef_min <= self.coef_max or self.target < 0:
+            raise ValueError(f"delta={self.delta}, coef in [{self.coef_min}, {self.coef_max}], target={self.target}; "
+                             "delta must be above 0, target at least 0, and the bounds in order")
 
     @classmethod
     def start(cls, config: EntropyConfig) -> EntropyController:
         """The controller before the first step."""
-        return cls(config, config.coef)
+        return cls(config.coef, True, config.target, config.delta, config.coef_min, config.coef_max, config.variant,
+                   config.control)
 
     def alpha(self, entropy: float) -> float:
         """The coefficient to apply in the step whose rollout has this entropy. Changes no state."""
-        match self.config.control, self.config.variant:
+        match self.control, self.variant:
             case "none", _:
                 return 0.0
             case "constant", _:
                 return self.coef
             case _, "paper":
-                return self.coef if entropy <= self.config.target else 0.0
+                return self.coef if entropy <= self.target else 0.0
             case _:
                 return self.coef if self.gate else 0.0
 
     def update(self, entropy: float) -> None:
         """Move c and the gate after that step."""
-        config = self.config
-        if config.control != "adaptive":
+        if self.control != "adaptive":
             return
-        below = entropy < config.target
-        if below or entropy > config.target or config.variant == "script":
-            self.coef += config.delta if below else -config.delta
-        self.coef = min(max(self.coef, config.coef_min), config.coef_max)
+        below = entropy < self.target
+        if below or entropy > self.target or self.variant == "script":
+            self.coef += self.delta if below else -self.delta
+        self.coef = min(max(self.coef, self.coef_min), self.coef_max)
         self.gate = below
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {key: value for key, value in asdict(self).items() if key != "config"}
+        return {"coef": self.coef, "gate": self.gate}
+
+    def restore(self, state: dict[str, Any]) -> EntropyController:
+        """Take up the state of a checkpoint; returns the controller."""
+        self.coef, self.gate = float(state["coef"]), bool(state["gate"])
+        return self

@@ -23,7 +23,8 @@ from or1.prefix import Sharing, Unit, make_units, unit_rows
 class TrainSequence:
     """One response to train on: `prompt_ids` i32[Lp], `response_ids` i32[L], `rollout_logp` f32[L], its advantage.
 
-    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy.
+    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy. `ref_logp` float[L] is the
+    reference model's, which the KL term reads.
     """
 
     prompt_ids: np.ndarray
@@ -31,6 +32,7 @@ class TrainSequence:
     rollout_logp: np.ndarray
     advantage: float
     old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
 
     @property
     def packed_tokens(self) -> int:
@@ -39,8 +41,13 @@ class TrainSequence:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that the loss sums over."""
+        """Tokens of the response."""
         return len(self.response_ids)
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that the loss sums over: those of which the engine reported a finite log-probability."""
+        return int(np.isfinite(self.rollout_logp).sum())
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ class Microbatch:
     targets_N           i64[N], those tokens
     advantages_N        float[N]
     rollout_logp_N      float[N], the engine's log-probabilities
+    lengths_N           float[N], trained tokens of the sequence that a token belongs to
     old_logp_N          float[N], or None when on-policy
+    ref_logp_N          float[N], or None without a reference model
     """
 
     ids_T: Tensor
@@ -70,7 +79,9 @@ class Microbatch:
     targets_N: Tensor
     advantages_N: Tensor
     rollout_logp_N: Tensor
+    lengths_N: Tensor
     old_logp_N: Tensor | None = None
+    ref_logp_N: Tensor | None = None
     kv_rows_U: Tensor | None = None
 
 
@@ -127,7 +138,7 @@ def _anchor(device: torch.device | str, float_dtype: torch.dtype) -> Microbatch:
     token, nothing = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
     floats = torch.empty(0, dtype=float_dtype, device=device)
     bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    return Microbatch(token, token, bounds, 1, bounds, 1, nothing, nothing, floats, floats)
+    return Microbatch(token, token, bounds, 1, bounds, 1, nothing, nothing, floats, floats, floats)
 
 
 def _to_microbatch(
@@ -153,9 +164,12 @@ def _to_microbatch(
     def floats(parts: list[np.ndarray]) -> Tensor:
         return to_device(np.concatenate(parts), float_dtype)
 
-    old = [s.old_logp for s in sequences if s.old_logp is not None]
-    if old and len(old) != len(sequences):
-        raise ValueError(f"{len(old)} of {len(sequences)} sequences have old_logp; give it to all or to none")
+    def optional(name: str) -> Tensor | None:
+        parts = [logp for s in sequences if (logp := getattr(s, name)) is not None]
+        if parts and len(parts) != len(sequences):
+            raise ValueError(f"{len(parts)} of {len(sequences)} sequences have {name}; give it to all or to none")
+        return floats(parts) if parts else None
+
     k_lens = [len(k) for k in key_rows]
     shared = k_lens != q_lens
     cu_seqlens = to_device(np.cumsum([0, *q_lens]), torch.int32)
@@ -170,6 +184,8 @@ def _to_microbatch(
         targets_N=to_device(np.concatenate([s.response_ids for s in sequences]), torch.int64),
         advantages_N=floats([np.full(s.trained_tokens, s.advantage) for s in sequences]),
         rollout_logp_N=floats([s.rollout_logp for s in sequences]),
-        old_logp_N=floats(old) if old else None,
+        lengths_N=floats([np.full(s.trained_tokens, s.known_tokens) for s in sequences]),
+        old_logp_N=optional("old_logp"),
+        ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
     )

@@ -77,7 +77,7 @@ class TrainState:
         return cls(
             **data
             | {
-                "entropy": EntropyController(config.loss.entropy, **data["entropy"]),
+                "entropy": EntropyController.start(config.loss.entropy).restore(data["entropy"]),
                 "sampler": SamplerState(**data["sampler"]),
                 "solved": SolvedPrompts.from_state(data["solved"]) if "solved" in data else SolvedPrompts(),
                 "totals": Counter(data["totals"]),

@@ -18,6 +18,9 @@ from transformers import PretrainedConfig
 from or1.dist import DistError, World
 from or1.pack import Microbatch
 
+# What a Microbatch holds for each trained token, beside its row.
+_PER_TOKEN = ("targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
+
 
 def check_heads(config: PretrainedConfig, size: int) -> None:
     """Raise DistError unless every rank of a group gets whole heads."""
@@ -61,10 +64,7 @@ def my_slice(batch: Microbatch, world: World) -> Microbatch:
         ids_T=batch.ids_T[first : first + width],
         positions_T=batch.positions_T[first : first + width],
         rows_N=batch.rows_N[mine_N] - first,
-        targets_N=batch.targets_N[mine_N],
-        advantages_N=batch.advantages_N[mine_N],
-        rollout_logp_N=batch.rollout_logp_N[mine_N],
-        old_logp_N=None if batch.old_logp_N is None else batch.old_logp_N[mine_N],
+        **{name: values[mine_N] for name in _PER_TOKEN if (values := getattr(batch, name)) is not None},
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,9 +15,10 @@ from or1 import faults
 from or1.balance import plan_ranks
 from or1.budget import Budget
 from or1.dist import SINGLE, World
-from or1.engine_logp import keep_known, known_tokens
+from or1.engine_logp import keep_known
 from or1.fsdp import local_shard
 from or1.model import eval_mode, hidden_states, lm_head
+from or1.normalise import TOKEN_MEAN, Normaliser
 from or1.optim import MasterAdamW
 from or1.pack import Microbatch, TrainSequence, pack_rows, units_of
 from or1.prefix import Sharing
@@ -28,7 +30,10 @@ from or1_kernels.objective import PolicyObjective
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `budget` the size of a packed row."""
+    """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `budget` the size of a packed row.
+
+    `normaliser` says what the sum of the token losses is divided by.
+    """
 
     objective: PolicyObjective
     entropy_coef: float
@@ -36,6 +41,7 @@ class UpdateSettings:
     budget: Budget
     sharing: Sharing = "off"
     progress: Progress = no_progress
+    normaliser: Normaliser = TOKEN_MEAN
     world: World = SINGLE
 
 
@@ -48,9 +54,9 @@ def update_policy(
 ) -> bool:
     """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
 
-    The loss is a sum over tokens divided by the trained tokens of the whole update, so its gradient does not depend on
-    how the sequences are packed: what runs out of memory is done again in smaller rows. Every rank is given all
-    sequences of the update and trains its share of their rows; gradients and numbers are summed over ranks.
+    The loss is a sum over tokens divided by a number of the whole update (Eq. 3.1: its trained tokens), so its gradient
+    does not depend on how the sequences are packed: what runs out of memory is done again in smaller rows. Every
+    rank is given all sequences of the update and trains its share of their rows; gradients and numbers are summed.
     """
 
     def attempt(max_tokens: int) -> tuple[torch.Tensor, UpdateStats]:
@@ -72,7 +78,7 @@ def _accumulate_gradient(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
 ) -> tuple[torch.Tensor, UpdateStats]:
     """Forward and backward of every packed row; the loss, and the rows' numbers."""
-    tokens = known_tokens(sequences)
+    denominator = sum(settings.normaliser.units(s.known_tokens) for s in sequences if s.known_tokens)
     total, stats = torch.zeros((), dtype=torch.float64, device=model.device), UpdateStats()
     packs = _my_rows(model, sequences, settings, max_tokens)
     for done, (_, row) in enumerate(packs):
@@ -84,8 +90,9 @@ def _accumulate_gradient(
             hidden_TH[batch.rows_N],
             batch.targets_N,
             advantages=batch.advantages_N,
-            token_weight=torch.full_like(batch.advantages_N, 1 / tokens),
+            token_weight=settings.normaliser.weights(batch.lengths_N) / denominator,
             old_logp=batch.old_logp_N,
+            ref_logp=batch.ref_logp_N,
             rollout_logp=None if settings.objective.is_cap is None else batch.rollout_logp_N,
             objective=settings.objective,
             entropy_coef=settings.entropy_coef,
@@ -100,25 +107,39 @@ def _accumulate_gradient(
 def with_old_logp(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[TrainSequence]:
-    """The same sequences with the present policy's log-probabilities, packed as the update will pack them.
+    """The same sequences with the present policy's log-probabilities as `old_logp`, where `score` gives some."""
+    return [replace(s, old_logp=x) for s, x in zip(sequences, score(model, sequences, settings), strict=True)]
 
-    A rank fills the sequences that it will train; the others come back as they are.
+
+def with_ref_logp(
+    reference: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
+) -> list[TrainSequence]:
+    """The same sequences with the reference model's log-probabilities as `ref_logp`, where `score` gives some."""
+    return [replace(s, ref_logp=x) for s, x in zip(sequences, score(reference, sequences, settings), strict=True)]
+
+
+def score(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
+) -> list[np.ndarray | None]:
+    """Log-probability of every trained token, float[L] a sequence, packed as the update packs them; no gradients.
+
+    None for sequences that another rank will train. Collective.
     """
 
-    def attempt(max_tokens: int) -> dict[int, TrainSequence]:
-        filled: dict[int, TrainSequence] = {}
+    def attempt(max_tokens: int) -> dict[int, np.ndarray]:
+        scored: dict[int, np.ndarray] = {}
         for indices, row in _my_rows(model, sequences, settings, max_tokens):
             batch = my_slice(row, settings.world)
             hidden_NH = hidden_states(model, batch, settings.world.sequence_group)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
             parts = join_slices(logp_N, row, settings.world).split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
-                filled[i] = replace(sequences[i], old_logp=part.cpu().numpy())
-        return filled
+                scored[i] = part.cpu().numpy()
+        return scored
 
     with eval_mode(model):
-        filled = settings.budget.run(attempt, longest_of(sequences))
-    return [filled.get(i, s) for i, s in enumerate(sequences)]
+        scored = settings.budget.run(attempt, longest_of(sequences))
+    return [scored.get(i) for i in range(len(sequences))]
 
 
 def _my_rows(

@@ -26,6 +26,10 @@ class EntropyConfig(Section):
     """Lower bound of the coefficient."""
     coef_max: float = Field(5e-3, gt=0)
     """Upper bound of the coefficient. Default 5e-3 (script) or 1.0 (paper, which names no bound)."""
+    alarm_low: float = Field(0.1, ge=0)
+    """Warn of collapse below this share of the first steps' entropy; 0: never."""
+    alarm_high: float = Field(3.0, gt=1)
+    """Warn of explosion above this multiple of the first steps' entropy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,4 +54,21 @@ class LossConfig(Section):
     """Cap of the truncated importance weight between engine and trainer; absent means no correction."""
     reject_zero_advantage: bool = True
     """Leave out groups whose responses are all wrong or all right (paper, section 3.1)."""
+    normaliser: Literal["token", "sequence", "dr_grpo"] = "token"
+    """token: divide by all trained tokens (Eq. 3.1). sequence: mean over responses of token means (GRPO).
+    dr_grpo: divide by responses times max_response_tokens."""
+    denominator: Literal["kept", "sampled"] = "kept"
+    """What rejection does to the step size. kept: divide by what is trained (paper). sampled: by the batch before
+    rejection (released code), which shrinks the gradient by the kept share."""
+    advantage_mask: Literal["none", "before", "after"] = "none"
+    """Truncated responses: none: wrong like any other (paper). before: out of the group's mean and std, advantage 0.
+    after: in mean and std, advantage 0 (paper, section 3.2.3)."""
+    advantage_std: bool = True
+    """Divide advantages by the group's standard deviation; false is Dr.GRPO's choice."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference); 0, the report's choice, loads no reference model."""
+    reference: str | None = None
+    """Hugging Face checkpoint of the reference model; absent means model.path. Only read when kl_coef > 0."""
+    refill_rounds: int = Field(0, ge=0)
+    """Extra rollouts a step may take to replace rejected groups (DAPO's dynamic sampling); 0: the batch shrinks."""
     entropy: EntropyConfig = EntropyConfig()

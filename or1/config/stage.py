@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from or1.config.base import Section
@@ -11,7 +13,13 @@ class StageConfig(Section):
     """`[[stage]]`"""
 
     steps: int = Field(ge=1)
-    """Rollout steps in this stage."""
+    """Rollout steps in this stage; with `until = "plateau"`, the most it takes."""
+    until: Literal["steps", "plateau"] = "steps"
+    """When to hand over: after `steps`, or as soon as evaluations are flat in accuracy and truncation."""
+    plateau_evals: int = Field(4, ge=1)
+    """Evaluations in a row without a gain that make a plateau."""
+    plateau_gain: float = Field(0.01, gt=0)
+    """Smallest rise of accuracy, or fall of the truncation rate, that counts as a gain; fractions."""
     max_response_tokens: int = Field(ge=1)
     """Response limit of this stage; a longer response is truncated and scores 0."""
     prompts_per_step: int = Field(ge=1)
@@ -21,7 +29,15 @@ class StageConfig(Section):
     minibatch_prompts: int | None = Field(None, ge=1)
     """Prompts of one optimizer step (the paper's D_T); absent means prompts_per_step, which is on-policy."""
 
+    reuse: int = Field(1, ge=1)
+    """Passes over each rollout (the paper's N_reuse); above 1 is off-policy."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """N_SGD = D_R / D_T * N_reuse (paper, Eq. 4.1), before rejection makes the rollout smaller."""
+        return -(-self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)) * self.reuse
+
     @property
     def on_policy(self) -> bool:
         """Whether one rollout feeds exactly one optimizer step, so that the ratio is 1 and the clip inert."""
-        return self.minibatch_prompts is None or self.minibatch_prompts == self.prompts_per_step
+        return self.updates_per_step == 1

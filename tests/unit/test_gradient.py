@@ -16,6 +16,7 @@ from or1.budget import Budget
 from or1.config import EntropyConfig, ModelConfig, OptimConfig
 from or1.entropy import EntropyController
 from or1.model import load_model
+from or1.normalise import Normaliser
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
 from or1.run_state import RunError, TrainState
@@ -23,7 +24,7 @@ from or1.step_metrics import UpdateStats
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
-TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH = 1.3, 0.07, 0.2, 0.28
+TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH, MAX_TOKENS = 1.3, 0.07, 0.2, 0.28, 40
 
 
 def settings_of(max_tokens: int) -> UpdateSettings:
@@ -46,19 +47,23 @@ def sequences_of(seed: int, off_policy: bool) -> list[TrainSequence]:
     return made
 
 
-def gradient_of_update(path: Path, sequences: list[TrainSequence], max_tokens: int) -> tuple[dict, UpdateStats]:
+def gradient_of_update(
+    path: Path, sequences: list[TrainSequence], settings: UpdateSettings
+) -> tuple[dict, UpdateStats]:
     """What `update_policy` hands to the optimizer."""
     model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
     step = optimizer.step_if_finite
     optimizer.step_if_finite = lambda loss: (seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
                                              step(loss))[1]
-    assert update_policy(model, optimizer, sequences, settings_of(max_tokens), stats)
+    assert update_policy(model, optimizer, sequences, settings, stats)
     return seen, stats
 
 
-def naive_gradient(model: PreTrainedModel, sequences: list[TrainSequence]) -> tuple[dict, float]:
-    """Eq. 3.1 as written: padded rows, full logits, no packing, nothing of or1."""
+def naive_gradient(
+    model: PreTrainedModel, sequences: list[TrainSequence], kl_coef: float = 0.0, normaliser: str = "token"
+) -> tuple[dict, float]:
+    """Eq. 3.1 as written: padded rows, full logits, no packing, nothing of or1. With KL and other normalisers."""
     width = max(len(s.prompt_ids) + len(s.response_ids) for s in sequences)
     ids_BL = torch.zeros(len(sequences), width, dtype=torch.int64)
     attend_BL = torch.zeros_like(ids_BL)
@@ -66,7 +71,9 @@ def naive_gradient(model: PreTrainedModel, sequences: list[TrainSequence]) -> tu
         whole = torch.as_tensor(np.concatenate([s.prompt_ids, s.response_ids]).astype(np.int64))
         ids_BL[b, : len(whole)], attend_BL[b, : len(whole)] = whole, 1
     logits_BLV = model(ids_BL, attention_mask=attend_BL, use_cache=False).logits.double() / TEMPERATURE
-    total, tokens = 0.0, sum(len(s.response_ids) for s in sequences)
+    total = 0.0
+    denominator = {"token": sum(len(s.response_ids) for s in sequences), "sequence": len(sequences),
+                   "dr_grpo": len(sequences) * MAX_TOKENS}[normaliser]
     for b, s in enumerate(sequences):
         first = len(s.prompt_ids)
         for t, token in enumerate(s.response_ids.tolist()):
@@ -75,8 +82,12 @@ def naive_gradient(model: PreTrainedModel, sequences: list[TrainSequence]) -> tu
             old = log_p_V[token].detach() if s.old_logp is None else torch.tensor(s.old_logp[t])
             ratio = (log_p_V[token] - old).exp()
             clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
-            total = total - torch.minimum(ratio * s.advantage, clipped * s.advantage) - ALPHA * entropy
-    loss = total / tokens
+            term = -torch.minimum(ratio * s.advantage, clipped * s.advantage) - ALPHA * entropy
+            if kl_coef:
+                gap = s.ref_logp[t] - log_p_V[token]
+                term = term + kl_coef * (gap.exp() - gap - 1)
+            total = total + term / (len(s.response_ids) if normaliser == "sequence" else 1)
+    loss = total / denominator
     loss.backward()
     return {n: p.grad for n, p in model.named_parameters()}, loss.item()
 
@@ -90,7 +101,7 @@ def test_any_packing_gives_the_gradient_of_the_naive_loss(adder: Path, off_polic
     longest = max(s.packed_tokens for s in sequences)
     shuffled = [sequences[i] for i in order]
     for max_tokens, given in ((longest, sequences), (64, sequences), (64, shuffled), (4096, sequences)):
-        found, stats = gradient_of_update(adder, given, max_tokens)
+        found, stats = gradient_of_update(adder, given, settings_of(max_tokens))
         assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
         assert found.keys() == expected.keys()
         for name, grad in found.items():
@@ -99,6 +110,23 @@ def test_any_packing_gives_the_gradient_of_the_naive_loss(adder: Path, off_polic
     if off_policy:
         clip_frac = stats.metrics()["policy/clip_frac"]
         assert 0.05 < clip_frac < 0.95, "the test must see both sides of the clip"
+
+
+@pytest.mark.parametrize("normaliser", ["token", "sequence", "dr_grpo"])
+def test_kl_and_normalisers_give_the_gradient_of_the_naive_loss(adder: Path, normaliser: str) -> None:
+    rng = np.random.default_rng(2)
+    sequences = [replace(s, ref_logp=s.old_logp + rng.normal(0, 0.5, len(s.old_logp))) for s in sequences_of(4, True)]
+    reference = AutoModelForCausalLM.from_pretrained(adder, dtype=torch.float64, attn_implementation="sdpa").train()
+    expected, expected_loss = naive_gradient(reference, sequences, 0.3, normaliser)
+    settings = replace(
+        settings_of(64), objective=PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=0.3),
+        normaliser=Normaliser(normaliser, MAX_TOKENS),
+    )  # fmt: skip
+    found, stats = gradient_of_update(adder, sequences, settings)
+    assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
+    for name, grad in found.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-10 * scale, msg=name)
 
 
 def test_a_non_finite_advantage_skips_the_update_and_repeats_stop_the_run(adder: Path) -> None:
@@ -125,8 +153,8 @@ def test_one_finite_update_forgives_those_skipped_before() -> None:
 def test_old_logp_is_the_policys_own_and_makes_the_ratio_one(adder: Path) -> None:
     model, sequences = load(adder), sequences_of(5, False)
     filled = with_old_logp(model, sequences, settings_of(64))
-    found, stats = gradient_of_update(adder, filled, 64)
-    on_policy, _ = gradient_of_update(adder, sequences, 64)
+    found, stats = gradient_of_update(adder, filled, settings_of(64))
+    on_policy, _ = gradient_of_update(adder, sequences, settings_of(64))
     assert stats.metrics()["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-12)
     for name, grad in found.items():
         torch.testing.assert_close(grad, on_policy[name], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,105 @@
+"""Stability watch: warns when entropy collapses or explodes, and names the setting to change.
+
+Findings cited are those of the Skywork-OR1 report (arXiv 2505.22312), sections 3.2 and 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from or1.config import Config, StageConfig
+
+BASELINE_STEPS = 5
+"""Steps whose mean entropy is what later steps are compared with."""
+PATIENCE = 5
+"""Steps in a row beyond a bound that make an alarm; one noisy batch makes none."""
+REPEAT = 50
+"""Steps before the same alarm sounds again."""
+
+
+@dataclass
+class EntropyWatch:
+    """Counts steps beyond the bounds. Part of the checkpoint, so a resumed run warns at the same steps.
+
+    first      entropies of the first steps, nats per token
+    beyond     steps in a row beyond each bound
+    sounded    step at which each alarm last sounded
+    """
+
+    first: list[float] = field(default_factory=list)
+    beyond: dict[str, int] = field(default_factory=lambda: {"low": 0, "high": 0})
+    sounded: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> float:
+        """Mean entropy of the first steps; nan until they are there."""
+        return math.fsum(self.first) / BASELINE_STEPS if len(self.first) == BASELINE_STEPS else math.nan
+
+    def note(self, step: int, entropy: float, config: Config, stage: StageConfig) -> str | None:
+        """Take in one step's rollout entropy; returns a warning worth showing, or None."""
+        if len(self.first) < BASELINE_STEPS:
+            self.first.append(entropy)
+            return None
+        bounds, first = config.loss.entropy, self.baseline
+        outside = {"low": entropy < bounds.alarm_low * first, "high": entropy > bounds.alarm_high * first}
+        for side, is_out in outside.items():
+            self.beyond[side] = self.beyond[side] + 1 if is_out else 0
+        for side, count in self.beyond.items():
+            if count >= PATIENCE and step - self.sounded.get(side, -REPEAT) >= REPEAT:
+                self.sounded[side] = step
+                cause = collapse_advice(config, stage) if side == "low" else explosion_advice(config, stage)
+                word = "collapsed" if side == "low" else "exploded"
+                return f"step {step}: entropy {word}, {self.baseline:.3g} -> {entropy:.3g} nats per token; {cause}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EntropyWatch:
+        """The inverse of `to_json`."""
+        return cls(**data)
+
+
+def collapse_advice(config: Config, stage: StageConfig) -> str:
+    """What to change against a collapse, the most likely cause in this config first."""
+    advice = []
+    if stage.updates_per_step > 1:
+        advice.append(f"make the step on-policy: minibatch_prompts = prompts_per_step, reuse = 1 (now "
+                      f"{stage.updates_per_step} updates a rollout; more updates collapse sooner, Ablation 6)")
+    if config.loss.entropy.control == "none":
+        advice.append('set loss.entropy.control = "adaptive" with a target (it prevented collapse, Ablation 9)')
+    elif config.loss.entropy.control == "constant":
+        advice.append('set loss.entropy.control = "adaptive" (a constant coefficient decays or explodes, Ablation 8)')
+    else:
+        advice.append(f"raise loss.entropy.coef_max = {config.loss.entropy.coef_max:g} or loss.entropy.delta = "
+                      f"{config.loss.entropy.delta:g}, the bonus is too weak to hold its target")
+    if config.rollout.temperature < 1:
+        advice.append(f"raise rollout.temperature = {config.rollout.temperature:g} to 1 (0.6 starts near collapse, "
+                      "Ablation 4)")
+    if stage.updates_per_step > 1 and config.loss.clip_high <= 0.2:
+        advice.append("raise loss.clip_high to 0.25 (clip-higher, Ablation 10)")
+    return "or ".join(f"{item}; " for item in advice).removesuffix("; ")
+
+
+def explosion_advice(config: Config, stage: StageConfig) -> str:
+    """What to change against an explosion, the most likely cause in this config first."""
+    entropy = config.loss.entropy
+    advice = []
+    if entropy.control == "constant":
+        advice.append(f'lower loss.entropy.coef = {entropy.coef:g} or set control = "adaptive" (constant coefficients '
+                      "of 5e-4 and more exploded, Ablation 8)")
+    if entropy.control == "adaptive":
+        advice.append(f"lower loss.entropy.delta = {entropy.delta:g} or loss.entropy.coef_max = {entropy.coef_max:g}")
+        if stage.updates_per_step >= 4:
+            advice.append(f"take fewer updates a rollout (now {stage.updates_per_step}; adaptive control is unstable "
+                          "from 4 on, section 4.5)")
+    if config.loss.clip_high >= 0.28:
+        advice.append(f"lower loss.clip_high = {config.loss.clip_high:g} to 0.25 (0.28 shot up without gain, "
+                      "Ablation 10)")
+    advice.append(f"lower optim.lr = {config.optim.lr:g}")
+    return "or ".join(f"{item}; " for item in advice).removesuffix("; ")

@@ -1,0 +1,135 @@
+"""The fused head inside TRL's GRPOTrainer: policy, old and reference passes, every loss_type, no logits.
+
+Only log-probs and entropies are replaced. The loss stays TRL's own, so each of its losses, importance weights, masks
+and entropy controls keeps its meaning.
+Legend: B sequences, T prompt and completion tokens, C completion tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from or1.integrations.transformers import ScoreSettings, install
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+OLDEST, NEWEST = Version("1.0.0"), Version("1.16.0")
+# From here on TRL itself asks its models for log-probs, with this keyword; before, it reads logits.
+_FUSED_FLAG, _ASKS_FOR_LOGPROBS = "fused_lm_head", Version("1.15.0")
+_RETURNS_AUX_LOSS = Version("1.7.0")
+_MULTIMODAL = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "image_sizes",
+               "token_type_ids", "mm_token_type_ids", "image_position_ids", "pixel_position_ids", "spatial_shapes",
+               "num_tiles")
+
+
+class UnsupportedTRLError(RuntimeError):
+    """A TRL version or trainer that cannot be patched; the message names what is supported."""
+
+
+def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
+    """Let a GRPOTrainer score tokens with or1's fused head. Call it once, before train(). Returns the trainer.
+
+        trainer = patch(GRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...))
+
+    options are those of or1_kernels.HeadOptions but temperature, which is the trainer's; stash_bytes=2**30 trades
+    memory for one GEMM less. Works with PEFT, gradient accumulation, accelerate, DDP, FSDP and DeepSpeed: models run
+    through their wrappers. Before TRL 1.15 only text is scored. use_liger_kernel keeps Liger's layers but not its
+    loss, so what TRL refuses beside that loss works.
+
+    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST, heads.UnsupportedHeadError and
+    transformers.UnsupportedModelError for the model.
+    """
+    version = _check(trainer)
+    if "temperature" in options:
+        raise ValueError(f"temperature is {options['temperature']}; set GRPOConfig.temperature, which sampling also "
+                         "obeys")
+    settings = ScoreSettings(
+        flag=_FUSED_FLAG,
+        fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+        options={"temperature": trainer.temperature} | options,
+    )
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            install(model, settings)
+    if version < _ASKS_FOR_LOGPROBS:
+        outputs = 3 if version >= _RETURNS_AUX_LOSS else 2
+        trainer._get_per_token_logps_and_entropies = _Scores(trainer, outputs)
+        # What this attribute means in these versions is Liger's loss; its layers were patched in before.
+        trainer.use_liger_kernel = False
+    return trainer
+
+
+def _check(trainer: Any) -> Version:
+    import trl
+    from trl import GRPOTrainer
+
+    version = Version(trl.__version__)
+    if not OLDEST <= Version(version.base_version) <= NEWEST:
+        raise UnsupportedTRLError(
+            f"trl is {version}; this or1 is tested with {OLDEST} to {NEWEST}. Install one of these, or call "
+            "or1.integrations.trl.patch from an or1 that names yours")
+    if not isinstance(trainer, GRPOTrainer):
+        raise UnsupportedTRLError(f"the trainer is {type(trainer).__name__}; patch takes TRL's GRPOTrainer. For others "
+                                  "there is or1.integrations.transformers.patch_model")
+    return version
+
+
+class _Scores:
+    """GRPOTrainer._get_per_token_logps_and_entropies of TRL before 1.15, without its logits.
+
+    Called as it is: (logps f32[B, C], entropies f32[B, C] or None, aux loss or None), without the last before 1.7.
+    """
+
+    def __init__(self, trainer: Any, outputs: int) -> None:
+        self.trainer = trainer
+        self.outputs = outputs
+
+    def __call__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
+        batch_size: int | None = None, compute_entropy: bool = False, *, compute_aux_loss: bool = False, **extra: Any
+    ) -> tuple[Tensor | None, ...]:
+        given = [name for name in _MULTIMODAL if extra.get(name) is not None]
+        if given:
+            raise UnsupportedTRLError(f"the batch has {given}; with images or token types or1 needs trl >= "
+                                      f"{_ASKS_FOR_LOGPROBS}")
+        options = {_FUSED_FLAG: True} | ({"output_router_logits": True} if compute_aux_loss else {})
+        parts = []
+        size = batch_size or len(input_ids)
+        for ids_BT, mask_BT in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
+            labels_BT[:, :-logits_to_keep] = -100
+            with self.trainer.accelerator.autocast():
+                parts.append(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, **options))
+        logps_BC = torch.cat([part.log_probs[:, -logits_to_keep:] for part in parts])
+        entropy_BC = torch.cat([part.entropy[:, -logits_to_keep:] for part in parts]) if compute_entropy else None
+        if compute_entropy and not getattr(self.trainer, "_entropy_bonus_enabled", False):
+            entropy_BC = entropy_BC.detach()
+        aux_loss = torch.stack([part.aux_loss for part in parts]).mean() if compute_aux_loss else None
+        return (logps_BC, entropy_BC, aux_loss)[: self.outputs]
+
+
+@functools.cache
+def _trainer_class() -> type:
+    from trl import GRPOTrainer
+
+    class Or1GRPOTrainer(GRPOTrainer):
+        """TRL's GRPOTrainer, patched when it is made. Takes what GRPOTrainer takes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            patch(self)
+
+    return Or1GRPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    # A class statement at the top of the module would import trl with it.
+    if name == "Or1GRPOTrainer":
+        return _trainer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

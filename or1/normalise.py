@@ -1,0 +1,41 @@
+"""What the summed token losses of an update are divided by (Skywork-OR1 report, Eq. 3.1, and two alternatives)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+ArrayT = TypeVar("ArrayT")
+NormaliserKind = Literal["token", "sequence", "dr_grpo"]
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """loss = sum_s sum_t w(|s|) l_st / (scale * sum_s units(|s|)), over sequences s of |s| trained tokens t.
+
+    token     every token counts the same: l / sum |s|. Eq. 3.1, adopted by the report (MAGIC) and DAPO
+    sequence  every response counts the same: (l / |s|) / number of responses. GRPO as first published
+    dr_grpo   l / (number of responses * max_tokens), a constant. Dr.GRPO (arXiv:2503.20783)
+
+    max_tokens  the response limit, read by dr_grpo alone
+    scale       sampled over kept groups to divide, as the released code does, by the batch before rejection; else 1
+
+    units are additive, so sums over packed rows, minibatches and ranks give the same denominator.
+    """
+
+    kind: NormaliserKind = "token"
+    max_tokens: int = 1
+    scale: float = 1.0
+
+    def units(self, length: int) -> float:
+        """Share of a response of `length` tokens in the denominator."""
+        share = {"token": length, "sequence": 1, "dr_grpo": self.max_tokens}[self.kind]
+        return self.scale * share
+
+    def weights(self, lengths_N: ArrayT) -> ArrayT:
+        """Factor of each token's loss; lengths_N: tokens of the response that it belongs to, an array or tensor."""
+        return 1.0 / lengths_N if self.kind == "sequence" else 0.0 * lengths_N + 1.0
+
+
+TOKEN_MEAN = Normaliser()
+"""Eq. 3.1."""

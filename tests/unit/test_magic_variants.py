@@ -1,0 +1,155 @@
+"""Variants the report ablates or the released code chose otherwise, each against hand-computed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from or1.advantage import group_advantages
+from or1.alarms import BASELINE_STEPS, PATIENCE, REPEAT, EntropyWatch
+from or1.config import Config, StageConfig
+from or1.normalise import Normaliser
+from or1.shaping import overlong_penalty
+from or1.stages import StageProgress, has_plateaued
+
+STAGE = {"steps": 100, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}
+
+
+def config_of(stage: dict | None = None, **sections: dict) -> Config:
+    stages = [STAGE | (stage or {})]
+    return Config.model_validate({"run_dir": "r", "model": {"path": "m"}, "data": {"train": ["t"]}, "stage": stages}
+                                 | sections)
+
+
+# Rewards 1, 0, 0, 0 with the last response cut. none: mean 1/4, std 1/2. before: of 1, 0, 0 mean 1/3, std 1/sqrt(3).
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("none", [1.5, -0.5, -0.5, -0.5]),
+        ("before", [2 / 3 * math.sqrt(3), -math.sqrt(3) / 3, -math.sqrt(3) / 3, 0.0]),
+        ("after", [1.5, -0.5, -0.5, 0.0]),
+    ],
+)
+def test_truncation_masks(mask: str, expected: list[float]) -> None:
+    cut = np.array([[False, False, False, True]])
+    found = group_advantages(np.array([[1.0, 0, 0, 0]]), eps=0.0, truncated_PM=cut, mask=mask)
+    assert found[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_mask_before_leaves_nothing_to_compare_when_only_truncated_answers_are_wrong() -> None:
+    rewards, cut = np.array([[1.0, 1, 0]]), np.array([[False, False, True]])
+    assert (group_advantages(rewards, truncated_PM=cut, mask="before") == 0).all()
+    assert (group_advantages(rewards, truncated_PM=cut, mask="after")[0, :2] > 0).all()
+    alone = np.array([[False, True, True]])
+    assert (group_advantages(rewards, truncated_PM=alone, mask="before") == 0).all()
+    with pytest.raises(ValueError, match="needs truncated_PM"):
+        group_advantages(rewards, mask="after")
+
+
+def test_equal_rewards_that_round_have_advantage_exactly_zero() -> None:
+    assert (group_advantages(np.full((1, 3), 0.1)) == 0).all()
+
+
+def test_dr_grpo_advantages_are_centred_only() -> None:
+    assert group_advantages(np.array([[1.0, 0, 0, 0]]), scale_std=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+# Two responses of 2 and 6 tokens whose token losses are 1 and 5: sums 2 and 30.
+@pytest.mark.parametrize(
+    ("normaliser", "loss"),
+    [
+        (Normaliser("token"), 32 / 8),
+        (Normaliser("sequence"), (1 + 5) / 2),
+        (Normaliser("dr_grpo", max_tokens=10), 32 / 20),
+        (Normaliser("token", scale=4.0), 32 / 8 / 4),
+    ],
+)
+def test_normalisers(normaliser: Normaliser, loss: float) -> None:
+    lengths_N, losses_N = np.repeat([2.0, 6.0], [2, 6]), np.repeat([1.0, 5.0], [2, 6])
+    total = (normaliser.weights(lengths_N) * losses_N).sum()
+    assert total / sum(map(normaliser.units, (2, 6))) == pytest.approx(loss)
+
+
+def test_overlong_penalty_falls_from_the_buffer_to_the_limit() -> None:
+    lengths = np.array([[10, 80, 90, 100]])
+    assert overlong_penalty(lengths, limit=100, buffer=20).tolist() == [[0, 0, -0.5, -1]]
+    with pytest.raises(ValueError, match="between 1 and the response limit 100"):
+        overlong_penalty(lengths, limit=100, buffer=101)
+
+
+@pytest.mark.parametrize(
+    ("d_r", "d_t", "reuse", "updates"), [(64, 64, 1, 1), (64, 32, 1, 2), (64, 64, 2, 2), (64, 16, 1, 4), (64, 64, 4, 4)]
+)
+def test_updates_per_step_is_equation_4_1(d_r: int, d_t: int, reuse: int, updates: int) -> None:
+    stage = StageConfig(**STAGE | {"prompts_per_step": d_r, "minibatch_prompts": d_t, "reuse": reuse})
+    assert stage.updates_per_step == updates
+    assert stage.on_policy == (updates == 1)
+
+
+def plateau(**settings: float) -> StageConfig:
+    return StageConfig(**STAGE | {"until": "plateau", "plateau_evals": 2, "plateau_gain": 0.01} | settings)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "truncated", "flat"),
+    [
+        ([0.5, 0.6, 0.6, 0.605], [0.3, 0.1, 0.1, 0.1], True),
+        ([0.5, 0.6, 0.6, 0.62], [0.3, 0.1, 0.1, 0.1], False),  # accuracy still rises
+        ([0.5, 0.6, 0.6, 0.6], [0.3, 0.2, 0.1, 0.1], False),  # truncation still falls
+        ([0.5, 0.6], [0.3, 0.1], False),  # too few to tell
+        ([0.6, 0.5, 0.5, 0.55], [0.1, 0.3, 0.2, 0.1], True),  # what was lost and won back is no gain
+        ([0.5, math.nan, math.nan, math.nan], [0.1, 0.1, 0.1, 0.1], True),
+    ],
+)
+def test_a_plateau_is_flat_in_accuracy_and_in_truncation(
+    accuracy: list[float], truncated: list[float], flat: bool
+) -> None:
+    history = [(i, a, t) for i, (a, t) in enumerate(zip(accuracy, truncated, strict=True))]
+    assert has_plateaued(history, plateau()) is flat
+
+
+def test_stages_hand_over_by_steps_or_by_plateau_and_survive_a_checkpoint() -> None:
+    stages = [STAGE | {"steps": 3}, plateau().model_dump() | {"steps": 9}, STAGE | {"steps": 2}]
+    config = config_of().model_copy(update={"stage": tuple(StageConfig(**s) for s in stages)})
+    progress, seen = StageProgress(), []
+    for step in range(1, 15):
+        if progress.finished(config):
+            break
+        seen.append(progress.index)
+        progress.note_evaluation(step, 0.5, 0.0)
+        progress = StageProgress.from_json(progress.to_json())
+        progress.advance(config, step)
+    # The second stage is flat from its first evaluation on: one to compare with, then two without a gain.
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert StageProgress(1, 3).steps_left(config, 5) == 7 + 2
+    with pytest.raises(IndexError, match="all 3 stages are done"):
+        progress.stage(config)
+
+
+def heard(entropies: list[float], config: Config) -> dict[int, str]:
+    watch, stage = EntropyWatch(), config.stage[0]
+    said = {}
+    for step, entropy in enumerate(entropies, 1):
+        watch = EntropyWatch.from_json(watch.to_json())
+        if (message := watch.note(step, entropy, config, stage)) is not None:
+            said[step] = message
+    return said
+
+
+def test_a_collapse_is_named_once_with_the_settings_that_cause_it() -> None:
+    config = config_of({"minibatch_prompts": 1}, rollout={"temperature": 0.6})
+    said = heard([1.0] * BASELINE_STEPS + [0.05] * (REPEAT + PATIENCE - 1), config)
+    assert list(said) == [BASELINE_STEPS + PATIENCE]
+    for part in ("collapsed, 1 -> 0.05", "minibatch_prompts = prompts_per_step", 'control = "adaptive"', "temperature"):
+        assert part in said[BASELINE_STEPS + PATIENCE]
+
+
+def test_an_explosion_is_named_and_noise_is_not() -> None:
+    config = config_of(loss={"clip_high": 0.28, "entropy": {"control": "constant", "coef": 0.01}})
+    said = heard([0.2] * BASELINE_STEPS + [0.9] * PATIENCE, config)
+    assert len(said) == 1
+    assert "exploded" in next(iter(said.values())) and "loss.entropy.coef = 0.01" in next(iter(said.values()))
+    assert "clip_high = 0.28" in next(iter(said.values()))
+    assert not heard([0.2] * BASELINE_STEPS + [0.9, 0.9, 0.2, 0.9, 0.9, 0.05, 0.01] * 3, config)
