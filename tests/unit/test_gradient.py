@@ -166,12 +166,12 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
     lost = sequences[2]
     logp = lost.rollout_logp.copy()
     logp[[t for t in tokens if t < len(logp)]] = np.nan
-    found, stats = gradient_of_update(adder, [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]], 64)
+    found, stats = gradient_of_update(adder, [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]], settings_of(64))
     trained = sum(s.trained_tokens for s in sequences) - int(np.isnan(logp).sum())
     assert stats.tokens == trained and all(np.isfinite(v) for v in stats.metrics().values())
 
-    whole, _ = gradient_of_update(adder, sequences, 64)
+    whole, _ = gradient_of_update(adder, sequences, settings_of(64))
     if len(tokens) > 1:
-        rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]], 64)
+        rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]], settings_of(64))
         assert all(torch.allclose(grad, rest[name], rtol=1e-9, atol=1e-12) for name, grad in found.items())
     assert any(not torch.allclose(grad, whole[name], rtol=1e-3) for name, grad in found.items())
