@@ -78,6 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     _add_checkpoint_verbs(verbs)
+    doctor = verbs.add_parser("doctor", help="check this machine and, with a config, that engine and trainer agree")
+    doctor.add_argument("config", nargs="?", help="TOML file whose engine to try, without any update")
+    doctor.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override it")
+    doctor.set_defaults(run=_doctor)
+
+    serve = verbs.add_parser("serve", help="run the vLLM server of a config, for a trainer on this or another machine")
+    serve.add_argument("config", help="TOML file")
+    serve.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; another than loopback only in a "
+                       "network that you trust")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.set_defaults(run=_serve)
     return parser
 
 
@@ -197,6 +209,26 @@ def _export(arguments: argparse.Namespace) -> int:
     from or1.launch import export_run
 
     return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from or1.doctor import diagnose
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    healthy = True
+
+    def run() -> None:
+        nonlocal healthy
+        healthy = diagnose(config)
+
+    return _guarded(run) or (0 if healthy else EXIT_RUN)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from or1.rollout import serve
+
+    return _guarded(lambda: serve(config, arguments.host, arguments.port))
 
 
 def _guarded(action: Callable[[], object]) -> int:

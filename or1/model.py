@@ -100,6 +100,26 @@ def _require_safetensors(path: str) -> None:
         )
 
 
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the tokenizer's and those of the checkpoint's generation_config.json, ascending."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The present weights under their Hugging Face names, whole and detached, one at a time; none is copied.
+
+    A tied lm_head is named too: an engine that keeps a packed copy of it would go on with the old one otherwise.
+    """
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", model.get_input_embeddings().weight)
+    for name, tensor in state.items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield name, whole.detach()
+
+
 def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: ProcessGroup | None = None) -> Tensor:
     """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other.
 

@@ -40,6 +40,8 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     if not record.is_file():
         raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
     config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")) | {"run_dir": str(run_dir)})
+    # Nothing is generated, so no other engine need start.
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
     if step > config.total_steps:
         raise RunError(f"step {step} is past the last of {config.total_steps} steps")
     base = max((s for s in committed_steps(checkpoints_of(run_dir)) if s < step), default=0)
@@ -64,7 +66,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
 
 def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
     index, stage = stage_at(trainer.config, number)
-    trainer.begin(number, index, stage)
+    trainer.begin(number, index)
     by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
     try:
         groups = read_rollouts(path, by_id, stage.group_size)

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         "status": pa.string(),
         "finish": pa.string(),
         "version": pa.int32(),
+        "versions": pa.list_(pa.int32()),
         "advantage": pa.float64(),
         "kept": pa.bool_(),
     }
@@ -52,6 +53,7 @@ def write_rollouts(
             "status": score.status.value,
             "finish": response.finish,
             "version": response.version,
+            "versions": response.versions,
             "advantage": None if advantage is None else advantage[i],
             "kept": advantage is not None,
         }

@@ -13,9 +13,11 @@ from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.entropy import EntropyController
+from or1.rollout_state import InFlight
 
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
-FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage"})
+# So does where the engine runs.
+FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "rollout.vllm", "rollout.verify_every"})
 
 
 class RunError(ValueError):
@@ -38,6 +40,8 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     totals: Counter[str] = field(default_factory=Counter)
     budget: dict[str, int] = field(default_factory=dict)
+    in_flight: InFlight = field(default_factory=InFlight)
+    """Saved apart, since most of it is tensors; see `InFlight.to_checkpoint`."""
 
     @classmethod
     def start(cls, config: Config) -> TrainState:
@@ -73,9 +77,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, config: Config, data: dict[str, Any]) -> TrainState:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; nothing is in flight."""
         return cls(
-            **data
+            **{name: value for name, value in data.items() if name != "in_flight"}
             | {
                 "entropy": EntropyController.start(config.loss.entropy).restore(data["entropy"]),
                 "sampler": SamplerState(**data["sampler"]),
@@ -99,7 +103,7 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
         messages.append(f"moved the former run to {aside}")
     if record.is_file():
         changed = _changed_keys(json.loads(record.read_text(encoding="utf-8")), config.model_dump(mode="json"))
-        fixed = [key for key in changed if key.split(".")[0] not in FREE_TO_CHANGE]
+        fixed = [key for key in changed if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)]
         if fixed:
             raise RunError(
                 f"{run_dir} holds a run with other settings ({', '.join(fixed)}); choose another folder with "

@@ -16,6 +16,7 @@ from or1.dist import World
 from or1.filters import has_advantage
 from or1.optim import UpdateResult
 from or1.pack import Microbatch
+from or1.rollout.collect import Rollout
 from or1.types import Group, Status
 from or1_kernels.head import PolicyStats
 
@@ -30,7 +31,9 @@ def rollout_entropy(groups: Sequence[Group]) -> float:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, statuses and lengths over all groups of a step, before rejection."""
+    """Rewards, statuses and lengths over all groups of a step, before rejection; empty if no group is complete."""
+    if not groups:
+        return {}
     rewards = np.stack([group.rewards for group in groups])
     lengths = np.array([len(response.token_ids) for group in groups for response in group.responses])
     statuses = Counter(score.status for group in groups for score in group.scores)
@@ -53,12 +56,29 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
+    """How a rollout fared in the engine. version: the policy about to be updated.
+
+    completion/deadline   share of responses that the deadline aborted
+    group/open            groups that go on under the next policy
+    policy/staleness      mean number of policies between the one that sampled a token and the one that trains on it
+    """
+    responses = [response for group in rollout.groups for response in group.responses]
+    behind = sum(float((version - r.token_versions).sum()) for r in responses)
+    return {
+        "completion/deadline": sum(r.finish == "deadline" for r in responses) / max(len(responses), 1),
+        "group/open": float(len(rollout.open)),
+        "policy/staleness": behind / max(sum(len(r.token_ids) for r in responses), 1),
+    }
+
+
 @dataclass
 class UpdateStats:
     """Sums over the tokens of a step's updates; kept on the device until `metrics` so that nothing waits for them."""
 
     tokens: int = 0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    ratio_max: torch.Tensor | None = None
     results: list[UpdateResult] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -72,6 +92,8 @@ class UpdateStats:
             # k3 estimator of KL(engine || trainer), non-negative for every token.
             "mismatch/kl": drift.exp() - 1 - drift,
         }
+        largest = drift.max().exp()
+        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
         self.tokens += len(stats.logp)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
@@ -102,6 +124,8 @@ class UpdateStats:
         if not self.results:
             return {"optim/updates": 0.0, "optim/skipped": 0.0}
         return {name: float(total) / self.tokens for name, total in self.sums.items()} | {
+            # Largest weight that a token would have without loss.is_cap.
+            "mismatch/ratio_max": float(self.ratio_max),
             "optim/loss": float(np.mean(self.losses)),
             "optim/grad_norm": float(np.mean([r.grad_norm for r in self.results])),
             "optim/lr": self.results[-1].lr,

@@ -21,6 +21,7 @@ def summarise(
     phases["other"] = math.fsum(other_seconds(r) for r in records)
     counts = {
         "truncated responses": state.totals[Status.TRUNCATED.value],
+        "aborted at the deadline": state.totals["stragglers"],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
         "responses without a reward": state.totals[Status.SKIPPED.value],

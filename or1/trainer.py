@@ -32,20 +32,22 @@ from or1.data import Sampler, load_run_data
 from or1.dist import SINGLE, World
 from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
+from or1.feed import RolloutFeed, step_seed
 from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
+from or1.parity import compare_engine
 from or1.reward import make_scorer
-from or1.rollout.base import Sampling
+from or1.rollout import make_engine
 from or1.rollout.collect import Rollout
 from or1.rollout.hf import HfEngine
-from or1.rollout.spread import collect_spread
 from or1.rollout_log import write_rollouts
+from or1.rollout_state import InFlight
 from or1.run_state import TrainState, checkpoints_of
 from or1.stages import last_step_of, stage_at
-from or1.step_metrics import UpdateStats, peak_memory_gib, rollout_entropy, rollout_metrics
+from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
@@ -72,11 +74,12 @@ class Trainer:
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()
         self.optimizer = MasterAdamW(self.model, config.optim, world)
-        self.engine = HfEngine(self.model, self.tokenizer, config.rollout.batch_size)
+        self.engine = make_engine(config, self.model, self.tokenizer)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
         self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
         self._checkpoint_s: float | None = None
         self.state = self._restore(resume) or TrainState.start(config)
+        self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state, world)
 
     def run(self) -> bool:
         """All steps that are left, or as many as run before a stop is asked for; returns whether all are done.
@@ -84,13 +87,21 @@ class Trainer:
         Every step ends with a line in metrics.jsonl; some with a checkpoint, and the last one that runs always.
         """
         stopped = False
-        with self._metrics() as writer, make_scorer(self.config.reward, self._all_prompts()) as self.scorer:
+        with (
+            closing(self.engine),
+            closing(self.feed),
+            self._metrics() as writer,
+            make_scorer(self.config.reward, self._all_prompts()) as self.scorer,
+        ):
             if self.state.step == 0:
                 self._report(writer, 0, self.evaluate())
             while self.state.step < self.config.total_steps and not stopped:
                 stopped = self._one_step(writer)
             self.checkpoints.wait()
-        return self.state.step == self.config.total_steps
+        finished = self.state.step == self.config.total_steps
+        if finished and (unfinished := len(self.state.in_flight.carried)):
+            self.display.message(f"{unfinished} groups were still open after the last step and are left out")
+        return finished
 
     @contextmanager
     def _metrics(self) -> Iterator[MetricsWriter | None]:
@@ -127,29 +138,29 @@ class Trainer:
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
-        seed, prompts = self.begin(number, index, stage)
-        sampling = Sampling(self.config.rollout.temperature, stage.max_response_tokens, stage.group_size, seed)
+        self._drop_solved(index)
 
         def progress(done: int, total: int) -> None:
             self.display.phase("rollout", done, total)
 
-        rollout = collect_spread(self.world, self.engine, self.scorer, prompts, sampling, progress)
+        rollout = self.feed.take(number, self.scorer, progress)
+        torch.manual_seed(step_seed(self.config, number))
+        self.feed.ahead(number + 1, self.scorer)
+        if not self.config.rollout.overlap:
+            self.engine.release()
         return self.learn(number, index, stage, rollout)
 
-    def begin(self, number: int, index: int, stage: StageConfig) -> tuple[int, list[Prompt]]:
-        """Take the step's prompts and seed what it draws; returns the seed and the prompts."""
-        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
-        torch.manual_seed(seed)
+    def begin(self, number: int, index: int) -> None:
+        """Take the prompts of a step whose rollout exists already, and seed what the step draws."""
         self._drop_solved(index)
-        solved_N = self.state.solved.mask(self.data.prompts)
-        chosen, self.state.sampler = self.sampler.take(self.state.sampler, stage.prompts_per_step, solved_N)
-        return seed, [self.data.prompts[i] for i in chosen]
+        self.feed.skip(number)
+        torch.manual_seed(step_seed(self.config, number))
 
     def learn(
         self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True
     ) -> dict[str, float]:
         """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
-        metrics = rollout_metrics(rollout.groups)
+        metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
         wanted = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
         trainable = [want and is_known(group) for want, group in zip(wanted, rollout.groups, strict=True)]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
@@ -172,8 +183,9 @@ class Trainer:
         self.state.totals["empty_steps"] += not kept
         trained = time.perf_counter()
 
-        self.state.policy_version += 1
-        self.engine.update_weights(self.state.policy_version)
+        self.feed.settle()
+        synced = time.perf_counter()
+        metrics |= self._push()
         self._count(rollout.groups)
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
@@ -187,12 +199,24 @@ class Trainer:
             "optim/row_tokens": float(self.budget.max_tokens),
             "data/epoch": float(self.state.sampler.epoch),
             "data/dropped_solved": float(len(self.state.solved.dropped)),
-            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + trained - train_began),
-            "time/rollout": rollout.generate_s,
+            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + synced - train_began),
+            # A rollout made ahead costs what the step waits for it after training.
+            "time/rollout": rollout.generate_s + synced - trained,
             "time/reward": rollout.reward_s,
+            "time/reward_exposed": rollout.reward_s,
             "time/train": trained - train_began,
-            "time/sync": time.perf_counter() - trained,
+            "time/sync": time.perf_counter() - synced,
         }  # fmt: skip
+
+    def _push(self) -> dict[str, float]:
+        """The present weights to the engine, as the next version; now and then, see that they arrived."""
+        version = self.state.policy_version + 1
+        self.engine.update_weights(version)
+        self.state.policy_version = version
+        every = self.config.rollout.verify_every
+        if isinstance(self.engine, HfEngine) or not every or version % every:
+            return {}
+        return compare_engine(self.engine, self.model, self.data.prompts, self.config).require().metrics()
 
     def _minibatches(
         self, kept: Sequence[Group], advantages_KM: np.ndarray, stage: StageConfig
@@ -205,7 +229,8 @@ class Trainer:
             [
                 TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
                 for response, advantage in zip(group.responses, advantages_M, strict=True)
-                if not math.isnan(advantage)  # a response without a reward
+                # Left out: a response without a reward, and one that was aborted before its first token.
+                if not math.isnan(advantage) and len(response.token_ids)
             ]
             for group, advantages_M in zip(kept, advantages_KM, strict=True)
         ]
@@ -251,10 +276,10 @@ class Trainer:
         self.display.phase("checkpoint")
         self._look_after(self.checkpoints.wait)
         self.state.updates, self.state.budget = self.optimizer.updates, self.budget.state()
-        optimizer = self.optimizer
-        self.checkpoints.save(
-            Checkpoint(self.state.step, self.state.to_json(), optimizer.state_tensors(), optimizer.state_rows())
-        )
+        in_flight, tensors = self.state.in_flight.to_checkpoint(self.data.prompts)
+        state, moments = self.state.to_json() | {"in_flight": in_flight}, self.optimizer.state_tensors()
+        checkpoint = Checkpoint(self.state.step, state, moments | tensors, self.optimizer.state_rows())
+        self.checkpoints.save(checkpoint)
         return time.perf_counter() - began
 
     def _look_after(self, how: Callable[[], None]) -> None:
@@ -279,6 +304,8 @@ class Trainer:
         if checkpoint is None:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)
+        in_flight = checkpoint.state.get("in_flight", {})
+        state.in_flight = InFlight.from_checkpoint(in_flight, checkpoint.tensors, self.data.prompts, self.tokenizer)
         self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
         self.budget.restore(state.budget)
         self.engine.update_weights(state.policy_version)
@@ -296,6 +323,7 @@ class Trainer:
     def _count(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
+            self.state.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
         self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
 
     def _drop_solved(self, stage_index: int) -> None:

@@ -79,8 +79,10 @@ class Response:
 
     token_ids  i32[L], up to and including the end-of-sequence token if one was sampled
     logp       f32[L], the engine's log-probability of each token at the sampling temperature, nats
-    finish     "stop" if the last token is end-of-sequence, "length" if the response was cut at the limit
-    version    policy version that sampled it
+    finish     "stop" if the last token is end-of-sequence, "length" if the response was cut at the limit, "deadline" if
+               it was aborted because time was up; such a response may have no token at all
+    version    policy version that sampled its last token
+    versions   i32[L], policy version that sampled each token, or None where `version` sampled all of them
     """
 
     token_ids: np.ndarray
@@ -88,11 +90,17 @@ class Response:
     finish: str
     version: int
     text: str
+    versions: np.ndarray | None = None
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was cut at the token limit."""
-        return self.finish == "length"
+        """Whether the response was cut before its end-of-sequence token."""
+        return self.finish != "stop"
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """i32[L]: the policy version behind each token."""
+        return np.full(len(self.token_ids), self.version, np.int32) if self.versions is None else self.versions
 
 
 @dataclass(frozen=True)
@@ -115,3 +123,12 @@ class Group:
     def rewards(self) -> np.ndarray:
         """f64[M]; NaN where a response has no reward"""
         return np.array([score.reward for score in self.scores], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class OpenGroup:
+    """A group some of whose responses are to go on under the next policy; those have no score yet."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    scores: tuple[Score | None, ...]

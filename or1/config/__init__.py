@@ -17,7 +17,7 @@ from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import CodeRewardConfig, RewardConfig
-from or1.config.rollout import RolloutConfig
+from or1.config.rollout import RolloutConfig, VllmConfig
 from or1.config.run import CheckpointConfig, LogConfig
 from or1.config.stage import StageConfig
 
@@ -41,6 +41,7 @@ __all__ = [
     "RolloutConfig",
     "Section",
     "StageConfig",
+    "VllmConfig",
 ]
 
 

@@ -174,6 +174,38 @@ def _eval_names_unique(config: Config) -> Iterator[Problem]:
         yield Problem("eval.sets", f"{names.count(name)} sets are named {name!r}; give each its own name")
 
 
+def _importance_weights_sound(config: Config) -> Iterator[Problem]:
+    rollout, loss = config.rollout, config.loss
+    if loss.is_cap is None:
+        for name, value in (("partial_tokens", rollout.partial_tokens), ("overlap", rollout.overlap or None)):
+            if value is not None:
+                yield Problem(f"rollout.{name}", f"{str(value).lower()} trains on tokens of older policies, which "
+                              "needs importance weights; set loss.is_cap, for example to 2.0, or remove this")
+        return
+    for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
+        if value != off:
+            yield Problem(f"rollout.{name}", f"{value} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
+                          "from a truncated distribution, whose probabilities are those of the whole one divided by "
+                          "the mass that survives, so every importance weight would be multiplied by that mass; set "
+                          f"{name} = {off}, or remove loss.is_cap")
+    if loss.old_logp == "rollout":
+        yield Problem("loss.is_cap", f'{loss.is_cap} has no effect with loss.old_logp = "rollout", where the ratio '
+                      'itself compares with the engine; set old_logp = "auto", or remove is_cap')
+
+
+def _engine_fits(config: Config) -> Iterator[Problem]:
+    rollout, vllm = config.rollout, config.rollout.vllm
+    if rollout.overlap and rollout.engine != "vllm":
+        yield Problem("rollout.overlap", f'true needs an engine with weights of its own, but rollout.engine = '
+                      f'"{rollout.engine}"; set it to "vllm"')
+    if vllm.url is not None and vllm.placement != "server":
+        yield Problem("rollout.vllm.url", f'{vllm.url!r} has no effect with placement = "{vllm.placement}"; set '
+                      'placement = "server", or remove url')
+    if rollout.partial_tokens is not None and len({stage.group_size for stage in config.stage}) > 1:
+        yield Problem("rollout.partial_tokens", f"{rollout.partial_tokens} carries groups from one stage into the "
+                      "next, so all stages need the same group_size")
+
+
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _files_exist,
     _reward_file_exists,
@@ -184,6 +216,8 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _betas_valid,
     _weights_are_16_bit,
     _eval_names_unique,
+    _importance_weights_sound,
+    _engine_fits,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, _training_files, _difficulty_given, _no_endpoint),

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
-from or1.rollout.base import Finished, Sampling
+from or1.rollout.base import Finished, Sampling, Slot
 from or1.types import Prompt, Response
 
 _MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -44,8 +44,16 @@ class EndpointEngine:
         self.version = 0
         self.model = config.model or self._only_model()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
+    def release(self) -> None:
+        """See `Engine.release`; the server's memory is its own."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+    ) -> Iterator[Finished]:
         """See `Engine.generate`. Raises EndpointError when a request fails for good; the others are given up."""
+        if begun is not None:
+            raise EndpointError(f"{self._url} cannot go on with responses of another policy; partial rollouts need "
+                                "rollout.engine, without [endpoint]")
         jobs: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         for p in range(len(prompts)):
             for s in range(sampling.samples):

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1.fsdp import gathered
-from or1.model import eval_mode
-from or1.rollout.base import Finished, Sampling
+from or1.model import eos_token_ids, eval_mode
+from or1.rollout.base import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.types import Prompt, Response
 
 
@@ -24,80 +27,94 @@ class HfEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.version = 0
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
 
     def update_weights(self, version: int) -> None:
         """Stamp responses with `version` from now on; the weights are the trainer's own."""
         self.version = version
 
+    def release(self) -> None:
+        """See `Engine.release`; there is nothing to free."""
+
     def close(self) -> None:
         """See `Engine.close`; there is nothing to end."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Finished]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+    ) -> Iterator[Finished]:
         """Yield responses batch by batch; see `Engine.generate`."""
-        jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
+        jobs = list(jobs_of(prompts, sampling, begun))
+        deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         # A rank without jobs gathers the weights all the same: the others wait for it.
         with gathered(self.model):
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
-                seeds = [sampling.slot_seed(p, s) for p, s in batch]
-                responses = self._generate_batch([prompts[p].token_ids for p, _ in batch], sampling, seeds)
-                for (p, s), response in zip(batch, responses, strict=True):
-                    yield Finished(p, s, response)
+                left_s = deadline - time.monotonic()
+                if left_s > 0:
+                    responses = self._generate_batch(batch, sampling, left_s)
+                else:
+                    nothing = (np.empty(0, np.int32), np.empty(0, np.float32))
+                    responses = [continued(job, *nothing, "deadline", self.version) for job in batch]
+                ids = [r.token_ids.tolist() for r in responses]
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                for job, response, text in zip(batch, responses, texts, strict=True):
+                    yield Finished(*job.slot, replace(response, text=text))
 
-    def _generate_batch(self, prompt_ids: list[np.ndarray], sampling: Sampling, seeds: list[int]) -> list[Response]:
+    def _generate_batch(self, jobs: list[Job], sampling: Sampling, left_s: float) -> list[Response]:
         device = self.model.device
-        width = max(len(ids) for ids in prompt_ids)
-        input_ids = torch.full((len(prompt_ids), width), self.tokenizer.pad_token_id)
+        contexts = [job.context_ids for job in jobs]
+        width = max(len(ids) for ids in contexts)
+        input_ids = torch.full((len(jobs), width), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompt_ids):
+        for row, ids in enumerate(contexts):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        sampler = RowSampler(sampling.temperature, seeds, sampling.top_p)
+        sampler = RowSampler(sampling, [job.seed for job in jobs])
         with eval_mode(self.model), _plain_defaults(self.model):
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                generation_config=self._config(sampling),
+                generation_config=self._config(max(job.max_new for job in jobs), left_s),
                 logits_processor=[sampler],
             )
         tokens_BL = sequences[:, width:]
-        return self._cut(tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
+        return self._cut(jobs, tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
+    def _config(self, max_new: int, left_s: float) -> GenerationConfig:
         # Greedy here: RowSampler has sampled already and leaves one possible token.
         return GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max_new,
+            max_time=left_s if math.isfinite(left_s) else None,
             eos_token_id=self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
-    def _cut(self, tokens_BL: np.ndarray, logp_BL: np.ndarray) -> list[Response]:
-        """End each row after its first end-of-sequence token."""
+    def _cut(self, jobs: list[Job], tokens_BL: np.ndarray, logp_BL: np.ndarray) -> list[Response]:
+        """End each row after its first end-of-sequence token, or at its job's own limit."""
         is_eos_BL = np.isin(tokens_BL, self.eos_ids)
-        stopped_B = is_eos_BL.any(axis=1)
-        length_B = np.where(stopped_B, is_eos_BL.argmax(axis=1) + 1, tokens_BL.shape[1])
-        token_ids = [tokens[:n].astype(np.int32) for tokens, n in zip(tokens_BL, length_B, strict=True)]
-        texts = self.tokenizer.batch_decode([ids.tolist() for ids in token_ids], skip_special_tokens=True)
-        return [
-            Response(ids, logp[: len(ids)].astype(np.float32), "stop" if stopped else "length", self.version, text)
-            for ids, logp, stopped, text in zip(token_ids, logp_BL, stopped_B, texts, strict=True)
-        ]
+        end_B = np.where(is_eos_BL.any(axis=1), is_eos_BL.argmax(axis=1) + 1, np.iinfo(np.int64).max)
+        responses = []
+        for job, tokens, logp, end in zip(jobs, tokens_BL.astype(np.int32), logp_BL, end_B, strict=True):
+            length = min(int(end), job.max_new, len(tokens))
+            finish = "stop" if length == end else "length" if length == job.max_new else "deadline"
+            logp = logp[:length].astype(np.float32)
+            responses.append(continued(job, tokens[:length], logp, finish, self.version))
+        return responses
 
 
 class RowSampler(LogitsProcessor):
     """Samples the next token of every row from random numbers of the row's own, and keeps its log-probability.
 
-    temperature  above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at 1
-    seeds        one a row, so that what a row becomes does not depend on which rows share its batch
-    top_p        sample from the likeliest tokens that hold this much probability; log-probs stay those among all
+    sampling  temperature above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at
+              1. Below 1 of top_p and above 0 of top_k, log-probs stay those among all tokens
+    seeds     one a row, so that what a row becomes does not depend on which rows share its batch
 
     It leaves a single possible token to `generate`. O(B V) memory.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int], top_p: float = 1.0):
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]):
+        self.temperature, self.top_p, self.top_k = sampling.temperature, sampling.top_p, sampling.top_k
         self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._logp: list[Tensor] = []
 
@@ -115,10 +132,13 @@ class RowSampler(LogitsProcessor):
 
     def _draw(self, logp_BV: Tensor) -> Tensor:
         p_BV = logp_BV.double().exp()
-        if self.top_p < 1:
+        if self.top_p < 1 or self.top_k:
             sorted_BV, order_BV = p_BV.sort(-1, descending=True)
-            # A token stays if those before it hold less than top_p; the likeliest one always does.
-            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p
+            if self.top_k:
+                sorted_BV[:, self.top_k :] = 0.0
+            # A token stays if those before it hold less than top_p of what is left; the likeliest one always does.
+            before_BV = sorted_BV.cumsum(-1) - sorted_BV
+            beyond_BV = (before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)) | (sorted_BV == 0)
             p_BV = p_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0.0)
         cdf_BV = p_BV.cumsum(-1)
         uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
@@ -136,9 +156,3 @@ def _plain_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})

@@ -55,18 +55,14 @@ VARIANTS = {
         "data.train=[]", 'data.mix=[{path="examples/tiny-adder/train.jsonl", weight=2}, '
         '{path="examples/tiny-adder/heldout.jsonl"}]', "data.drop_solved=true", "stage.0.group_size=2",
     ),
+    "partial rollouts": ("rollout.partial_tokens=16", "loss.is_cap=2.0"),
     "entropy bonus": ('loss.entropy.variant="paper"', "loss.entropy.target=9", "loss.entropy.coef=0.01"),
 }
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "name",
-    [
-        "entropy bonus",
-        pytest.param("two updates a rollout", marks=pytest.mark.slow),
-        pytest.param("a mixture without what was solved", marks=pytest.mark.slow),
-    ],
+    "name", ["entropy bonus", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "entropy bonus")]
 )
 def test_ten_steps_equal_five_killed_and_five_resumed(
     name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path

@@ -166,7 +166,8 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
     lost = sequences[2]
     logp = lost.rollout_logp.copy()
     logp[[t for t in tokens if t < len(logp)]] = np.nan
-    found, stats = gradient_of_update(adder, [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]], settings_of(64))
+    given = [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]]
+    found, stats = gradient_of_update(adder, given, settings_of(64))
     trained = sum(s.trained_tokens for s in sequences) - int(np.isnan(logp).sum())
     assert stats.tokens == trained and all(np.isfinite(v) for v in stats.metrics().values())
 

@@ -1,0 +1,96 @@
+"""`or1 doctor`: what this machine has, and whether engine and trainer compute the same model before any update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from or1.config import Config
+from or1.display import RunDisplay, default_console
+from or1.environment import Line, machine_lines, package_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLE = {"ok": "green", "absent": "dim", "problem": "bold red"}
+_MARK = {"ok": "ok", "absent": "-", "problem": "!!"}
+
+
+def diagnose(config: Config | None, console: Console | None = None) -> bool:
+    """Print the findings; returns whether nothing is wrong. With a config, also run its engine once (the canary)."""
+    from rich.text import Text
+
+    console = console or default_console()
+    problems = 0
+    for title, lines in _sections(config):
+        console.print(Text(title, style="bold"))
+        for line in lines:
+            mark = f"  {_MARK[line.state]:<3}"
+            console.print(Text.assemble((mark, _STYLE[line.state]), f"{line.name:<14} ", line.text), soft_wrap=True)
+            problems += line.state == "problem"
+    verdict = "everything works" if not problems else f"{problems} problem{'s' * (problems > 1)}"
+    console.print(Text(f"{verdict}", style="bold green" if not problems else "bold red"))
+    return not problems
+
+
+def _sections(config: Config | None) -> Iterator[tuple[str, Sequence[Line]]]:
+    yield "Machine", [*machine_lines(), *_gpu_lines()]
+    yield "Packages", [*package_lines(), _vllm_line(config)]
+    if config is None:
+        yield "Engine", [Line("canary", "absent", "not run; `or1 doctor CONFIG` compares its engine with its trainer")]
+    else:
+        yield f"Engine of {config.model.path}", list(_canary(config))
+
+
+def _gpu_lines() -> list[Line]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        return [Line("GPU", "absent", f"none that torch sees ({built})")]
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [Line(f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+            for i, p in enumerate(found)]  # fmt: skip
+
+
+def _vllm_line(config: Config | None) -> Line:
+    from or1.rollout.vllm_setup import installed_vllm, is_tested, tested_range
+
+    version = installed_vllm()
+    if version is None:
+        wanted = config is not None and config.rollout.engine == "vllm"
+        return Line("vllm", "problem" if wanted else "absent", f"not installed; or1 is tested with {tested_range()}")
+    if not is_tested(version):
+        return Line("vllm", "problem", f"{version}, but or1 is tested with {tested_range()}")
+    return Line("vllm", "ok", version)
+
+
+def _canary(config: Config) -> Iterator[Line]:
+    """Log-probs of engine and trainer with the checkpoint's weights, then again after pushing those very weights."""
+    from or1.data import load_run_data
+    from or1.model import load_model, load_tokenizer
+    from or1.parity import compare_engine
+    from or1.rollout import make_engine
+    from or1.rollout.base import EngineError
+
+    tokenizer = load_tokenizer(config.model.path)
+    model = load_model(config.model)
+    prompts = load_run_data(config, tokenizer).prompts
+    with RunDisplay(1, config.stage) as display:
+        display.phase("engine")
+        try:
+            engine = make_engine(config, model, tokenizer)
+        except EngineError as error:
+            yield Line("engine", "problem", str(error))
+            return
+        try:
+            for when, version in (("as loaded", None), ("after a push", 1)):
+                display.phase(f"canary {when}")
+                if version is not None:
+                    engine.update_weights(version)
+                found = compare_engine(engine, model, prompts, config)
+                text = (f"{type(engine).__name__} {when}: log-probs of {found.tokens} tokens differ from the trainer's "
+                        f"by {found.mean_abs:.1e} on average, {found.max_abs:.1e} at most; KL {found.kl:.1e}")
+                yield Line("canary", "ok" if found.agrees else "problem", text)
+        finally:
+            engine.close()

@@ -1,0 +1,126 @@
+"""How a trainer's weights reach a vLLM server: through a file, or by broadcast into its workers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from or1.model import named_weights
+from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, broadcast, make_group
+
+Rpc = Callable[..., list[dict[str, Any]]]
+"""rpc(method, **kwargs): run a method of every worker of the server; its replies."""
+
+
+class Push(Protocol):
+    """A way to bring weights to the workers."""
+
+    def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
+        """Bring the present weights, in one call; returns the workers' replies."""
+        ...
+
+    def repeat(self, rpc: Rpc, version: int) -> bool:
+        """Bring the last weights once more, to a server that was restarted; False if they are not kept."""
+        ...
+
+    def close(self) -> None:
+        """Remove what was made."""
+        ...
+
+
+class FilePush:
+    """One safetensors file that the server reads; the last one stays for a restarted server."""
+
+    def __init__(self, folder: Path | None = None):
+        # Memory where the system has it as a folder: the file is read once and need not survive.
+        parent = "/dev/shm" if folder is None and os.access("/dev/shm", os.W_OK) else None
+        self._own = tempfile.TemporaryDirectory(prefix="or1-weights-", dir=parent) if folder is None else None
+        self._folder = Path(self._own.name) if self._own else folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path = self._folder / "weights.safetensors"
+
+    def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
+        """See `Push.send`."""
+        # clone: safetensors refuses tensors that share memory, as tied embeddings do.
+        tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
+        partial = self.path.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.replace(self.path)
+        return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
+
+    def repeat(self, rpc: Rpc, version: int) -> bool:
+        """See `Push.repeat`."""
+        if self.path.is_file():
+            rpc("or1_load_file", path=str(self.path.resolve()), version=version)
+        return self.path.is_file()
+
+    def close(self) -> None:
+        """See `Push.close`."""
+        if self._own:
+            self._own.cleanup()
+
+
+class BroadcastPush:
+    """Trainer and workers in one process group; nothing is written, and the server may be on another machine."""
+
+    def __init__(self, url: str, workers: int, backend: str):
+        self._host, self._workers, self._backend = urlsplit(url).hostname, workers, backend
+        self._group: Any = None
+        self._store: dist.TCPStore | None = None
+        self._caller = ThreadPoolExecutor(1, thread_name_prefix="or1-push")
+
+    def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
+        """See `Push.send`. After a failure the group is made anew."""
+        group, self._group = self._group or self._join(rpc), None
+        weights = dict(named_weights(model))
+        listed = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in weights.items()]
+        replies = self._caller.submit(rpc, "or1_receive", tensors=listed, version=version)
+        for tensor in weights.values():
+            if replies.done():
+                break  # It failed: nobody receives any more.
+            broadcast(group, self._movable(tensor))
+        done = replies.result(timeout=GROUP_TIMEOUT_S)
+        self._group = group
+        return done
+
+    def repeat(self, rpc: Rpc, version: int) -> bool:
+        """See `Push.repeat`; a broadcast keeps nothing."""
+        return False
+
+    def close(self) -> None:
+        """See `Push.close`."""
+        self._group = self._store = None
+        self._caller.shutdown(wait=False, cancel_futures=True)
+
+    def _movable(self, tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor if self._backend == "nccl" else tensor.cpu()).contiguous()
+
+    def _join(self, rpc: Rpc) -> Any:
+        address = _address_towards(self._host)
+        if self._store is None:
+            self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        session, size = secrets.token_hex(4), 1 + self._workers
+        where = {"host": address, "port": self._store.port}
+        joined = self._caller.submit(rpc, "or1_join", **where, session=session, size=size, backend=self._backend)
+        group = make_group(self._store, session, 0, size, self._backend)
+        joined.result(timeout=GROUP_TIMEOUT_S)
+        return group
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address as `host` sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # UDP: nothing is sent.
+        return probe.getsockname()[0]

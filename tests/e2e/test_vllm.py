@@ -1,0 +1,77 @@
+"""`or1 train` and `or1 doctor` with vLLM: the same gain, resume bit for bit while rollouts are made ahead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("vllm")
+
+from or1.checkpoint import committed_steps, load_checkpoint
+
+from .test_train import SAME, arguments, kill_after_step, lines
+
+pytestmark = pytest.mark.vllm
+
+AHEAD = ('rollout.engine="vllm"', "rollout.overlap=true", "rollout.partial_tokens=16", "loss.is_cap=2.0",
+         "rollout.verify_every=3", "stage.0.steps=3", "stage.1.steps=3", "eval.every_steps=3")  # fmt: skip
+
+
+@pytest.mark.timeout(700)
+def test_quickstart_gains_as_with_the_embedded_engine(
+    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = ('rollout.engine="vllm"', f"run_dir={run_dir}")
+    done = or1("train", "examples/quickstart.toml", *(x for s in settings for x in ("--set", s)), timeout=690)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [r["eval/greedy/avg@1"] for r in records if "eval/greedy/avg@1" in r]
+    print(f"{accuracy[0]:.1%} -> {accuracy[-1]:.1%} in {sum(r['time/step'] for r in records[1:]):.0f} s of steps")
+    # What tests/e2e/test_quickstart.py asks of the embedded engine.
+    assert accuracy[-1] - accuracy[0] >= 0.25
+    checks = [r["mismatch/check_max"] for r in records if "mismatch/check_max" in r]
+    assert len(checks) == 8 and max(checks) < 1e-4
+    # One optimizer step a rollout: the tokens are trained by the policy that sampled them.
+    assert max(r["mismatch/kl"] for r in records if "mismatch/kl" in r) < 1e-8
+    assert max(r["mismatch/ratio_max"] for r in records if "mismatch/ratio_max" in r) < 1 + 1e-4
+    assert {r["policy/staleness"] for r in records[1:]} == {0.0}
+
+
+@pytest.mark.timeout(500)
+def test_resume_is_bit_exact_with_a_rollout_made_ahead_and_open_groups(
+    root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = or1(*arguments(straight, *AHEAD))
+    assert done.returncode == 0, done.stderr
+    kill_after_step(root, killed, 3, *AHEAD)
+    at = load_checkpoint(killed / "checkpoints" / f"step_{max(committed_steps(killed / 'checkpoints'))}")
+    assert at.step < 6 and at.state["in_flight"]["closed"] is not None and at.state["in_flight"]["groups"]
+    resumed = or1(*arguments(killed, *AHEAD))
+    assert resumed.returncode == 0 and "resumed after step" in resumed.stdout, resumed.stderr
+    ours, theirs = lines(straight), lines(killed)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(7))
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: a.get(k) for k in SAME} == {k: b.get(k) for k in SAME}, f"step {a['step']}"
+    for step in range(1, 7):
+        tables = [pq.read_table(run / "rollouts" / f"step_{step}.parquet") for run in (straight, killed)]
+        assert tables[0].equals(tables[1]), f"samples of step {step}"
+    last = [load_checkpoint(run / "checkpoints" / "step_6") for run in (straight, killed)]
+    assert all(t.equal(last[1].tensors[name]) for name, t in last[0].tensors.items())
+    # Rollouts made ahead are one policy old, and what is carried on is older.
+    staleness = [line["policy/staleness"] for line in ours[1:]]
+    assert staleness[0] == 0 and max(staleness) > 1 and all(s >= 1 for s in staleness[1:])
+    assert any(line["group/open"] > 0 for line in ours[1:])
+
+
+def test_doctor_runs_a_canary_without_an_update(or1: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = or1("doctor", "examples/quickstart.toml", "--set", 'rollout.engine="vllm"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok canary") == 2 and "LocalEngine after a push" in done.stdout
+    assert done.stdout.rstrip().endswith("everything works")

@@ -1,0 +1,225 @@
+"""vLLM in a process of its own over loopback: the same promises, and what happens when that process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from or1.rollout.base import EngineError, Sampling
+from or1.rollout.vllm_process import ServerProcess, bearer
+from or1.rollout.vllm_push import BroadcastPush, FilePush
+from or1.rollout.vllm_server import ServerEngine
+from or1.rollout.vllm_setup import VllmSetup
+
+from .conftest import Side, prompts_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
+
+
+@pytest.fixture(scope="module")
+def side(start: Callable[..., Side], checkpoint: Callable[..., Path]) -> Side:
+    """A tied model: its lm_head is the weight that a server forgets most easily."""
+    made = start(checkpoint(True), engine="vllm", vllm={"placement": "server"}, max_response=2000)
+    assert isinstance(made.engine, ServerEngine) and isinstance(made.engine._push, FilePush)
+    return made
+
+
+def next_version(side: Side) -> int:
+    side.engine.update_weights(side.engine.version + 1)
+    return side.engine.version
+
+
+def test_log_probs_agree_after_each_push_through_a_file(side: Side) -> None:
+    check_pushes(side)
+
+
+def test_log_probs_agree_after_each_push_by_broadcast(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = BroadcastPush(side.engine.url, workers=1, backend="gloo")
+    monkeypatch.setattr(side.engine, "_push", push)
+    check_pushes(side)
+    push.close()
+
+
+def check_pushes(side: Side) -> None:
+    # Several cache blocks a prompt, so that a prefix cache that was not dropped shows.
+    prompts = prompts_of(3, length=100)
+    kept = {name: p.clone() for name, p in side.model.named_parameters()}
+    for update in range(5):
+        side.generate(prompts)
+        side.disturb(update)
+        with torch.no_grad():
+            side.model.get_output_embeddings().weight *= -1.05
+        version = next_version(side)
+        found = side.generate(prompts, seed=update)
+        assert {f.response.version for f in found} == {version}
+        assert side.drift(prompts, found) < 1e-4
+    with torch.no_grad():
+        for name, p in side.model.named_parameters():
+            p.copy_(kept[name])
+    next_version(side)
+
+
+def test_responses_are_whole_and_a_function_of_their_seed(side: Side) -> None:
+    prompts, eos = prompts_of(4), side.tokenizer.eos_token_id
+    first, again, other = side.generate(prompts), side.generate(prompts), side.generate(prompts, seed=6)
+    texts = [[f.response.text for f in found] for found in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) > 4
+    for f in first:
+        ids = f.response.token_ids.tolist()
+        assert f.response.finish == ("stop" if eos in ids else "length")
+        assert ids.index(eos) == len(ids) - 1 if eos in ids else len(ids) == 24
+
+
+def test_a_straggler_is_aborted_at_the_deadline(side: Side) -> None:
+    prompts = prompts_of(4)
+    # Both pushes around it must wait until vLLM has let go of what was aborted.
+    with side.endless():
+        began = time.monotonic()
+        found = side.generate(prompts, max_tokens=2000, samples=16, deadline_s=1.0)
+        assert time.monotonic() - began < 20
+        assert len(found) == 64 and {f.response.finish for f in found} == {"deadline"}
+        assert all(f.response.truncated and len(f.response.token_ids) == len(f.response.logp) < 2000 for f in found)
+    assert side.drift(prompts, side.generate(prompts)) < 1e-4
+
+
+def test_responses_go_on_under_the_next_policy(side: Side) -> None:
+    prompts = prompts_of(4)
+    sampling = Sampling(1.0, 40, 4, 3, new_tokens=10)
+    first = {(f.prompt, f.sample): f.response for f in side.engine.generate(prompts, sampling)}
+    begun = {slot: r for slot, r in first.items() if r.finish == "length"}
+    old, new = side.engine.version, next_version(side)
+    second = {(f.prompt, f.sample): f.response for f in side.engine.generate(prompts, sampling, begun)}
+    assert second.keys() == begun.keys() != set()
+    for slot, response in second.items():
+        assert response.token_ids[:10].tolist() == begun[slot].token_ids.tolist()
+        assert response.token_versions.tolist() == [old] * 10 + [new] * (len(response.token_ids) - 10)
+
+
+def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, push = side.engine.version, side.engine._push
+    send = push.send
+
+    def cut(rpc: Callable, model: torch.nn.Module, version: int) -> list:
+        def damaged(method: str, **arguments: object) -> list:
+            size = push.path.stat().st_size
+            os.truncate(push.path, size // 2)
+            return rpc(method, **arguments)
+
+        return send(damaged, model, version)
+
+    monkeypatch.setattr(push, "send", cut)
+    with pytest.raises(EngineError):
+        side.engine.update_weights(before + 1)
+    assert side.engine.version == before
+    prompts = prompts_of(2)
+    with pytest.raises(EngineError, match="no whole set of weights"):
+        side.generate(prompts)
+    monkeypatch.undo()
+    assert next_version(side) == before + 1
+    assert side.drift(prompts, side.generate(prompts)) < 1e-4
+
+
+def test_nobody_without_the_token_is_served(side: Side) -> None:
+    for path in ("/collective_rpc", "/v1/completions", "/reset_prefix_cache", "/health"):
+        assert httpx.post(side.engine.url + path, json={}).status_code == 401
+        assert httpx.post(side.engine.url + path, json={}, headers=bearer("guess")).status_code == 401
+
+
+def core_of(process: ServerProcess) -> int:
+    """The process in vLLM's group that computes: the one deepest below the server."""
+    children = subprocess.run(["ps", "-eo", "pid,pgid,comm"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in children.splitlines()[1:]]
+    group = {int(pid): name for pid, pgid, name in rows if int(pgid) == process.pid}
+    return next(pid for pid, name in group.items() if "EngineCor" in name)
+
+
+@pytest.mark.parametrize("victim", ["server", "core"])
+def test_a_death_in_the_middle_is_noticed_and_repaired_once(side: Side, victim: str) -> None:
+    prompts, process = prompts_of(8), side.engine.process
+    next_version(side)
+    died: list[float] = []
+    noticed: list[float] = []
+    restart = side.engine._restart
+
+    def noting() -> None:
+        noticed.append(time.monotonic())
+        restart()
+
+    def kill() -> None:
+        os.kill(process.pid if victim == "server" else core_of(process), signal.SIGKILL)
+        died.append(time.monotonic())
+
+    side.engine._restart = noting
+    with side.endless():
+        version = side.engine.version
+        threading.Timer(0.7, kill).start()
+        found = list(side.engine.generate(prompts, Sampling(1.0, 300, 8, 1)))
+        drift = side.drift(prompts, found)
+    del side.engine._restart
+    assert died and noticed and noticed[0] - died[0] < 30
+    print(f"{victim}: noticed after {noticed[0] - died[0]:.1f} s, whole again after {time.monotonic() - died[0]:.0f} s")
+    assert {(f.prompt, f.sample) for f in found} == {(p, s) for p in range(8) for s in range(8)} and len(found) == 64
+    assert all(f.response.finish == "length" and len(f.response.token_ids) == 300 for f in found)
+    assert {f.response.version for f in found} == {version}
+    assert drift < 1e-4
+
+
+def test_a_second_death_in_the_same_call_ends_it_with_a_remedy(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, process = prompts_of(2), side.engine.process
+
+    def restart_in_vain() -> None:
+        # As if the fresh server died at once: what is there is the dead one.
+        assert not process.alive()
+
+    monkeypatch.setattr(side.engine, "_restart", restart_in_vain)
+    process.close()
+    with pytest.raises(EngineError, match=r"4 responses were open.*newest checkpoint"):
+        side.generate(prompts, samples=2)
+    monkeypatch.undo()
+    assert len(side.generate(prompts, samples=2)) == 4
+    assert side.drift(prompts, side.generate(prompts)) < 1e-4
+
+
+def test_the_server_ends_with_its_trainer(side: Side, tmp_path: Path) -> None:
+    trainer = (
+        "import os, sys, time; from pathlib import Path; from or1.rollout.vllm_process import ServerProcess;"
+        "from or1.rollout.vllm_setup import VllmSetup;"
+        "setup = VllmSetup('.', 'float32', 8, 1, False, 1, 0.5, False, True, ());"
+        "process = ServerProcess(setup, None, Path(sys.argv[1])); process.start(); print(process.pid, flush=True);"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", trainer, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        server = int(process.stdout.readline())
+        os.kill(server, 0)
+        time.sleep(0.5)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and _runs(server):
+        time.sleep(0.1)
+    assert not _runs(server)
+
+
+def _runs(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    setup = VllmSetup(str(tmp_path / "nothing"), "float32", 8, 1, False, 1, 0.5, False, True, ())
+    process = ServerProcess(setup, None, tmp_path / "log")
+    process.start()
+    with pytest.raises(EngineError, match=r"ended before it was ready; the end of .*log"):
+        process.await_ready()
