@@ -111,7 +111,9 @@ class RolloutFeed:
         self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], scorer: Scorer, progress: Progress
     ) -> Rollout:
         """This rank's share."""
-        return collect_share(self._world, self._engine, scorer, prompts, sampling, carried, progress)
+        return collect_share(
+            self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress
+        )
 
 
 def step_seed(config: Config, number: int) -> int:

@@ -35,6 +35,7 @@ def collect_share(
     scorer: Scorer,
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    *,
     carried: Sequence[OpenGroup] = (),
     progress: Progress = no_progress,
 ) -> Rollout:
