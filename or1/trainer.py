@@ -350,5 +350,5 @@ class Trainer:
             self.budget,
             config.optim.share_prompts,
             lambda done, total: self.display.phase("train", done, total),
-            self.world,
+            world=self.world,
         )  # fmt: skip
