@@ -92,8 +92,8 @@ class UpdateStats:
             # k3 estimator of KL(engine || trainer), non-negative for every token.
             "mismatch/kl": drift.exp() - 1 - drift,
         }
-        largest = drift.max().exp()
-        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
+        if len(drift):  # a rank's anchor row has none
+            self._note_ratio(drift.max().exp())
         self.tokens += len(stats.logp)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
@@ -103,6 +103,11 @@ class UpdateStats:
         self.tokens += rows.tokens
         for name, total in rows.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
+        if rows.ratio_max is not None:
+            self._note_ratio(rows.ratio_max)
+
+    def _note_ratio(self, largest: torch.Tensor) -> None:
+        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
 
     def add_update(self, loss: float, result: UpdateResult) -> None:
         """Count one optimizer step."""
