@@ -80,6 +80,13 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def max(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all ranks, on the host."""
+        largest = values.detach().cpu().clone()
+        if self.size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is true on every rank."""
         return self.sum(torch.tensor(int(flag))).item() == self.size

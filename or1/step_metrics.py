@@ -115,7 +115,7 @@ class UpdateStats:
         self.results.append(result)
 
     def reduce(self, world: World) -> None:
-        """Add up the token sums of all ranks; called once, before `metrics`."""
+        """Put together the numbers of all ranks; called once, before `metrics`."""
         if world.size == 1 or not self.results:
             return
         # Every rank has trained a row in every update, if only an anchor, so all have the same names.
@@ -123,6 +123,9 @@ class UpdateStats:
         values = world.sum(torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64),
                                         *(self.sums[name].cpu() for name in names)]))
         self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
+        # Below every ratio, for a rank that has trained anchors only.
+        mine = torch.zeros((), dtype=torch.float64) if self.ratio_max is None else self.ratio_max.double()
+        self.ratio_max = world.max(mine)
 
     def metrics(self) -> dict[str, float]:
         """Token means, and means over the optimizer steps."""
