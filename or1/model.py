@@ -116,7 +116,8 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if model.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", model.get_input_embeddings().weight)
     for name, tensor in state.items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        # Shards are fp32 masters; an engine wants what the model computes with.
+        whole = tensor.full_tensor().to(model.config.dtype) if hasattr(tensor, "full_tensor") else tensor
         yield name, whole.detach()
 
 

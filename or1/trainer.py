@@ -74,7 +74,7 @@ class Trainer:
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()
         self.optimizer = MasterAdamW(self.model, config.optim, world)
-        self.engine = make_engine(config, self.model, self.tokenizer)
+        self.engine = make_engine(config, self.model, self.tokenizer, world)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
         self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
         self._checkpoint_s: float | None = None
