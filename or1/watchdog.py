@@ -71,7 +71,11 @@ class Watchdog:
             self.timeout_s = min(self.timeout_s, 3 * self._period)
             self._thread.join(self.timeout_s + _DIAGNOSIS_S)
             self._give_up(f"a collective failed here, and {self._table()}")
+        told = self._thread is not None and self.world.is_main
         self._end("failed", f"{type(error).__name__}: {error}"[:2000])
+        if told:
+            # The store may end with this process: the others should read why before that.
+            time.sleep(2 * self._period)
 
     def _end(self, key: str, value: Any) -> None:
         if self._thread is None:

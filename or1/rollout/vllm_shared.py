@@ -1,4 +1,4 @@
-"""One vLLM server for all ranks: the main rank starts it and pushes the weights, every rank sends it its own prompts."""
+"""One vLLM server for all ranks: the main one starts it and pushes the weights, each sends it its own prompts."""
 
 from __future__ import annotations
 

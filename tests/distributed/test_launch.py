@@ -69,5 +69,6 @@ def test_a_run_dir_with_other_settings_is_refused_by_all_ranks(tmp_path: Path) -
     log = tmp_path / "log"
     settings = {"stage__0__steps": 1, "stage__1__steps": 1}
     assert or1_ranks(2, arguments(tmp_path / "run", **settings), log) == [0, 0]
-    assert or1_ranks(2, arguments(tmp_path / "run", **settings, seed=7), log) == [70, 70]
+    codes = or1_ranks(2, arguments(tmp_path / "run", **settings, seed=7), log)
+    assert codes[0] == 70 and codes[1] in (70, 75)
     assert "holds a run with other settings (seed)" in Path(f"{log}.0").read_text()

@@ -69,7 +69,8 @@ def test_f10_an_infinity_on_one_rank_skips_on_both_and_repeats_stop_the_run(tmp_
     run_dir, log = tmp_path / "run", tmp_path / "log"
     fault = "train.gradient:rank1:step3+:inf"
     codes = or1_ranks(2, arguments(run_dir, optim__max_nonfinite_steps=2), log, OR1_FAULT=fault)
-    assert codes == [70, 70]
+    # A rank may hear of the other's end before it comes to the same one.
+    assert codes[0] == 70 and codes[1] in (70, 75)
     assert "2 updates in a row had a non-finite loss or gradient" in output(log, 0)
     before, after = (load_checkpoint(run_dir / "checkpoints" / f"step_{n}") for n in (2, 3))
     assert before.tensors.keys() == after.tensors.keys()
