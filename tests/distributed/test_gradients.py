@@ -36,8 +36,8 @@ def alone(adder: Path) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize(("size", "sequence", "sharing"), [
-    (2, 1, "off"), pytest.param(4, 1, "off", marks=pytest.mark.slow), pytest.param(2, 2, "off", marks=pytest.mark.slow),
-    (4, 2, "on"),
+    (2, 1, "off"), (2, 2, "on"), pytest.param(4, 1, "off", marks=pytest.mark.slow),
+    pytest.param(2, 2, "off", marks=pytest.mark.slow), pytest.param(4, 2, "on", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_gradients_do_not_depend_on_the_ranks(
     size: int, sequence: int, sharing: str, alone: dict[str, list[dict]], adder: Path

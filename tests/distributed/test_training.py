@@ -43,6 +43,17 @@ def test_three_steps_on_two_ranks_with_held_out_sets_equal_those_of_one(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_responses_that_go_on_under_later_policies_are_the_same_on_two_ranks(tmp_path: Path) -> None:
+    settings = {"stage__0__steps": 3, "stage__1__steps": 2, "rollout__partial_tokens": 16, "loss__is_cap": 2.0}
+    for size in (1, 2):
+        assert or1_ranks(size, arguments(tmp_path / str(size), **settings), tmp_path / "log") == [0] * size
+    compare(tmp_path / "2", tmp_path / "1", 5)
+    states = [load_checkpoint(tmp_path / name / "checkpoints" / "step_3").state["in_flight"] for name in ("1", "2")]
+    assert states[0] == states[1] and states[0]["groups"], "some group was open"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_steps_have_the_same_curve_on_any_ranks_and_the_same_bits_on_the_same(tmp_path: Path) -> None:
     """1, 2 and 4 ranks, 2 and 4 with sequence parallelism 2, and 2 ranks twice."""
