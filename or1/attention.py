@@ -29,6 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from or1.sequence_parallel import to_all_heads, to_all_tokens
+
 # transformers takes any name with "flash" in it for its own flash attention.
 NAMES = {"flash": "or1_packed_fa", "varlen": "or1_packed_varlen", "sdpa": "or1_packed"}
 
@@ -215,8 +217,11 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
             kwargs.get("kv_rows"),
         )  # fmt: skip
         q_TQD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+        group = kwargs.get("sequence_group")
+        if group is not None:
+            q_TQD, k_TGD, v_TGD = (to_all_tokens(x.contiguous(), group) for x in (q_TQD, k_TGD, v_TGD))
         out_TQD = packed_attention(q_TQD, k_TGD, v_TGD, layout, scaling, window=sliding_window, backend=backend)
-        return out_TQD[None], None
+        return (out_TQD if group is None else to_all_heads(out_TQD, group))[None], None
 
     return attention
 

@@ -18,11 +18,15 @@ class MemoryLimitError(ValueError):
 
 @dataclass
 class Budget:
-    """`max_tokens` a packed row; `out_of_memory` counts the halvings; `tell` shows a person what happened."""
+    """`max_tokens` a packed row; `out_of_memory` counts the halvings; `tell` shows a person what happened.
+
+    `retry` False: several ranks are at it, and one that starts again would leave the others waiting in a collective.
+    """
 
     max_tokens: int
     out_of_memory: int = 0
     tell: Callable[[str], None] = field(default=lambda message: None, repr=False)
+    retry: bool = True
 
     def state(self) -> dict[str, int]:
         """Plain data: a resumed run must pack as the first one did, or its sums would round otherwise."""
@@ -46,6 +50,13 @@ class Budget:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).strip().split("\n")[0]
+                if not self.retry:
+                    smaller = max(longest, self.max_tokens // 2)
+                    raise MemoryLimitError(
+                        f"out of memory with packed rows of {self.max_tokens} tokens, and one of several ranks cannot "
+                        f"start an update again alone; set optim.max_tokens_per_rank = {smaller}, or "
+                        f"dist.sequence_parallel = 2, and resume ({reason})"
+                    ) from error
             # Out of the handler: the exception's frames hold the very activations that have to go.
             self._halve(longest, reason)
 

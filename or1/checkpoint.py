@@ -1,9 +1,10 @@
-"""Checkpoints: safetensors and a JSON manifest with hashes, committed by one rename. No pickle anywhere.
+"""Checkpoints on disk: safetensors shards and a JSON manifest with hashes, committed by one rename. No pickle anywhere.
 
-    checkpoints/step_20/   manifest.json  tensors.safetensors
+    checkpoints/step_20/   manifest.json  shard_0.safetensors  shard_1.safetensors ...
 
-A checkpoint is written into a hidden sibling folder, flushed to disk, and renamed; a crash at any instant leaves either
-the whole step or nothing that a reader looks at.
+A checkpoint is written into a hidden sibling folder (`or1.checkpoint_writer`), flushed to disk, and renamed; a crash at
+any instant leaves either the whole step or nothing that a reader looks at. Each rank writes its rows of every tensor;
+the manifest says which rows are where, so that any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FORMAT = 1
+from or1.dist import SINGLE, World, split_evenly
+
+FORMAT = 2
+MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -29,60 +33,71 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the remedy."""
 
 
+class ForeignFileError(CheckpointError):
+    """A file in a checkpoint that or1 did not write; nothing there is opened."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """`state` is plain JSON data (step, sampler, controller, counters); `tensors` are masters and moments by name."""
+    """What a step leaves.
+
+    state   plain JSON data: step, sampler, controller, counters
+    tensors masters and moments by name: this rank's rows of those in `rows`, else whole and the same on every rank
+    rows    rows of the whole tensor (its size along dimension 0), for those split where there are several ranks
+    """
 
     step: int
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+    rows: dict[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Commit `folder/step_N`, then remove all but the newest `keep`. Returns the committed path."""
-    final = folder / f"step_{checkpoint.step}"
-    partial = folder / f".step_{checkpoint.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = partial / "tensors.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, tensors)
-    manifest = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "files": {tensors.name: {"sha256": _sha256(tensors), "bytes": tensors.stat().st_size}},
-        "state": checkpoint.state,
-    }
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (tensors, partial / "manifest.json", partial):
-        _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _fsync(folder)
-    for step in committed_steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{step}")
-    return final
+def step_folder(folder: Path, step: int) -> Path:
+    """Where a committed step is."""
+    return folder / f"step_{step}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where a step is written before it is committed."""
+    return folder / f".step_{step}.partial"
 
 
 def committed_steps(folder: Path) -> list[int]:
     """Steps that have a committed checkpoint in `folder`, ascending."""
     if not folder.is_dir():
         return []
-    found = (_STEP.fullmatch(p.name) for p in folder.iterdir() if (p / "manifest.json").is_file())
+    found = (_STEP.fullmatch(p.name) for p in folder.iterdir() if (p / MANIFEST).is_file())
     return sorted(int(match[1]) for match in found if match)
 
 
-def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def remove_partials(folder: Path) -> None:
+    """Remove what a crash left half-written or half-removed."""
+    if folder.is_dir():
+        for path in folder.glob(".step_*"):
+            shutil.rmtree(path)
+
+
+def remove_step(folder: Path, step: int) -> None:
+    """Remove a committed step; a crash in between leaves nothing that a reader looks at."""
+    hidden = folder / f".step_{step}.removed"
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(step_folder(folder, step), hidden)
+    shutil.rmtree(hidden)
+
+
+def load_latest(folder: Path, world: World = SINGLE) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, or None if there is none; with a warning for each newer one that does not.
 
-    Raises CheckpointError if there are checkpoints and none verifies: starting anew in silence would lose the run.
+    Collective, and the same on every rank. Raises CheckpointError if there are checkpoints and none verifies: starting
+    anew in silence would lose the run; and ForeignFileError for a file that does not belong to one.
     """
-    remove_partials(folder)
     warnings: list[str] = []
     steps = committed_steps(folder)
     for step in reversed(steps):
         try:
-            return load_checkpoint(folder / f"step_{step}"), warnings
+            return load_checkpoint(step_folder(folder, step), world), warnings
+        except ForeignFileError:
+            raise
         except CheckpointError as error:
             warnings.append(f"{error}; falling back to the one before")
     if steps:
@@ -90,43 +105,142 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, warnings
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what a crash left half-written."""
-    if folder.is_dir():
-        for path in folder.glob(".step_*.partial"):
-            shutil.rmtree(path)
+def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
+    """Read and verify one checkpoint, written by any number of ranks; each gets its rows. Collective.
 
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises CheckpointError naming the file that is missing, cut or altered."""
+    Raises CheckpointError naming the file that is missing, cut or altered, on every rank, whichever found it.
+    """
+    found: Checkpoint | None = None
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(path)
+        names = sorted(manifest["files"])
+        problem = _first_problem(path, manifest, [names[i] for i in world.share(len(names))])
+    except CheckpointError as error:
+        manifest, problem = {}, error
+    problem = _agree_on(problem, world)
+    if problem is None:
+        try:
+            found = _read(path, manifest, world)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            problem = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+        problem = _agree_on(problem, world)
+    if problem is not None or found is None:
+        raise problem or CheckpointError(f"{path} cannot be read")
+    return found
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file has its size and sha256. Raises CheckpointError otherwise."""
+    manifest = read_manifest(path)
+    problem = _first_problem(path, manifest, sorted(manifest["files"]))
+    if problem is not None:
+        raise problem
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, and nothing else opened. Raises CheckpointError, or ForeignFileError if a file is not listed."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']}, this or1 reads {FORMAT}")
-        for name, expected in manifest["files"].items():
-            _verify(path / name, expected)
-        tensors = load_file(path / "tensors.safetensors")
-        return Checkpoint(manifest["step"], manifest["state"], tensors)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        listed = set(manifest["files"]) | {MANIFEST}
+        found = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()}
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if foreign := sorted(found - listed):
+        raise ForeignFileError(
+            f"{path / foreign[0]} is not in the manifest: or1 did not write it and opens nothing in that folder; find "
+            "out where it comes from, and remove it to use the checkpoint"
+        )
+    return manifest
 
 
-def _verify(path: Path, expected: dict[str, Any]) -> None:
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}")
-    if _sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path} does not have the sha256 of its manifest; it was altered or the disk is faulty")
-
-
-def _sha256(path: Path) -> str:
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, as read back from it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> CheckpointError | None:
+    try:
+        for name in names:
+            expected, size = manifest["files"][name], (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return CheckpointError(f"{path / name} has {size} bytes, its manifest says {expected['bytes']}")
+            if file_entry(path / name) != expected:
+                return CheckpointError(
+                    f"{path / name} does not have the sha256 of its manifest; it was altered or the disk is faulty"
+                )
+    except (OSError, KeyError, TypeError) as error:
+        return CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+    return None
+
+
+def _agree_on(problem: CheckpointError | None, world: World) -> CheckpointError | None:
+    """The lowest rank's problem, on every rank."""
+    if world.size == 1:
+        return problem
+    text = "" if problem is None else f"{int(isinstance(problem, ForeignFileError))}{problem}"
+    first = next((t.decode() for t in world.gather(text.encode()) if t), None)
+    if first is None:
+        return None
+    return (ForeignFileError if first[0] == "1" else CheckpointError)(first[1:])
+
+
+def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
+    """This rank's rows of every tensor; only the files that hold some of them are opened."""
+    tensors: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    with _Shards(path) as shards:
+        for name, entry in manifest["tensors"].items():
+            if "rows" not in entry:
+                tensors[name] = shards.whole(entry["parts"][0][0], name)
+                continue
+            mine = split_evenly(entry["rows"], world.size)[world.rank]
+            tensors[name] = shards.rows(name, entry["parts"], mine)
+            rows[name] = entry["rows"]
+    return Checkpoint(manifest["step"], manifest["state"], tensors, rows)
+
+
+class _Shards:
+    """Open safetensors files of one checkpoint."""
+
+    def __init__(self, path: Path):
+        self._path, self._open = path, {}
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self._path / name, framework="pt").__enter__()
+        return self._open[name]
+
+    def whole(self, file: str, name: str) -> Tensor:
+        """A tensor as one file holds it."""
+        return self._file(file).get_tensor(name)
+
+    def rows(self, name: str, parts: list[list[Any]], wanted: range) -> Tensor:
+        """Rows of a tensor that is split over files; `parts` is [file, first row, rows] of each."""
+        pieces = []
+        for file, first, count in parts:
+            start, stop = max(wanted.start, first), min(wanted.stop, first + count)
+            if start < stop:
+                pieces.append(self._file(file).get_slice(name)[start - first : stop - first])
+        if not pieces:
+            return self._file(parts[0][0]).get_slice(name)[0:0]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from or1 import __version__
 from or1.config_load import ConfigError, load_config
 
-EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_INTERRUPTED = 2, 65, 70, 130
+EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
     train.add_argument("--dry-run", action="store_true", help="check the config, show the plan, do nothing")
     train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
+    train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
     train.set_defaults(run=_train)
 
     evaluate = verbs.add_parser("eval", help="avg@k and pass@k of a config, run, checkpoint or server; resumes")
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/weights/step_N)")
     export.set_defaults(run=_export)
 
+    _add_checkpoint_verbs(verbs)
     doctor = verbs.add_parser("doctor", help="check this machine and, with a config, that engine and trainer agree")
     doctor.add_argument("config", nargs="?", help="TOML file whose engine to try, without any update")
     doctor.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override it")
@@ -90,6 +93,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_checkpoint_verbs(verbs: argparse._SubParsersAction) -> None:
+    replay = verbs.add_parser("replay", help="repeat one step of a run from its checkpoint and saved rollouts")
+    replay.add_argument("run_dir", type=Path)
+    replay.add_argument("step", type=_positive)
+    replay.set_defaults(run=_replay)
+
+    checkpoints = verbs.add_parser("ckpt", help="list, verify or remove checkpoints of a run")
+    actions = checkpoints.add_subparsers(required=True, metavar="ls|verify|prune")
+    for name, text in (("ls", "list them"), ("verify", "read every file and compare its sha256"),
+                       ("prune", "keep the newest that verify, remove the others")):  # fmt: skip
+        action = actions.add_parser(name, help=text)
+        action.add_argument("run_dir", type=Path)
+        action.set_defaults(run=_checkpoints, action=name, step=None, keep=None)
+        if name == "verify":
+            action.add_argument("--step", type=_positive, help="this one only")
+        if name == "prune":
+            action.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many to keep")
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from or1.replay import replay
+
+    return _guarded(lambda: replay(arguments.run_dir, arguments.step))
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from or1.checkpoint_tool import list_checkpoints, prune_checkpoints, verify_checkpoints
+
+    match arguments.action:
+        case "ls":
+            return _guarded(lambda: list_checkpoints(arguments.run_dir))
+        case "verify":
+            return _guarded(lambda: verify_checkpoints(arguments.run_dir, arguments.step))
+        case _:
+            return _guarded(lambda: prune_checkpoints(arguments.run_dir, arguments.keep))
+
+
 def _add_sampling_options(verb: argparse.ArgumentParser, out: str) -> None:
     verb.add_argument("--out", type=Path, help=out)
     verb.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
@@ -103,6 +143,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.files])
         return 0
+    if arguments.nproc is not None and "RANK" not in os.environ:
+        from or1.local_ranks import run_ranks
+
+        overrides = [part for override in arguments.overrides for part in ("--set", override)]
+        return run_ranks(arguments.nproc, ["train", arguments.config, *overrides, *(["--fresh"] * arguments.fresh)])
     from or1.launch import launch
 
     return _guarded(lambda: launch(config, fresh=arguments.fresh))
@@ -186,24 +231,28 @@ def _serve(arguments: argparse.Namespace) -> int:
     return _guarded(lambda: serve(config, arguments.host, arguments.port))
 
 
-def _guarded(action) -> int:
+def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
-    from or1.data import DataError
-
+    # By name, because their modules import torch.
+    codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE}
     try:
         action()
     except ConfigError:
         raise
-    except DataError as error:
-        return _fail(error, EXIT_DATA)
     except ValueError as error:
         # Another library's ValueError has no remedy in it: its traceback is worth more than one line.
         if not type(error).__module__.startswith("or1"):
             raise
-        return _fail(error, EXIT_RUN)
+        return _fail(error, codes.get(type(error).__name__, EXIT_RUN))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"the disk is full ({error}); make room, and the same command resumes", EXIT_RETRY)
     return 0
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"or1: {error}", file=sys.stderr)
+    # What all ranks found alike is said once, in full; the watchdog passes on what only one found.
+    rank, text = os.environ.get("RANK", "0"), str(error)
+    print(f"or1: {text}" if rank == "0" else f"or1: rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
     return code

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from or1.config import EvalSet
+from or1.dist import SINGLE, World
 from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
-from or1.rollout.collect import Progress, collect, no_progress
+from or1.rollout.collect import Progress, no_progress
+from or1.rollout.spread import collect_spread
 from or1.types import Group, Prompt
 
 RIGHT = 1.0
@@ -151,9 +153,11 @@ def evaluate_set(
     prompts: Sequence[Prompt],
     settings: EvalSet,
     max_tokens: int,
+    *,
     progress: Progress = no_progress,
+    world: World = SINGLE,
 ) -> EvalResult:
     """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
-    groups = collect(engine, scorer, prompts, sampling, progress).groups
+    groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
     return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples))

@@ -11,12 +11,16 @@ import numpy as np
 
 from or1.config import Config
 from or1.data import Sampler
+from or1.dist import SINGLE, World
 from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
-from or1.rollout.collect import Progress, Rollout, collect
+from or1.rollout.collect import Progress, Rollout
+from or1.rollout.spread import collect_share, exchange
 from or1.run_state import TrainState
 from or1.stages import stage_at
 from or1.types import OpenGroup, Prompt
+
+Work = tuple[list[Prompt], list[OpenGroup]]
 
 
 class Stopped(Exception):
@@ -31,11 +35,20 @@ class RolloutFeed:
     the engine never generates while it is being given weights, and each rollout is one policy old when it is trained.
     """
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], sampler: Sampler, engine: Engine, state: TrainState):
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        sampler: Sampler,
+        engine: Engine,
+        state: TrainState,
+        world: World = SINGLE,
+    ):
         self._config, self._prompts, self._sampler = config, prompts, sampler
-        self._engine, self._state = engine, state
+        self._engine, self._state, self._world = engine, state, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="or1-ahead")
         self._making: Future[Rollout] | None = None
+        self._work: Work = ([], [])
         self._stop = threading.Event()
 
     def take(self, number: int, scorer: Scorer, progress: Progress) -> Rollout:
@@ -45,20 +58,29 @@ class RolloutFeed:
             rollout, in_flight.ahead = in_flight.ahead, None
             # Its time was that of the step before.
             return replace(rollout, generate_s=0.0, reward_s=0.0)
-        rollout = self._make(*self._next_work(number), scorer, progress)
+        prompts, sampling, carried = self._next_work(number)
+        share = self._make(prompts, sampling, carried, scorer, progress)
+        rollout = exchange(self._world, share, prompts, carried)
         in_flight.carried = list(rollout.open)
         return rollout
+
+    def skip(self, number: int) -> None:
+        """Advance the sampler past step `number`, whose rollout the caller has."""
+        self._next_work(number)
 
     def ahead(self, number: int, scorer: Scorer) -> None:
         """Start making the rollout of step `number`, if overlap is on and there is such a step."""
         if self._config.rollout.overlap and number <= self._config.total_steps:
-            self._making = self._pool.submit(self._make, *self._next_work(number), scorer, self._check_stop)
+            prompts, sampling, carried = self._next_work(number)
+            self._work = prompts, carried
+            self._making = self._pool.submit(self._make, prompts, sampling, carried, scorer, self._check_stop)
 
     def settle(self) -> None:
         """Wait for what `ahead` started. Raises what went wrong there."""
         if self._making is not None:
             making, self._making = self._making, None
-            self._state.in_flight.ahead = making.result()
+            # In this thread and not in that one: collectives of two threads would meet in different orders.
+            self._state.in_flight.ahead = exchange(self._world, making.result(), *self._work)
             self._state.in_flight.carried = list(self._state.in_flight.ahead.open)
 
     def close(self) -> None:
@@ -88,7 +110,10 @@ class RolloutFeed:
     def _make(
         self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], scorer: Scorer, progress: Progress
     ) -> Rollout:
-        return collect(self._engine, scorer, prompts, sampling, progress, carried=carried)
+        """This rank's share."""
+        return collect_share(
+            self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress
+        )
 
 
 def step_seed(config: Config, number: int) -> int:

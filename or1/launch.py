@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
 from or1.run_state import RunError, checkpoints_of, prepare_run_dir
+from or1.survival import StopRequest
+
+if TYPE_CHECKING:
+    from or1.dist import World
+    from or1.rank_display import RankDisplay
+    from or1.trainer import Trainer
 
 
 def launch(config: Config, fresh: bool = False) -> None:
-    """Train, then export the weights and write the report. Raises RunError, DataError, ModelError, CheckpointError."""
-    messages = prepare_run_dir(config, fresh)
-    print_plan(config, [])
+    """Train, then export the weights and write the report; in every rank that torchrun started.
+
+    Raises RunError, DataError, ModelError, CheckpointError, DistError, DiskError; in all ranks, whichever found it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Before torch is imported, so that a folder that cannot be used answers at once.
+        messages = prepare_run_dir(config, fresh)
+        print_plan(config, [])
     quiet_libraries()
+    if config.deterministic:
+        _only_deterministic_algorithms()
+    from or1.dist import join
+    from or1.model import resolve_device
+    from or1.rank_display import RankDisplay
+    from or1.watchdog import watched
+
+    with (
+        join(config.dist, resolve_device(config.model.device)) as world,
+        watched(world, config.dist.heartbeat_timeout_s) as watchdog,
+        StopRequest() as stop,
+    ):
+        if world.size > 1:
+            messages = _prepare_together(world, config, fresh)
+        with contextlib.ExitStack() as stack:
+            shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
+            trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
+        if trainer is not None and world.is_main:
+            _finish(config, trainer)
+
+
+def _prepare_together(world: World, config: Config, fresh: bool) -> list[str]:
+    """The main rank prepares the folder; what stops it there stops all."""
+    messages, problem = [], ""
+    if world.is_main:
+        try:
+            messages = prepare_run_dir(config, fresh)
+            print_plan(config, [])
+        except RunError as error:
+            problem = str(error)
+    if found := world.gather(problem.encode())[0].decode():
+        raise RunError(found)
+    return messages
+
+
+def _train(
+    config: Config, messages: list[str], display: RankDisplay, world: World, stop: StopRequest
+) -> Trainer | None:
+    """The trainer and where its weights went, or None if the run was asked to stop before its last step."""
     from or1.trainer import Trainer
 
-    with RunDisplay(config.total_steps, config.stage) as display:
-        for message in messages:
-            display.message(message)
-        trainer = Trainer(config, display)
-        for line in trainer.data.lines():
-            display.message(line)
-        trainer.run()
-        weights = trainer.export()
+    for message in messages:
+        display.message(message)
+    trainer = Trainer(config, display, world, lambda: stop.requested)
+    for line in trainer.data.lines():
+        display.message(line)
+    if not trainer.run():
+        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
+        return None
+    display.phase("export")
+    trainer.export()
+    return trainer
+
+
+def _finish(config: Config, trainer: Trainer) -> None:
     from or1.report import write_report
     from or1.summary import summarise
 
     report = write_report(config.run_path)
     bad_rows = sum(len(r.bad) for r in trainer.data.reports)
+    weights = str(trainer.weights_folder)
     print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
 
 
@@ -57,6 +116,17 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     model = load_model(config.model)
     MasterAdamW(model, config.optim).load_state_tensors(checkpoint.tensors, checkpoint.state["updates"])
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
+
+
+def _only_deterministic_algorithms() -> None:
+    """Before the first use of the GPU: the same seed and ranks then give the same bits on the same kind of GPU."""
+    # cuBLAS and NCCL read these once: a fixed workspace, and one order of summation.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def quiet_libraries() -> None:

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1 import attention
 from or1.config import ModelConfig
+from or1.dist import SINGLE, World
+from or1.fsdp import is_sharded, shard_model, whole_tensors
 from or1.memory import apply_liger, checkpoint_layers, tile_mlps
 from or1.pack import Microbatch
+from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
 
 
@@ -45,7 +49,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
     """Weights from safetensors, packed attention, and `lm_head` replaced by an LMHead that shares its parameter.
 
     Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`, AttentionError and
@@ -60,11 +64,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return prepare_model(model, config, device)
+    return prepare_model(model, config, device, world)
 
 
-def prepare_model(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """What `load_model` does once there are weights: the LMHead, Liger, tiles, checkpointing, the device."""
+def prepare_model(
+    model: PreTrainedModel, config: ModelConfig, device: torch.device, world: World = SINGLE
+) -> PreTrainedModel:
+    """What `load_model` does once there are weights: LMHead, Liger, tiles, checkpointing, the device or the shards."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{config.path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
@@ -75,13 +81,14 @@ def prepare_model(model: PreTrainedModel, config: ModelConfig, device: torch.dev
             logit_scale=getattr(model.config, "logit_scale", None) or 1.0,
         )
     )
+    check_heads(model.config, world.sequence_size)
     apply_liger(model, config.liger, device)
     # After Liger, which replaces the forward of the MLPs.
     if config.mlp_tile_tokens:
         tile_mlps(model, config.mlp_tile_tokens)
     if config.gradient_checkpointing != "none":
         checkpoint_layers(model, offload=config.gradient_checkpointing == "offload")
-    return model.to(device)
+    return shard_model(model, world, device)
 
 
 def _require_safetensors(path: str) -> None:
@@ -109,22 +116,27 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if model.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", model.get_input_embeddings().weight)
     for name, tensor in state.items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        # Shards are fp32 masters; an engine wants what the model computes with.
+        whole = tensor.full_tensor().to(model.config.dtype) if hasattr(tensor, "full_tensor") else tensor
         yield name, whole.detach()
 
 
-def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
-    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other."""
+def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: ProcessGroup | None = None) -> Tensor:
+    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other.
+
+    With a `sequence_group`, `batch` is this rank's slice of the row (`sequence_parallel.my_slice`), and so is T.
+    """
     layout = attention.Layout(
         batch.cu_seqlens, batch.cu_keys, batch.max_seqlen, batch.max_keys, batch.kv_rows_U
     )
     with attention.packed_forward():
-        output = model.get_decoder()(
+        output = (model.decode if is_sharded(model) else model.get_decoder())(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
             # A cache, even an empty one, would make transformers attend across documents.
             use_cache=False,
             **layout.as_kwargs(),
+            **({} if sequence_group is None else {"sequence_group": sequence_group}),
         )
     return output.last_hidden_state[0]
 
@@ -146,22 +158,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder."""
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World = SINGLE
+) -> Path:
+    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder.
+
+    Collective: the ranks put the weights together, the main one writes them, in the type the model computes in.
+    """
+    dtype = model.config.dtype
+    state = {name: t.to("cpu", dtype) for name, t in whole_tensors(model)} if world.size > 1 else None
+    if not world.is_main:
+        return folder
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
-    _forget_attention(partial / "config.json")
+    _forget_attention(partial / "config.json", dtype)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
     return folder
 
 
-def _forget_attention(path: Path) -> None:
-    """Drop the name of or1's attention from a saved config, where nobody else could resolve it."""
+def _forget_attention(path: Path, dtype: torch.dtype) -> None:
+    """Drop the name of or1's attention from a saved config, where nobody else could resolve it; note the weights' type.
+
+    transformers notes that of the parameters, which are fp32 masters while they are sharded.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
     for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

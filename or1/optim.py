@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
+from or1.dist import SINGLE, World
+from or1.fsdp import local_shard
 from or1.moments import FLAT_KEYS, OptimizerError, State, make_rule, round_stochastically
+
+# Longest first: "exp_avg." begins "exp_avg.codes." too.
+_PREFIXES = sorted((f"{key}." for key in ("master", *FLAT_KEYS)), key=len, reverse=True)
 
 
 class UpdateResult(NamedTuple):
@@ -30,13 +35,18 @@ class MasterAdamW:
     Gradients are summed over backward passes in `optim.grad_dtype` until `step_if_finite` or `zero_grad`.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimConfig, world: World = SINGLE):
+        self.config, self.world = config, world
         self.updates = 0
         self.rule = make_rule(config)
+        if world.size > 1 and config.optimizer == "adamw8bit":
+            raise OptimizerError('optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
+                                 'several ranks the moments are sharded anyway: use "adamw" or "offload"')
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [self._new_master(p) for p in self.params]
+        # What this rank holds of them; where they are not sharded, the parameters themselves.
+        self.shards = [local_shard(p) for p in self.params]
+        self.masters = [self._new_master(p) for p in self.shards]
         self._states: list[State | None] = [None] * len(self.params)
         self._sums: dict[int, Tensor] = {}
         if config.grad_dtype == "float32":
@@ -70,7 +80,8 @@ class MasterAdamW:
         return {name: grad for name, grad in found.items() if grad is not None}
 
     def _gradient(self, i: int) -> Tensor | None:
-        return self._sums.get(i, self.params[i].grad)
+        grad = self._sums.get(i, self.params[i].grad)
+        return None if grad is None else local_shard(grad)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -81,9 +92,9 @@ class MasterAdamW:
     @torch.no_grad()
     def step_if_finite(self, loss: Tensor) -> UpdateResult:
         """Clip, then update if loss and gradient norm are finite; else leave parameters, moments and schedule alone."""
-        norm = _total_norm(list(self.gradients().values()))
+        norm = _total_norm(list(self.gradients().values()), self.world)
         lr = self.config.lr * min(1.0, (self.updates + 1) / max(self.config.warmup_steps, 1))
-        took = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        took = self.world.all_agree(bool(torch.isfinite(norm) & torch.isfinite(loss)))
         if took:
             # As torch's clip_grad_norm_: the small constant keeps a norm of 0 from dividing.
             scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -94,7 +105,7 @@ class MasterAdamW:
         return UpdateResult(float(norm), lr, took)
 
     def _step_one(self, i: int, scale: Tensor, lr: float) -> None:
-        param, master = self.params[i], self.masters[i]
+        param, master = self.shards[i], self.masters[i]
         grad = self._gradient(i)
         if grad is None:
             return
@@ -105,7 +116,7 @@ class MasterAdamW:
         grad = grad.to(device, dtype).mul_(scale.to(device))
         # One at a time, and each gradient freed after use: copies of all of them would be the peak of the step.
         self._sums.pop(i, None)
-        param.grad = None
+        self.params[i].grad = None
         # Biases and norm gains are vectors; decaying them pulls activations towards zero.
         decay = self.config.weight_decay if param.ndim >= 2 else 0.0
         self.rule.update(weight.detach(), grad, self._states[i], lr, decay)
@@ -117,11 +128,21 @@ class MasterAdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights and moments by parameter name, for a checkpoint."""
         tensors: dict[str, Tensor] = {}
-        for name, param, master, state in zip(self.names, self.params, self.masters, self._states, strict=True):
+        for name, param, master, state in zip(self.names, self.shards, self.masters, self._states, strict=True):
             tensors[f"master.{name}"] = (param if master is None else master).detach()
             for key, value in self.rule.flatten(state).items() if state else ():
                 tensors[f"{key}.{name}"] = value
         return tensors
+
+    def state_rows(self) -> dict[str, int]:
+        """Rows of the whole tensor, for those of `state_tensors` that are split over ranks where there are several."""
+        whole = dict(zip(self.names, zip(self.params, self.shards, strict=True), strict=True))
+        rows: dict[str, int] = {}
+        for key, tensor in self.state_tensors().items():
+            param, shard = whole[key.removeprefix(next(k for k in _PREFIXES if key.startswith(k)))]
+            if tensor.shape == shard.shape and tensor.ndim:
+                rows[key] = param.shape[0]
+        return rows
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
@@ -130,7 +151,7 @@ class MasterAdamW:
         Raises KeyError for a parameter that is missing, OptimizerError if the state is of other optimizer settings.
         """
         self.updates = updates
-        for i, (name, param, master) in enumerate(zip(self.names, self.params, self.masters, strict=True)):
+        for i, (name, param, master) in enumerate(zip(self.names, self.shards, self.masters, strict=True)):
             weight, saved = param if master is None else master, tensors[f"master.{name}"]
             if saved.dtype != weight.dtype:
                 raise OptimizerError(f"the checkpoint's weights are {saved.dtype}, these settings keep {weight.dtype}: "
@@ -147,6 +168,9 @@ def _arithmetic_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def _total_norm(grads: list[Tensor]) -> Tensor:
+def _total_norm(grads: list[Tensor], world: World) -> Tensor:
+    if world.size > 1:
+        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        return world.sum(squares).sqrt()
     norms = [torch.linalg.vector_norm(g, dtype=_arithmetic_dtype(g)) for g in grads]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

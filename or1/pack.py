@@ -41,8 +41,13 @@ class TrainSequence:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that the loss sums over."""
+        """Tokens of the response."""
         return len(self.response_ids)
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that the loss sums over: those of which the engine reported a finite log-probability."""
+        return int(np.isfinite(self.rollout_logp).sum())
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def _to_microbatch(
         targets_N=to_device(np.concatenate([s.response_ids for s in sequences]), torch.int64),
         advantages_N=floats([np.full(s.trained_tokens, s.advantage) for s in sequences]),
         rollout_logp_N=floats([s.rollout_logp for s in sequences]),
-        lengths_N=floats([np.full(s.trained_tokens, s.trained_tokens) for s in sequences]),
+        lengths_N=floats([np.full(s.trained_tokens, s.known_tokens) for s in sequences]),
         old_logp_N=optional("old_logp"),
         ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from or1.budget import Budget
 from or1.config import Config
 from or1.pack import TrainSequence
 from or1.rollout.base import Engine, Sampling
@@ -66,7 +67,9 @@ def compare_engine(engine: Engine, model: PreTrainedModel, prompts: Sequence[Pro
     chosen = list(prompts[:PROMPTS])
     found = list(engine.generate(chosen, sampling))
     sequences = [TrainSequence(chosen[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found]
-    settings = UpdateSettings(PolicyObjective(), 0.0, config.rollout.temperature, config.optim.max_tokens_per_rank)
+    # All in one row, whatever was sampled: several ranks must run as many forwards.
+    one_row = Budget(sum(s.packed_tokens for s in sequences))
+    settings = UpdateSettings(PolicyObjective(), 0.0, config.rollout.temperature, one_row)
     scored = with_old_logp(model, sequences, settings)
     trainer = np.concatenate([s.old_logp for s in scored]).astype(np.float64)
     drift = trainer - np.concatenate([s.rollout_logp for s in scored])

@@ -1,14 +1,16 @@
-"""rollouts/step_N.parquet: every response of a step with its tokens, reward and advantage."""
+"""rollouts/step_N.parquet: every response of a step with its tokens, reward and advantage; written and read back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from or1.types import Group
+from or1.types import Group, Prompt, Response, Score, Status
 
 SCHEMA = pa.schema(
     {
@@ -64,3 +66,25 @@ def write_rollouts(
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
     partial.replace(path)
     return path
+
+
+def read_rollouts(path: Path, prompts: Mapping[str, Prompt], group_size: int) -> list[Group]:
+    """The groups that `write_rollouts` wrote, their tokens and log-probs bit for bit.
+
+    `prompts` by id. Raises KeyError for a prompt that is not among them.
+    """
+    groups = []
+    for prompt_id, rows in groupby(pq.read_table(path).to_pylist(), key=lambda row: row["prompt_id"]):
+        of_prompt = list(rows)
+        # A prompt that came twice in a row made two groups.
+        for first in range(0, len(of_prompt), group_size):
+            members = of_prompt[first : first + group_size]
+            responses = tuple(_response(row) for row in members)
+            scores = tuple(Score(row["reward"], Status(row["status"])) for row in members)
+            groups.append(Group(prompts[prompt_id], responses, scores))
+    return groups
+
+
+def _response(row: Mapping[str, object]) -> Response:
+    token_ids, logp = np.array(row["token_ids"], np.int32), np.array(row["logp"], np.float32)
+    return Response(token_ids, logp, row["finish"], row["version"], row["response"])

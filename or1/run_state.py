@@ -16,8 +16,8 @@ from or1.entropy import EntropyController
 from or1.rollout_state import InFlight
 
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
-# So does where the engine runs.
-FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "rollout.vllm", "rollout.verify_every"})
+# So does where the engine runs, and how the ranks share the work.
+FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "dist", "rollout.vllm", "rollout.verify_every"})
 
 
 class RunError(ValueError):

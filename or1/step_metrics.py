@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from or1.dist import World
 from or1.filters import has_advantage
 from or1.optim import UpdateResult
 from or1.pack import Microbatch
@@ -26,7 +27,7 @@ def rollout_entropy(groups: Sequence[Group]) -> float:
     It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
     """
     logp = np.concatenate([response.logp for group in groups for response in group.responses])
-    return float(-logp.mean(dtype=np.float64))
+    return float(-logp[np.isfinite(logp)].mean(dtype=np.float64))
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -112,6 +113,19 @@ class UpdateStats:
         """Count one optimizer step."""
         self.losses.append(loss)
         self.results.append(result)
+
+    def reduce(self, world: World) -> None:
+        """Put together the numbers of all ranks; called once, before `metrics`."""
+        if world.size == 1 or not self.results:
+            return
+        # Every rank has trained a row in every update, if only an anchor, so all have the same names.
+        names = sorted(self.sums)
+        values = world.sum(torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64),
+                                        *(self.sums[name].cpu() for name in names)]))
+        self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
+        # Below every ratio, for a rank that has trained anchors only.
+        mine = torch.zeros((), dtype=torch.float64) if self.ratio_max is None else self.ratio_max.double()
+        self.ratio_max = world.max(mine)
 
     def metrics(self) -> dict[str, float]:
         """Token means, and means over the optimizer steps."""

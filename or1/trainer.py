@@ -13,18 +13,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from or1 import faults
 from or1.advantage import group_advantages
 from or1.budget import Budget
-from or1.checkpoint import Checkpoint, load_latest, save_checkpoint
+from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
+from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
 from or1.data import Sampler, load_run_data
+from or1.dist import SINGLE, World
+from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
 from or1.feed import RolloutFeed, step_seed
 from or1.filters import has_advantage
@@ -35,6 +41,7 @@ from or1.pack import TrainSequence
 from or1.parity import compare_engine
 from or1.reward import make_scorer
 from or1.rollout import make_engine
+from or1.rollout.collect import Rollout
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
@@ -46,45 +53,73 @@ from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
-    from or1.display import RunDisplay
+    from or1.rank_display import RankDisplay
 
 
 class Trainer:
     """A run: `Trainer(config, display).run()` trains from the newest checkpoint to the last step."""
 
-    def __init__(self, config: Config, display: RunDisplay):
-        self.config, self.display = config, display
+    def __init__(
+        self,
+        config: Config,
+        display: RankDisplay,
+        world: World = SINGLE,
+        stop: Callable[[], bool] = lambda: False,
+        resume: int | None = None,
+    ):
+        """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest."""
+        self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
         self.data = load_run_data(config, self.tokenizer)
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
-        self.model = load_model(config.model).train()
-        self.optimizer = MasterAdamW(self.model, config.optim)
-        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message)
-        self.engine = make_engine(config, self.model, self.tokenizer)
+        self.model = load_model(config.model, world).train()
+        self.optimizer = MasterAdamW(self.model, config.optim, world)
+        self.engine = make_engine(config, self.model, self.tokenizer, world)
+        self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
+        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
         self._checkpoint_s: float | None = None
-        self.state = self._restore() or TrainState.start(config)
-        self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state)
+        self.state = self._restore(resume) or TrainState.start(config)
+        self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state, world)
 
-    def run(self) -> None:
-        """All steps that are left. Every step ends with a line in metrics.jsonl; some with a checkpoint."""
+    def run(self) -> bool:
+        """All steps that are left, or as many as run before a stop is asked for; returns whether all are done.
+
+        Every step ends with a line in metrics.jsonl; some with a checkpoint, and the last one that runs always.
+        """
+        stopped = False
+        with (
+            closing(self.engine),
+            closing(self.feed),
+            self._metrics() as writer,
+            make_scorer(self.config.reward, self._all_prompts()) as self.scorer,
+        ):
+            if self.state.step == 0:
+                self._report(writer, 0, self.evaluate())
+            while self.state.step < self.config.total_steps and not stopped:
+                stopped = self._one_step(writer)
+            self.checkpoints.wait()
+        finished = self.state.step == self.config.total_steps
+        if finished and (unfinished := len(self.state.in_flight.carried)):
+            self.display.message(f"{unfinished} groups were still open after the last step and are left out")
+        return finished
+
+    @contextmanager
+    def _metrics(self) -> Iterator[MetricsWriter | None]:
+        """metrics.jsonl from the step after the newest checkpoint on; None on all ranks but the main one."""
+        if not self.world.is_main:
+            yield None
+            return
         rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
         writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
-        try:
-            with make_scorer(self.config.reward, self._all_prompts()) as self.scorer:
-                if self.state.step == 0:
-                    self._report(writer, 0, self.evaluate())
-                while self.state.step < self.config.total_steps:
-                    self._one_step(writer)
-            if unfinished := len(self.state.in_flight.carried):
-                self.display.message(f"{unfinished} groups were still open after the last step and are left out")
-        finally:
-            self.feed.close()
-            self.engine.close()
-            writer.close()
+        with closing(writer):
+            yield writer
 
-    def _one_step(self, writer: MetricsWriter) -> None:
+    def _one_step(self, writer: MetricsWriter | None) -> bool:
+        """The next step and what belongs to it; returns whether any rank was asked to stop."""
         began = time.perf_counter()
         number = self.state.step + 1
+        faults.at_step(number)
+        self.display.begin(number)
         index, stage = stage_at(self.config, number)
         metrics = self.step(number, index, stage)
         self.state.step = number
@@ -95,23 +130,42 @@ class Trainer:
             metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
         # The line comes before the commit: a crash between them repeats the step, the other order would lose the line.
         self._report(writer, index, metrics)
-        if self._due(number, self.config.checkpoint.every_steps):
+        stopped = self.world.any(self._stop())
+        self._look_after(self.checkpoints.poll)
+        if stopped or self._due(number, self.config.checkpoint.every_steps):
             self._checkpoint_s = self._save()
+        return stopped
 
     def step(self, number: int, index: int, stage: StageConfig) -> dict[str, float]:
         """Rollout step `number`, in stage `index`: generate, score, reject, update. Returns its metrics."""
         self._drop_solved(index)
-        rollout = self.feed.take(number, self.scorer, lambda a, b: self.display.phase("rollout", a, b))
+
+        def progress(done: int, total: int) -> None:
+            self.display.phase("rollout", done, total)
+
+        rollout = self.feed.take(number, self.scorer, progress)
         torch.manual_seed(step_seed(self.config, number))
         self.feed.ahead(number + 1, self.scorer)
         if not self.config.rollout.overlap:
             self.engine.release()
-        metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
+        return self.learn(number, index, stage, rollout)
 
-        trainable = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
+    def begin(self, number: int, index: int) -> None:
+        """Take the prompts of a step whose rollout exists already, and seed what the step draws."""
+        self._drop_solved(index)
+        self.feed.skip(number)
+        torch.manual_seed(step_seed(self.config, number))
+
+    def learn(
+        self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True
+    ) -> dict[str, float]:
+        """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
+        metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
+        wanted = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
+        trainable = [want and is_known(group) for want, group in zip(wanted, rollout.groups, strict=True)]
         kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
         advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
-        if number % self.config.log.rollouts_every_steps == 0:
+        if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
             rows = iter(advantages_KM)
             self._log_rollouts(number, index, rollout.groups, [next(rows) if keep else None for keep in trainable])
 
@@ -136,8 +190,10 @@ class Trainer:
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
+        stats.reduce(self.world)
         return metrics | stats.metrics() | {
             "group/kept": float(len(kept)),
+            "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
             "policy/entropy_controller": self.state.entropy.coef,
             "optim/out_of_memory": float(self.budget.out_of_memory),
             "optim/row_tokens": float(self.budget.max_tokens),
@@ -196,7 +252,9 @@ class Trainer:
 
             prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
-            metrics |= evaluate_set(self.engine, self.scorer, prompts, settings, limit, progress).metrics()
+            metrics |= evaluate_set(
+                self.engine, self.scorer, prompts, settings, limit, progress=progress, world=self.world
+            ).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
 
     def _all_prompts(self) -> Iterator[Prompt]:
@@ -204,25 +262,45 @@ class Trainer:
         for prompts in self.data.eval_prompts.values():
             yield from prompts
 
+    @property
+    def weights_folder(self) -> Path:
+        """Where `export` writes the present weights."""
+        return self.config.run_path / "weights" / f"step_{self.state.step}"
+
     def export(self) -> str:
         """Write the present weights as a Hugging Face checkpoint; returns the folder."""
-        folder = self.config.run_path / "weights" / f"step_{self.state.step}"
-        return str(export_model(self.model, self.tokenizer, folder))
+        return str(export_model(self.model, self.tokenizer, self.weights_folder, self.world))
 
     def _save(self) -> float:
         began = time.perf_counter()
         self.display.phase("checkpoint")
+        self._look_after(self.checkpoints.wait)
         self.state.updates, self.state.budget = self.optimizer.updates, self.budget.state()
         in_flight, tensors = self.state.in_flight.to_checkpoint(self.data.prompts)
-        state = self.state.to_json() | {"in_flight": in_flight}
-        checkpoint = Checkpoint(self.state.step, state, self.optimizer.state_tensors() | tensors)
-        save_checkpoint(checkpoints_of(self.config.run_path), checkpoint, self.config.checkpoint.keep)
+        state, moments = self.state.to_json() | {"in_flight": in_flight}, self.optimizer.state_tensors()
+        checkpoint = Checkpoint(self.state.step, state, moments | tensors, self.optimizer.state_rows())
+        self.checkpoints.save(checkpoint)
         return time.perf_counter() - began
 
-    def _restore(self) -> TrainState | None:
-        checkpoint, warnings = load_latest(checkpoints_of(self.config.run_path))
-        for warning in warnings:
-            self.display.message(warning)
+    def _look_after(self, how: Callable[[], None]) -> None:
+        """A checkpoint that cannot be written is counted and told, and the run goes on; only the last one has to be."""
+        try:
+            how()
+        except DiskError as error:
+            self.state.totals["failed_checkpoints"] += 1
+            self.display.message(str(error))
+
+    def _restore(self, step: int | None) -> TrainState | None:
+        folder = checkpoints_of(self.config.run_path)
+        if step is not None:
+            checkpoint = load_checkpoint(step_folder(folder, step), self.world) if step else None
+        else:
+            if self.world.is_main:
+                remove_partials(folder)
+            self.world.barrier()
+            checkpoint, warnings = load_latest(folder, self.world)
+            for warning in warnings:
+                self.display.message(warning)
         if checkpoint is None:
             return None
         state = TrainState.from_json(self.config, checkpoint.state)
@@ -234,8 +312,9 @@ class Trainer:
         self.display.message(f"resumed after step {state.step}")
         return state
 
-    def _report(self, writer: MetricsWriter, stage_index: int, metrics: dict[str, float]) -> None:
-        writer.write(self.state.step, stage_index, metrics)
+    def _report(self, writer: MetricsWriter | None, stage_index: int, metrics: dict[str, float]) -> None:
+        if writer is not None:
+            writer.write(self.state.step, stage_index, metrics)
         self.display.step({"step": self.state.step, "stage": stage_index} | metrics)
 
     def _log_rollouts(self, number: int, index: int, groups: list[Group], advantages: list) -> None:
@@ -245,6 +324,7 @@ class Trainer:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
             self.state.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
+        self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
 
     def _drop_solved(self, stage_index: int) -> None:
         """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""
@@ -270,4 +350,5 @@ class Trainer:
             self.budget,
             config.optim.share_prompts,
             lambda done, total: self.display.phase("train", done, total),
+            world=self.world,
         )  # fmt: skip

@@ -11,13 +11,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from or1 import faults
+from or1.balance import plan_ranks
 from or1.budget import Budget
+from or1.dist import SINGLE, World
+from or1.engine_logp import keep_known
+from or1.fsdp import local_shard
 from or1.model import eval_mode, hidden_states, lm_head
 from or1.normalise import TOKEN_MEAN, Normaliser
 from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack, pack_indexed
+from or1.pack import Microbatch, TrainSequence, pack_rows, units_of
 from or1.prefix import Sharing
 from or1.rollout.collect import Progress, no_progress
+from or1.sequence_parallel import join_slices, my_slice
 from or1.step_metrics import UpdateStats
 from or1_kernels.objective import PolicyObjective
 
@@ -36,6 +42,7 @@ class UpdateSettings:
     sharing: Sharing = "off"
     progress: Progress = no_progress
     normaliser: Normaliser = TOKEN_MEAN
+    world: World = SINGLE
 
 
 def update_policy(
@@ -48,7 +55,8 @@ def update_policy(
     """One optimizer step; returns whether it was taken (a non-finite one is not) and adds its numbers to `stats`.
 
     The loss is a sum over tokens divided by a number of the whole update (Eq. 3.1: its trained tokens), so its gradient
-    does not depend on how the sequences are packed: what runs out of memory is done again in smaller rows.
+    does not depend on how the sequences are packed: what runs out of memory is done again in smaller rows. Every
+    rank is given all sequences of the update and trains its share of their rows; gradients and numbers are summed.
     """
 
     def attempt(max_tokens: int) -> tuple[torch.Tensor, UpdateStats]:
@@ -58,6 +66,9 @@ def update_policy(
 
     total, rows = settings.budget.run(attempt, longest_of(sequences))
     stats.add_rows(rows)
+    if faults.hit("train.gradient") == "inf":
+        next(shard for p in model.parameters() if (shard := local_shard(p.grad)).numel()).view(-1)[0] = torch.inf
+    total = settings.world.sum(total)
     result = optimizer.step_if_finite(total)
     stats.add_update(float(total), result)
     return result.took
@@ -67,12 +78,14 @@ def _accumulate_gradient(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
 ) -> tuple[torch.Tensor, UpdateStats]:
     """Forward and backward of every packed row; the loss, and the rows' numbers."""
-    denominator = sum(settings.normaliser.units(s.trained_tokens) for s in sequences)
+    denominator = sum(settings.normaliser.units(s.known_tokens) for s in sequences if s.known_tokens)
     total, stats = torch.zeros((), dtype=torch.float64, device=model.device), UpdateStats()
-    packs = pack(sequences, max_tokens, model.device, _float_dtype(model), settings.sharing)
-    for done, batch in enumerate(packs):
+    packs = _my_rows(model, sequences, settings, max_tokens)
+    for done, (_, row) in enumerate(packs):
         settings.progress(done, len(packs))
-        hidden_TH = hidden_states(model, batch)
+        faults.hit("train.forward")
+        batch = keep_known(my_slice(row, settings.world))
+        hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
             hidden_TH[batch.rows_N],
             batch.targets_N,
@@ -94,36 +107,51 @@ def _accumulate_gradient(
 def with_old_logp(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[TrainSequence]:
-    """The same sequences with the present policy's log-probabilities as `old_logp`."""
+    """The same sequences with the present policy's log-probabilities as `old_logp`, where `score` gives some."""
     return [replace(s, old_logp=x) for s, x in zip(sequences, score(model, sequences, settings), strict=True)]
 
 
 def with_ref_logp(
     reference: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
 ) -> list[TrainSequence]:
-    """The same sequences with the reference model's log-probabilities as `ref_logp`."""
+    """The same sequences with the reference model's log-probabilities as `ref_logp`, where `score` gives some."""
     return [replace(s, ref_logp=x) for s, x in zip(sequences, score(reference, sequences, settings), strict=True)]
 
 
 def score(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
-) -> list[np.ndarray]:
-    """Log-probability of every trained token, float[L] a sequence, packed as the update packs them; no gradients."""
+) -> list[np.ndarray | None]:
+    """Log-probability of every trained token, float[L] a sequence, packed as the update packs them; no gradients.
+
+    None for sequences that another rank will train. Collective.
+    """
 
     def attempt(max_tokens: int) -> dict[int, np.ndarray]:
         scored: dict[int, np.ndarray] = {}
-        packs = pack_indexed(sequences, max_tokens, model.device, _float_dtype(model), settings.sharing)
-        for indices, batch in packs:
-            hidden_NH = hidden_states(model, batch)[batch.rows_N]
+        for indices, row in _my_rows(model, sequences, settings, max_tokens):
+            batch = my_slice(row, settings.world)
+            hidden_NH = hidden_states(model, batch, settings.world.sequence_group)[batch.rows_N]
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
-            parts = logp_N.split([sequences[i].trained_tokens for i in indices])
+            parts = join_slices(logp_N, row, settings.world).split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 scored[i] = part.cpu().numpy()
         return scored
 
     with eval_mode(model):
         scored = settings.budget.run(attempt, longest_of(sequences))
-    return [scored[i] for i in range(len(sequences))]
+    return [scored.get(i) for i in range(len(sequences))]
+
+
+def _my_rows(
+    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings, max_tokens: int
+) -> list[tuple[list[int], Microbatch]]:
+    """This rank's packed rows with the indices of their sequences; as many on every rank."""
+    world, units = settings.world, units_of(sequences, max_tokens, settings.sharing)
+    plan = plan_ranks([unit.tokens for unit in units], max_tokens, world.data_size)[world.data_rank]
+    rows = [[units[u] for u in row] for row in plan]
+    packed = pack_rows(sequences, rows, model.device, _float_dtype(model))
+    indices = [[i for unit in row for i in unit.members] for row in rows]
+    return list(zip(indices, packed, strict=True))
 
 
 def longest_of(sequences: Sequence[TrainSequence]) -> int:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from or1.config.base import Section
 from or1.config.data import DataConfig, MixConfig
+from or1.config.dist import DistConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
@@ -25,6 +26,7 @@ __all__ = [
     "CodeRewardConfig",
     "Config",
     "DataConfig",
+    "DistConfig",
     "EndpointConfig",
     "EntropyConfig",
     "EvalConfig",
@@ -50,12 +52,16 @@ class Config(Section):
     """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
     seed: int = Field(1, ge=0)
     """Seed of data order and sampling."""
+    deterministic: bool = False
+    """On a GPU, use only algorithms whose result has the same bits every time, and fail where there is none; slower. A
+    CPU run always is."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    dist: DistConfig = DistConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     filter: FilterConfig = FilterConfig()

@@ -108,6 +108,29 @@ def _reward_file_exists(config: Config) -> Iterator[Problem]:
         yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
 
 
+def _nothing_to_execute(config: Config) -> Iterator[Problem]:
+    """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
+    folder = Path(config.model.path)
+    if not (folder / "config.json").is_file():
+        return
+    unsafe = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
+    if unsafe and not any(folder.glob("*.safetensors")):
+        yield Problem("model.path", f"{folder / unsafe[0]} is pickled, which or1 never reads; convert it with "
+                      "transformers' save_pretrained, in a place where it may run code")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and '"auto_map"' in path.read_text(encoding="utf-8", errors="replace"):
+            yield Problem("model.path", f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
+                          "never runs; use a model that transformers knows, and remove auto_map")
+
+
+def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
+    limit, beat = config.dist.timeout_s, config.dist.heartbeat_timeout_s
+    if beat > limit:
+        yield Problem("dist.heartbeat_timeout_s", f"{beat:g} is above dist.timeout_s = {limit:g}, so a dead rank would "
+                      "be noticed by that alone; lower it")
+
+
 def _stages_fit(config: Config) -> Iterator[Problem]:
     for i, stage in enumerate(config.stage):
         minibatch = stage.minibatch_prompts
@@ -186,6 +209,8 @@ def _engine_fits(config: Config) -> Iterator[Problem]:
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _files_exist,
     _reward_file_exists,
+    _nothing_to_execute,
+    _heartbeat_is_shorter,
     _stages_fit,
     _entropy_bounds,
     _betas_valid,

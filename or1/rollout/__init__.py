@@ -8,11 +8,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from or1.config import Config
+    from or1.dist import World
     from or1.rollout.base import Engine
 
 
-def make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def make_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World | None = None
+) -> Engine:
     """The engine of `[rollout]`, started, with the weights of `config.model.path`; `update_weights` brings others.
+
+    In a `world` of several ranks it is collective, and so is `update_weights`.
 
     "auto" is vLLM where it is installed in a tested version and the model is on a GPU, else transformers.
     Raises EngineError if vLLM is asked for and missing, outside the tested range, or does not start.
@@ -30,6 +35,12 @@ def make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTok
     positions = getattr(model.config, "max_position_embeddings", None)
     setup = VllmSetup.of(config, model.device.type == "cuda", positions, eos_token_ids(model, tokenizer))
     if config.rollout.vllm.placement == "server":
+        if world is not None and world.size > 1:
+            from or1.rollout.vllm_shared import FollowingEngine, LeadingEngine
+
+            if not world.is_main:
+                return FollowingEngine(world, setup, model, tokenizer)
+            return LeadingEngine(world, setup, config.rollout.vllm, model, tokenizer, config.run_path)
         from or1.rollout.vllm_server import ServerEngine
 
         return ServerEngine(setup, config.rollout.vllm, model, tokenizer, config.run_path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.fsdp import gathered
 from or1.model import eos_token_ids, eval_mode
 from or1.rollout.base import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.types import Prompt, Response
@@ -44,20 +45,22 @@ class HfEngine:
         """Yield responses batch by batch; see `Engine.generate`."""
         jobs = list(jobs_of(prompts, sampling, begun))
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
-            seed = int(np.random.SeedSequence([sampling.seed, start]).generate_state(1, np.uint64)[0] >> 1)
-            left_s = deadline - time.monotonic()
-            if left_s > 0:
-                responses = self._generate_batch(batch, sampling, seed, left_s)
-            else:
-                nothing = (np.empty(0, np.int32), np.empty(0, np.float32))
-                responses = [continued(job, *nothing, "deadline", self.version) for job in batch]
-            texts = self.tokenizer.batch_decode([r.token_ids.tolist() for r in responses], skip_special_tokens=True)
-            for job, response, text in zip(batch, responses, texts, strict=True):
-                yield Finished(*job.slot, replace(response, text=text))
+        # A rank without jobs gathers the weights all the same: the others wait for it.
+        with gathered(self.model):
+            for start in range(0, len(jobs), self.batch_size):
+                batch = jobs[start : start + self.batch_size]
+                left_s = deadline - time.monotonic()
+                if left_s > 0:
+                    responses = self._generate_batch(batch, sampling, left_s)
+                else:
+                    nothing = (np.empty(0, np.int32), np.empty(0, np.float32))
+                    responses = [continued(job, *nothing, "deadline", self.version) for job in batch]
+                ids = [r.token_ids.tolist() for r in responses]
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                for job, response, text in zip(batch, responses, texts, strict=True):
+                    yield Finished(*job.slot, replace(response, text=text))
 
-    def _generate_batch(self, jobs: list[Job], sampling: Sampling, seed: int, left_s: float) -> list[Response]:
+    def _generate_batch(self, jobs: list[Job], sampling: Sampling, left_s: float) -> list[Response]:
         device = self.model.device
         contexts = [job.context_ids for job in jobs]
         width = max(len(ids) for ids in contexts)
@@ -66,28 +69,21 @@ class HfEngine:
         for row, ids in enumerate(contexts):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        recorder = LogprobRecorder(sampling.temperature or 1.0)
-        devices = [device] if device.type == "cuda" else []
-        # The seed belongs to this call alone: what ran before it must not change what it samples.
-        with torch.random.fork_rng(devices=devices), eval_mode(self.model), _plain_defaults(self.model):
-            torch.manual_seed(seed)
+        sampler = RowSampler(sampling, [job.seed for job in jobs])
+        with eval_mode(self.model), _plain_defaults(self.model):
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                generation_config=self._config(sampling, max(job.max_new for job in jobs), left_s),
-                logits_processor=[recorder],
+                generation_config=self._config(max(job.max_new for job in jobs), left_s),
+                logits_processor=[sampler],
             )
         tokens_BL = sequences[:, width:]
-        logp_BL = recorder.finish(tokens_BL)
-        return self._cut(jobs, tokens_BL.cpu().numpy(), logp_BL.float().cpu().numpy())
+        return self._cut(jobs, tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
 
-    def _config(self, sampling: Sampling, max_new: int, left_s: float) -> GenerationConfig:
-        # Temperature 1 here: the recorder divides by the temperature itself, so that it sees what is sampled from.
+    def _config(self, max_new: int, left_s: float) -> GenerationConfig:
+        # Greedy here: RowSampler has sampled already and leaves one possible token.
         return GenerationConfig(
-            do_sample=sampling.temperature > 0,
-            temperature=1.0,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            do_sample=False,
             max_new_tokens=max_new,
             max_time=left_s if math.isfinite(left_s) else None,
             eos_token_id=self.eos_ids,
@@ -107,32 +103,48 @@ class HfEngine:
         return responses
 
 
-class LogprobRecorder(LogitsProcessor):
-    """Scales logits by 1 / temperature and keeps the log-probability of what is then sampled, in O(B V) memory.
+class RowSampler(LogitsProcessor):
+    """Samples the next token of every row from random numbers of the row's own, and keeps its log-probability.
 
-    It sees the scores of a token before it is sampled and the token itself one call later.
+    sampling  temperature above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at
+              1. Below 1 of top_p and above 0 of top_k, log-probs stay those among all tokens
+    seeds     one a row, so that what a row becomes does not depend on which rows share its batch
+
+    It leaves a single possible token to `generate`. O(B V) memory.
     """
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-        self._columns: list[Tensor] = []
-        self._pending_BV: Tensor | None = None
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]):
+        self.temperature, self.top_p, self.top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+        self._logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """One generation step."""
-        self._settle(input_ids[:, -1])
-        scaled_BV = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
-        self._pending_BV = scaled_BV.log_softmax(-1)
-        return scaled_BV
+        wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
+        token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)
+        self._logp.append(logp_BV.gather(1, token_B1)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
-    def finish(self, tokens_BL: Tensor) -> Tensor:
+    def logp_BL(self) -> Tensor:
         """float[B, L]: the log-probability of each generated token; past the end of a sequence it means nothing."""
-        self._settle(tokens_BL[:, -1])
-        return torch.stack(self._columns, dim=1)
+        return torch.stack(self._logp, dim=1)
 
-    def _settle(self, token_B: Tensor) -> None:
-        if self._pending_BV is not None:
-            self._columns.append(self._pending_BV.gather(1, token_B[:, None])[:, 0])
+    def _draw(self, logp_BV: Tensor) -> Tensor:
+        p_BV = logp_BV.double().exp()
+        if self.top_p < 1 or self.top_k:
+            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            if self.top_k:
+                sorted_BV[:, self.top_k :] = 0.0
+            # A token stays if those before it hold less than top_p of what is left; the likeliest one always does.
+            before_BV = sorted_BV.cumsum(-1) - sorted_BV
+            beyond_BV = (before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)) | (sorted_BV == 0)
+            p_BV = p_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0.0)
+        cdf_BV = p_BV.cumsum(-1)
+        uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
+        # The first token whose cumulated probability is above u; a token of probability 0 never is.
+        threshold_B1 = uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]
+        return (cdf_BV <= threshold_B1).sum(-1, keepdim=True)
 
 
 @contextmanager

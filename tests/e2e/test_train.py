@@ -168,6 +168,18 @@ def test_report_and_export_of_a_run(
     assert refused.returncode == 70 and "no checkpoint of step 77; it has [1, 2, 3]" in refused.stderr
 
 
+def test_replay_repeats_a_step_bit_for_bit_and_writes_nothing(
+    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    done = or1("replay", str(finished), "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same bits") >= 12 and "differs" not in done.stdout
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    refused = or1("replay", str(finished), "9")
+    assert refused.returncode == 70 and "past the last of 3 steps" in refused.stderr
+
+
 def test_dry_run_shows_the_plan_and_makes_nothing(
     tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -1,8 +1,9 @@
-"""Makes the helpers beside the tests importable."""
+"""Makes the helpers of these tests importable, here and in the processes they start."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parent, Path(__file__).parents[1]):
+    sys.path.insert(0, str(folder))

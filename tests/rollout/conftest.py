@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.budget import Budget
 from or1.config import Config
 from or1.model import load_model, load_tokenizer
 from or1.pack import TrainSequence
@@ -42,7 +43,7 @@ class Side:
         """Largest |engine - trainer| log-prob, the trainer with its present weights."""
         sequences = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0)
                      for f in found]  # fmt: skip
-        settings = UpdateSettings(PolicyObjective(), 0.0, temperature, 4096)
+        settings = UpdateSettings(PolicyObjective(), 0.0, temperature, Budget(4096))
         scored = with_old_logp(self.model, sequences, settings)
         return max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored)
 

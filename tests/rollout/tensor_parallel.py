@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from or1.budget import Budget
 from or1.config import Config
 from or1.model import load_model, load_tokenizer
 from or1.pack import TrainSequence
@@ -41,7 +42,7 @@ def main() -> None:
         found = list(engine.generate(prompts, Sampling(1.0, 24, 4, seed=version)))
         sequences = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0)
                      for f in found]  # fmt: skip
-        scored = with_old_logp(model, sequences, UpdateSettings(PolicyObjective(), 0.0, 1.0, 4096))
+        scored = with_old_logp(model, sequences, UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(4096)))
         result["drift"].append(max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored))
         result["slots"].append(sorted([f.prompt, f.sample] for f in found))
     late = list(engine.generate(prompts, Sampling(1.0, 64, 4, seed=9, deadline_s=1e-6 if rank == 0 else 100.0)))

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from or1.advantage import group_advantages
+from or1.budget import Budget
 from or1.config import OptimConfig
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
@@ -54,7 +55,7 @@ def next_version(side: Side) -> int:
 def test_log_probs_agree_after_each_of_50_updates(side: Side) -> None:
     optimizer = MasterAdamW(side.model, OptimConfig(lr=3e-3, warmup_steps=0))
     prompts, worst = prompts_of(4), 0.0
-    settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, 4096)
+    settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(4096))
     before = {n: p.clone() for n, p in side.model.named_parameters()}
     for update in range(50):
         found = side.generate(prompts, seed=update)

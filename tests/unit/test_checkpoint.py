@@ -14,8 +14,9 @@ from or1.checkpoint import (
     committed_steps,
     load_checkpoint,
     load_latest,
-    save_checkpoint,
+    remove_partials,
 )
+from or1.checkpoint_writer import save_checkpoint
 from or1.config import OptimConfig
 from or1.optim import MasterAdamW
 
@@ -41,15 +42,16 @@ def test_a_half_written_step_is_invisible_and_cleared(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(1), keep=2)
     partial = tmp_path / ".step_2.partial"
     partial.mkdir()
-    (partial / "tensors.safetensors").write_bytes(b"half")
+    (partial / "shard_0.safetensors").write_bytes(b"half")
     (tmp_path / "step_3").mkdir()
+    remove_partials(tmp_path)
     latest, warnings = load_latest(tmp_path)
     assert latest is not None and latest.step == 1 and not warnings
     assert not partial.exists()
 
 
 def damage(path: Path, kind: str) -> None:
-    tensors = path / "tensors.safetensors"
+    tensors = path / "shard_0.safetensors"
     data = bytearray(tensors.read_bytes())
     match kind:
         case "cut":

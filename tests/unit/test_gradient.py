@@ -158,3 +158,21 @@ def test_old_logp_is_the_policys_own_and_makes_the_ratio_one(adder: Path) -> Non
     assert stats.metrics()["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-12)
     for name, grad in found.items():
         torch.testing.assert_close(grad, on_policy[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [[0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
+def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adder: Path, tokens: list[int]) -> None:
+    sequences = sequences_of(3, False)
+    lost = sequences[2]
+    logp = lost.rollout_logp.copy()
+    logp[[t for t in tokens if t < len(logp)]] = np.nan
+    given = [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]]
+    found, stats = gradient_of_update(adder, given, settings_of(64))
+    trained = sum(s.trained_tokens for s in sequences) - int(np.isnan(logp).sum())
+    assert stats.tokens == trained and all(np.isfinite(v) for v in stats.metrics().values())
+
+    whole, _ = gradient_of_update(adder, sequences, settings_of(64))
+    if len(tokens) > 1:
+        rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]], settings_of(64))
+        assert all(torch.allclose(grad, rest[name], rtol=1e-9, atol=1e-12) for name, grad in found.items())
+    assert any(not torch.allclose(grad, whole[name], rtol=1e-3) for name, grad in found.items())

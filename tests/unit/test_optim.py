@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from or1.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from or1.checkpoint import Checkpoint, load_checkpoint
+from or1.checkpoint_writer import save_checkpoint
 from or1.config import OptimConfig
 from or1.moments import OptimizerError, round_stochastically
 from or1.optim import MasterAdamW

@@ -14,7 +14,7 @@ from or1.config import ModelConfig
 from or1.model import ModelError, export_model, hidden_states, lm_head, load_model, load_tokenizer
 from or1.pack import TrainSequence, pack_indexed
 from or1.rollout.base import Finished, Sampling
-from or1.rollout.hf import HfEngine
+from or1.rollout.hf import HfEngine, RowSampler
 from or1.types import Prompt
 
 
@@ -96,6 +96,20 @@ def test_samples_follow_the_policy_and_ignore_the_checkpoints_own_sampling_setti
         share, p = (first == token).mean(), np.exp(logp[first == token][0])
         assert abs(share - p) < 5 * np.sqrt(p * (1 - p) / len(first)) + 1e-9
     assert len(np.unique([f.response.text for f in found.values()])) > 5
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "left"), [(0.6, 0, {0, 1}), (1.0, 1, {0}), (0.5, 3, {0}), (1.0, 0, {0, 1, 2})]
+)
+def test_nucleus_and_top_k_leave_the_likeliest_tokens(top_p: float, top_k: int, left: set[int]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(400, 1)
+    sampler = RowSampler(Sampling(1.0, 1, 1, seed=0, top_p=top_p, top_k=top_k), range(400))
+    chosen = sampler(torch.zeros(400, 1, dtype=torch.int64), logits).argmax(-1)
+    assert set(chosen.tolist()) == left
+    # Of tokens that are left, the shares stay in proportion.
+    kept = torch.tensor([0.5, 0.3, 0.2])[sorted(left)]
+    shares = torch.stack([(chosen == token).float().mean() for token in sorted(left)])
+    assert torch.allclose(shares, kept / kept.sum(), atol=0.1)
 
 
 def test_greedy_ignores_the_seed_and_equals_transformers(parts: tuple, adder: Path) -> None:

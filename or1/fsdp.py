@@ -1,0 +1,85 @@
+"""FSDP2: parameters, gradients and optimizer state in shards over all ranks; gradients are summed, never averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from or1.dist import World
+
+
+def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> PreTrainedModel:
+    """Shard every decoder layer, the head, and what is left, in place. Collective; in a world of one it only moves.
+
+    Shards are fp32 at least and serve as the optimizer's masters; forward and backward run in the model's own type,
+    gradients are reduced in fp32 at least. A tied head stays in the root's group with the embedding.
+    """
+    if world.size == 1:
+        return model.to(device)
+    compute, full = model.dtype, torch.promote_types(model.dtype, torch.float32)
+    # Inputs are never cast: token ids need no cast, and the loss takes fp32 weights and advantages beside bf16 states.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=full, cast_forward_inputs=False)
+    options = {"mesh": world.shard_mesh, "mp_policy": policy}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for layer in model.get_decoder().layers:
+        fully_shard(layer.to(full), **options)
+    if head.weight is not embedding.weight:
+        fully_shard(head.to(full), **options)
+    fully_shard(model.to(full), **options)
+    for module in _sharded_modules(model):
+        # The loss is divided by the tokens of all ranks already; FSDP's own division by the ranks would come on top.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    # Training calls the decoder and the head, not forward: this entry gathers what the root holds for both.
+    decoder = model.get_decoder()
+    model.decode = lambda **inputs: decoder(**inputs)
+    register_fsdp_forward_method(model, "decode")
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_model` has sharded it."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank inside, so that each may run forward as often as it likes. Collective on entry.
+
+    Generation needs it: ranks generate different numbers of tokens, and a gather in each forward would never match.
+    """
+    modules = list(_sharded_modules(model))
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            # The root alone keeps its parameters after a forward: they are the first that backward needs.
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor is its own part."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in model.modules() if isinstance(m, FSDPModule))
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, each whole, one at a time; a tied one comes once. Collective."""
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        if name not in shared:
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

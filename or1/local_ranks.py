@@ -1,0 +1,50 @@
+"""`or1 train --nproc N`: N ranks on this machine, as torchrun --standalone --nproc-per-node N -m or1 train starts them.
+
+It uses the part of torchrun that starts and watches processes, and not its rendezvous of machines: so or1's exit codes
+survive, a SIGTERM leaves time to finish the step, and a second one is passed on too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `or1 ARGUMENTS` in `nproc` processes; returns 0, or the exit code of the rank that failed first.
+
+    When one fails, the others are told (SIGTERM) and, should they not end within 30 s, killed.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    # This process holds the store, so that the ranks can still tell each other what happened when one is gone.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+    }  # fmt: skip
+    ranks = start_processes(
+        name="or1",
+        entrypoint=sys.executable,
+        args=dict.fromkeys(range(nproc), ("-m", "or1", *arguments)),
+        envs={rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)},
+        logs_specs=DefaultLogsSpecs(),
+    )
+
+    def forward(number: int, _: object) -> None:
+        for pid in ranks.pids().values():
+            os.kill(pid, number)
+
+    for number in _SIGNALS:
+        signal.signal(number, forward)
+    result = ranks.wait(period=0.1)
+    if result is None or not result.is_failed():
+        return 0
+    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

@@ -1,0 +1,36 @@
+"""The display of one rank: its phases are also what the watchdog tells the others; only the main rank shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from or1.display import RunDisplay
+from or1.watchdog import Watchdog
+
+
+class RankDisplay:
+    """What a Trainer reports to, with the methods of RunDisplay; `shown` is None on all ranks but the main one."""
+
+    def __init__(self, watchdog: Watchdog, shown: RunDisplay | None):
+        self._watchdog, self._shown = watchdog, shown
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self._watchdog.beat(step=step)
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """See RunDisplay.phase."""
+        self._watchdog.beat(phase=name, done=done, total=total)
+        if self._shown is not None:
+            self._shown.phase(name, done, total)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """See RunDisplay.step."""
+        if self._shown is not None:
+            self._shown.step(metrics)
+
+    def message(self, text: str) -> None:
+        """See RunDisplay.message."""
+        if self._shown is not None:
+            self._shown.message(text)

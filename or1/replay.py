@@ -1,0 +1,87 @@
+"""`or1 replay RUN STEP`: one step again, from the checkpoint before it and the rollouts it saved, for debugging.
+
+Nothing is generated and nothing is written. On the machine that ran the step, its numbers come out bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from or1.checkpoint import committed_steps
+from or1.config import Config
+from or1.display import RunDisplay, default_console
+from or1.dist import SINGLE
+from or1.launch import quiet_libraries
+from or1.metrics import read_metrics
+from or1.rank_display import RankDisplay
+from or1.rollout.collect import Rollout
+from or1.rollout_log import read_rollouts
+from or1.run_state import RunError, checkpoints_of
+from or1.stages import stage_at
+from or1.trainer import Trainer
+from or1.watchdog import Watchdog
+
+COMPARED = ("reward/mean", "group/kept", "policy/entropy", "policy/entropy_coef", "policy/entropy_exact",
+            "policy/clip_frac", "policy/ratio_mean", "mismatch/kl", "optim/loss", "optim/grad_norm", "optim/lr",
+            "optim/updates", "optim/skipped")  # fmt: skip
+
+
+def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str, float]:
+    """Repeat `step` and print its numbers beside those the run recorded; returns them.
+
+    It starts from the newest checkpoint before the step, or from the untrained model, and repeats the steps between.
+    Raises RunError if the folder is no run, or a step's rollouts are not there.
+    """
+    record = run_dir / "config.resolved.json"
+    if not record.is_file():
+        raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
+    config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")) | {"run_dir": str(run_dir)})
+    # Nothing is generated, so no other engine need start.
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
+    if step > config.total_steps:
+        raise RunError(f"step {step} is past the last of {config.total_steps} steps")
+    base = max((s for s in committed_steps(checkpoints_of(run_dir)) if s < step), default=0)
+    paths = {n: run_dir / "rollouts" / f"step_{n}.parquet" for n in range(base + 1, step + 1)}
+    if missing := [n for n, path in paths.items() if not path.is_file()]:
+        raise RunError(
+            f"the rollouts of steps {missing} are not saved, and the newest checkpoint before step {step} is "
+            f"{base or 'the untrained model'}; set log.rollouts_every_steps = 1, or more checkpoints"
+        )
+    quiet_libraries()
+    console = console or default_console()
+    with RunDisplay(step - base, config.stage, console) as shown:
+        display = RankDisplay(Watchdog(SINGLE, config.dist.heartbeat_timeout_s), shown)
+        trainer = Trainer(config, display, resume=base)
+        metrics: dict[str, float] = {}
+        for number in paths:
+            metrics = _repeat(trainer, number, paths[number])
+    recorded = next((line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] == step), {})
+    console.print(_comparison(step, recorded, metrics))
+    return metrics
+
+
+def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
+    index, stage = stage_at(trainer.config, number)
+    trainer.begin(number, index)
+    by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
+    try:
+        groups = read_rollouts(path, by_id, stage.group_size)
+    except KeyError as error:
+        raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
+    metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
+    trainer.state.step = number
+    return metrics
+
+
+def _comparison(step: int, recorded: dict[str, float], found: dict[str, float]) -> Table:
+    table = Table(f"step {step}", "recorded", "replayed", "", box=None, pad_edge=False)
+    for key in COMPARED:
+        if key in found:
+            was, now = recorded.get(key), found[key]
+            verdict = "not recorded" if was is None else "same bits" if was == now else f"differs by {now - was:.3g}"
+            table.add_row(key, "-" if was is None else repr(was), repr(now), verdict)
+    return table

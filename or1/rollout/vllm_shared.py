@@ -1,0 +1,56 @@
+"""One vLLM server for all ranks: the main one starts it and pushes the weights, each sends it its own prompts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from or1.dist import World
+from or1.model import named_weights
+from or1.rollout.vllm_process import bearer
+from or1.rollout.vllm_server import RPC_LIMIT_S, ServerEngine
+from or1.rollout.vllm_setup import VllmSetup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LeadingEngine(ServerEngine):
+    """The main rank's. A server that or1 started listens on loopback, so its ranks must be on one machine; for more,
+    `or1 serve` elsewhere and `rollout.vllm.url`."""
+
+    def __init__(self, world: World, *arguments: Any):
+        self._world = world
+        super().__init__(*arguments)
+        world.gather(json.dumps([self.url, self._token]).encode())
+
+    def update_weights(self, version: int) -> None:
+        """See `Engine.update_weights`. Collective."""
+        super().update_weights(version)
+        self._world.barrier()
+
+
+class FollowingEngine(ServerEngine):
+    """That of every other rank: it takes part in gathering the weights and leaves sending them to the main rank."""
+
+    def __init__(
+        self, world: World, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._world, self._setup, self._model, self._tokenizer = world, setup, model, tokenizer
+        self.process = None
+        self.update_weights(0)
+        self._url, self._token = json.loads(world.gather(b"")[0])
+        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S)
+
+    def update_weights(self, version: int) -> None:
+        """See `Engine.update_weights`. Collective."""
+        for _ in named_weights(self._model):
+            pass
+        self._world.barrier()
+        self.version, self._whole = version, True
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._http.close()

@@ -1,0 +1,57 @@
+"""A request to stop: the first SIGTERM ends the run after the step at work, the second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class StopRequest:
+    """While the block lasts, `requested` says whether SIGTERM has come; on a second one the process is gone.
+
+    Python runs signal handlers in the main thread between two of its instructions, which a thread that waits in a
+    collective does not reach. So a thread of its own counts the signals, through the file descriptor that the C-level
+    handler writes them to.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+
+    def __enter__(self) -> StopRequest:
+        self._former = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._former_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._count, name="or1-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._former_fd)
+        signal.signal(signal.SIGTERM, self._former)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _count(self) -> None:
+        while data := os.read(self._read, 16):
+            for number in data:
+                if number != signal.SIGTERM:
+                    continue
+                if self.requested:
+                    _say("SIGTERM again: ending at once; the newest committed checkpoint stands")
+                    os._exit(EXIT_TERMINATED)
+                self.requested = True
+                _say("SIGTERM: the step at work is finished and committed, then the run ends; again to end at once")
+
+
+def _say(text: str) -> None:
+    # Not print: its buffer belongs to the main thread, which may be inside it.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\nor1: {text}\n".encode())

@@ -1,0 +1,76 @@
+"""What the ranks of the tests here do; each function runs in every rank of a world, or alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from or1.budget import Budget
+from or1.config import DistConfig, ModelConfig, OptimConfig
+from or1.dist import World, join
+from or1.model import load_model
+from or1.optim import MasterAdamW
+from or1.pack import TrainSequence
+from or1.prefix import Sharing
+from or1.step_metrics import UpdateStats
+from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1_kernels.objective import PolicyObjective
+
+
+def whole(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().double().numpy()
+
+
+def sequences_of(count: int, seed: int = 3) -> list[TrainSequence]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        fresh, response = (rng.integers(5, 19, n).astype(np.int32) for n in (rng.integers(2, 12), rng.integers(1, 40)))
+        # Some prompts come twice, so that there is something to share.
+        prompt = made[-1].prompt_ids if i % 3 == 1 else fresh
+        logp = rng.normal(-2, 1, len(response)).astype(np.float32)
+        made.append(TrainSequence(prompt, response, logp, float(rng.normal())))
+    return made
+
+
+class Probe(MasterAdamW):
+    """Keeps the summed gradients that a step is given."""
+
+    def step_if_finite(self, loss: torch.Tensor):
+        named = zip(self.names, self.params, strict=True)
+        sums = self.gradients()
+        self.seen = {name: whole(p.grad if isinstance(p.grad, DTensor) else sums[name]) for name, p in named}
+        return super().step_if_finite(loss)
+
+
+def settings_of(world: World, sharing: Sharing) -> UpdateSettings:
+    return UpdateSettings(PolicyObjective(clip_high=0.28), 0.03, 1.1, Budget(96), sharing, world=world)
+
+
+def one_update(
+    path: Path,
+    dtype: str,
+    sequence_parallel: int,
+    counts: list[int],
+    checkpointing: bool = False,
+    sharing: Sharing = "off",
+) -> list[dict]:
+    """For every count an update on that many sequences, each from the checkpoint's weights: gradients and numbers."""
+    with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=60), torch.device("cpu")) as world:
+        results = []
+        for count in counts:
+            config = ModelConfig(path=str(path), dtype=dtype, device="cpu", gradient_checkpointing=checkpointing)
+            model = load_model(config, world).train()
+            optimizer = Probe(model, OptimConfig(grad_clip=1e30), world)
+            settings, stats = settings_of(world, sharing), UpdateStats()
+            sequences = sequences_of(abs(count))
+            if count < 0:
+                sequences = with_old_logp(model, sequences, settings)
+            assert update_policy(model, optimizer, sequences, settings, stats)
+            stats.reduce(world)
+            results.append({"grads": optimizer.seen, "metrics": stats.metrics(),
+                            "weights": {n: whole(p) for n, p in model.named_parameters()}})
+        return results

@@ -1,0 +1,74 @@
+"""`or1 train --nproc` and torchrun as a person starts them: signals, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import or1_ranks
+from small_run import arguments, lines
+
+from or1.checkpoint import committed_steps
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started and that still run."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 150
+    while step not in committed_steps(run_dir / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_nproc_passes_signals_and_exit_codes_on_and_torchrun_resumes_the_run(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = {"stage__0__steps": 30, "stage__1__steps": 1}
+    command = [sys.executable, "-m", "or1", *arguments(run_dir, "--nproc", "2", **settings)]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        wait_for_step(run_dir, process, 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 0, log.read_text()
+    stopped = max(committed_steps(run_dir / "checkpoints"))
+    assert stopped < 31 and f"stopped after step {stopped}, which is committed" in log.read_text()
+
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        wait_for_step(run_dir, process, stopped + 1)
+        ranks = children(process.pid)
+        assert len(ranks) >= 2
+        os.kill(ranks[-1], signal.SIGKILL)
+        assert process.wait(100) not in (0, 1), log.read_text()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "a rank outlived the launcher"
+        time.sleep(0.1)
+
+    newest = max(committed_steps(run_dir / "checkpoints"))
+    shorter = arguments(run_dir, **settings | {"stage__0__steps": newest + 1, "stage__1__steps": 1})
+    command = [sys.executable, *TORCHRUN, *shorter]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(run_dir)] == list(range(newest + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_dir_with_other_settings_is_refused_by_all_ranks(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    settings = {"stage__0__steps": 1, "stage__1__steps": 1}
+    assert or1_ranks(2, arguments(tmp_path / "run", **settings), log) == [0, 0]
+    codes = or1_ranks(2, arguments(tmp_path / "run", **settings, seed=7), log)
+    assert codes[0] == 70 and codes[1] in (70, 75)
+    assert "holds a run with other settings (seed)" in Path(f"{log}.0").read_text()

@@ -1,0 +1,70 @@
+"""Whole runs of `or1 train` on 1, 2 and 4 ranks: the same prompts in the same order, the same loss curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from ranks import or1_ranks
+from small_run import arguments, lines
+
+from or1.checkpoint import committed_steps, load_checkpoint
+
+CURVES = {"optim/loss": 1e-4, "optim/grad_norm": 1e-4, "policy/entropy": 1e-4, "reward/mean": 0.0}
+
+
+def compare(run_dir: Path, other: Path, steps: int) -> None:
+    ours, theirs = lines(run_dir), lines(other)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(steps + 1))
+    for a, b in zip(ours, theirs, strict=True):
+        for name, bound in CURVES.items():
+            # Step 0 and empty steps have no loss.
+            assert (name in a) == (name in b), (a["step"], name)
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=bound, abs=1e-7), (a["step"], name)
+    for step in range(1, steps + 1):
+        tables = [pq.read_table(run / "rollouts" / f"step_{step}.parquet") for run in (run_dir, other)]
+        for column in ("prompt_id", "token_ids", "reward", "advantage"):
+            assert tables[0][column].equals(tables[1][column]), (step, column)
+
+
+@pytest.mark.timeout(200)
+def test_three_steps_on_two_ranks_with_held_out_sets_equal_those_of_one(tmp_path: Path) -> None:
+    heldout = Path(arguments(tmp_path)[1]).parent / "tiny-adder" / "heldout.jsonl"
+    sets = f'[{{name="greedy", path="{heldout}", temperature=0.0, limit=5}}]'
+    settings = {"stage__0__steps": 2, "stage__1__steps": 1, "stage__0__minibatch_prompts": 2, "eval__sets": sets}
+    for size in (1, 2):
+        assert or1_ranks(size, arguments(tmp_path / str(size), **settings), tmp_path / "log") == [0] * size
+    compare(tmp_path / "2", tmp_path / "1", 3)
+    for a, b in zip(lines(tmp_path / "2"), lines(tmp_path / "1"), strict=True):
+        assert a.get("eval/greedy/avg@1") == b.get("eval/greedy/avg@1")
+    assert (tmp_path / "2" / "weights" / "step_3" / "model.safetensors").is_file()
+    assert (tmp_path / "2" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_responses_that_go_on_under_later_policies_are_the_same_on_two_ranks(tmp_path: Path) -> None:
+    settings = {"stage__0__steps": 3, "stage__1__steps": 2, "rollout__partial_tokens": 16, "loss__is_cap": 2.0}
+    for size in (1, 2):
+        assert or1_ranks(size, arguments(tmp_path / str(size), **settings), tmp_path / "log") == [0] * size
+    compare(tmp_path / "2", tmp_path / "1", 5)
+    states = [load_checkpoint(tmp_path / name / "checkpoints" / "step_3").state["in_flight"] for name in ("1", "2")]
+    assert states[0] == states[1] and states[0]["groups"], "some group was open"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_steps_have_the_same_curve_on_any_ranks_and_the_same_bits_on_the_same(tmp_path: Path) -> None:
+    """1, 2 and 4 ranks, 2 and 4 with sequence parallelism 2, and 2 ranks twice."""
+    settings = {"stage__0__steps": 12, "stage__1__steps": 8, "stage__0__prompts_per_step": 8,
+                "stage__1__prompts_per_step": 8, "checkpoint__every_steps": 20}  # fmt: skip
+    worlds = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2 by 2": (2, 2), "4 by 2": (4, 2), "2 again": (2, 1)}
+    for name, (size, sequence) in worlds.items():
+        command = arguments(tmp_path / name, dist__sequence_parallel=sequence, **settings)
+        assert or1_ranks(size, command, tmp_path / f"log {name}", timeout=300) == [0] * size
+        compare(tmp_path / name, tmp_path / "1", 20)
+    assert committed_steps(tmp_path / "4" / "checkpoints") == [20]
+    twice = [load_checkpoint(tmp_path / name / "checkpoints" / "step_20") for name in ("2", "2 again")]
+    assert twice[0].state == twice[1].state
+    assert all(t.equal(twice[1].tensors[name]) for name, t in twice[0].tensors.items())

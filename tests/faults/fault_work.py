@@ -1,0 +1,28 @@
+"""What the ranks of the checkpoint tests do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from or1.checkpoint import Checkpoint, load_latest
+from or1.checkpoint_writer import save_checkpoint
+from or1.config import DistConfig
+from or1.dist import join, split_evenly
+
+
+def write_shards(folder: Path, size: int) -> None:
+    """A checkpoint of rows 0 to 6 and a scalar, each rank its rows."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        whole = torch.arange(21.0).reshape(7, 3)
+        mine = split_evenly(7, size)[world.rank]
+        tensors = {"master.w": whole[mine.start : mine.stop], "step.w": torch.tensor(5.0)}
+        save_checkpoint(folder, Checkpoint(5, {"x": 1}, tensors, {"master.w": 7}), 2, world)
+
+
+def read_shards(folder: Path) -> tuple:
+    """Step, this rank's rows, the scalar and the warnings of the newest checkpoint that verifies."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        checkpoint, warnings = load_latest(folder, world)
+        return checkpoint.step, checkpoint.tensors["master.w"].tolist(), checkpoint.tensors["step.w"].item(), warnings

@@ -1,0 +1,126 @@
+"""Runs a function of an importable module in N gloo ranks, or alone, each a fresh process with torch already loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from or1 import faults
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["or1.trainer", "or1.launch"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def _main(pipe: Connection, variables: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(variables)
+    # Loaded before the variables were set.
+    importlib.reload(faults)
+    torch.set_num_threads(1)
+    try:
+        result = function(*arguments)
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        raise
+    pipe.send((True, result))
+
+
+@contextlib.contextmanager
+def started(function: Callable[..., Any], size: int, *arguments: Any, **variables: str) -> Iterator[list]:
+    """The processes and pipes of `size` ranks that run `function(*arguments)`; all are dead afterwards."""
+    port, ranks = free_port(), []
+    try:
+        for rank in range(size):
+            ours, theirs = FORKS.Pipe(duplex=False)
+            call = (theirs, environment(rank, size, port) | variables, function, arguments)
+            process = FORKS.Process(target=_main, args=call)
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        yield ranks
+    finally:
+        for process, _ in ranks:
+            process.kill()
+            process.join()
+
+
+def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 100, **variables: str) -> list:
+    """What `function(*arguments)` returned on each rank. Raises AssertionError with the traceback of a failed one."""
+    with started(function, size, *arguments, **variables) as ranks:
+        deadline, results = time.monotonic() + timeout, {}
+        while len(results) < size:
+            left = [pipe for r, (_, pipe) in enumerate(ranks) if r not in results]
+            ready = wait(left, timeout=max(deadline - time.monotonic(), 0))
+            assert ready, f"ranks {sorted(set(range(size)) - set(results))} not done after {timeout} s"
+            for r, (process, pipe) in enumerate(ranks):
+                if pipe in ready and r not in results:
+                    try:
+                        fine, result = pipe.recv()
+                    except EOFError:
+                        process.join()
+                        fine, result = False, f"ended with exit code {process.exitcode}"
+                    assert fine, f"rank {r}:\n{result}"
+                    results[r] = result
+        for process, _ in ranks:
+            process.join(20)
+        return [results[r] for r in range(size)]
+
+
+def or1_command(arguments: list[str], log: str) -> int:
+    """`or1 ARGUMENTS` in this process, its output in the file `log` with the rank added; returns the exit code."""
+    from or1.cli import main
+
+    with open(f"{log}.{os.environ['RANK']}", "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    code = main(arguments)
+    sys.stdout.flush()
+    return code
+
+
+def exit_codes(ranks: list, timeout: float) -> list[int]:
+    """Exit codes of ranks that `started` runs `or1_command` in, when all have ended within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    for process, _ in ranks:
+        process.join(max(deadline - time.monotonic(), 0))
+    alive = [rank for rank, (process, _) in enumerate(ranks) if process.exitcode is None]
+    assert not alive, f"ranks {alive} still run after {timeout} s"
+    codes = []
+    for process, pipe in ranks:
+        code = process.exitcode
+        if code == 0 and pipe.poll():
+            fine, result = pipe.recv()
+            code = result if fine else 1
+        codes.append(code)
+    return codes
+
+
+def or1_ranks(size: int, arguments: list[str], log: Path, timeout: float = 150, **variables: str) -> list[int]:
+    """`or1 ARGUMENTS` in `size` ranks; their exit codes."""
+    with started(or1_command, size, arguments, str(log), **variables) as ranks:
+        return exit_codes(ranks, timeout)

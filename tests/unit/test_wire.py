@@ -1,0 +1,39 @@
+"""Groups as bytes: back bit for bit, and nothing that could not come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from or1 import wire
+from or1.types import Group, Prompt, Response, Score, Status
+
+
+def test_a_group_comes_back_bit_for_bit() -> None:
+    prompt = Prompt("a:1", "a", "1+1", np.arange(3, dtype=np.int32), ("2",), row={"x": [1, None, {"y": 0.1}]})
+    logp = np.array([-0.1, np.nan, -np.inf], np.float32)
+    full = Response(np.array([5, 6, 1], np.int32), logp, "stop", 3, "2\u00e9", np.array([2, 3, 3], np.int32))
+    empty = Response(np.empty(0, np.int32), np.empty(0, np.float32), "deadline", 3, "")
+    group = Group(prompt, (full, empty), (Score(1.0, Status.OK), Score(math.nan, Status.TIMEOUT)))
+    back = wire.loads(wire.dumps(((0, True, group), 0.1 + 0.2)))
+    (index, flag, found), number = back
+    assert (index, flag, number) == (0, True, 0.1 + 0.2)
+    assert found.scores[0] == group.scores[0] and math.isnan(found.scores[1].reward)
+    assert found.scores[1].status is Status.TIMEOUT
+    assert found.prompt.golds == ("2",) and found.prompt.row["x"][2] == {"y": 0.1}
+    for got, want in zip(found.responses, group.responses, strict=True):
+        for field in dataclasses.fields(Response):
+            a, b = getattr(got, field.name), getattr(want, field.name)
+            if isinstance(b, np.ndarray):
+                assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+            else:
+                assert a == b
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, 1j, b"raw"])
+def test_what_could_not_come_back_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="cannot travel"):
+        wire.dumps((1, value))
