@@ -85,7 +85,7 @@ def test_cpu_targets_time_and_memory(record):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a target for CPUs")
 @pytest.mark.timeout(600)
 def test_cpu_time_is_linear_in_tokens(record):
-    """Up to N = 65536, with H = 64 and V = 2048 so that it takes seconds: processor time a token varies by less than half."""
+    """Up to N = 65536, with H = 64 and V = 2048 to take seconds: processor time a token varies by less than half."""
     sizes = (4096, 8192, 16384, 32768, 65536)
     shape = Shape("linear", 64, 2048)
     runs = {str(n): VARIANTS["or1"].runner(make_problem(shape, n), "policy") for n in sizes}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from or1.config import Config
+from or1.config import Config, StageConfig
 from or1.data import Sampler
 from or1.dist import SINGLE, World
 from or1.reward.base import Scorer
@@ -17,7 +17,6 @@ from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.spread import collect_share, exchange
 from or1.run_state import TrainState
-from or1.stages import stage_at
 from or1.types import OpenGroup, Prompt
 
 Work = tuple[list[Prompt], list[OpenGroup]]
@@ -64,13 +63,20 @@ class RolloutFeed:
         in_flight.carried = list(rollout.open)
         return rollout
 
+    def refill(self, number: int, attempt: int, count: int, scorer: Scorer, progress: Progress) -> Rollout:
+        """`count` more groups for step `number`, to replace rejected ones; `attempt` counts from 1."""
+        _, stage = self._state.stages.at(self._config, number)
+        prompts = self._fresh(count)
+        sampling = self._sampling(stage, step_seed(self._config, number, attempt))
+        return exchange(self._world, self._make(prompts, sampling, [], scorer, progress), prompts, [])
+
     def skip(self, number: int) -> None:
         """Advance the sampler past step `number`, whose rollout the caller has."""
         self._next_work(number)
 
     def ahead(self, number: int, scorer: Scorer) -> None:
         """Start making the rollout of step `number`, if overlap is on and there is such a step."""
-        if self._config.rollout.overlap and number <= self._config.total_steps:
+        if self._config.rollout.overlap and self._state.stages.steps_left(self._config, number - 1):
             prompts, sampling, carried = self._next_work(number)
             self._work = prompts, carried
             self._making = self._pool.submit(self._make, prompts, sampling, carried, scorer, self._check_stop)
@@ -94,18 +100,24 @@ class RolloutFeed:
 
     def _next_work(self, number: int) -> tuple[list[Prompt], Sampling, list[OpenGroup]]:
         """What to generate for a step; decided in the trainer's thread, where the sampler's state lives."""
-        _, stage = stage_at(self._config, number)
-        rollout, carried = self._config.rollout, self._state.in_flight.carried
-        fresh = max(stage.prompts_per_step - len(carried), 0)
-        chosen: Sequence[int] = ()
-        if fresh:
-            solved_N = self._state.solved.mask(self._prompts)
-            chosen, self._state.sampler = self._sampler.take(self._state.sampler, fresh, solved_N)
-        sampling = Sampling(
-            rollout.temperature, stage.max_response_tokens, stage.group_size, step_seed(self._config, number),
+        _, stage = self._state.stages.at(self._config, number)
+        carried = self._state.in_flight.carried
+        prompts = self._fresh(max(stage.prompts_per_step - len(carried), 0))
+        return prompts, self._sampling(stage, step_seed(self._config, number)), carried
+
+    def _fresh(self, count: int) -> list[Prompt]:
+        if not count:
+            return []
+        solved_N = self._state.solved.mask(self._prompts)
+        chosen, self._state.sampler = self._sampler.take(self._state.sampler, count, solved_N)
+        return [self._prompts[i] for i in chosen]
+
+    def _sampling(self, stage: StageConfig, seed: int) -> Sampling:
+        rollout = self._config.rollout
+        return Sampling(
+            rollout.temperature, stage.max_response_tokens, stage.group_size, seed,
             new_tokens=rollout.partial_tokens, deadline_s=rollout.deadline_s, top_p=rollout.top_p, top_k=rollout.top_k,
         )  # fmt: skip
-        return [self._prompts[i] for i in chosen], sampling, carried
 
     def _make(
         self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], scorer: Scorer, progress: Progress
@@ -116,6 +128,6 @@ class RolloutFeed:
         )
 
 
-def step_seed(config: Config, number: int) -> int:
-    """The seed of step `number`; a resumed run draws the same."""
-    return int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(config: Config, number: int, *refill: int) -> int:
+    """The seed of step `number`, or of one of its refills; a resumed run draws the same."""
+    return int(np.random.SeedSequence([config.seed, number, *refill]).generate_state(1, np.uint64)[0] >> 1)

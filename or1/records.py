@@ -11,7 +11,7 @@ from typing import Any
 from or1.humanize import duration, value_text
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
-_AVG_KEY = re.compile(r"eval/([^/]+)/avg@(\d+)")
+AVG_KEY = re.compile(r"eval/([^/]+)/avg@(\d+)")
 _LINE = (
     (" reward {}", "reward/mean", "fixed3", 5), (" entropy {}", "policy/entropy", "fixed3", 5),
     ("coef {}", "policy/entropy_coef", "fixed4", 6), (" len {}", "completion/len_mean", "tokens", 3),
@@ -85,7 +85,7 @@ def eval_histories(records: Iterable[Record]) -> tuple[EvalHistory, ...]:
     points: dict[tuple[str, int], list[EvalPoint]] = {}
     for record in records:
         for key in record:
-            match = _AVG_KEY.fullmatch(key)
+            match = AVG_KEY.fullmatch(key)
             if match is None or not math.isfinite(number(record[key])):
                 continue
             name, k = match[1], int(match[2])

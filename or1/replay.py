@@ -21,7 +21,6 @@ from or1.rank_display import RankDisplay
 from or1.rollout.collect import Rollout
 from or1.rollout_log import read_rollouts
 from or1.run_state import RunError, checkpoints_of
-from or1.stages import stage_at
 from or1.trainer import Trainer
 from or1.watchdog import Watchdog
 
@@ -65,7 +64,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
 
 
 def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
-    index, stage = stage_at(trainer.config, number)
+    index, stage = trainer.state.stages.at(trainer.config, number)
     trainer.begin(number, index)
     by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
     try:
@@ -74,6 +73,7 @@ def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
         raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
     metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
     trainer.state.step = number
+    trainer.state.stages.advance(trainer.config, number)
     return metrics
 
 

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from or1.alarms import EntropyWatch
 from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.entropy import EntropyController
 from or1.rollout_state import InFlight
+from or1.stages import StageProgress
 
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
 # So does where the engine runs, and how the ranks share the work.
@@ -39,6 +41,8 @@ class TrainState:
     updates: int = 0
     nonfinite_in_a_row: int = 0
     totals: Counter[str] = field(default_factory=Counter)
+    stages: StageProgress = field(default_factory=StageProgress)
+    watch: EntropyWatch = field(default_factory=EntropyWatch)
     budget: dict[str, int] = field(default_factory=dict)
     in_flight: InFlight = field(default_factory=InFlight)
     """Saved apart, since most of it is tensors; see `InFlight.to_checkpoint`."""
@@ -73,6 +77,8 @@ class TrainState:
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "totals": dict(self.totals),
             "budget": self.budget,
+            "stages": self.stages.to_json(),
+            "watch": self.watch.to_json(),
         }
 
     @classmethod
@@ -85,6 +91,8 @@ class TrainState:
                 "sampler": SamplerState(**data["sampler"]),
                 "solved": SolvedPrompts.from_state(data["solved"]) if "solved" in data else SolvedPrompts(),
                 "totals": Counter(data["totals"]),
+                "stages": StageProgress.from_json(data["stages"]),
+                "watch": EntropyWatch.from_json(data["watch"]),
             }
         )
 

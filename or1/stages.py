@@ -27,11 +27,17 @@ class StageProgress:
     began: int = 0
     history: list[tuple[int, float, float]] = field(default_factory=list)
 
-    def stage(self, config: Config) -> StageConfig:
-        """Settings of the present stage. Raises IndexError when the run is over."""
-        if self.finished(config):
-            raise IndexError(f"all {len(config.stage)} stages are done; add a [[stage]]")
-        return config.stage[self.index]
+    def at(self, config: Config, step: int) -> tuple[int, StageConfig]:
+        """Index and settings of the stage that runs `step`, one of the present stage or the first of the next.
+
+        Raises IndexError when the run is over.
+        """
+        index = self.index
+        if index < len(config.stage) and step > self.began + config.stage[index].steps:
+            index += 1
+        if index >= len(config.stage):
+            raise IndexError(f"all {len(config.stage)} stages are done before step {step}; add a [[stage]]")
+        return index, config.stage[index]
 
     def finished(self, config: Config) -> bool:
         """Whether no stage is left."""

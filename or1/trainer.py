@@ -11,7 +11,6 @@ One step of MAGIC (Skywork-OR1 report, section 3.1):
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from or1 import faults
-from or1.advantage import group_advantages
+from or1.batches import Trainable, choose, minibatches, normaliser_of
 from or1.budget import Budget
 from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
@@ -33,26 +32,27 @@ from or1.dist import SINGLE, World
 from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
 from or1.feed import RolloutFeed, step_seed
-from or1.filters import has_advantage
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
 from or1.parity import compare_engine
+from or1.records import AVG_KEY
 from or1.reward import make_scorer
 from or1.rollout import make_engine
-from or1.rollout.collect import Rollout
+from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
 from or1.run_state import TrainState, checkpoints_of
-from or1.stages import last_step_of, stage_at
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
 from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from or1.rank_display import RankDisplay
 
 
@@ -73,6 +73,7 @@ class Trainer:
         self.data = load_run_data(config, self.tokenizer)
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()
+        self.reference = self._load_reference()
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = make_engine(config, self.model, self.tokenizer, world)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
@@ -95,10 +96,10 @@ class Trainer:
         ):
             if self.state.step == 0:
                 self._report(writer, 0, self.evaluate())
-            while self.state.step < self.config.total_steps and not stopped:
+            while not self.state.stages.finished(self.config) and not stopped:
                 stopped = self._one_step(writer)
             self.checkpoints.wait()
-        finished = self.state.step == self.config.total_steps
+        finished = self.state.stages.finished(self.config)
         if finished and (unfinished := len(self.state.in_flight.carried)):
             self.display.message(f"{unfinished} groups were still open after the last step and are left out")
         return finished
@@ -120,11 +121,12 @@ class Trainer:
         number = self.state.step + 1
         faults.at_step(number)
         self.display.begin(number)
-        index, stage = stage_at(self.config, number)
+        index, stage = self.state.stages.at(self.config, number)
         metrics = self.step(number, index, stage)
         self.state.step = number
-        if self._due(number, self.config.eval.every_steps) or number == last_step_of(self.config, index):
+        if number % self.config.eval.every_steps == 0 or self.state.stages.is_last_step(self.config, number):
             metrics |= self.evaluate()
+        self._hand_over(number, metrics)
         metrics |= {"time/step": time.perf_counter() - began, "perf/peak_mem_gib": peak_memory_gib()}
         if self._checkpoint_s is not None:
             metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
@@ -132,7 +134,8 @@ class Trainer:
         self._report(writer, index, metrics)
         stopped = self.world.any(self._stop())
         self._look_after(self.checkpoints.poll)
-        if stopped or self._due(number, self.config.checkpoint.every_steps):
+        due = number % self.config.checkpoint.every_steps == 0
+        if stopped or due or self.state.stages.finished(self.config):
             self._checkpoint_s = self._save()
         return stopped
 
@@ -143,7 +146,7 @@ class Trainer:
         def progress(done: int, total: int) -> None:
             self.display.phase("rollout", done, total)
 
-        rollout = self.feed.take(number, self.scorer, progress)
+        rollout = self._refilled(number, stage, self.feed.take(number, self.scorer, progress), progress)
         torch.manual_seed(step_seed(self.config, number))
         self.feed.ahead(number + 1, self.scorer)
         if not self.config.rollout.overlap:
@@ -161,26 +164,25 @@ class Trainer:
     ) -> dict[str, float]:
         """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
         metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
-        wanted = [has_advantage(g) or not self.config.loss.reject_zero_advantage for g in rollout.groups]
-        trainable = [want and is_known(group) for want, group in zip(wanted, rollout.groups, strict=True)]
-        kept = [group for group, keep in zip(rollout.groups, trainable, strict=True) if keep]
-        advantages_KM = group_advantages(np.stack([group.rewards for group in kept])) if kept else np.empty((0, 0))
+        chosen = self._choose(rollout.groups, stage)
         if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
-            rows = iter(advantages_KM)
-            self._log_rollouts(number, index, rollout.groups, [next(rows) if keep else None for keep in trainable])
+            self._log_rollouts(number, index, rollout.groups, chosen.advantages_by_group())
 
         train_began = time.perf_counter()
         stats = UpdateStats()
-        if kept:
-            entropy = rollout_entropy(kept)
+        if chosen.kept:
+            entropy = rollout_entropy(chosen.kept)
             alpha = self.state.entropy.alpha(entropy)
-            settings = self._update_settings(alpha)
-            for sequences in self._minibatches(kept, advantages_KM, stage):
+            settings = replace(self._update_settings(alpha), normaliser=normaliser_of(chosen, self.config.loss, stage))
+            for sequences in self._prepared(minibatches(chosen, stage), stage):
                 took = update_policy(self.model, self.optimizer, sequences, settings, stats)
                 self.state.note_update(took, self.config.optim.max_nonfinite_steps)
             self.state.entropy.update(entropy)
             metrics |= {"policy/entropy": entropy, "policy/entropy_coef": alpha}
-        self.state.totals["empty_steps"] += not kept
+            if warning := self.state.watch.note(number, entropy, self.config, stage):
+                self.state.totals["entropy_alarms"] += 1
+                self.display.message(warning)
+        self.state.totals["empty_steps"] += not chosen.kept
         trained = time.perf_counter()
 
         self.feed.settle()
@@ -192,7 +194,7 @@ class Trainer:
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
         stats.reduce(self.world)
         return metrics | stats.metrics() | {
-            "group/kept": float(len(kept)),
+            "group/kept": float(len(chosen.kept)),
             "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
             "policy/entropy_controller": self.state.entropy.coef,
             "optim/out_of_memory": float(self.budget.out_of_memory),
@@ -218,29 +220,38 @@ class Trainer:
             return {}
         return compare_engine(self.engine, self.model, self.data.prompts, self.config).require().metrics()
 
-    def _minibatches(
-        self, kept: Sequence[Group], advantages_KM: np.ndarray, stage: StageConfig
-    ) -> list[list[TrainSequence]]:
-        """Near-equal minibatches of at most `minibatch_prompts` groups, in rollout order.
+    def _choose(self, groups: Sequence[Group], stage: StageConfig) -> Trainable:
+        usable = [is_known(group) for group in groups]
+        return choose(groups, usable, self.config.loss, self.config.reward, stage)
 
-        Equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own.
-        """
-        groups_of = [
-            [
-                TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
-                for response, advantage in zip(group.responses, advantages_M, strict=True)
-                # Left out: a response without a reward, and one that was aborted before its first token.
-                if not math.isnan(advantage) and len(response.token_ids)
-            ]
-            for group, advantages_M in zip(kept, advantages_KM, strict=True)
-        ]
-        parts = math.ceil(len(kept) / (stage.minibatch_prompts or stage.prompts_per_step))
-        batches = [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(len(kept)), parts)]
+    def _refilled(self, number: int, stage: StageConfig, rollout: Rollout, progress: Progress) -> Rollout:
+        """The rollout, with new groups in place of rejected ones for at most `loss.refill_rounds` rounds."""
+        for attempt in range(1, self.config.loss.refill_rounds + 1):
+            missing = stage.prompts_per_step - sum(self._choose(rollout.groups, stage).flags)
+            if missing <= 0:
+                break
+            rollout = rollout.plus(self.feed.refill(number, attempt, missing, self.scorer, progress))
+        return rollout
+
+    def _prepared(self, batches: list[list[TrainSequence]], stage: StageConfig) -> list[list[TrainSequence]]:
+        """Minibatches in the order of their updates, with the log-probs that the objective compares with."""
+        settings = self._update_settings(0.0)
         if self.config.loss.old_logp == "rollout":
-            return [[replace(s, old_logp=s.rollout_logp) for s in batch] for batch in batches]
-        if len(batches) > 1 or self.config.loss.old_logp == "recompute":
-            return [with_old_logp(self.model, batch, self._update_settings(0.0)) for batch in batches]
-        return batches
+            batches = [[replace(s, old_logp=s.rollout_logp) for s in batch] for batch in batches]
+        elif len(batches) * stage.reuse > 1 or self.config.loss.old_logp == "recompute":
+            batches = [with_old_logp(self.model, batch, settings) for batch in batches]
+        if self.reference is not None:
+            batches = [with_ref_logp(self.reference, batch, settings) for batch in batches]
+        return batches * stage.reuse
+
+    def _hand_over(self, number: int, metrics: dict[str, float]) -> None:
+        """Note an evaluation, and go on to the next stage if this one ends here."""
+        stages = self.state.stages
+        accuracies = [value for key, value in metrics.items() if AVG_KEY.fullmatch(key)]
+        if accuracies:
+            stages.note_evaluation(number, float(np.mean(accuracies)), metrics["completion/truncated"])
+        if (why := stages.advance(self.config, number)) and not stages.finished(self.config):
+            self.display.message(f"stage {stages.index} ends with step {number}: {why}")
 
     def evaluate(self) -> dict[str, float]:
         """avg@k and pass@k of every held-out set."""
@@ -256,6 +267,14 @@ class Trainer:
                 self.engine, self.scorer, prompts, settings, limit, progress=progress, world=self.world
             ).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
+
+    def _load_reference(self) -> PreTrainedModel | None:
+        """The reference model of the KL term, None without one."""
+        if self.config.loss.kl_coef == 0:
+            return None
+        path = self.config.loss.reference or self.config.model.path
+        settings = self.config.model.model_copy(update={"path": path})
+        return load_model(settings, self.world).requires_grad_(False)
 
     def _all_prompts(self) -> Iterator[Prompt]:
         yield from self.data.prompts
@@ -335,15 +354,12 @@ class Trainer:
                 f"{len(self.data.prompts)} are left"
             )
 
-    def _due(self, number: int, every: int) -> bool:
-        return number % every == 0 or number == self.config.total_steps
-
     def _update_settings(self, alpha: float) -> UpdateSettings:
         config = self.config
         return UpdateSettings(
             PolicyObjective(
                 kind=config.loss.kind, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-                is_cap=config.loss.is_cap,
+                kl_coef=config.loss.kl_coef, is_cap=config.loss.is_cap,
             ),
             alpha,
             config.rollout.temperature,

@@ -40,4 +40,9 @@ class RewardConfig(Section):
     """Processes of each verifier in use: responses graded at once."""
     require_think_close: bool = False
     """Score a response without `</think>` as truncated (0) instead of grading all of it."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before the response limit over which a penalty grows from 0 to overlong_penalty (DAPO's soft overlong
+    punishment); 0: none."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """Penalty of a response that fills the limit."""
     code: CodeRewardConfig = CodeRewardConfig()

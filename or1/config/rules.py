@@ -206,6 +206,26 @@ def _engine_fits(config: Config) -> Iterator[Problem]:
                       "next, so all stages need the same group_size")
 
 
+def _magic_variants_sound(config: Config) -> Iterator[Problem]:
+    loss, reward = config.loss, config.reward
+    if loss.reference is not None and loss.kl_coef == 0:
+        yield Problem("loss.reference", f"{loss.reference!r} has no effect with loss.kl_coef = 0; set kl_coef, for "
+                      "example to 1e-3, or remove it")
+    if loss.refill_rounds and not loss.reject_zero_advantage:
+        yield Problem("loss.refill_rounds", f"{loss.refill_rounds} has no effect without rejection; set "
+                      "loss.reject_zero_advantage = true, or remove it")
+    if loss.refill_rounds and (config.rollout.overlap or config.rollout.partial_tokens is not None):
+        yield Problem("loss.refill_rounds", f"{loss.refill_rounds} needs whole rollouts made in their own step; remove "
+                      "it, or rollout.overlap and rollout.partial_tokens")
+    for i, stage in enumerate(config.stage):
+        if reward.overlong_buffer > stage.max_response_tokens:
+            yield Problem("reward.overlong_buffer", f"{reward.overlong_buffer} tokens is more than "
+                          f"stage.{i}.max_response_tokens = {stage.max_response_tokens}; lower it")
+        if stage.until == "plateau" and not config.eval.sets:
+            yield Problem(f"stage.{i}.until", '"plateau" is told by evaluations, but there are none; add '
+                          '[[eval.sets]], or set until = "steps"')
+
+
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _files_exist,
     _reward_file_exists,
@@ -218,6 +238,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _eval_names_unique,
     _importance_weights_sound,
     _engine_fits,
+    _magic_variants_sound,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, _training_files, _difficulty_given, _no_endpoint),

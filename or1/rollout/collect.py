@@ -30,6 +30,11 @@ class Rollout:
     reward_s: float
     open: list[OpenGroup] = field(default_factory=list)
 
+    def plus(self, other: Rollout) -> Rollout:
+        """Both one after the other."""
+        return Rollout(self.groups + other.groups, self.generate_s + other.generate_s, self.reward_s + other.reward_s,
+                       self.open + other.open)
+
 
 def collect(
     engine: Engine,

@@ -124,8 +124,9 @@ def test_stages_hand_over_by_steps_or_by_plateau_and_survive_a_checkpoint() -> N
     # The second stage is flat from its first evaluation on: one to compare with, then two without a gain.
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
     assert StageProgress(1, 3).steps_left(config, 5) == 7 + 2
+    assert [StageProgress(0, 0).at(config, step)[0] for step in (1, 3, 4)] == [0, 0, 1]
     with pytest.raises(IndexError, match="all 3 stages are done"):
-        progress.stage(config)
+        progress.at(config, 9)
 
 
 def heard(entropies: list[float], config: Config) -> dict[int, str]:

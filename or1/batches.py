@@ -1,0 +1,91 @@
+"""Groups -> what is trained: shaped rewards, advantages, which groups are kept, and minibatches of their responses."""
+
+# P prompts, K kept groups, M responses each
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from or1.advantage import group_advantages
+from or1.config import LossConfig, RewardConfig, StageConfig
+from or1.filters import has_advantage
+from or1.normalise import Normaliser
+from or1.pack import TrainSequence
+from or1.shaping import overlong_penalty
+from or1.types import Group
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The part of a rollout that is trained.
+
+    kept           groups in rollout order
+    advantages_KM  f64[K, M], NaN for a response without a reward
+    flags          for every group of the rollout, whether it is kept
+    """
+
+    kept: list[Group]
+    advantages_KM: np.ndarray
+    flags: list[bool]
+
+    def advantages_by_group(self) -> list[np.ndarray | None]:
+        """For every group of the rollout its advantages, None where it was left out."""
+        rows = iter(self.advantages_KM)
+        return [next(rows) if flag else None for flag in self.flags]
+
+
+def choose(
+    groups: Sequence[Group], usable: Sequence[bool], loss: LossConfig, reward: RewardConfig, stage: StageConfig
+) -> Trainable:
+    """Advantages (Eq. 2.5) and rejection: T_k = {i : some A_ij is not 0} (Eq. 3.1).
+
+    `usable` says which groups may be trained at all. A group is rejected for its rewards as they were given: a penalty
+    for length alone is no reason to train on a problem that is solved or hopeless (DAPO, section 3.2).
+    """
+    if not groups:
+        return Trainable([], np.empty((0, 0)), [])
+    rewards_PM = np.stack([group.rewards for group in groups])
+    if reward.overlong_buffer:
+        lengths_PM = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
+        penalty_PM = overlong_penalty(lengths_PM, stage.max_response_tokens, reward.overlong_buffer)
+        rewards_PM = rewards_PM + reward.overlong_penalty * penalty_PM
+    truncated_PM = np.array([[r.truncated for r in group.responses] for group in groups])
+    advantages_PM = group_advantages(
+        rewards_PM, truncated_PM=truncated_PM, mask=loss.advantage_mask, scale_std=loss.advantage_std
+    )
+    moves_P = (np.nan_to_num(advantages_PM) != 0).any(axis=1)
+    wanted = [
+        not loss.reject_zero_advantage or (has_advantage(group) and bool(moves))
+        for group, moves in zip(groups, moves_P, strict=True)
+    ]
+    flags = [want and may for want, may in zip(wanted, usable, strict=True)]
+    return Trainable([g for g, flag in zip(groups, flags, strict=True) if flag], advantages_PM[np.array(flags)], flags)
+
+
+def minibatches(chosen: Trainable, stage: StageConfig) -> list[list[TrainSequence]]:
+    """Near-equal minibatches of at most `minibatch_prompts` groups, in rollout order.
+
+    Equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own.
+    """
+    groups_of = [
+        [
+            TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
+            for response, advantage in zip(group.responses, advantages_M, strict=True)
+            # Left out: a response without a reward, and one that was aborted before its first token.
+            if not math.isnan(advantage) and len(response.token_ids)
+        ]
+        for group, advantages_M in zip(chosen.kept, chosen.advantages_KM, strict=True)
+    ]
+    count = len(groups_of)
+    parts = math.ceil(count / (stage.minibatch_prompts or stage.prompts_per_step))
+    return [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(count), parts)]
+
+
+def normaliser_of(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> Normaliser:
+    """What the update divides by; with `denominator = "sampled"`, as if rejected groups had been trained too."""
+    scale = len(chosen.flags) / len(chosen.kept) if loss.denominator == "sampled" and chosen.kept else 1.0
+    return Normaliser(loss.normaliser, stage.max_response_tokens, scale)

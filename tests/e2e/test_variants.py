@@ -1,0 +1,74 @@
+"""A run with every element of MAGIC that is off by default, killed halfway and resumed, ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from or1.checkpoint import committed_steps
+
+SETTINGS = (
+    "stage.0.steps=9", "stage.1.steps=2", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
+    "stage.0.group_size=8", "stage.1.group_size=8", "stage.0.minibatch_prompts=4", "stage.0.reuse=2",
+    "stage.0.until=plateau", "stage.0.plateau_evals=1", "stage.0.plateau_gain=0.9", "stage.0.max_response_tokens=24",
+    "loss.kl_coef=0.01", "loss.normaliser=sequence", "loss.denominator=sampled", "loss.advantage_mask=after",
+    "loss.refill_rounds=1", "reward.overlong_buffer=8", "eval.every_steps=1", "eval.sets.0.limit=16",
+    "eval.sets.1.limit=4", "checkpoint.every_steps=1", "checkpoint.keep=100", "log.tensorboard=false",
+)  # fmt: skip
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train(or1: Run, run_dir: Path, *more: str) -> str:
+    overrides = [part for o in (*SETTINGS, f"run_dir={run_dir}", *more) for part in ("--set", o)]
+    done = or1("train", "examples/quickstart.toml", *overrides)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_after_step(run_dir: Path, step: int) -> None:
+    overrides = [part for o in (*SETTINGS, f"run_dir={run_dir}") for part in ("--set", o)]
+    command = [sys.executable, "-m", "or1", "train", "examples/quickstart.toml", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while step not in committed_steps(run_dir / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_every_variant_in_one_run_and_resumed(or1: Run, tmp_path: Path) -> None:
+    out = train(or1, tmp_path / "straight")
+    records = lines(tmp_path / "straight")
+    # One evaluation to compare with and one without a gain of 90 points: the stage ends after two steps of nine.
+    assert [r["stage"] for r in records] == [0, 0, 0, 1, 1]
+    assert "stage 1 ends with step 2: accuracy gained less than 0.9" in out and "Run finished: 4 of 4 steps" in out
+    assert records[1]["optim/updates"] in (2, 4), "parts of at most four prompts, each trained twice"
+    assert records[3]["optim/updates"] == 1
+    assert records[2]["policy/ratio_mean"] != 1 and records[1]["optim/loss"] != 0
+
+    first = pq.read_table(tmp_path / "straight" / "rollouts" / "step_1.parquet").to_pylist()
+    cut = [row for row in first if row["finish"] == "length"]
+    assert cut and all(row["advantage"] in (0, None) for row in cut), "masked after the group's statistics"
+    groups = len({row["prompt_id"] for row in first})
+    rejected = len({row["prompt_id"] for row in first if not row["kept"]})
+    assert groups > 8 and rejected >= groups - 8, "rejected groups were replaced once"
+
+    killed = tmp_path / "killed"
+    kill_after_step(killed, 2)
+    assert max(committed_steps(killed / "checkpoints")) < 4
+    train(or1, killed)
+    same = ("stage", "reward/mean", "policy/entropy", "optim/loss", "optim/grad_norm", "completion/len_mean")
+    assert [{k: r.get(k) for k in same} for r in records] == [{k: r.get(k) for k in same} for r in lines(killed)]
