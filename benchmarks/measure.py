@@ -39,17 +39,24 @@ def seconds(fn: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def cpu_seconds(fn: Callable[[], object], device: torch.device) -> float:
+    """Processor time of one call on the CPU, all threads: another process that takes the cores hardly changes it."""
+    began = time.process_time()
+    fn()
+    return time.process_time() - began
+
+
 def interleaved(
-    fns: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 1
+    fns: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 1, *, timer=seconds
 ) -> dict[str, list[float]]:
-    """Seconds of each function in every round, the functions taking turns, so that a load on the machine meets all."""
+    """`timer` of each function in every round, the functions taking turns, so that a load on the machine meets all."""
     for _ in range(warmup):
         for fn in fns.values():
             fn()
     times: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(rounds):
         for name, fn in fns.items():
-            times[name].append(seconds(fn, device))
+            times[name].append(timer(fn, device))
     return times
 
 
