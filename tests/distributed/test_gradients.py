@@ -8,7 +8,7 @@ import dist_work
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from rank_processes import run_ranks
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 # Sequences of an update; below 0 with old log-probs, recomputed. One sequence leaves ranks without any.

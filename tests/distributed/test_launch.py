@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import or1_ranks
+from rank_processes import or1_ranks
 from small_run import arguments, lines
 
 from or1.checkpoint import committed_steps

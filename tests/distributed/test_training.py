@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ranks import or1_ranks
+from rank_processes import or1_ranks
 from small_run import arguments, lines
 
 from or1.checkpoint import committed_steps, load_checkpoint

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ranks import or1_ranks
+from rank_processes import or1_ranks
 from small_run import arguments, lines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -7,3 +7,12 @@ from pathlib import Path
 
 for folder in (Path(__file__).parent, Path(__file__).parents[1]):
     sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+from rank_processes import stop_server  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_server_left():
+    yield
+    stop_server()

@@ -11,7 +11,7 @@ from pathlib import Path
 import fault_work
 import pytest
 import torch
-from ranks import or1_ranks, run_ranks
+from rank_processes import or1_ranks, run_ranks
 from small_run import arguments, lines
 
 from or1 import faults

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ranks import exit_codes, or1_command, or1_ranks, started
+from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
 from or1.checkpoint import committed_steps, load_checkpoint, verify_checkpoint

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,10 @@ def or1_ranks(size: int, arguments: list[str], log: Path, timeout: float = 150, 
     """`or1 ARGUMENTS` in `size` ranks; their exit codes."""
     with started(or1_command, size, arguments, str(log), **variables) as ranks:
         return exit_codes(ranks, timeout)
+
+
+def stop_server() -> None:
+    """End the process that forks ranks; the next test that needs it starts another."""
+    # Other tests watch that nothing the test run started outlives them.
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
