@@ -29,6 +29,7 @@ def compare(run_dir: Path, other: Path, steps: int) -> None:
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_three_steps_on_two_ranks_with_held_out_sets_equal_those_of_one(tmp_path: Path) -> None:
     heldout = Path(arguments(tmp_path)[1]).parent / "tiny-adder" / "heldout.jsonl"
     sets = f'[{{name="greedy", path="{heldout}", temperature=0.0, limit=5}}]'

@@ -104,6 +104,7 @@ def sums(adder: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(root: Path, adder: Path, sums: Path, tmp_path: Path) -> None:
     recipes = [write_recipe(tmp_path, name, adder, [sums], batch=16, limit=40) for name in ("straight", "killed")]
     check_eval(root, *recipes, [sums], 4 * 96)

@@ -137,6 +137,7 @@ def test_rollouts_hold_the_advantages_of_the_equation(finished: Path) -> None:
             assert [row["advantage"] for row in group] == pytest.approx([(r - mean) / (std + 1e-6) for r in rewards])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(
     finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -168,6 +169,7 @@ def test_report_and_export_of_a_run(
     assert refused.returncode == 70 and "no checkpoint of step 77; it has [1, 2, 3]" in refused.stderr
 
 
+@pytest.mark.slow
 def test_replay_repeats_a_step_bit_for_bit_and_writes_nothing(
     finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -188,6 +190,7 @@ def test_dry_run_shows_the_plan_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_rows_are_named_and_too_many_stop_the_run(
     tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
