@@ -67,7 +67,9 @@ class ServerEngine:
             self._token = self.process.token
         else:
             self._url, self._token = config.url, _token_of_another_server(config.url)
-        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S)
+        # No connection is kept: the server closes it after an error, and the next request would find it dead.
+        once = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S, limits=once)
         self._push = _make_push(setup, config, run_path)
         self._whole = False
         if self.process is not None:

@@ -42,7 +42,8 @@ class FollowingEngine(ServerEngine):
         self.process = None
         self.update_weights(0)
         self._url, self._token = json.loads(world.gather(b"")[0])
-        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S)
+        once = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S, limits=once)
 
     def update_weights(self, version: int) -> None:
         """See `Engine.update_weights`. Collective."""

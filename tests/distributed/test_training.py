@@ -54,6 +54,7 @@ def test_responses_that_go_on_under_later_policies_are_the_same_on_two_ranks(tmp
     assert states[0] == states[1] and states[0]["groups"], "some group was open"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_steps_have_the_same_curve_on_any_ranks_and_the_same_bits_on_the_same(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def make_random_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["eval", "filter"])
 def test_aime_with_a_random_model_is_killed_and_goes_on(root: Path, tmp_path: Path, verb: str) -> None:

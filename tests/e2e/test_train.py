@@ -62,7 +62,9 @@ VARIANTS = {
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "name", ["entropy bonus", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "entropy bonus")]
+    "name",
+    ["entropy bonus", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two updates a rollout", "partial rollouts")),
+     *(pytest.param(n, marks=pytest.mark.nightly) for n in ("on-policy", "a mixture without what was solved"))],
 )
 def test_ten_steps_equal_five_killed_and_five_resumed(
     name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path

@@ -111,6 +111,7 @@ def test_scores_are_the_same_everywhere() -> None:
     assert [reward for reward, _ in here] == [1, 0, 0, 1, 1]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_500_programs_with_10_tests_in_two_minutes_on_two_cores() -> None:

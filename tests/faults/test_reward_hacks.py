@@ -202,6 +202,7 @@ def test_hacks_earn_nothing(number: int, hack: str, sandbox: str) -> None:
     assert found.status in (Status.WRONG, Status.TIMEOUT)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("partial", [False, True])

@@ -125,8 +125,10 @@ def test_a_straggler_is_aborted_at_the_deadline(side: Side) -> None:
         began = time.monotonic()
         found = side.generate(prompts, max_tokens=2000, samples=16, deadline_s=1.0)
         assert time.monotonic() - began < 20
-        assert len(found) == 64 and {f.response.finish for f in found} == {"deadline"}
-        assert all(f.response.truncated and len(f.response.token_ids) == len(f.response.logp) < 2000 for f in found)
+        cut = [f.response for f in found if f.response.finish == "deadline"]
+        # Even a policy that all but never stops may sample an end of sequence.
+        assert len(found) == 64 and len(cut) > 32 and {f.response.finish for f in found} <= {"deadline", "stop"}
+        assert all(r.truncated and len(r.token_ids) == len(r.logp) < 2000 for r in cut)
         assert any(len(f.response.token_ids) for f in found)
         assert side.drift(prompts, [f for f in found if len(f.response.token_ids)]) < 1e-4
     # Nothing of them is left in the engine.

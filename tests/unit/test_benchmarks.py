@@ -167,6 +167,7 @@ def test_without_a_gpu_the_gpu_script_says_so(root: Path, tmp_path: Path) -> Non
     assert done.returncode == 2 and "no GPU" in done.stderr and "--rehearse" in done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rehearsal_runs_every_part_of_the_gpu_script(root: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_or1_and_plain_transformers_take_the_same_step() -> None:
     assert all((x - y).abs().max() < 5e-6 for x, y in weights)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_failed_case_keeps_the_others_and_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import step
@@ -73,6 +74,7 @@ def test_break_even_is_where_sharing_stays_faster() -> None:
     assert break_even([{"saved": 0.5, "speedup": 0.9}]) is None
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_step_is_1_5_times_as_fast_as_trls_with_the_same_loss() -> None:
     pytest.importorskip("trl")
