@@ -30,6 +30,10 @@ PARTS: dict[str, tuple[str, str]] = {
     "head-7b": ("benchmarks.gpu_head", "run_7b"),
     "head-1.5b": ("benchmarks.gpu_head", "run_1_5b"),
     "head-32b": ("benchmarks.gpu_head", "run_32b"),
+    "step-1.5b": ("benchmarks.gpu_step", "run_1_5b"),
+    "step-7b": ("benchmarks.gpu_step", "run_7b"),
+    "longest-1.5b": ("benchmarks.gpu_step", "run_longest_1_5b"),
+    "longest-7b": ("benchmarks.gpu_step", "run_longest_7b"),
     "train": ("benchmarks.gpu_train", "run"),
 }
 
