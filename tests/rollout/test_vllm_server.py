@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 
 pytest.importorskip("vllm")
+httpx = pytest.importorskip("httpx")
 
 from or1.rollout.base import EngineError, Sampling
 from or1.rollout.vllm_process import ServerProcess, bearer
