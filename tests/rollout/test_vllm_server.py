@@ -15,7 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-httpx = pytest.importorskip("httpx")
+
+import httpx
 
 from or1.rollout.base import EngineError, Sampling
 from or1.rollout.vllm_process import ServerProcess, bearer
