@@ -169,9 +169,15 @@ class ServerEngine:
                              "restarted, or serves another run too")
 
     def update_weights(self, version: int) -> None:
-        """See `Engine.update_weights`."""
+        """See `Engine.update_weights`. A server of or1's own that died since its last answer is started again, once."""
         self._whole = False
-        replies = self._push.send(self._rpc, self._model, version)
+        try:
+            replies = self._push.send(self._rpc, self._model, version)
+        except ServerLost:
+            if self.process is None:
+                raise
+            self._start_again()
+            replies = self._push.send(self._rpc, self._model, version)
         self._commit(replies, version)
 
     def _commit(self, replies: list[dict[str, Any]], version: int) -> None:
@@ -198,13 +204,16 @@ class ServerEngine:
 
     def _restart(self) -> None:
         """A fresh server with the weights of the present version, as they were pushed."""
-        self.process.close()
-        self.process.start()
-        self.process.await_ready()
+        self._start_again()
         if not self._push.repeat(self._rpc, self.version):
             raise EngineError("the restarted vLLM server cannot be given the weights that the dead one had; use "
                               'rollout.vllm.transport = "file"')
         self._commit(self._rpc("or1_version"), self.version)
+
+    def _start_again(self) -> None:
+        self.process.close()
+        self.process.start()
+        self.process.await_ready()
 
     def _rpc(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
         return self._post("/collective_rpc", {"method": method, "kwargs": arguments})["results"]

@@ -165,16 +165,23 @@ def test_a_death_in_the_middle_is_noticed_and_repaired_once(side: Side, victim: 
     side.engine._restart = noting
     with side.endless():
         version = side.engine.version
-        threading.Timer(0.7, kill).start()
-        found = list(side.engine.generate(prompts, Sampling(1.0, 300, 8, 1)))
+        threading.Timer(0.3, kill).start()
+        found = list(side.engine.generate(prompts, Sampling(1.0, 900, 8, 1)))
         drift = side.drift(prompts, found)
     del side.engine._restart
     assert died and noticed and noticed[0] - died[0] < 30
     print(f"{victim}: noticed after {noticed[0] - died[0]:.1f} s, whole again after {time.monotonic() - died[0]:.0f} s")
     assert {(f.prompt, f.sample) for f in found} == {(p, s) for p in range(8) for s in range(8)} and len(found) == 64
-    assert all(f.response.finish == "length" and len(f.response.token_ids) == 300 for f in found)
+    assert all(f.response.finish == "length" and len(f.response.token_ids) == 900 for f in found)
     assert {f.response.version for f in found} == {version}
     assert drift < 1e-4
+
+
+def test_a_death_between_rollouts_is_repaired_by_the_next_push(side: Side) -> None:
+    os.kill(side.engine.process.pid, signal.SIGKILL)
+    prompts = prompts_of(2)
+    next_version(side)
+    assert side.drift(prompts, side.generate(prompts)) < 1e-4
 
 
 def test_a_second_death_in_the_same_call_ends_it_with_a_remedy(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
