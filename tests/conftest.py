@@ -33,7 +33,7 @@ def adder(root: Path) -> Path:
 def or1(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `or1 ARGS...` from the repository and return the finished process."""
 
-    def run(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "or1", *arguments], cwd=root, capture_output=True, text=True, timeout=timeout
         )

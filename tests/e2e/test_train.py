@@ -39,10 +39,10 @@ def kill_after_step(root: Path, run_dir: Path, step: int, *more: str) -> None:
         [sys.executable, "-m", "or1", *arguments(run_dir, *more)], cwd=root, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while step not in committed_steps(run_dir / "checkpoints"):
         assert process.poll() is None, f"ended early:\n{process.stderr.read()}"
-        assert time.monotonic() < deadline, f"no checkpoint of step {step} within 120 s"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} within 400 s"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

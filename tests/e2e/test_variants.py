@@ -36,7 +36,7 @@ def kill_after_step(run_dir: Path, step: int) -> None:
     overrides = [part for o in (*SETTINGS, f"run_dir={run_dir}") for part in ("--set", o)]
     command = [sys.executable, "-m", "or1", "train", "examples/quickstart.toml", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while step not in committed_steps(run_dir / "checkpoints"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
