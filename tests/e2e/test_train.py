@@ -60,12 +60,11 @@ VARIANTS = {
 }
 
 
+NIGHTLY = ("on-policy", "two updates a rollout", "a mixture without what was solved", "partial rollouts")
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name",
-    ["entropy bonus", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two updates a rollout", "partial rollouts")),
-     *(pytest.param(n, marks=pytest.mark.nightly) for n in ("on-policy", "a mixture without what was solved"))],
-)
+@pytest.mark.parametrize("name", ["entropy bonus", *(pytest.param(n, marks=pytest.mark.nightly) for n in NIGHTLY)])
 def test_ten_steps_equal_five_killed_and_five_resumed(
     name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
