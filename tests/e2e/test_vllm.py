@@ -45,6 +45,7 @@ def test_quickstart_gains_as_with_the_embedded_engine(
     assert {r["policy/staleness"] for r in records[1:]} == {0.0}
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(500)
 def test_resume_with_a_rollout_made_ahead_and_open_groups_repeats_the_run(
     root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
