@@ -87,7 +87,7 @@ def found():
         if isinstance(thing, (dict, list, tuple)) and thing is not texts:
             try: texts.append(repr(thing)[:2000])
             except Exception: pass
-    for pattern in ("/tmp/*", "/tmp/**/*", "/dev/shm/*", "/work/**", "/proc/*/cmdline", "/proc/*/environ",
+    for pattern in ("/tmp/*", "/tmp/**/*", "/dev/shm/*", "/home/**", "/proc/*/cmdline", "/proc/*/environ",
                     "/proc/*/fd/*", "/root/*.py", "*", "../*"):
         for path in glob.glob(pattern)[:200]:
             try:
