@@ -9,8 +9,8 @@ A document's keys may begin with rows that it does not own: the prompt that a gr
 lists, document by document, the packed rows of its keys, and queries are aligned with the end of their keys.
 """
 
-# T packed tokens, U keys of all documents, S documents of a bucket, L longest of them, Q query heads, G key-value
-# heads, D head dimension
+# T packed tokens, U keys of all documents, S documents of a bucket, L longest of them, P places of all padded
+# documents, Q query heads, G key-value heads, N either, D head dimension
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -143,18 +145,82 @@ def _sdpa(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: fl
     while SDPA's general masks cost more and skip nothing.
     """
     cu_k = layout.cu_k.tolist()
-    lengths = [b - a for a, b in pairwise(cu_k)]
+    padding = _Padding.of([b - a for a, b in pairwise(cu_k)], q_TQD.device)
     q_UQD = q_TQD if layout.kv_rows_U is None else q_TQD.index_select(0, layout.kv_rows_U)
-    parts, places = [], []
-    for bucket in _buckets(lengths):
-        spans = [(cu_k[s], lengths[s]) for s in bucket]
-        parts.append(_sdpa_bucket(q_UQD, k_UGD, v_UGD, spans, scale, window))
-        places += [torch.arange(a, a + n) for a, n in spans]
-    out_UQD = torch.empty_like(q_UQD).index_copy(0, torch.cat(places).to(q_TQD.device), torch.cat(parts))
+    q_P, k_P, v_P = (_Pad.apply(x, padding.rows_P, padding.places_U) for x in (q_UQD, k_UGD, v_UGD))
+    sizes = [s * n for s, n in padding.shapes]
+    parts = [
+        _sdpa_bucket(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), scale, window)
+        for shape, *qkv in zip(padding.shapes, q_P.split(sizes), k_P.split(sizes), v_P.split(sizes), strict=True)
+    ]
+    out_UQD = _Unpad.apply(torch.cat(parts), padding.places_U)
     if layout.kv_rows_U is None:
         return out_UQD
     own = [torch.arange(end - n, end) for n, end in zip(layout.cu_q.diff().tolist(), cu_k[1:], strict=True)]
     return out_UQD.index_select(0, torch.cat(own).to(q_TQD.device))
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Where documents stand once those of similar length are padded to equal ones.
+
+    shapes    documents and longest of each bucket
+    rows_P    i64[P], the row of each padded place; the padding repeats its document's last row
+    places_U  i64[U], the padded place of each row
+    """
+
+    shapes: list[tuple[int, int]]
+    rows_P: Tensor
+    places_U: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> _Padding:
+        """The padding of documents of these lengths that follow one another."""
+        length_S = np.asarray(lengths, dtype=np.int64)
+        start_S = length_S.cumsum() - length_S
+        shapes, rows, places, end = [], [], np.empty(length_S.sum(), dtype=np.int64), 0
+        for bucket in _buckets(lengths):
+            n_S, at_L = length_S[bucket, None], np.arange(length_S[bucket].max())
+            rows_SL = start_S[bucket, None] + np.minimum(at_L, n_S - 1)
+            real_SL = at_L < n_S
+            places[rows_SL[real_SL]] = end + np.flatnonzero(real_SL)
+            shapes.append(rows_SL.shape)
+            rows.append(rows_SL.ravel())
+            end += rows_SL.size
+        return cls(shapes, torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(places).to(device))
+
+
+class _Pad(torch.autograd.Function):
+    """x[rows_P]. No query sees padding, so the gradient of its places is zero and need not be added up.
+
+    Indexing by itself would add up every place's gradient, slicing document by document would make a zero tensor of
+    the whole row for each: both take longer than attention.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_UND: Tensor, rows_P: Tensor, places_U: Tensor) -> Tensor:
+        ctx.save_for_backward(places_U)
+        return x_UND.index_select(0, rows_P)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_PND: Tensor) -> tuple[Tensor, None, None]:
+        (places_U,) = ctx.saved_tensors
+        return grad_PND.index_select(0, places_U), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """x[places_U], which are all different."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_PQD: Tensor, places_U: Tensor) -> Tensor:
+        ctx.save_for_backward(places_U)
+        ctx.padded = x_PQD.shape
+        return x_PQD.index_select(0, places_U)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_UQD: Tensor) -> tuple[Tensor, None]:
+        (places_U,) = ctx.saved_tensors
+        return grad_UQD.new_zeros(ctx.padded).index_copy_(0, places_U, grad_UQD), None
 
 
 def _buckets(lengths: list[int]) -> Iterator[list[int]]:
@@ -169,19 +235,14 @@ def _buckets(lengths: list[int]) -> Iterator[list[int]]:
         yield bucket
 
 
-def _sdpa_bucket(
-    q_UQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, spans: list[tuple[int, int]], scale: float | None, window: int | None
-) -> Tensor:
-    def pad(x_UND: Tensor) -> Tensor:
-        # Padding stands after each document's tokens, so the causal rule keeps every real token from seeing it.
-        return nn.utils.rnn.pad_sequence([x_UND[a : a + n] for a, n in spans], batch_first=True).transpose(1, 2)
-
-    q, k, v = pad(q_UQD), pad(k_UGD), pad(v_UGD)
-    mask = None if window is None else _window_mask(q.shape[2], window, q.device)
+def _sdpa_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scale: float | None, window: int | None) -> Tensor:
+    # Padding stands after each document's tokens, so the causal rule keeps every real token from seeing it.
+    mask = None if window is None else _window_mask(q_SQLD.shape[2], window, q_SQLD.device)
     out_SQLD = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return torch.cat([out_QLD[:, :n].transpose(0, 1) for out_QLD, (_, n) in zip(out_SQLD, spans, strict=True)])
+        q_SQLD, k_SGLD, v_SGLD, attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=q_SQLD.shape[1] != k_SGLD.shape[1],
+    )  # fmt: skip
+    return out_SQLD.transpose(1, 2).flatten(0, 1)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
