@@ -1,0 +1,112 @@
+"""The arms of the study: what the report compared, at a quarter of its batches.
+
+An arm is named by the report's quadruple (N_SGD, D_R, D_T, N_reuse) where it has one, with D_R = 16 here for 64 there
+and groups of 8 for 16. Entropy coefficients are 50 times the report's, so that the range it tries runs
+from decay to explosion here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.task import LONGEST, SHORT
+
+STEPS = 100
+LR = 3e-4
+EVALUATIONS = 5
+ADAPTIVE = {"control": "adaptive", "target": 0.15, "delta": 0.005, "coef_max": 0.25}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting, to be run on several seeds.
+
+    steps     rollout steps
+    prompts, minibatch, reuse, group   D_R, D_T, N_reuse and gs
+    limits    response limit of each stage; stages share the steps equally
+    seeds     1, 2, ..., seeds
+    """
+
+    steps: int = STEPS
+    prompts: int = 16
+    minibatch: int = 16
+    reuse: int = 1
+    group: int = 8
+    limits: tuple[int, ...] = (LONGEST,)
+    temperature: float = 1.0
+    lr: float = LR
+    entropy: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+
+    def config(self, base: Path, run_dir: Path, seed: int) -> dict[str, Any]:
+        """The settings of `or1 train` for one seed of this arm, starting from the model in `base`."""
+        stages = [
+            {"steps": self.steps // len(self.limits), "max_response_tokens": limit, "prompts_per_step": self.prompts,
+             "minibatch_prompts": self.minibatch, "reuse": self.reuse, "group_size": self.group}
+            for limit in self.limits
+        ]  # fmt: skip
+        test = {"name": "test", "path": str(base / "heldout.jsonl"), "temperature": 0.6}
+        return {
+            "run_dir": str(run_dir), "seed": seed, "stage": stages,
+            "model": {"path": str(base), "dtype": "float32", "device": "cpu"},
+            "data": {"train": [str(base / "train.jsonl")], "max_prompt_tokens": 16},
+            "rollout": {"engine": "hf", "temperature": self.temperature, "batch_size": 512},
+            "reward": {"kind": "benchmarks.paper.reward:score", "workers": 1},
+            "loss": {**self.loss, "entropy": dict(self.entropy)},
+            "optim": {"lr": self.lr, "warmup_steps": 0, "max_tokens_per_rank": 8192},
+            "checkpoint": {"every_steps": 10 * self.steps},
+            "log": {"tensorboard": False, "rollouts_every_steps": self.steps},
+            "eval": {"every_steps": self.steps // EVALUATIONS, "max_response_tokens": LONGEST, "sets": [test]},
+        }  # fmt: skip
+
+
+def _off_policy(updates: int, **more: Any) -> Arm:
+    return Arm(minibatch=16 // updates, **more)
+
+
+def _constant(coef: float) -> Arm:
+    return _off_policy(2, entropy={"control": "constant", "coef": coef})
+
+
+def _clip_higher(high: float) -> Arm:
+    return _off_policy(4, loss={"clip_high": high}, seeds=4)
+
+
+def _masked(mask: str) -> Arm:
+    return _off_policy(2, limits=(SHORT,), steps=STEPS // 2, entropy=ADAPTIVE, loss={"advantage_mask": mask})
+
+
+# The comparisons that have to be decided get more seeds.
+_CORE = 6
+
+ARMS: dict[str, Arm] = {
+    "(1,16,16,1)": Arm(seeds=_CORE),
+    "(2,16,8,1)": _off_policy(2),
+    "(2,16,16,2)": Arm(reuse=2),
+    "(4,16,4,1)": _off_policy(4, seeds=_CORE),
+    "(4,16,16,4)": Arm(reuse=4),
+    "(1,8,8,1)": Arm(prompts=8, minibatch=8, steps=2 * STEPS),
+    "(1,4,4,1)": Arm(prompts=4, minibatch=4, steps=4 * STEPS, seeds=_CORE),
+    "(4,64,16,1)": Arm(prompts=64, steps=STEPS // 2),
+    "group 4": Arm(group=4),
+    "group 16": Arm(group=16),
+    "constant 0.005": _constant(0.005),
+    "constant 0.025": _constant(0.025),
+    "constant 0.05": _constant(0.05),
+    "constant 0.25": _constant(0.25),
+    "constant 0.5": _constant(0.5),
+    "(4,16,4,1) adaptive": _off_policy(4, entropy=ADAPTIVE, seeds=_CORE),
+    "clip 0.25": _clip_higher(0.25),
+    "clip 0.265": _clip_higher(0.265),
+    "clip 0.28": _clip_higher(0.28),
+    "temperature 1": _off_policy(2, entropy=ADAPTIVE),
+    "temperature 0.6": _off_policy(2, entropy=ADAPTIVE, temperature=0.6),
+    "short, then long": _off_policy(2, entropy=ADAPTIVE, limits=(SHORT, LONGEST)),
+    "no mask": _masked("none"),
+    "mask before": _masked("before"),
+    "mask after": _masked("after"),
+}

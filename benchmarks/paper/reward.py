@@ -1,0 +1,17 @@
+r"""The reward of the study: 1 for the sum in \boxed{} after the chain of thought, 0 for anything else.
+
+The numbers are plain integers, so nothing of a mathematics verifier is needed, and a run's reward process starts in
+no time.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ANSWER = re.compile(r"</think>\\boxed\{(\d+)\}$")
+
+
+def score(solution_str: str, ground_truth: str) -> float:
+    """In verl's form. A response that was cut has no complete box and scores 0."""
+    found = _ANSWER.search(solution_str)
+    return float(found is not None and found[1] == ground_truth)

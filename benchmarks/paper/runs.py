@@ -1,0 +1,162 @@
+"""Trains every arm on its seeds, several at a time, a processor core each; what is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.arms import ARMS
+
+Record = dict[str, Any]
+
+# What the statements and the plots read, from the metrics of every step.
+_SERIES = {
+    "entropy": "policy/entropy", "reward": "reward/mean", "truncated": "completion/truncated",
+    "length": "completion/len_mean", "coef": "policy/entropy_coef", "kept": "group/kept", "rollout_s": "time/rollout",
+}  # fmt: skip
+
+
+def ensure_base(work: Path) -> float:
+    """The base model in work/base, made if absent; returns the processor seconds that making it took."""
+    done = work / "base.json"
+    if not done.exists():
+        began = _cpu_seconds()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+            pool.submit(_make_base, work / "base").result()
+        _write(done, {"cpu_s": _cpu_seconds() - began})
+    return json.loads(done.read_text(encoding="utf-8"))["cpu_s"]
+
+
+def run_all(pairs: Iterable[tuple[str, int]], work: Path, jobs: int, device: str) -> Iterator[tuple[str, int, Record]]:
+    """Every (arm, seed) with its record, in the order in which they end. Raises what a run raises."""
+    missing = []
+    for name, seed in pairs:
+        record = _finished(work, name, seed, device)
+        if record is None:
+            missing.append((name, seed))
+        else:
+            yield name, seed, record
+    # Spawned: a forked child would inherit torch's threads, which no longer run there.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    with pool:
+        futures = {pool.submit(_run, name, seed, work, device): (name, seed) for name, seed in missing}
+        try:
+            for future in as_completed(futures):
+                yield *futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _make_base(folder: Path) -> None:
+    from benchmarks.paper.task import make_base
+
+    make_base(folder)
+
+
+def _settings(work: Path, name: str, seed: int, device: str) -> dict[str, Any]:
+    settings = ARMS[name].config(work / "base", work / "runs" / f"{_slug(name)}-{seed}", seed)
+    settings["model"]["device"] = device
+    return settings
+
+
+def _finished(work: Path, name: str, seed: int, device: str) -> Record | None:
+    """The record of a run that was made with these very settings."""
+    path = _record_path(work, name, seed)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["settings"] == _settings(work, name, seed, device) else None
+
+
+def _run(name: str, seed: int, work: Path, device: str) -> Record:
+    from or1.config import Config
+    from or1.trainer import Trainer
+
+    settings = _settings(work, name, seed, device)
+    run_dir, messages, began = Path(settings["run_dir"]), _Messages(), _cpu_seconds()
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    Trainer(Config.model_validate(settings), messages).run()
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    record = {"arm": name, "seed": seed, "cpu_s": _cpu_seconds() - began, "messages": messages.texts,
+              "settings": settings} | _summary([json.loads(line) for line in lines])  # fmt: skip
+    _write(_record_path(work, name, seed), record)
+    shutil.rmtree(run_dir)
+    return record
+
+
+def _summary(steps: list[Mapping[str, Any]]) -> dict[str, Any]:
+    trained = [step for step in steps if step["step"] > 0]
+    series = {name: _filled([step.get(key) for step in trained]) for name, key in _SERIES.items()}
+    evals = [(step["step"], step["eval/test/avg@1"]) for step in steps if "eval/test/avg@1" in step]
+    return {"series": series, "evals": evals}
+
+
+def _filled(values: Sequence[float | None]) -> list[float]:
+    """A step whose groups are all rejected has no entropy of kept responses and changes no weight: what was known
+    before it still holds, and at the start what is known first."""
+    last = next((value for value in values if value is not None), math.nan)
+    filled = []
+    for value in values:
+        last = last if value is None else value
+        filled.append(round(last, 5))
+    return filled
+
+
+class _Messages:
+    """A Trainer's display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def begin(self, step: int) -> None:
+        """Nothing to show."""
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Nothing to show."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing to show."""
+
+    def message(self, text: str) -> None:
+        """Keep it."""
+        self.texts.append(text)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _record_path(work: Path, name: str, seed: int) -> Path:
+    return work / "records" / f"{_slug(name)}-{seed}.json"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "." else "_" for c in name).strip("_")
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.replace(path)
