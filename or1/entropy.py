@@ -23,7 +23,8 @@ class EntropyController:
         alpha = controller.alpha(entropy)        before the update; loss -= alpha * mean entropy
         controller.update(entropy)               after it
 
-    The defaults are the released code's; the paper's own are variant="paper", delta=5e-3, coef_max=inf. The state
+    The defaults are the released code's; the paper's own are variant="paper", delta=5e-3, coef_max=inf and, taken
+    literally, coef_min=-inf: above the target c would turn into a penalty on entropy. The state
     (coef, gate) belongs in every checkpoint: the released code lost it on resume and between stages.
     """
 
@@ -40,7 +41,7 @@ class EntropyController:
         if self.variant not in ("script", "paper") or self.control not in ("none", "constant", "adaptive"):
             raise ValueError(f"variant is {self.variant!r} and control {self.control!r}; choose script or paper, and "
                              "none, constant or adaptive")
-        if not self.delta > 0 or not 0 <= self.coef_min <= self.coef_max or self.target < 0:
+        if not self.delta > 0 or not self.coef_min <= self.coef_max or self.target < 0:
             raise ValueError(f"delta={self.delta}, coef in [{self.coef_min}, {self.coef_max}], target={self.target}; "
                              "delta must be above 0, target at least 0, and the bounds in order")
 

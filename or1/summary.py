@@ -20,7 +20,7 @@ def summarise(
     phases = {phase: math.fsum(number(r.get(f"time/{phase}"), 0.0) for r in records) for phase in PHASES}
     phases["other"] = math.fsum(other_seconds(r) for r in records)
     counts = {
-        "truncated responses": state.totals[Status.TRUNCATED.value],
+        "truncated responses": state.totals[Status.TRUNCATED.value] + state.totals["graded_truncated"],
         "aborted at the deadline": state.totals["stragglers"],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
@@ -30,6 +30,8 @@ def summarise(
         "bad data rows": bad_rows,
         "solved prompts dropped": len(state.solved.dropped),
     }
+    if state.totals["graded_truncated"]:
+        counts["truncated responses that were graded"] = state.totals["graded_truncated"]
     return Summary(
         evals=eval_histories(records),
         steps_done=state.step,

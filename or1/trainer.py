@@ -46,7 +46,7 @@ from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
 from or1.run_state import TrainState, checkpoints_of
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
-from or1.types import Group, Prompt
+from or1.types import Group, Prompt, Status
 from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
 from or1_kernels.objective import PolicyObjective
 
@@ -342,6 +342,10 @@ class Trainer:
     def _count(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self.state.totals.update(score.status.value for score in group.scores)
+            self.state.totals["graded_truncated"] += sum(
+                r.truncated and s.status is not Status.TRUNCATED
+                for r, s in zip(group.responses, group.scores, strict=True)
+            )
             self.state.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
         self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
 

@@ -22,8 +22,8 @@ class EntropyConfig(Section):
     """Entropy in nats per token that the adaptive controller holds."""
     delta: float = Field(1e-4, gt=0)
     """Change of the coefficient per step. Default 1e-4 (script) or 5e-3 (paper)."""
-    coef_min: float = Field(0.0, ge=0)
-    """Lower bound of the coefficient."""
+    coef_min: float = 0.0
+    """Lower bound of the coefficient. The paper names none; below 0 the bonus becomes a penalty on entropy."""
     coef_max: float = Field(5e-3, gt=0)
     """Upper bound of the coefficient. Default 5e-3 (script) or 1.0 (paper, which names no bound)."""
     alarm_low: float = Field(0.1, ge=0)

@@ -40,6 +40,9 @@ class RewardConfig(Section):
     """Processes of each verifier in use: responses graded at once."""
     require_think_close: bool = False
     """Score a response without `</think>` as truncated (0) instead of grading all of it."""
+    grade_truncated: bool | None = None
+    """Grade a response that was cut at its limit like any other (released code) instead of scoring it as truncated, 0
+    (paper, section 3.1). Absent: false, but true for a function of your own, on whose scale 0 may not be the least."""
     overlong_buffer: int = Field(0, ge=0)
     """Tokens before the response limit over which a penalty grows from 0 to overlong_penalty (DAPO's soft overlong
     punishment); 0: none."""

@@ -21,7 +21,7 @@ class StageConfig(Section):
     plateau_gain: float = Field(0.01, gt=0)
     """Smallest rise of accuracy, or fall of the truncation rate, that counts as a gain; fractions."""
     max_response_tokens: int = Field(ge=1)
-    """Response limit of this stage; a longer response is truncated and scores 0."""
+    """Response limit of this stage; a longer response is truncated and, by default, scores 0."""
     prompts_per_step: int = Field(ge=1)
     """Prompts of one rollout step (the paper's D_R)."""
     group_size: int = Field(ge=2)

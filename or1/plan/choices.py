@@ -49,7 +49,8 @@ class Workload:
     """One step of a stage, all GPUs together; tokens of one sequence where not said otherwise.
 
     max_prompt, max_response  limits;  mean_prompt, mean_response  what a sequence is taken to be
-    sequences                 responses of a rollout step;  updates  optimizer steps that they feed
+    sequences                 responses of a rollout step;  updates  minibatches that they make, each trained `reuse`
+                              times
     old_logp_pass             whether a forward pass computes old log-probs first
     generated_together        responses in the engine at once, on one GPU; vllm: as many as its cache holds
     engine                    "hf", "vllm" (beside the trainer on its GPUs) or "server" (elsewhere)
@@ -64,6 +65,7 @@ class Workload:
     updates: int
     old_logp_pass: bool
     generated_together: int
+    reuse: int = 1
     engine: str = "hf"
     engine_share: float = 0.0
     tensor_parallel: int = 1
@@ -102,7 +104,7 @@ def workload_of(
 ) -> Workload:
     """One step of `stage`. `mean_response` None: half the stage's limit."""
     sequences = stage.prompts_per_step * stage.group_size
-    updates = -(-stage.prompts_per_step // (stage.minibatch_prompts or stage.prompts_per_step))
+    updates = stage.updates_per_step // stage.reuse
     mean = _MEAN_SHARE * stage.max_response_tokens if mean_response is None else mean_response
     return Workload(
         max_prompt=config.data.max_prompt_tokens,
@@ -111,7 +113,9 @@ def workload_of(
         mean_response=min(mean, stage.max_response_tokens),
         sequences=sequences,
         updates=updates,
-        old_logp_pass=config.loss.old_logp == "recompute" or (config.loss.old_logp == "auto" and updates > 1),
+        reuse=stage.reuse,
+        old_logp_pass=config.loss.old_logp == "recompute"
+        or (config.loss.old_logp == "auto" and not stage.on_policy),
         **_engine_of(config, device, -(-sequences // gpus)),
     )
 

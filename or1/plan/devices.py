@@ -22,11 +22,16 @@ class Efficiency:
     matmul     of the arithmetic peak, in matrix products of packed rows
     attention  of the arithmetic peak, in causal attention kernels (their useful half)
     memory     of the bandwidth, in passes that only move data
+
+    A decoding step of vLLM takes at least engine_layer_s a layer, to launch kernels, and engine_response_s a running
+    response, to schedule and sample it, in seconds; 0 where CUDA graphs and asynchronous scheduling hide both.
     """
 
     matmul: float = 0.70
     attention: float = 0.45
     memory: float = 0.80
+    engine_layer_s: float = 0.0
+    engine_response_s: float = 0.0
 
 
 @dataclass(frozen=True)

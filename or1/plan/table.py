@@ -33,6 +33,7 @@ _WHAT_TO_CHANGE = {
     "memory traffic": "Liger's kernels (model.liger)",
     "collectives": "larger packed rows (optim.max_tokens_per_rank), or fewer GPUs",
     "weight sync": "more steps' worth of responses in a step",
+    "old log-probs": "one optimizer step a rollout, which needs none",
 }
 
 
@@ -58,7 +59,9 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
            f"{eff.memory:.0%} of the bandwidth")  # fmt: skip
     work = plan.heaviest.work
     yield (f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
-           "--mean-response says otherwise, no group rejected")  # fmt: skip
+           "--mean-response says otherwise, the longest at it; no group rejected")  # fmt: skip
+    yield ("               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
+           "checkpoints and evaluations are not planned")  # fmt: skip
     yield (f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "
            f"{choices.optimizer}, weights {8 * choices.weight} bit, gradients {8 * choices.grad} bit")  # fmt: skip
 
@@ -84,13 +87,14 @@ def _bold(text: str, on: bool) -> str:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = _table("stage", "responses", "response limit", "step", "generation", "training", "tokens/s", "training MFU")
+    table = _table("stage", "responses", "limit", "step", "rollout", "update", "other", "shares", "tokens/s", "MFU")
     for number, stage in enumerate(plan.stages, 1):
         time, work = stage.time, stage.work
-        generation = time.parts["generation"]
+        seconds = time.split.values()
+        shares = " ".join(f"{s / time.total:.0%}" for s in seconds)
         table.add_row(
-            str(number), f"{work.sequences:,}", f"{work.max_response:,}", duration(time.total), duration(generation),
-            duration(time.total - generation), count_text(time.tokens_per_s), f"{time.mfu:.0%}",
+            str(number), f"{work.sequences:,}", f"{work.max_response:,}", duration(time.total),
+            *map(duration, seconds), shares, count_text(time.tokens_per_s), f"{time.mfu:.0%}",
         )  # fmt: skip
     return table
 
@@ -128,7 +132,8 @@ def _advice_on_time(plan: Plan, part: str) -> str:
     if part == "generation":
         faster = 'rollout.engine = "vllm", or ' if hasattr(plan.config.rollout, "vllm") else ""
         return (f"{faster}a larger rollout.batch_size, if it fits" if plan.heaviest.work.engine == "hf"
-                else "more GPUs, or a shorter context: stages that grow it")  # fmt: skip
+                else "a shorter context: stages that grow it; rollout.overlap or partial_tokens, which do not wait for "
+                "the longest response; more GPUs, which do")  # fmt: skip
     if part == "optimizer":
         return ("more prompts a minibatch" if plan.choices.optimizer != "offload"
                 else 'optim.optimizer = "adamw8bit", which stays on the GPU')  # fmt: skip
@@ -154,7 +159,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "stages": [
             {
                 "phases": {phase.name: phase.parts for phase in stage.memory.phases}, "host": stage.memory.host,
-                "peak_bytes": stage.memory.peak.total, "seconds": stage.time.parts, "tokens": stage.time.tokens,
+                "peak_bytes": stage.memory.peak.total, "seconds": stage.time.parts,
+                "split_seconds": stage.time.split, "tokens": stage.time.tokens,
                 "tokens_per_s": stage.time.tokens_per_s, "mfu": stage.time.mfu,
             }
             for stage in plan.stages

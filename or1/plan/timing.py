@@ -10,21 +10,21 @@ from or1.balance import SequenceCost
 from or1.plan.activations import layer_saved
 from or1.plan.choices import Choices, Workload
 from or1.plan.devices import Device
-from or1.plan.memory import cache_tokens, kv_cache_bytes, optimizer_bytes, weight_bytes
+from or1.plan.generation import rollout_seconds
+from or1.plan.memory import optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape
 
 # Passes over what a layer saves: written and read forward, read backward, and their gradients.
 _ACTIVATION_PASSES = 4
 _HOST_LINK = 25e9  # bytes/s between host and GPU memory, PCIe 4 or 5 with other traffic
-# Transformers' generate launches its kernels one by one from Python.
-_HF_LAYER_SECONDS = 1e-3
+_OTHER = ("old log-probs", "weight sync")
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one rollout step. mfu: model FLOPs (recomputation left out) over what the device could do meanwhile.
+    """Seconds of one rollout step. parts: by what they are spent on. tokens: prompts and responses on all GPUs.
 
-    tokens: prompt and response tokens of the step on all GPUs. parts: seconds by what they are spent on.
+    mfu: of the update, model FLOPs (recomputation left out) over what the device could do meanwhile.
     """
 
     parts: dict[str, float]
@@ -35,6 +35,12 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the step, verifiers and evaluations left out."""
         return sum(self.parts.values())
+
+    @property
+    def split(self) -> dict[str, float]:
+        """The same seconds as the report's Tables 7 and 8 divide them: rollout, update and other."""
+        rollout, other = self.parts["generation"], sum(self.parts.get(name, 0.0) for name in _OTHER)
+        return {"rollout": rollout, "update": self.total - rollout - other, "other": other}
 
     @property
     def tokens_per_s(self) -> float:
@@ -61,13 +67,16 @@ def step_time(shape: ModelShape, choices: Choices, device: Device, work: Workloa
     """One rollout step at the mean lengths of the workload, all groups kept, ranks balanced, collectives overlapped."""
     sequences = work.sequences / choices.gpus
     tokens = sequences * (work.mean_prompt + work.mean_response)
-    train = _train_seconds(shape, choices, device, work, sequences)
-    parts = {"generation": _rollout_seconds(shape, choices, device, work, sequences)} | train
+    update = _update_seconds(shape, choices, device, work)
+    parts = {"generation": rollout_seconds(shape, choices, device, work)} | update
+    if work.old_logp_pass:
+        scored = sum(_pass_seconds(shape, choices, device, work, forwards=1, backwards=0).values())
+        parts["old log-probs"] = max(scored, _gather_seconds(shape, choices, device, work, choices.weight))
     if work.engine != "hf":
-        parts["weight sync"] = 2 * weight_bytes(shape, choices) / (device.bandwidth * 1e9 * device.efficiency.memory)
+        parts["weight sync"] = _sync_seconds(shape, choices, device)
     length = work.mean_prompt + work.mean_response
-    model_flops = sequences * _flops(shape, length, work.mean_response)
-    mfu = model_flops / (sum(train.values()) * device.tflops * 1e12)
+    model_flops = work.reuse * sequences * _flops(shape, length, work.mean_response)
+    mfu = model_flops / (sum(update.values()) * device.tflops * 1e12)
     return StepTime(parts, round(tokens * choices.gpus), mfu)
 
 
@@ -77,58 +86,53 @@ def _flops(shape: ModelShape, length: float, trained: float) -> float:
     return (cost.linear - head) * length + head * trained + cost.quadratic * length**2
 
 
-def _train_seconds(
-    shape: ModelShape, choices: Choices, device: Device, work: Workload, sequences: float
-) -> dict[str, float]:
-    peak, e = device.tflops * 1e12, device.efficiency
-    bandwidth = device.bandwidth * 1e9 * e.memory
-    length = work.mean_prompt + work.mean_response
-    # Forward is a third of the matrices' work; with checkpoints there is one more, and one for old log-probs.
-    forwards = int(choices.checkpointing != "none") + work.old_logp_pass
-    matrices = 6.0 * shape.matrix_parameters * length * (1 + forwards / 3)
-    head = shape.vocab * shape.hidden * work.mean_response * (6.0 + 2.0 * work.old_logp_pass)
-    attention = sequence_cost(shape).quadratic * length**2 * (1 + forwards / 3.5)
-    moved = shape.layers * layer_saved(shape, choices, round(length)) * (_ACTIVATION_PASSES + 2 * forwards)
+def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> dict[str, float]:
+    """Forward, backward and optimizer steps of every minibatch, as often as it is trained."""
+    bandwidth = device.bandwidth * 1e9 * device.efficiency.memory
+    # With checkpoints the layers, but not the head, run forward once more.
+    parts = _pass_seconds(shape, choices, device, work, forwards=1 + (choices.checkpointing != "none"), backwards=1)
+    gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + choices.arithmetic)
+    exposed = max(0.0, gathered - sum(parts.values()))
     states = optimizer_bytes(shape, choices) / choices.gpus
     update = (2 * states + 3 * weight_bytes(shape, choices) / choices.gpus) / bandwidth
     if choices.optimizer == "offload" and device.is_gpu:
         update = 2 * states / 40e9 + 3 * weight_bytes(shape, choices) / choices.gpus / _HOST_LINK
-    parts = {
+    parts = {name: work.reuse * seconds for name, seconds in (parts | {"collectives": exposed}).items()}
+    return parts | {"optimizer": work.updates * work.reuse * update}
+
+
+def _pass_seconds(
+    shape: ModelShape, choices: Choices, device: Device, work: Workload, *, forwards: int, backwards: int
+) -> dict[str, float]:
+    """All sequences of a GPU: so often through the layers and back, and once through the head."""
+    peak, e = device.tflops * 1e12, device.efficiency
+    sequences, length = work.sequences / choices.gpus, work.mean_prompt + work.mean_response
+    # Backward costs a matrix product twice its forward, attention 2.5 times.
+    matrices = 2.0 * shape.matrix_parameters * length * (forwards + 2 * backwards)
+    head = 2.0 * shape.vocab * shape.hidden * work.mean_response * (1 + 2 * backwards)
+    attention = sequence_cost(shape).quadratic / 3.5 * length**2 * (forwards + 2.5 * backwards)
+    passes = 2 * forwards + (_ACTIVATION_PASSES - 2) * backwards
+    moved = shape.layers * layer_saved(shape, choices, round(length)) * passes
+    return {
         "matrix products": sequences * matrices / (peak * e.matmul),
         "attention": sequences * attention / (peak * e.attention),
         "LM head": sequences * head / (peak * e.matmul),
-        "memory traffic": sequences * moved / bandwidth,
+        "memory traffic": sequences * moved / (device.bandwidth * 1e9 * e.memory),
     }
-    exposed = _collective_seconds(shape, choices, device, sequences * length) - sum(parts.values())
-    return parts | {"optimizer": work.updates * update, "collectives": max(0.0, exposed)}
 
 
-def _collective_seconds(shape: ModelShape, choices: Choices, device: Device, tokens: float) -> float:
-    """FSDP of one rank: weights gathered forward and backward of every packed row, gradients scattered as sums."""
+def _gather_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload, scalar_bytes: int) -> float:
+    """FSDP of one rank: so many bytes of every parameter cross the links for every packed row (weights gathered
+    forward and backward, gradients scattered as sums)."""
     if choices.gpus == 1:
         return 0.0
+    tokens = work.sequences / choices.gpus * (work.mean_prompt + work.mean_response)
     rows = max(1.0, tokens / choices.max_tokens)
-    moved = shape.parameters * (2 * choices.weight + choices.arithmetic)
-    return rows * moved / device.link_bytes(choices.gpus)
+    return rows * shape.parameters * scalar_bytes / device.link_bytes(choices.gpus)
 
 
-def _rollout_seconds(
-    shape: ModelShape, choices: Choices, device: Device, work: Workload, sequences: float
-) -> float:
-    peak, e = device.tflops * 1e12, device.efficiency
-    bandwidth = device.bandwidth * 1e9 * e.memory
-    weights = weight_bytes(shape, choices) / work.tensor_parallel
-    context = work.mean_prompt + work.mean_response / 2
-    if work.engine == "hf":
-        # A batch runs until its longest response ends, which with many responses is the limit.
-        batches, together, steps = -(-sequences // work.generated_together), work.generated_together, work.max_response
-        context, overhead = work.mean_prompt + work.max_response / 2, shape.layers * _HF_LAYER_SECONDS
-    else:
-        fit = cache_tokens(shape, choices, device, work) / max(context, 1.0)
-        together = max(1.0, min(sequences, fit))
-        batches, steps, overhead = sequences / together, work.mean_response, 0.0
-    moved = weights + together * kv_cache_bytes(shape, choices, 1) * context
-    computed = 2.0 * (shape.matrix_parameters + shape.vocab * shape.hidden) * together
-    step = max(moved / bandwidth, computed / (peak * e.matmul), overhead)
-    prefill = 2.0 * shape.matrix_parameters * sequences * work.mean_prompt / (peak * e.matmul)
-    return batches * steps * step + prefill
+def _sync_seconds(shape: ModelShape, choices: Choices, device: Device) -> float:
+    """Every GPU gathers the shards of the others, and the engine copies what it needs of them."""
+    weights = weight_bytes(shape, choices)
+    gathered = 0.0 if choices.gpus == 1 else weights / device.link_bytes(choices.gpus)
+    return gathered + 2 * weights / (device.bandwidth * 1e9 * device.efficiency.memory)

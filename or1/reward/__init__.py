@@ -23,7 +23,10 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None) -
     from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
 
     if ":" in config.kind:
-        return CustomScorer(config.kind, workers=config.workers, timeout_s=config.timeout_s)
+        return CustomScorer(
+            config.kind, workers=config.workers, timeout_s=config.timeout_s,
+            grade_truncated=config.grade_truncated is not False,
+        )  # fmt: skip
     kinds = {kind_of(prompt): prompt.id for prompt in prompts or ()}
     other = {"math": "code", "code": "math"}.get(config.kind)
     if other in kinds:
@@ -32,8 +35,9 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None) -
 
     def math() -> Scorer:
         return MathScorer(
-            workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close
-        )
+            workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close,
+            grade_truncated=bool(config.grade_truncated),
+        )  # fmt: skip
 
     makers = {"math": math, "code": lambda: _code_scorer(config)}
     return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
@@ -46,4 +50,7 @@ def _code_scorer(config: RewardConfig) -> Scorer:
 
     options = config.code.model_dump()
     settings = CodeSettings(**options | {"sandbox": find_sandbox(config.code.sandbox)})
-    return CodeScorer(workers=config.workers, settings=settings, require_think_close=config.require_think_close)
+    return CodeScorer(
+        workers=config.workers, settings=settings, require_think_close=config.require_think_close,
+        grade_truncated=bool(config.grade_truncated),
+    )  # fmt: skip

@@ -38,12 +38,13 @@ class _PoolScorer:
 class MathScorer(_PoolScorer):
     r"""The math verifier as a `Scorer`.
 
-    Truncated responses, responses without \boxed{} and answers that string or integer comparison decides are scored
-    in the caller; the others go to the workers, equal ones once.
+    Responses without \boxed{} and answers that string or integer comparison decides are scored in the caller; the
+    others go to the workers, equal ones once.
 
     workers              processes
     timeout_s            limit for one answer from the moment its grading starts; then Status.TIMEOUT
     require_think_close  a response without `</think>` is Status.TRUNCATED
+    grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
     grader, memo_size    as for WorkerPool; a job is {"box", "golds"}
 
     Raises ScorerError if a worker cannot start.
@@ -55,15 +56,17 @@ class MathScorer(_PoolScorer):
         workers: int,
         timeout_s: float,
         require_think_close: bool = False,
+        grade_truncated: bool = False,
         grader: str = "or1.reward.math:equivalent_job",
         memo_size: int = 100_000,
     ):
         self._timeout_s, self._require_think_close = timeout_s, require_think_close
+        self._grade_truncated = grade_truncated
         self._pool = WorkerPool(grader, workers=workers, memory_limit_bytes=MATH_MEMORY_BYTES, memo_size=memo_size)
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`. Raises RuntimeError after `close`."""
-        if response.truncated:
+        if response.truncated and not self._grade_truncated:
             return done(math.make_score(Status.TRUNCATED))
         found = math.screen(response.text, prompt.golds, require_think_close=self._require_think_close)
         if isinstance(found, Score):
@@ -77,18 +80,23 @@ class CodeScorer(_PoolScorer):
     workers              programs that run at once
     settings             limits; `settings.sandbox` is what `find_sandbox` returned
     require_think_close  a response without `</think>` is Status.TRUNCATED
+    grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
 
     Raises ScorerError if a worker cannot start.
     """
 
-    def __init__(self, *, workers: int, settings: CodeSettings, require_think_close: bool = False):
+    def __init__(
+        self, *, workers: int, settings: CodeSettings, require_think_close: bool = False, grade_truncated: bool = False
+    ):
         self._settings, self._require_think_close = settings, require_think_close
+        self._grade_truncated = grade_truncated
         self._pool = WorkerPool("or1.reward.code.grade:grade_job", workers=workers)
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`. Raises RuntimeError after `close`."""
         answer = math.answer_part(response.text)
-        if response.truncated or (answer is None and self._require_think_close):
+        cut = response.truncated and not self._grade_truncated
+        if cut or (answer is None and self._require_think_close):
             return done(math.make_score(Status.TRUNCATED))
         program = last_python_block(response.text if answer is None else answer)
         if program is None:
@@ -103,23 +111,26 @@ class CodeScorer(_PoolScorer):
 class CustomScorer(_PoolScorer):
     """A function of the user's own, in any of the signatures that `or1.reward.custom` recognises.
 
-    path       "module:function" or "path/file.py:function"
-    workers    processes, each with the function loaded
-    timeout_s  limit for one response; then Status.TIMEOUT
+    path             "module:function" or "path/file.py:function"
+    workers          processes, each with the function loaded
+    timeout_s        limit for one response; then Status.TIMEOUT
+    grade_truncated  False: a response that was cut is Status.TRUNCATED, 0, without a call
 
     None from the function is Status.SKIPPED, an exception Status.CRASH; like a timeout these have no reward, so the
     response is left out instead of being taught as wrong. Raises ScorerError if the function cannot be loaded or its
     signature is not recognised.
     """
 
-    def __init__(self, path: str, *, workers: int, timeout_s: float):
-        self._timeout_s = timeout_s
+    def __init__(self, path: str, *, workers: int, timeout_s: float, grade_truncated: bool = True):
+        self._timeout_s, self._grade_truncated = timeout_s, grade_truncated
         self._pool = WorkerPool(
             "or1.reward.custom:grade_job", workers=workers, options={"path": path}, unscored_faults=True
         )
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`. Truncated responses go to the function like any other."""
+        """See `Scorer.submit`."""
+        if response.truncated and not self._grade_truncated:
+            return done(math.make_score(Status.TRUNCATED))
         job = {
             "row": dict(prompt.row),
             "source": prompt.source,

@@ -213,6 +213,15 @@ def test_auto_takes_code_and_mathematics_by_row(settings: CodeSettings) -> None:
         assert cut.result(timeout=60) == Score(0.0, Status.TRUNCATED)
 
 
+def test_cut_programs_are_run_if_the_config_says_so(settings: CodeSettings) -> None:
+    code = prompt(parse_ground_truth(ADD))
+    cases = [(f"```python\n{READ}print(a + b)\n```\nNow", Status.OK), (f"```python\n{READ}pri", Status.NO_ANSWER)]
+    with make_scorer(RewardConfig(workers=1, grade_truncated=True), [code]) as scorer:
+        for text, status in cases:
+            found = scorer.submit(code, response(text, "length")).result(timeout=60)
+            assert found == Score(float(status is Status.OK), status)
+
+
 def test_only_what_the_data_needs_must_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from or1.reward.code import sandbox
 

@@ -170,6 +170,20 @@ def test_exceptions_hangs_and_nothing_are_counted_and_never_zero(functions: Path
 
 
 @pytest.mark.parametrize(
+    ("grade_truncated", "expected"),
+    [(None, Score(-2.5, Status.WRONG)), (True, Score(-2.5, Status.WRONG)), (False, Score(0.0, Status.TRUNCATED))],
+)
+def test_cut_responses_go_to_the_function_unless_told_otherwise(
+    grade_truncated: bool | None, expected: Score, functions: Path
+) -> None:
+    config = RewardConfig(kind=f"{functions}:orders", workers=1, grade_truncated=grade_truncated)
+    cut = Response(np.array([5, 6], dtype=np.int32), np.zeros(2, dtype=np.float32), "length", 0, "minus")
+    with make_scorer(config, [PROMPT]) as scorer:
+        assert scorer.submit(PROMPT, cut).result(timeout=60) == expected
+        assert scorer.submit(PROMPT, response("minus")).result(timeout=60) == Score(-2.5, Status.WRONG)
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("{file}:unknown", "ended with code 1 before it was ready"),

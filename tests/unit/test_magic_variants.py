@@ -79,15 +79,6 @@ def test_overlong_penalty_falls_from_the_buffer_to_the_limit() -> None:
         overlong_penalty(lengths, limit=100, buffer=101)
 
 
-@pytest.mark.parametrize(
-    ("d_r", "d_t", "reuse", "updates"), [(64, 64, 1, 1), (64, 32, 1, 2), (64, 64, 2, 2), (64, 16, 1, 4), (64, 64, 4, 4)]
-)
-def test_updates_per_step_is_equation_4_1(d_r: int, d_t: int, reuse: int, updates: int) -> None:
-    stage = StageConfig(**STAGE | {"prompts_per_step": d_r, "minibatch_prompts": d_t, "reuse": reuse})
-    assert stage.updates_per_step == updates
-    assert stage.on_policy == (updates == 1)
-
-
 def plateau(**settings: float) -> StageConfig:
     return StageConfig(**STAGE | {"until": "plateau", "plateau_evals": 2, "plateau_gain": 0.01} | settings)
 
