@@ -141,6 +141,15 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
     return output.last_hidden_state[0]
 
 
+def trained_rows(hidden_TH: Tensor, batch: Microbatch) -> Tensor:
+    """hidden_TH[rows_N], float[N, H]: the hidden states that predict the trained tokens.
+
+    Rows repeat where responses share a prompt. The gradient of plain indexing adds repeated rows up in the order in
+    which threads come to them, which moves its last bit from run to run; that of an embedding has a fixed order.
+    """
+    return nn.functional.embedding(batch.rows_N, hidden_TH)
+
+
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The model's LMHead."""
     return model.get_output_embeddings()

@@ -17,7 +17,7 @@ from or1.budget import Budget
 from or1.dist import SINGLE, World
 from or1.engine_logp import keep_known
 from or1.fsdp import local_shard
-from or1.model import eval_mode, hidden_states, lm_head
+from or1.model import eval_mode, hidden_states, lm_head, trained_rows
 from or1.normalise import TOKEN_MEAN, Normaliser
 from or1.optim import MasterAdamW
 from or1.pack import Microbatch, TrainSequence, pack_rows, units_of
@@ -87,7 +87,7 @@ def _accumulate_gradient(
         batch = keep_known(my_slice(row, settings.world))
         hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
         loss, row_stats = lm_head(model)(
-            hidden_TH[batch.rows_N],
+            trained_rows(hidden_TH, batch),
             batch.targets_N,
             advantages=batch.advantages_N,
             token_weight=settings.normaliser.weights(batch.lengths_N) / denominator,
@@ -130,7 +130,7 @@ def score(
         scored: dict[int, np.ndarray] = {}
         for indices, row in _my_rows(model, sequences, settings, max_tokens):
             batch = my_slice(row, settings.world)
-            hidden_NH = hidden_states(model, batch, settings.world.sequence_group)[batch.rows_N]
+            hidden_NH = trained_rows(hidden_states(model, batch, settings.world.sequence_group), batch)
             logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
             parts = join_slices(logp_N, row, settings.world).split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,8 @@ def summary(chosen: Sequence[Claim], records: Records) -> list[tuple[str, str, s
 
 
 def _head(cost: Mapping[str, float], versions: Mapping[str, Any]) -> str:
-    rule = claims.__doc__.partition("\n\n")[2].rstrip()
-    way, _, table = rule.partition("\n\n    ")
-    table, _, rest = table.partition("\n\n")
+    rule, _, note = textwrap.dedent(claims.__doc__.partition("\n\n")[2]).partition("\n\n    ")
+    table, _, rest = note.partition("\n\n")
     costs = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
     commit = f"{versions.get('commit', 'unknown')}"
     return "\n\n".join([
@@ -69,7 +69,7 @@ def _head(cost: Mapping[str, float], versions: Mapping[str, Any]) -> str:
         f"{ADAPTIVE['target']}, delta {ADAPTIVE['delta']}, coefficient up to {ADAPTIVE['coef_max']}. Test accuracy is "
         f"of {task.HELD_OUT} held-out problems at temperature 0.6.",
         "## The rule",
-        f"{way}\n\n```\n{table}\n```\n\n{rest}",
+        f"{rule}\n\n```\n{textwrap.dedent('    ' + table)}\n```\n\n{rest.rstrip()}",
     ])  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def _run(name: str, seed: int, work: Path, device: str) -> Record:
 def _summary(steps: list[Mapping[str, Any]]) -> dict[str, Any]:
     trained = [step for step in steps if step["step"] > 0]
     series = {name: _filled([step.get(key) for step in trained]) for name, key in _SERIES.items()}
-    evals = [(step["step"], step["eval/test/avg@1"]) for step in steps if "eval/test/avg@1" in step]
+    evals = [[step["step"], step["eval/test/avg@1"]] for step in steps if "eval/test/avg@1" in step]
     return {"series": series, "evals": evals}
 
 

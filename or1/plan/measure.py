@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from or1.model import hidden_states, lm_head
+from or1.model import hidden_states, lm_head, trained_rows
 from or1.pack import Microbatch
 
 
@@ -41,7 +41,7 @@ def saved_bytes(model: PreTrainedModel, batch: Microbatch) -> SavedBytes:
 def row_loss(model: PreTrainedModel, hidden_TH: Tensor, batch: Microbatch, trained: int) -> Tensor:
     """The policy loss of a packed row as the update computes it; `trained` is its denominator."""
     loss, _ = lm_head(model)(
-        hidden_TH[batch.rows_N], batch.targets_N, advantages=batch.advantages_N,
+        trained_rows(hidden_TH, batch), batch.targets_N, advantages=batch.advantages_N,
         token_weight=torch.full_like(batch.advantages_N, 1 / trained),
     )  # fmt: skip
     return loss
