@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.paper.arms import ARMS
+from benchmarks.paper.arms import ARMS, FIRST_SEED
 from benchmarks.paper.claims import CLAIMS, Claim, Record
 from benchmarks.paper.page import summary, write_page
 from benchmarks.paper.runs import ensure_base, run_all
@@ -36,7 +36,7 @@ def main() -> None:
     chosen = _chosen(parser, args.claims)
     names = list(dict.fromkeys(name for claim in chosen for name in claim.arms))
     # All first seeds before any second one, so that a stopped study has every arm.
-    pairs = sorted(((n, s + 1) for n in names for s in range(ARMS[n].seeds)), key=lambda p: (p[1], names.index(p[0])))
+    pairs = sorted(((n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)), key=lambda p: (p[1], names.index(p[0])))
     console, began = Console(), time.perf_counter()
     records, base_s = _run(pairs, args.work or args.out / "work", args.jobs, args.device, console)
     cost = {

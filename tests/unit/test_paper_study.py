@@ -84,16 +84,16 @@ def test_an_arm_runs_and_its_page_shows_it(root: Path, tmp_path: Path, monkeypat
     shutil.copytree(root / "examples" / "tiny-adder", tmp_path / "base")
     monkeypatch.chdir(root)
     short = {name: replace(ARMS[name], steps=2, prompts=4, minibatch=d_t, seeds=2)
-             for name, d_t in (("(1,16,16,1)", 4), ("(4,16,4,1)", 1))}  # fmt: skip
+             for name, d_t in (("(1,32,32,1)", 4), ("(4,32,8,1)", 1))}  # fmt: skip
     monkeypatch.setattr(arms, "EVALUATIONS", 2)
-    monkeypatch.setitem(ARMS, "(1,16,16,1)", short["(1,16,16,1)"])
-    monkeypatch.setitem(ARMS, "(4,16,4,1)", short["(4,16,4,1)"])
+    monkeypatch.setitem(ARMS, "(1,32,32,1)", short["(1,32,32,1)"])
+    monkeypatch.setitem(ARMS, "(4,32,8,1)", short["(4,32,8,1)"])
     records = {(name, seed): runs._run(name, seed, tmp_path, "cpu") for name in short for seed in (1, 2)}
     assert all(len(r["series"]["entropy"]) == 2 and len(r["evals"]) == 3 for r in records.values())
-    assert runs._finished(tmp_path, "(1,16,16,1)", 1, "cpu") == records["(1,16,16,1)", 1]
-    claim = Claim("C0", "A trial", (Statement("(4,16,4,1)", "entropy", "lower", "(1,16,16,1)"),))
+    assert runs._finished(tmp_path, "(1,32,32,1)", 1, "cpu") == records["(1,32,32,1)", 1]
+    claim = Claim("C0", "A trial", (Statement("(4,32,8,1)", "entropy", "lower", "(1,32,32,1)"),))
     written = page.write_page(tmp_path / "out", [claim], records, {"runs": 4})
-    assert "(4,16,4,1): mean entropy of the run, lower than (1,16,16,1)" in written.read_text()
+    assert "(4,32,8,1): mean entropy of the run, lower than (1,32,32,1)" in written.read_text()
     assert (tmp_path / "out" / "C0.svg").read_text().startswith("<?xml")
 
 
