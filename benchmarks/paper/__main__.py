@@ -36,7 +36,8 @@ def main() -> None:
     chosen = _chosen(parser, args.claims)
     names = list(dict.fromkeys(name for claim in chosen for name in claim.arms))
     # All first seeds before any second one, so that a stopped study has every arm.
-    pairs = sorted(((n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)), key=lambda p: (p[1], names.index(p[0])))
+    pairs = [(n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)]
+    pairs.sort(key=lambda pair: pair[1])
     console, began = Console(), time.perf_counter()
     records, base_s = _run(pairs, args.work or args.out / "work", args.jobs, args.device, console)
     cost = {
