@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from or1.dist import World
+from or1.stand_in import count_collectives
 
 
 def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> PreTrainedModel:
@@ -36,6 +37,7 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
         # The loss is divided by the tokens of all ranks already; FSDP's own division by the ranks would come on top.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        count_collectives(module)
     # Training calls the decoder and the head, not forward: this entry gathers what the root holds for both.
     decoder = model.get_decoder()
     model.decode = lambda **inputs: decoder(**inputs)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
-from or1.run_state import TrainState, checkpoints_of
+from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt, Status
 from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
@@ -77,9 +78,12 @@ class Trainer:
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = make_engine(config, self.model, self.tokenizer, world)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
-        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
+        cap = partial(cap_rows, config.run_path)
+        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, cap=cap)
         self._checkpoint_s: float | None = None
         self.state = self._restore(resume) or TrainState.start(config)
+        if resume is None:
+            self._cap_rows()
         self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state, world)
 
     def run(self) -> bool:
@@ -330,6 +334,13 @@ class Trainer:
         self.engine.update_weights(state.policy_version)
         self.display.message(f"resumed after step {state.step}")
         return state
+
+    def _cap_rows(self) -> None:
+        """Shorter rows than the checkpoint's, if the run ended because those did not fit."""
+        cap = int(self.world.gather(str(row_cap(self.config.run_path) or self.budget.max_tokens).encode())[0])
+        if cap < self.budget.max_tokens:
+            self.display.message(f"rows of {cap} tokens, since those of {self.budget.max_tokens} ran out of memory")
+            self.budget.max_tokens, self.budget.out_of_memory = cap, self.budget.out_of_memory + 1
 
     def _report(self, writer: MetricsWriter | None, stage_index: int, metrics: dict[str, float]) -> None:
         if writer is not None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from or1.budget import Budget
 from or1.config import DistConfig, ModelConfig, OptimConfig
@@ -72,5 +74,64 @@ def one_update(
             assert update_policy(model, optimizer, sequences, settings, stats)
             stats.reduce(world)
             results.append({"grads": optimizer.seen, "metrics": stats.metrics(),
+                            "weights": {n: whole(p) for n, p in model.named_parameters()}})
+        return results
+
+
+MANY = 24
+
+
+class OutOfMemoryOnce:
+    """Raises at the given pass of a place, as a failed allocation would, and never again."""
+
+    def __init__(self, model: PreTrainedModel, place: str | None):
+        """`place` is "layer 1 forward 2", or the head's, or of their gradients: the second pass there. None: never."""
+        if place is None:
+            return
+        name, self.kind, passes = place.rsplit(" ", 2)
+        self.left = int(passes)
+        module: nn.Module = model.lm_head if name == "head" else model.get_decoder().layers[int(name[-1])].mlp
+        if self.kind == "forward":
+            module.register_forward_pre_hook(lambda *_: self.count())
+        else:
+            module.register_forward_hook(lambda m, a, out: self.watch(out))
+
+    def watch(self, out: torch.Tensor | tuple) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            out.register_hook(lambda grad: self.count())
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def update_out_of_memory(
+    path: Path, sequence_parallel: int, checkpointing: bool, rows: tuple[int, int], failures: list[tuple]
+) -> list[dict]:
+    """Old log-probs and an update in rows of rows[1]; then the same for each of `failures`.
+
+    A failure is (phase, {rank: place}): rows of rows[0] in the phase "score" or "update", where a rank fails.
+    """
+    config = ModelConfig(path=str(path), dtype="float32", device="cpu", gradient_checkpointing=checkpointing)
+    with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=30), torch.device("cpu")) as world:
+        results = []
+        for failing, places in [("", {}), *failures]:
+            model = load_model(config, world).train()
+            optimizer, stats, told = Probe(model, OptimConfig(lr=1e-3), world), UpdateStats(), []
+            settings = {phase: UpdateSettings(PolicyObjective(), 0.03, 1.1, world=world,
+                                              budget=Budget(rows[phase != failing], tell=told.append))
+                        for phase in ("score", "update")}  # fmt: skip
+            if failing == "score":
+                OutOfMemoryOnce(model, places.get(world.rank))
+            sequences = with_old_logp(model, sequences_of(MANY), settings["score"])
+            if failing == "update":
+                OutOfMemoryOnce(model, places.get(world.rank))
+            assert update_policy(model, optimizer, sequences, settings["update"], stats)
+            stats.reduce(world)
+            results.append({"grads": optimizer.seen, "metrics": stats.metrics(), "told": told,
+                            "budgets": [s.budget.state() for s in settings.values()],
+                            "old_logp": {str(i): s.old_logp for i, s in enumerate(sequences)},
                             "weights": {n: whole(p) for n, p in model.named_parameters()}})
         return results
