@@ -42,6 +42,11 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
     decoder = model.get_decoder()
     model.decode = lambda **inputs: decoder(**inputs)
     register_fsdp_forward_method(model, "decode")
+    # FSDP2 finds out which module is the root in the first forward, and cannot be reset before.
+    model.find_root = lambda: None
+    register_fsdp_forward_method(model, "find_root")
+    model.find_root()
+    model.reshard()
     return model
 
 

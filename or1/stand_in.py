@@ -78,9 +78,10 @@ def row_on_all_ranks(
     Errors of other kinds are left to the watchdog.
     """
     reason = ""
-    if isinstance(model, FSDPModule):
-        # FSDP2 keeps the root's parameters after a forward without gradients; every row should begin by gathering them.
-        model.reshard()
+    if CAN_STAND_IN and isinstance(model, FSDPModule):
+        # FSDP2 keeps the parameters of the root after a forward without gradients, and prefetches by former forwards;
+        # the collectives of a row must not depend on either.
+        model.reset_iter_state()
     ROW.begin()
     try:
         result = work()

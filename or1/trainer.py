@@ -191,7 +191,7 @@ class Trainer:
 
         self.feed.settle()
         synced = time.perf_counter()
-        metrics |= self._push()
+        metrics |= self._push([group.prompt for group in rollout.groups])
         self._count(rollout.groups)
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
@@ -214,15 +214,18 @@ class Trainer:
             "time/sync": time.perf_counter() - synced,
         }  # fmt: skip
 
-    def _push(self) -> dict[str, float]:
-        """The present weights to the engine, as the next version; now and then, see that they arrived."""
+    def _push(self, prompts: list[Prompt]) -> dict[str, float]:
+        """The present weights to the engine, as the next version; now and then, see that they arrived.
+
+        `prompts` are those of the rollout: what the engine has kept of old weights, it has kept for them.
+        """
         version = self.state.policy_version + 1
         self.engine.update_weights(version)
         self.state.policy_version = version
         every = self.config.rollout.verify_every
         if isinstance(self.engine, HfEngine) or not every or version % every:
             return {}
-        return compare_engine(self.engine, self.model, self.data.prompts, self.config).require().metrics()
+        return compare_engine(self.engine, self.model, prompts or self.data.prompts, self.config).require().metrics()
 
     def _choose(self, groups: Sequence[Group], stage: StageConfig) -> Trainable:
         usable = [is_known(group) for group in groups]

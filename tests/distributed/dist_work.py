@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 from or1.budget import Budget
 from or1.config import DistConfig, ModelConfig, OptimConfig
 from or1.dist import World, join
-from or1.model import load_model
+from or1.model import load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
 from or1.prefix import Sharing
+from or1.rollout.base import Sampling
+from or1.rollout.hf import HfEngine
 from or1.step_metrics import UpdateStats
+from or1.types import Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
@@ -76,6 +79,18 @@ def one_update(
             results.append({"grads": optimizer.seen, "metrics": stats.metrics(),
                             "weights": {n: whole(p) for n, p in model.named_parameters()}})
         return results
+
+
+def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray]:
+    """Gradients of an update after only the main rank has generated something."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        model = load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world).train()
+        optimizer = Probe(model, OptimConfig(), world)
+        prompts = [Prompt("made", "made", "", np.array([5, 6, 7], np.int32), ("0",))] if world.is_main else []
+        engine = HfEngine(model, load_tokenizer(str(tokenizer)), batch_size=1)
+        assert len(list(engine.generate(prompts, Sampling(1.0, 4, 3, 1)))) == 3 * len(prompts)
+        assert update_policy(model, optimizer, sequences_of(13), settings_of(world, "off"), UpdateStats())
+        return optimizer.seen
 
 
 MANY = 24

@@ -17,21 +17,27 @@ FAILURES = [("score", {1: "layer 0 forward 1"}), ("score", {0: "head forward 2"}
             ("update", {1: "head forward 1"}), ("update", {0: "head backward 2"}),
             ("update", {1: "layer 1 backward 1"}), ("update", {1: "layer 0 backward 1"}),
             ("update", {0: "layer 1 backward 1", 1: "layer 0 forward 1"})]  # fmt: skip
+FEW = [FAILURES[0], FAILURES[-2]]
 
 
-@pytest.mark.parametrize(("size", "sequence", "checkpointing"), [
-    pytest.param(2, 1, False, marks=pytest.mark.slow), (2, 2, True), pytest.param(4, 2, False, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("size", "sequence", "checkpointing", "model", "failures"), [
+    (2, 2, True, "adder", FEW),
+    pytest.param(2, 2, True, "adder", FAILURES, marks=pytest.mark.slow),
+    pytest.param(2, 1, False, "adder", FAILURES, marks=pytest.mark.slow),
+    pytest.param(2, 1, True, "untied", FAILURES, marks=pytest.mark.slow),
+    pytest.param(4, 2, False, "untied", FAILURES, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_all_ranks_go_on_in_half_the_row_with_the_same_bits(
-    size: int, sequence: int, checkpointing: bool, adder: Path
+    size: int, sequence: int, checkpointing: bool, model: str, failures: list, request: pytest.FixtureRequest
 ) -> None:
+    path: Path = request.getfixturevalue(model)
     longest = longest_of(dist_work.sequences_of(dist_work.MANY))
     rows = (2 * longest + 6, longest + 3)
     small = {"max_tokens": rows[1], "out_of_memory": 0}
-    every_rank = run_ranks(dist_work.update_out_of_memory, size, adder, sequence, checkpointing, rows, FAILURES)
+    every_rank = run_ranks(dist_work.update_out_of_memory, size, path, sequence, checkpointing, rows, failures)
     for want, *found in every_rank:
         assert want["told"] == [] and want["budgets"] == [small, small]
-        for failure, got in zip(FAILURES, found, strict=True):
+        for failure, got in zip(failures, found, strict=True):
             phase, places = failure
             halved = small | {"out_of_memory": 1}
             assert got["budgets"] == ([halved, small] if phase == "score" else [small, halved]), failure
