@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.budget import Budget
 from or1.config import DistConfig, ModelConfig, OptimConfig
@@ -91,6 +92,28 @@ def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray
         assert len(list(engine.generate(prompts, Sampling(1.0, 4, 3, 1)))) == 3 * len(prompts)
         assert update_policy(model, optimizer, sequences_of(13), settings_of(world, "off"), UpdateStats())
         return optimizer.seen
+
+
+def loaded(path: Path, dtype: str) -> dict[str, np.ndarray]:
+    """Parameters and buffers of a model as the ranks have loaded it."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        model = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"), world)
+        tied = model.lm_head.weight is model.get_input_embeddings().weight
+        assert tied == model.config.tie_word_embeddings
+        alone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        for one in (model, alone):
+            one.config._attn_implementation = None
+        assert model.config == alone.config and model.config.dtype == getattr(torch, dtype)
+        assert model.generation_config == alone.generation_config and model.training == alone.training
+        return {n: whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def memory_of_loading(path: Path) -> int:
+    """Bytes by which the most memory that this rank ever had grows while it loads a model."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 MANY = 24
