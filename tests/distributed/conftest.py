@@ -1,21 +1,13 @@
-"""Makes the helpers of these tests importable, here and in the processes they start."""
+"""What these tests share."""
 
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 
-for folder in (Path(__file__).parent, Path(__file__).parents[1]):
-    sys.path.insert(0, str(folder))
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from rank_processes import stop_server  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_server_left():
-    yield
-    stop_server()
+import pytest
+import torch
+from rank_fixtures import no_server_left  # noqa: F401
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture(scope="session")
