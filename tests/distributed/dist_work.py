@@ -146,17 +146,16 @@ class OutOfMemoryOnce:
 
 
 def update_out_of_memory(
-    path: Path, sequence_parallel: int, checkpointing: bool, rows: tuple[int, int], failures: list[tuple]
+    model_config: ModelConfig, sequence_parallel: int, rows: tuple[int, int], failures: list[tuple]
 ) -> list[dict]:
     """Old log-probs and an update in rows of rows[1]; then the same for each of `failures`.
 
     A failure is (phase, {rank: place}): rows of rows[0] in the phase "score" or "update", where a rank fails.
     """
-    config = ModelConfig(path=str(path), dtype="float32", device="cpu", gradient_checkpointing=checkpointing)
     with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=30), torch.device("cpu")) as world:
         results = []
         for failing, places in [("", {}), *failures]:
-            model = load_model(config, world).train()
+            model = load_model(model_config, world).train()
             optimizer, stats, told = Probe(model, OptimConfig(lr=1e-3), world), UpdateStats(), []
             settings = {phase: UpdateSettings(PolicyObjective(), 0.03, 1.1, world=world,
                                               budget=Budget(rows[phase != failing], tell=told.append))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import dist_work
 import numpy as np
 import pytest
 from rank_processes import run_ranks
 
+from or1.config import ModelConfig
 from or1.update import longest_of
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
@@ -20,21 +19,23 @@ FAILURES = [("score", {1: "layer 0 forward 1"}), ("score", {0: "head forward 2"}
 FEW = [FAILURES[0], FAILURES[-2]]
 
 
-@pytest.mark.parametrize(("size", "sequence", "checkpointing", "model", "failures"), [
-    (2, 2, True, "adder", FEW),
-    pytest.param(2, 2, True, "adder", FAILURES, marks=pytest.mark.slow),
-    pytest.param(2, 1, False, "adder", FAILURES, marks=pytest.mark.slow),
-    pytest.param(2, 1, True, "untied", FAILURES, marks=pytest.mark.slow),
-    pytest.param(4, 2, False, "untied", FAILURES, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("size", "sequence", "model", "dtype", "checkpointing", "failures"), [
+    (2, 2, "adder", "float32", True, FEW),
+    pytest.param(2, 2, "adder", "float32", True, FAILURES, marks=pytest.mark.slow),
+    pytest.param(2, 1, "adder", "bfloat16", False, FAILURES, marks=pytest.mark.slow),
+    pytest.param(2, 1, "untied", "float32", True, FAILURES, marks=pytest.mark.slow),
+    pytest.param(4, 2, "untied", "bfloat16", False, FAILURES, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_all_ranks_go_on_in_half_the_row_with_the_same_bits(
-    size: int, sequence: int, checkpointing: bool, model: str, failures: list, request: pytest.FixtureRequest
-) -> None:
-    path: Path = request.getfixturevalue(model)
+    size: int, sequence: int, model: str, dtype: str, checkpointing: bool, *, failures: list,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    path = request.getfixturevalue(model)
+    config = ModelConfig(path=str(path), dtype=dtype, device="cpu", gradient_checkpointing=checkpointing)
     longest = longest_of(dist_work.sequences_of(dist_work.MANY))
     rows = (2 * longest + 6, longest + 3)
     small = {"max_tokens": rows[1], "out_of_memory": 0}
-    every_rank = run_ranks(dist_work.update_out_of_memory, size, path, sequence, checkpointing, rows, failures)
+    every_rank = run_ranks(dist_work.update_out_of_memory, size, config, sequence, rows, failures)
     for want, *found in every_rank:
         assert want["told"] == [] and want["budgets"] == [small, small]
         for failure, got in zip(failures, found, strict=True):
