@@ -12,6 +12,14 @@ import torch
 T = TypeVar("T")
 
 
+class RowMemoryError(RuntimeError):
+    """A packed row did not fit into memory; the message says on which rank. All ranks raise it, unless `here_only`."""
+
+    def __init__(self, message: str, here_only: bool = False):
+        super().__init__(message)
+        self.here_only = here_only
+
+
 class MemoryLimitError(ValueError):
     """A sequence that does not fit into memory even in a row of its own; the message names it and the remedy."""
 
@@ -20,13 +28,14 @@ class MemoryLimitError(ValueError):
 class Budget:
     """`max_tokens` a packed row; `out_of_memory` counts the halvings; `tell` shows a person what happened.
 
-    `retry` False: several ranks are at it, and one that starts again would leave the others waiting in a collective.
+    With several ranks every one has a budget, and all of them stay alike. `cap` is called with the budget that a
+    resumed run should start with, if this one has to end.
     """
 
     max_tokens: int
     out_of_memory: int = 0
     tell: Callable[[str], None] = field(default=lambda message: None, repr=False)
-    retry: bool = True
+    cap: Callable[[int], None] | None = field(default=None, repr=False)
 
     def state(self) -> dict[str, int]:
         """Plain data: a resumed run must pack as the first one did, or its sums would round otherwise."""
@@ -40,25 +49,30 @@ class Budget:
     def run(self, attempt: Callable[[int], T], longest: int) -> T:
         """`attempt(max_tokens)`, again with half the budget for as long as it runs out of memory.
 
-        An attempt must leave nothing behind when it fails. Never goes below `longest`, the tokens of the longest
-        sequence: raises MemoryLimitError if that does not fit. The smaller budget stays for later calls.
+        An attempt must leave nothing behind when it fails, and says with a RowMemoryError that it did. Never goes
+        below `longest`, the tokens of the longest sequence: raises MemoryLimitError if that does not fit, or if the
+        other ranks cannot be told to start again. The smaller budget stays for later calls.
         """
         while True:
             try:
                 return attempt(self.max_tokens)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).strip().split("\n")[0]
-                if not self.retry:
-                    smaller = max(longest, self.max_tokens // 2)
-                    raise MemoryLimitError(
-                        f"out of memory with packed rows of {self.max_tokens} tokens, and one of several ranks cannot "
-                        f"start an update again alone; set optim.max_tokens_per_rank = {smaller}, or "
-                        f"dist.sequence_parallel = 2, and resume ({reason})"
-                    ) from error
-            # Out of the handler: the exception's frames hold the very activations that have to go.
+            except RowMemoryError as error:
+                reason = str(error)
+                if error.here_only:
+                    raise self._give_up(longest, reason) from error
+            # Out of the handler, so that the exception's frames are gone.
             self._halve(longest, reason)
+
+    def _give_up(self, longest: int, reason: str) -> MemoryLimitError:
+        smaller = max(longest, self.max_tokens // 2)
+        if self.cap is not None:
+            self.cap(smaller)
+        resume = f"The same command resumes with rows of {smaller}. If" if self.cap is not None else "If"
+        return MemoryLimitError(
+            f"out of memory with packed rows of {self.max_tokens} tokens, and the other ranks cannot be told in the "
+            f"midst of one. {resume} that is not enough, set dist.sequence_parallel = 2 or "
+            f"optim.optimizer = \"offload\" ({reason})"
+        )
 
     def _halve(self, longest: int, reason: str) -> None:
         if self.max_tokens <= longest:
@@ -73,9 +87,14 @@ class Budget:
             f"out of memory with packed rows of {before} tokens; going on with {self.max_tokens}. The gradient is the "
             f"same. Set optim.max_tokens_per_rank = {self.max_tokens} to save the retry ({reason})"
         )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, the allocator's cache included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -57,7 +57,7 @@ def at_step(step: int) -> None:
 def hit(point: str, step: int | None = None) -> str | None:
     """Pass a point where a fault may be placed; returns the action if it is one that the caller carries out.
 
-    kill, term and hang happen here; enospc raises OSError as a full disk does.
+    kill, term and hang happen here; enospc raises OSError as a full disk does, oom what torch raises out of memory.
     """
     if _FAULTS is None:
         return None
@@ -80,4 +80,15 @@ def _act(fault: _Fault) -> str:
                 time.sleep(1)
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "oom":
+            # Once, unless it is to last: the smaller row that comes next should fit.
+            if not fault.onwards:
+                _sent.add(fault)
+            raise _out_of_memory()
     return fault.action
+
+
+def _out_of_memory() -> RuntimeError:
+    import torch
+
+    return torch.OutOfMemoryError("out of memory (OR1_FAULT)")

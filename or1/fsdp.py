@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from or1.dist import World
+from or1.dist import World, split_evenly
+from or1.stand_in import count_collectives
 
 
 def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> PreTrainedModel:
     """Shard every decoder layer, the head, and what is left, in place. Collective; in a world of one it only moves.
 
+    Tensors on the meta device get memory, and `fill_shards` gives them their values.
     Shards are fp32 at least and serve as the optimizer's masters; forward and backward run in the model's own type,
     gradients are reduced in fp32 at least. A tied head stays in the root's group with the embedding.
     """
@@ -32,15 +35,37 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
     if head.weight is not embedding.weight:
         fully_shard(head.to(full), **options)
     fully_shard(model.to(full), **options)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
     for module in _sharded_modules(model):
         # The loss is divided by the tokens of all ranks already; FSDP's own division by the ranks would come on top.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        count_collectives(module)
     # Training calls the decoder and the head, not forward: this entry gathers what the root holds for both.
     decoder = model.get_decoder()
     model.decode = lambda **inputs: decoder(**inputs)
     register_fsdp_forward_method(model, "decode")
+    # FSDP2 finds out which module is the root in the first forward, and cannot be reset before.
+    model.find_root = lambda: None
+    register_fsdp_forward_method(model, "find_root")
+    model.find_root()
+    model.reshard()
     return model
+
+
+@torch.no_grad()
+def fill_shards(model: PreTrainedModel, whole: PreTrainedModel | None, world: World) -> None:
+    """The parameters and buffers of `whole`, which the main rank has, into a sharded model, one by one. Collective."""
+    values = {} if whole is None else dict(whole.named_parameters()) | dict(whole.named_buffers())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        shard = local_shard(tensor)
+        value = values[name].to(shard.device, tensor.dtype) if values else shard.new_empty(tensor.shape)
+        dist.broadcast(value, src=0)
+        if isinstance(tensor, DTensor):
+            mine = split_evenly(len(value), world.size)[world.rank]
+            value = value[mine.start : mine.stop]
+        shard.copy_(value)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -10,16 +10,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from or1 import attention
 from or1.config import ModelConfig
 from or1.dist import SINGLE, World
-from or1.fsdp import is_sharded, shard_model, whole_tensors
+from or1.fsdp import fill_shards, is_sharded, shard_model, whole_tensors
 from or1.memory import apply_liger, checkpoint_layers, tile_mlps
 from or1.pack import Microbatch
 from or1.sequence_parallel import check_heads
@@ -57,14 +65,33 @@ def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
     """
     _require_safetensors(config.path)
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        dtype=dtype,
-        attn_implementation=attention.NAMES[attention.choose_backend(config.attention, device, dtype)],
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return prepare_model(model, config, device, world)
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attention.NAMES[attention.choose_backend(config.attention, device, dtype)],
+        "trust_remote_code": False,
+    }
+    if world.size == 1:
+        return prepare_model(_read(config.path, options), config, device)
+    # The whole model is in one rank's host memory, and the others get their shards from it.
+    whole = _read(config.path, options) if world.is_main else None
+    model = prepare_model(_without_values(config.path, options), config, device, world)
+    fill_shards(model, whole, world)
+    return model
+
+
+def _read(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+
+
+def _without_values(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    """What `_read` gives, its tensors on the meta device."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options).eval()
+    # As from_pretrained does; without the file, what the model's config implies stands.
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def prepare_model(

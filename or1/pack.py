@@ -138,7 +138,8 @@ def _anchor(device: torch.device | str, float_dtype: torch.dtype) -> Microbatch:
     token, nothing = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
     floats = torch.empty(0, dtype=float_dtype, device=device)
     bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    return Microbatch(token, token, bounds, 1, bounds, 1, nothing, nothing, floats, floats, floats)
+    # An objective with a KL term asks for reference log-probs, be they none; old ones may always be absent.
+    return Microbatch(token, token, bounds, 1, bounds, 1, nothing, nothing, floats, floats, floats, ref_logp_N=floats)
 
 
 def _to_microbatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,9 @@ from or1.stages import StageProgress
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
 # So does where the engine runs, and how the ranks share the work.
 FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "dist", "rollout.vllm", "rollout.verify_every"})
+
+# Left by a run that ended out of memory.
+_ROW_CAP = "row_tokens.json"
 
 
 class RunError(ValueError):
@@ -121,6 +125,19 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     run_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(dump_config(config), encoding="utf-8")
     return messages
+
+
+def cap_rows(run_dir: Path, max_tokens: int) -> None:
+    """Let the next start of the run pack rows of at most `max_tokens`, whatever its checkpoint says."""
+    partial = run_dir / f".{_ROW_CAP}.{os.getpid()}"
+    partial.write_text(json.dumps({"max_tokens": max_tokens}) + "\n", encoding="utf-8")
+    os.replace(partial, run_dir / _ROW_CAP)
+
+
+def row_cap(run_dir: Path) -> int | None:
+    """What `cap_rows` left, None if it was never called."""
+    path = run_dir / _ROW_CAP
+    return json.loads(path.read_text(encoding="utf-8"))["max_tokens"] if path.is_file() else None
 
 
 def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from or1.dist import DistError, World
 from or1.pack import Microbatch
+from or1.stand_in import ROW
 
 # What a Microbatch holds for each trained token, beside its row.
 _PER_TOKEN = ("targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
@@ -102,17 +103,24 @@ class _AllToAll(torch.autograd.Function):
     """Block i of dimension 0 goes to rank i; its own inverse, so backward is the same exchange."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x_STQD: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _exchange(x, group)
+        return _exchange(x_STQD, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _exchange(grad, ctx.group), None
 
 
-def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group)
-    return out
+def _exchange(x_STQD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    tokens = x_STQD.shape[1]
+    sent = x_STQD.contiguous()
+    if ROW.slice_tokens:
+        # A stand-in has few tokens; the others exchange whole slices.
+        sent = torch.nn.functional.pad(sent, (0, 0, 0, 0, 0, ROW.slice_tokens - tokens))
+    out = torch.empty_like(sent)
+    if ROW.due():
+        dist.all_to_all_single(out, sent, group=group)
+    else:
+        out.zero_()
+    return out[:, :tokens]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
-from or1.run_state import TrainState, checkpoints_of
+from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt, Status
 from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
@@ -77,9 +78,12 @@ class Trainer:
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = make_engine(config, self.model, self.tokenizer, world)
         self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
-        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, retry=world.size == 1)
+        cap = partial(cap_rows, config.run_path)
+        self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, cap=cap)
         self._checkpoint_s: float | None = None
         self.state = self._restore(resume) or TrainState.start(config)
+        if resume is None:
+            self._cap_rows()
         self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state, world)
 
     def run(self) -> bool:
@@ -187,7 +191,7 @@ class Trainer:
 
         self.feed.settle()
         synced = time.perf_counter()
-        metrics |= self._push()
+        metrics |= self._push([group.prompt for group in rollout.groups])
         self._count(rollout.groups)
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
@@ -210,15 +214,18 @@ class Trainer:
             "time/sync": time.perf_counter() - synced,
         }  # fmt: skip
 
-    def _push(self) -> dict[str, float]:
-        """The present weights to the engine, as the next version; now and then, see that they arrived."""
+    def _push(self, prompts: list[Prompt]) -> dict[str, float]:
+        """The present weights to the engine, as the next version; now and then, see that they arrived.
+
+        `prompts` are those of the rollout: what the engine has kept of old weights, it has kept for them.
+        """
         version = self.state.policy_version + 1
         self.engine.update_weights(version)
         self.state.policy_version = version
         every = self.config.rollout.verify_every
         if isinstance(self.engine, HfEngine) or not every or version % every:
             return {}
-        return compare_engine(self.engine, self.model, self.data.prompts, self.config).require().metrics()
+        return compare_engine(self.engine, self.model, prompts or self.data.prompts, self.config).require().metrics()
 
     def _choose(self, groups: Sequence[Group], stage: StageConfig) -> Trainable:
         usable = [is_known(group) for group in groups]
@@ -330,6 +337,13 @@ class Trainer:
         self.engine.update_weights(state.policy_version)
         self.display.message(f"resumed after step {state.step}")
         return state
+
+    def _cap_rows(self) -> None:
+        """Shorter rows than the checkpoint's, if the run ended because those did not fit."""
+        cap = int(self.world.gather(str(row_cap(self.config.run_path) or self.budget.max_tokens).encode())[0])
+        if cap < self.budget.max_tokens:
+            self.display.message(f"rows of {cap} tokens, since those of {self.budget.max_tokens} ran out of memory")
+            self.budget.max_tokens, self.budget.out_of_memory = cap, self.budget.out_of_memory + 1
 
     def _report(self, writer: MetricsWriter | None, stage_index: int, metrics: dict[str, float]) -> None:
         if writer is not None:

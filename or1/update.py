@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from or1.pack import Microbatch, TrainSequence, pack_rows, units_of
 from or1.prefix import Sharing
 from or1.rollout.collect import Progress, no_progress
 from or1.sequence_parallel import join_slices, my_slice
+from or1.stand_in import row_on_all_ranks
 from or1.step_metrics import UpdateStats
+from or1_kernels.head import PolicyStats
 from or1_kernels.objective import PolicyObjective
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,25 +88,46 @@ def _accumulate_gradient(
     packs = _my_rows(model, sequences, settings, max_tokens)
     for done, (_, row) in enumerate(packs):
         settings.progress(done, len(packs))
-        faults.hit("train.forward")
         batch = keep_known(my_slice(row, settings.world))
-        hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
-        loss, row_stats = lm_head(model)(
-            trained_rows(hidden_TH, batch),
-            batch.targets_N,
-            advantages=batch.advantages_N,
-            token_weight=settings.normaliser.weights(batch.lengths_N) / denominator,
-            old_logp=batch.old_logp_N,
-            ref_logp=batch.ref_logp_N,
-            rollout_logp=None if settings.objective.is_cap is None else batch.rollout_logp_N,
-            objective=settings.objective,
-            entropy_coef=settings.entropy_coef,
-            temperature=settings.temperature,
-        )
-        loss.backward()
-        total += loss.detach()
+        loss, row_stats = _on_all_ranks(model, batch, settings, lambda b: _train_row(model, b, settings, denominator))
+        total += loss
         stats.add_row(batch, row_stats)
     return total, stats
+
+
+def _train_row(
+    model: PreTrainedModel, batch: Microbatch, settings: UpdateSettings, denominator: float
+) -> tuple[torch.Tensor, PolicyStats]:
+    """Forward and backward of a row; its part of the loss, and the numbers of its tokens."""
+    faults.hit("train.forward")
+    hidden_TH = hidden_states(model, batch, settings.world.sequence_group)
+    loss, stats = lm_head(model)(
+        trained_rows(hidden_TH, batch),
+        batch.targets_N,
+        advantages=batch.advantages_N,
+        token_weight=settings.normaliser.weights(batch.lengths_N) / denominator,
+        old_logp=batch.old_logp_N,
+        ref_logp=batch.ref_logp_N,
+        rollout_logp=None if settings.objective.is_cap is None else batch.rollout_logp_N,
+        objective=settings.objective,
+        entropy_coef=settings.entropy_coef,
+        temperature=settings.temperature,
+    )
+    faults.hit("train.backward")
+    loss.backward()
+    return loss.detach(), stats
+
+
+def _on_all_ranks(
+    model: PreTrainedModel, batch: Microbatch, settings: UpdateSettings, work: Callable[[Microbatch], T]
+) -> T:
+    """`work` on this rank's slice of a row; see `row_on_all_ranks`."""
+
+    def stand_in() -> None:
+        (anchor,) = pack_rows([], [[]], model.device, _float_dtype(model))
+        work(my_slice(anchor, settings.world))
+
+    return row_on_all_ranks(model, settings.world, len(batch.ids_T), lambda: work(batch), stand_in)
 
 
 def with_old_logp(
@@ -120,18 +146,21 @@ def with_ref_logp(
 
 def score(
     model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
-) -> list[np.ndarray | None]:
+) -> list[np.ndarray]:
     """Log-probability of every trained token, float[L] a sequence, packed as the update packs them; no gradients.
 
-    None for sequences that another rank will train. Collective.
+    Every rank scores its share of the rows and gets all: an update that runs out of memory deals the rows out anew.
+    Collective.
     """
+
+    def score_row(batch: Microbatch) -> torch.Tensor:
+        hidden_NH = trained_rows(hidden_states(model, batch, settings.world.sequence_group), batch)
+        return lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)[0]
 
     def attempt(max_tokens: int) -> dict[int, np.ndarray]:
         scored: dict[int, np.ndarray] = {}
         for indices, row in _my_rows(model, sequences, settings, max_tokens):
-            batch = my_slice(row, settings.world)
-            hidden_NH = trained_rows(hidden_states(model, batch, settings.world.sequence_group), batch)
-            logp_N, _ = lm_head(model)(hidden_NH, batch.targets_N, temperature=settings.temperature)
+            logp_N = _on_all_ranks(model, my_slice(row, settings.world), settings, score_row)
             parts = join_slices(logp_N, row, settings.world).split([sequences[i].trained_tokens for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 scored[i] = part.cpu().numpy()
@@ -139,7 +168,23 @@ def score(
 
     with eval_mode(model):
         scored = settings.budget.run(attempt, longest_of(sequences))
-    return [scored.get(i) for i in range(len(sequences))]
+    return _gather_scores(scored, sequences, settings.world)
+
+
+def _gather_scores(
+    scored: dict[int, np.ndarray], sequences: Sequence[TrainSequence], world: World
+) -> list[np.ndarray]:
+    """The scores of all ranks, in the order of the sequences."""
+    # Ranks of a sequence group have the same.
+    own = scored if world.sequence_rank == 0 else {}
+    values = np.concatenate([np.empty(0, np.float32), *own.values()])
+    parts = (np.array([*own], np.int64).tobytes(), values.dtype.str.encode(), values.tobytes())
+    found: dict[int, np.ndarray] = {}
+    for indices, dtype, numbers in zip(*(world.gather(part) for part in parts), strict=True):
+        order = np.frombuffer(indices, np.int64).tolist()
+        ends = np.cumsum([sequences[i].trained_tokens for i in order])
+        found |= zip(order, np.split(np.frombuffer(numbers, dtype.decode()), ends[:-1]), strict=False)
+    return [found[i] for i in range(len(sequences))]
 
 
 def _my_rows(

@@ -76,6 +76,8 @@ class HfEngine:
                 attention_mask=attention_mask.to(device),
                 generation_config=self._config(max(job.max_new for job in jobs), left_s),
                 logits_processor=[sampler],
+                # By itself it takes turns with the other ranks at every token, which may have no batch at all.
+                synced_gpus=False,
             )
         tokens_BL = sequences[:, width:]
         return self._cut(jobs, tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from or1 import faults
 from or1.model import named_weights
 from or1.rollout.base import EngineError, Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.rollout.vllm_ranks import Ranks
@@ -74,12 +75,13 @@ class LocalEngine:
             self._llm.wake_up(tags=["weights"])
         # vLLM may keep a tensor until its layer is complete, and the trainer updates its own in place.
         copies = ((name, tensor.clone()) for name, tensor in named_weights(self._model))
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
+        if faults.hit("push.weights") != "skip":
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         # What the cache holds was computed with the old weights.
-        if not self._llm.reset_prefix_cache():
+        if faults.hit("push.cache") != "skip" and not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, so that old weights would speak on; requests of an "
                               "earlier generate() are still open: exhaust or close it before update_weights")
         self.version, self._whole = version, True

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.budget import Budget
 from or1.config import DistConfig, ModelConfig, OptimConfig
 from or1.dist import World, join
-from or1.model import load_model
+from or1.model import load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.pack import TrainSequence
 from or1.prefix import Sharing
+from or1.rollout.base import Sampling
+from or1.rollout.hf import HfEngine
 from or1.step_metrics import UpdateStats
+from or1.types import Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
@@ -72,5 +78,97 @@ def one_update(
             assert update_policy(model, optimizer, sequences, settings, stats)
             stats.reduce(world)
             results.append({"grads": optimizer.seen, "metrics": stats.metrics(),
+                            "weights": {n: whole(p) for n, p in model.named_parameters()}})
+        return results
+
+
+def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray]:
+    """Gradients of an update after only the main rank has generated something."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        model = load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world).train()
+        optimizer = Probe(model, OptimConfig(), world)
+        prompts = [Prompt("made", "made", "", np.array([5, 6, 7], np.int32), ("0",))] if world.is_main else []
+        engine = HfEngine(model, load_tokenizer(str(tokenizer)), batch_size=1)
+        assert len(list(engine.generate(prompts, Sampling(1.0, 4, 3, 1)))) == 3 * len(prompts)
+        assert update_policy(model, optimizer, sequences_of(13), settings_of(world, "off"), UpdateStats())
+        return optimizer.seen
+
+
+def loaded(path: Path, dtype: str) -> dict[str, np.ndarray]:
+    """Parameters and buffers of a model as the ranks have loaded it."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        model = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"), world)
+        tied = model.lm_head.weight is model.get_input_embeddings().weight
+        assert tied == model.config.tie_word_embeddings
+        alone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        for one in (model, alone):
+            one.config._attn_implementation = None
+        assert model.config == alone.config and model.config.dtype == getattr(torch, dtype)
+        assert model.generation_config == alone.generation_config and model.training == alone.training
+        return {n: whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def memory_of_loading(path: Path) -> int:
+    """Bytes by which the most memory that this rank ever had grows while it loads a model."""
+    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+MANY = 24
+
+
+class OutOfMemoryOnce:
+    """Raises at the given pass of a place, as a failed allocation would, and never again."""
+
+    def __init__(self, model: PreTrainedModel, place: str | None):
+        """`place` is "layer 1 forward 2", or the head's, or of their gradients: the second pass there. None: never."""
+        if place is None:
+            return
+        name, self.kind, passes = place.rsplit(" ", 2)
+        self.left = int(passes)
+        module: nn.Module = model.lm_head if name == "head" else model.get_decoder().layers[int(name[-1])].mlp
+        if self.kind == "forward":
+            module.register_forward_pre_hook(lambda *_: self.count())
+        else:
+            module.register_forward_hook(lambda m, a, out: self.watch(out))
+
+    def watch(self, out: torch.Tensor | tuple) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            out.register_hook(lambda grad: self.count())
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def update_out_of_memory(
+    model_config: ModelConfig, sequence_parallel: int, rows: tuple[int, int], failures: list[tuple]
+) -> list[dict]:
+    """Old log-probs and an update in rows of rows[1]; then the same for each of `failures`.
+
+    A failure is (phase, {rank: place}): rows of rows[0] in the phase "score" or "update", where a rank fails.
+    """
+    with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=30), torch.device("cpu")) as world:
+        results = []
+        for failing, places in [("", {}), *failures]:
+            model = load_model(model_config, world).train()
+            optimizer, stats, told = Probe(model, OptimConfig(lr=1e-3), world), UpdateStats(), []
+            settings = {phase: UpdateSettings(PolicyObjective(), 0.03, 1.1, world=world,
+                                              budget=Budget(rows[phase != failing], tell=told.append))
+                        for phase in ("score", "update")}  # fmt: skip
+            if failing == "score":
+                OutOfMemoryOnce(model, places.get(world.rank))
+            sequences = with_old_logp(model, sequences_of(MANY), settings["score"])
+            if failing == "update":
+                OutOfMemoryOnce(model, places.get(world.rank))
+            assert update_policy(model, optimizer, sequences, settings["update"], stats)
+            stats.reduce(world)
+            results.append({"grads": optimizer.seen, "metrics": stats.metrics(), "told": told,
+                            "budgets": [s.budget.state() for s in settings.values()],
+                            "old_logp": {str(i): s.old_logp for i, s in enumerate(sequences)},
                             "weights": {n: whole(p) for n, p in model.named_parameters()}})
         return results

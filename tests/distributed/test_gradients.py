@@ -7,9 +7,7 @@ from pathlib import Path
 import dist_work
 import numpy as np
 import pytest
-import torch
 from rank_processes import run_ranks
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 # Sequences of an update; below 0 with old log-probs, recomputed. One sequence leaves ranks without any.
 COUNTS = [13, 1, -13]
@@ -55,17 +53,6 @@ def test_gradients_do_not_depend_on_the_ranks(
             assert first["metrics"] == other["metrics"], "all ranks must see the same bits"
 
 
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 whose head is a weight of its own."""
-    torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=19, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-    folder = tmp_path_factory.mktemp("untied")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("bfloat16", 3e-2)])
 def test_a_head_of_its_own_other_types_and_recomputed_activations(dtype: str, bound: float, untied: Path) -> None:
@@ -74,6 +61,13 @@ def test_a_head_of_its_own_other_types_and_recomputed_activations(dtype: str, bo
         assert max(relative(results[0]["grads"], want[0]["grads"]).values()) < bound
         # bf16 weights are kept as fp32 shards, so a step moves them by less than bf16 could show.
         assert relative(results[0]["weights"], want[0]["weights"])["lm_head.weight"] < bound
+
+
+@pytest.mark.slow
+def test_ranks_train_alike_however_much_each_has_generated(untied: Path, adder: Path) -> None:
+    want = run_ranks(dist_work.one_update, 1, untied, "float32", 1, [13])[0]
+    for grads in run_ranks(dist_work.update_after_generation, 2, untied, adder):
+        assert relative_whole(grads, want[0]["grads"]) < 1e-6
 
 
 def test_heads_that_do_not_divide_are_an_error_that_says_so(adder: Path) -> None:

@@ -140,3 +140,39 @@ def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_pat
     assert all(t.equal(last.tensors[name]) for name, t in first.tensors.items())
     for line in lines(run_dir)[1:]:
         assert line["group/kept"] == 0 and line["reward/mean"] == 0 and line["optim/updates"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(two_ranks: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert or1_ranks(2, arguments(run_dir), log, OR1_FAULT="train.backward:rank1:step2:oom") == [0, 0]
+    assert "out of memory with packed rows of 96 tokens; going on with 48" in output(log, 0)
+    assert "rank 1: out of memory (OR1_FAULT)" in output(log, 0)
+    ours, theirs = lines(run_dir), lines(two_ranks)
+    assert [line["optim/out_of_memory"] for line in ours[1:]] == [0, 1, 1, 1, 1, 1]
+    assert [line["optim/row_tokens"] for line in ours[1:]] == [96, 48, 48, 48, 48, 48]
+    for a, b in zip(ours[:3], theirs[:3], strict=True):
+        for name in ("optim/loss", "optim/grad_norm"):
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-5, abs=1e-7), (a["step"], name)
+    assert load_checkpoint(run_dir / "checkpoints" / "step_6").state["budget"] == {"max_tokens": 48, "out_of_memory": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_f25_a_rank_that_cannot_even_stand_in_ends_both_and_the_next_start_has_half_the_rows(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = {"stage__0__steps": 2, "stage__1__steps": 1}
+    with started(or1_command, 2, arguments(run_dir, **settings), str(log),
+                 OR1_FAULT="train.backward:rank1:step2+:oom") as ranks:  # fmt: skip
+        ranks[1][0].join(150)
+        codes = exit_codes(ranks, 15)
+    assert codes == [75, 70]
+    for rank in (0, 1):
+        assert "out of memory with packed rows of 96 tokens" in output(log, rank)
+        assert "The same command resumes with rows of 48" in output(log, rank)
+        assert "rank 1: out of memory (OR1_FAULT); a row of one token does not fit either" in output(log, rank)
+    assert committed_steps(run_dir / "checkpoints") == [1]
+    assert or1_ranks(2, arguments(run_dir, **settings), log) == [0, 0]
+    assert "rows of 48 tokens, since those of 96 ran out of memory" in output(log, 0)
+    assert [line["optim/row_tokens"] for line in lines(run_dir)[1:]] == [96, 48, 48]

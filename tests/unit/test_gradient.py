@@ -18,10 +18,10 @@ from or1.entropy import EntropyController
 from or1.model import load_model
 from or1.normalise import Normaliser
 from or1.optim import MasterAdamW
-from or1.pack import TrainSequence
+from or1.pack import TrainSequence, pack_rows
 from or1.run_state import RunError, TrainState
 from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.update import UpdateSettings, _train_row, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH, MAX_TOKENS = 1.3, 0.07, 0.2, 0.28, 40
@@ -176,3 +176,13 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
         rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]], settings_of(64))
         assert all(torch.allclose(grad, rest[name], rtol=1e-9, atol=1e-12) for name, grad in found.items())
     assert any(not torch.allclose(grad, whole[name], rtol=1e-3) for name, grad in found.items())
+
+
+@pytest.mark.parametrize("objective", [
+    PolicyObjective(), PolicyObjective(kl_coef=0.1), PolicyObjective(is_cap=2.0), PolicyObjective(kind="cispo"),
+])  # fmt: skip
+def test_f12_a_row_without_a_sequence_has_a_gradient_of_zeros(adder: Path, objective: PolicyObjective) -> None:
+    model = load(adder)
+    (anchor,) = pack_rows([], [[]], dtype=torch.float64)
+    loss, _ = _train_row(model, anchor, replace(settings_of(64), objective=objective), denominator=7.0)
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
