@@ -1,6 +1,6 @@
 """The report's study in miniature; see `benchmarks.paper`.
 
-    python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--jobs N] [--device cpu] [--work DIR]
+    python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--lr 3e-4] [--jobs N] [--device cpu] [--work DIR]
 
 Writes OUT_DIR/README.md, its plots and study.json. Every finished run is kept in the work folder, so a study that was
 stopped goes on where it was.
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.paper.arms import ARMS, FIRST_SEED
+from benchmarks.paper.arms import ARMS, FIRST_SEED, LR
 from benchmarks.paper.claims import CLAIMS, Claim, Record
 from benchmarks.paper.page import summary, write_page
 from benchmarks.paper.runs import ensure_base, run_all
@@ -29,6 +29,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("out", type=Path)
     parser.add_argument("--claims", default=",".join(c.key for c in CLAIMS), help="those to run, by name")
+    parser.add_argument("--lr", type=float, default=LR, help="learning rate of every run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
     parser.add_argument("--device", default="cpu", help="of every run: cpu or cuda")
     parser.add_argument("--work", type=Path, help="where runs are kept; OUT_DIR/work if absent")
@@ -39,13 +40,13 @@ def main() -> None:
     pairs = [(n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)]
     pairs.sort(key=lambda pair: pair[1])
     console, began = Console(), time.perf_counter()
-    records, base_s = _run(pairs, args.work or args.out / "work", args.jobs, args.device, console)
+    records, base_s = _run(pairs, args.work or args.out / "work", args, console)
     cost = {
         "runs": len(records),
         "processor minutes": (base_s + sum(r["cpu_s"] for r in records.values())) / 60,
         "minutes of this call": (time.perf_counter() - began) / 60,
     }
-    page = write_page(args.out, chosen, records, cost)
+    page = write_page(args.out, chosen, records, cost, args.lr)
     table = Table(title="The report's claims in miniature", title_justify="left")
     for column in ("claim", "verdict", "statements that hold"):
         table.add_column(column)
@@ -64,7 +65,7 @@ def _chosen(parser: argparse.ArgumentParser, keys: str) -> list[Claim]:
 
 
 def _run(
-    pairs: list[tuple[str, int]], work: Path, jobs: int, device: str, console: Console
+    pairs: list[tuple[str, int]], work: Path, args: argparse.Namespace, console: Console
 ) -> tuple[dict[tuple[str, int], Record], float]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
@@ -72,7 +73,7 @@ def _run(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("base model", total=len(pairs))
         base_s = ensure_base(work)
-        for name, seed, record in run_all(pairs, work, jobs, device):
+        for name, seed, record in run_all(pairs, work, args.jobs, args.device, args.lr):
             records[name, seed] = record
             line = f"{name}, seed {seed}: test {record['evals'][-1][1]:.1%}, {record['cpu_s']:.0f} s"
             progress.console.print(line, highlight=False)

@@ -40,7 +40,6 @@ class Arm:
     group: int = 8
     limits: tuple[int, ...] = (LONGEST,)
     temperature: float = 1.0
-    lr: float = LR
     entropy: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 3
@@ -60,7 +59,7 @@ class Arm:
             "rollout": {"engine": "hf", "temperature": self.temperature, "batch_size": 512},
             "reward": {"kind": "benchmarks.paper.reward:score", "workers": 1},
             "loss": {**self.loss, "entropy": dict(self.entropy)},
-            "optim": {"lr": self.lr, "warmup_steps": 0, "max_tokens_per_rank": 8192},
+            "optim": {"lr": LR, "warmup_steps": 0, "max_tokens_per_rank": 8192},
             "checkpoint": {"every_steps": 10 * self.steps},
             "log": {"tensorboard": False, "rollouts_every_steps": self.steps},
             "eval": {"every_steps": self.steps // EVALUATIONS, "max_response_tokens": LONGEST, "sets": [test]},

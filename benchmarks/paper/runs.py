@@ -35,19 +35,22 @@ def ensure_base(work: Path) -> float:
     return json.loads(done.read_text(encoding="utf-8"))["cpu_s"]
 
 
-def run_all(pairs: Iterable[tuple[str, int]], work: Path, jobs: int, device: str) -> Iterator[tuple[str, int, Record]]:
+def run_all(
+    pairs: Iterable[tuple[str, int]], work: Path, jobs: int, device: str, lr: float
+) -> Iterator[tuple[str, int, Record]]:
     """Every (arm, seed) with its record, in the order in which they end. Raises what a run raises."""
-    missing = []
+    missing = {}
     for name, seed in pairs:
-        record = _finished(work, name, seed, device)
+        settings = _settings(work, name, seed, device, lr)
+        record = _finished(settings)
         if record is None:
-            missing.append((name, seed))
+            missing[name, seed] = settings
         else:
             yield name, seed, record
     # Spawned: a forked child would inherit torch's threads, which no longer run there.
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     with pool:
-        futures = {pool.submit(_run, name, seed, work, device): (name, seed) for name, seed in missing}
+        futures = {pool.submit(_run, *pair, settings): pair for pair, settings in missing.items()}
         try:
             for future in as_completed(futures):
                 yield *futures[future], future.result()
@@ -71,26 +74,31 @@ def _make_base(folder: Path) -> None:
     make_base(folder)
 
 
-def _settings(work: Path, name: str, seed: int, device: str) -> dict[str, Any]:
-    settings = ARMS[name].config(work / "base", work / "runs" / f"{_slug(name)}-{seed}", seed)
-    settings["model"]["device"] = device
+def _settings(work: Path, name: str, seed: int, device: str, lr: float) -> dict[str, Any]:
+    run_dir = work / "runs" / f"{''.join(c if c.isalnum() or c == '.' else '_' for c in name)}-{seed}-{lr:g}"
+    settings = ARMS[name].config(work / "base", run_dir, seed)
+    settings["model"]["device"], settings["optim"]["lr"] = device, lr
     return settings
 
 
-def _finished(work: Path, name: str, seed: int, device: str) -> Record | None:
+def _record_path(settings: Mapping[str, Any]) -> Path:
+    run_dir = Path(settings["run_dir"])
+    return run_dir.parents[1] / "records" / f"{run_dir.name}.json"
+
+
+def _finished(settings: Mapping[str, Any]) -> Record | None:
     """The record of a run that was made with these very settings."""
-    path = _record_path(work, name, seed)
+    path = _record_path(settings)
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["settings"] == _settings(work, name, seed, device) else None
+    return record if record["settings"] == settings else None
 
 
-def _run(name: str, seed: int, work: Path, device: str) -> Record:
+def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
     from or1.config import Config
     from or1.trainer import Trainer
 
-    settings = _settings(work, name, seed, device)
     run_dir, messages, began = Path(settings["run_dir"]), _Messages(), _cpu_seconds()
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
@@ -98,7 +106,7 @@ def _run(name: str, seed: int, work: Path, device: str) -> Record:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record = {"arm": name, "seed": seed, "cpu_s": _cpu_seconds() - began, "messages": messages.texts,
               "settings": settings} | _summary([json.loads(line) for line in lines])  # fmt: skip
-    _write(_record_path(work, name, seed), record)
+    _write(_record_path(settings), record)
     shutil.rmtree(run_dir)
     return record
 
@@ -145,14 +153,6 @@ def _cpu_seconds() -> float:
     """Processor time of this process and of its children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _record_path(work: Path, name: str, seed: int) -> Path:
-    return work / "records" / f"{_slug(name)}-{seed}.json"
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "." else "_" for c in name).strip("_")
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:

@@ -88,11 +88,12 @@ def test_an_arm_runs_and_its_page_shows_it(root: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(arms, "EVALUATIONS", 2)
     monkeypatch.setitem(ARMS, "(1,32,32,1)", short["(1,32,32,1)"])
     monkeypatch.setitem(ARMS, "(4,32,8,1)", short["(4,32,8,1)"])
-    records = {(name, seed): runs._run(name, seed, tmp_path, "cpu") for name in short for seed in (1, 2)}
+    settings = {(n, seed): runs._settings(tmp_path, n, seed, "cpu", 1e-4) for n in short for seed in (1, 2)}
+    records = {(name, seed): runs._run(name, seed, s) for (name, seed), s in settings.items()}
     assert all(len(r["series"]["entropy"]) == 2 and len(r["evals"]) == 3 for r in records.values())
-    assert runs._finished(tmp_path, "(1,32,32,1)", 1, "cpu") == records["(1,32,32,1)", 1]
+    assert runs._finished(settings["(1,32,32,1)", 1]) == records["(1,32,32,1)", 1]
     claim = Claim("C0", "A trial", (Statement("(4,32,8,1)", "entropy", "lower", "(1,32,32,1)"),))
-    written = page.write_page(tmp_path / "out", [claim], records, {"runs": 4})
+    written = page.write_page(tmp_path / "out", [claim], records, {"runs": 4}, 1e-4)
     assert "(4,32,8,1): mean entropy of the run, lower than (1,32,32,1)" in written.read_text()
     assert (tmp_path / "out" / "C0.svg").read_text().startswith("<?xml")
 
