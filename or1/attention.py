@@ -117,6 +117,7 @@ def _flash(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: f
     return flash_attn_varlen_func(
         q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, softmax_scale=scale, causal=True,
         window_size=(-1 if window is None else window - 1, 0),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -82,7 +82,9 @@ def minibatches(chosen: Trainable, stage: StageConfig) -> list[list[TrainSequenc
     ]
     count = len(groups_of)
     parts = math.ceil(count / (stage.minibatch_prompts or stage.prompts_per_step))
-    return [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(count), parts)]
+    batches = [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(count), parts)]
+    # A batch whose responses have no reward or no known log-prob has nothing to train.
+    return [batch for batch in batches if any(s.known_tokens for s in batch)]
 
 
 def normaliser_of(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> Normaliser:

@@ -99,4 +99,9 @@ def free_memory() -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on the GPU or the CPU; torch has no type of its own for the latter."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+# Allocations that do not go through torch's own allocators.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
+                  "CUBLAS_STATUS_ALLOC_FAILED")

@@ -154,10 +154,11 @@ def evaluate_set(
     settings: EvalSet,
     max_tokens: int,
     *,
+    pass_k: Sequence[int] = (),
     progress: Progress = no_progress,
     world: World = SINGLE,
 ) -> EvalResult:
     """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
     groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
-    return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples))
+    return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples, pass_k))

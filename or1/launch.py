@@ -104,17 +104,22 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
         raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
     config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")))
     quiet_libraries()
+    import torch
+
     from or1.checkpoint import committed_steps, load_checkpoint
     from or1.model import export_model, load_model, load_tokenizer
-    from or1.optim import MasterAdamW
 
     steps = committed_steps(checkpoints_of(run_dir))
     chosen = step if step is not None else max(steps, default=None)
     if chosen not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps or 'none'}")
     checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
-    model = load_model(config.model)
-    MasterAdamW(model, config.optim).load_state_tensors(checkpoint.tensors, checkpoint.state["updates"])
+    # In host memory: what several GPUs trained need not fit on one.
+    plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
+    model = load_model(config.model.model_copy(update=plain))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.tensors[f"master.{name}"])
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
 
 

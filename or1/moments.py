@@ -150,7 +150,17 @@ def _adam_of(compiled: bool) -> Callable[..., None]:
     """torchao's update of one weight; compiled on the GPU, where eager mode would hold many copies of the weight."""
     from torchao.optim.adam import single_param_adam
 
-    return torch.compile(single_param_adam, fullgraph=True, dynamic=False) if compiled else single_param_adam
+    if not compiled:
+        return single_param_adam
+    fast = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+
+    @functools.wraps(single_param_adam)
+    def update(*args: object, **kwargs: object) -> None:
+        # Compiled anew for every shape, and some models have more of them than torch.compile allows by default.
+        with torch._dynamo.utils.disable_cache_limit():
+            fast(*args, **kwargs)
+
+    return update
 
 
 def _require(keys, tensors: dict[str, Tensor]) -> None:

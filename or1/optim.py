@@ -42,6 +42,9 @@ class MasterAdamW:
         if world.size > 1 and config.optimizer == "adamw8bit":
             raise OptimizerError('optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
                                  'several ranks the moments are sharded anyway: use "adamw" or "offload"')
+        if world.size > 1 and config.weights == "stochastic":
+            raise OptimizerError('optim.weights = "stochastic" saves fp32 masters, but the shards of several ranks are '
+                                 'fp32 and their own masters: use "master"')
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
         # What this rank holds of them; where they are not sharded, the parameters themselves.

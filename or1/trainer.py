@@ -11,6 +11,7 @@ One step of MAGIC (Skywork-OR1 report, section 3.1):
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -256,7 +257,9 @@ class Trainer:
         stages = self.state.stages
         accuracies = [value for key, value in metrics.items() if AVG_KEY.fullmatch(key)]
         if accuracies:
-            stages.note_evaluation(number, float(np.mean(accuracies)), metrics["completion/truncated"])
+            # A step in which no group was completed says nothing of truncation.
+            cut = metrics.get("completion/truncated", math.nan)
+            stages.note_evaluation(number, float(np.mean(accuracies)), cut)
         if (why := stages.advance(self.config, number)) and not stages.finished(self.config):
             self.display.message(f"stage {stages.index} ends with step {number}: {why}")
 
@@ -271,7 +274,8 @@ class Trainer:
             prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
             metrics |= evaluate_set(
-                self.engine, self.scorer, prompts, settings, limit, progress=progress, world=self.world
+                self.engine, self.scorer, prompts, settings, limit, pass_k=self.config.eval.pass_k,
+                progress=progress, world=self.world,
             ).metrics()
         return metrics | {"time/eval": time.perf_counter() - began}
 

@@ -125,10 +125,12 @@ def row_sums(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform:
     """rows.row_sums for f32 logits with adjacent columns."""
     num_rows, vocab = logits_CV.shape
     out_4C = torch.empty(4, num_rows, dtype=torch.float32, device=logits_CV.device)
-    row_sums_kernel[(num_rows,)](
-        logits_CV, targets_C.contiguous(), inv_tau_C.contiguous(), out_4C, logits_CV.stride(0), num_rows, vocab,
-        transform.scale, transform.softcap or 1.0, CAPPED=transform.softcap is not None, BLOCK=_block(vocab),
-        num_warps=NUM_WARPS)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(logits_CV):
+        row_sums_kernel[(num_rows,)](
+            logits_CV, targets_C.contiguous(), inv_tau_C.contiguous(), out_4C, logits_CV.stride(0), num_rows, vocab,
+            transform.scale, transform.softcap or 1.0, CAPPED=transform.softcap is not None, BLOCK=_block(vocab),
+            num_warps=NUM_WARPS)
     return RowSums(*out_4C)
 
 
@@ -145,10 +147,11 @@ def row_grads_(
     """rows.row_grads_ for contiguous f32 logits; out_dtype bf16 returns a [C, V] view of row stride 2 V elements."""
     num_rows, vocab = logits_CV.shape
     out_CV = logits_CV if out_dtype in (None, torch.float32) else logits_CV.view(out_dtype)[:, :vocab]
-    row_grads_kernel[(num_rows,)](
-        logits_CV, out_CV, targets_C.contiguous(), inv_tau_C.contiguous(), torch.stack(stats), torch.stack(slopes),
-        logits_CV.stride(0), out_CV.stride(0), num_rows, vocab, transform.scale, transform.softcap or 1.0,
-        CAPPED=transform.softcap is not None, BLOCK=_block(vocab), num_warps=NUM_WARPS)
+    with torch.cuda.device_of(logits_CV):
+        row_grads_kernel[(num_rows,)](
+            logits_CV, out_CV, targets_C.contiguous(), inv_tau_C.contiguous(), torch.stack(stats),
+            torch.stack(slopes), logits_CV.stride(0), out_CV.stride(0), num_rows, vocab, transform.scale,
+            transform.softcap or 1.0, CAPPED=transform.softcap is not None, BLOCK=_block(vocab), num_warps=NUM_WARPS)
     return out_CV
 
 

@@ -20,6 +20,9 @@ from or1.model import eos_token_ids, eval_mode
 from or1.rollout.base import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.types import Prompt, Response
 
+# Probability 1 in the whole numbers that are sampled from; a token below 1e-16 has none of it.
+_WHOLE = 2.0**52
+
 
 class HfEngine:
     """Batched generation with the log-probability of every sampled token; needs no weight transfer."""
@@ -133,19 +136,20 @@ class RowSampler(LogitsProcessor):
         return torch.stack(self._logp, dim=1)
 
     def _draw(self, logp_BV: Tensor) -> Tensor:
-        p_BV = logp_BV.double().exp()
+        # In whole numbers: their cumulated sums have the same bits in any order, and on a GPU those of floats have not.
+        mass_BV = (logp_BV.double().exp() * _WHOLE).round().long()
         if self.top_p < 1 or self.top_k:
-            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            sorted_BV, order_BV = mass_BV.sort(dim=-1, descending=True, stable=True)
             if self.top_k:
-                sorted_BV[:, self.top_k :] = 0.0
+                sorted_BV[:, self.top_k :] = 0
             # A token stays if those before it hold less than top_p of what is left; the likeliest one always does.
             before_BV = sorted_BV.cumsum(-1) - sorted_BV
             beyond_BV = (before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)) | (sorted_BV == 0)
-            p_BV = p_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0.0)
-        cdf_BV = p_BV.cumsum(-1)
+            mass_BV = mass_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0)
+        cdf_BV = mass_BV.cumsum(-1)
         uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
-        # The first token whose cumulated probability is above u; a token of probability 0 never is.
-        threshold_B1 = uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]
+        # The first token whose cumulated mass is above u of the whole; a token without mass never is.
+        threshold_B1 = (uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]).long()
         return (cdf_BV <= threshold_B1).sum(-1, keepdim=True)
 
 

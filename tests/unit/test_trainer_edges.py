@@ -1,0 +1,55 @@
+"""Steps in which something is missing: no complete group, no reward, no trainable token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
+
+from or1.batches import choose, minibatches
+from or1.config import EvalSet, OptimConfig
+from or1.dist import SINGLE
+from or1.evaluate import evaluate_set
+from or1.optim import MasterAdamW, OptimizerError
+from or1.reward import make_scorer
+
+
+def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Path) -> None:
+    """Partial rollouts may leave every group open, so that nothing is known of truncation."""
+    trainer = trainer_of(config_of(tmp_path, [{"steps": 3, "until": "plateau"}]))
+    trainer._hand_over(1, {"eval/test/avg@1": 0.5})
+    step, accuracy, truncated = trainer.state.stages.history[0]
+    assert (step, accuracy) == (1, 0.5) and math.isnan(truncated)
+
+
+def test_a_minibatch_without_rewards_is_left_out_and_the_others_are_trained(tmp_path: Path) -> None:
+    config = config_of(
+        tmp_path, [{"minibatch_prompts": 1}], loss={"reject_zero_advantage": False, "old_logp": "rollout"}
+    )
+    scored = group([1, 0], [response(ZERO, ONE, EOS), response(ZERO, EOS)], "a")
+    unscored = group([math.nan, math.nan], [response(ZERO, EOS)] * 2, "b")
+    assert learn(trainer_of(config), scored, unscored)["optim/updates"] == 1
+    unknown = group([1, 0], [replace(response(ZERO, EOS), logp=np.full(2, np.nan, np.float32))] * 2, "c")
+    chosen = choose([scored, unknown], [True, True], config.loss, config.reward, config.stage[0])
+    assert len(minibatches(chosen, config.stage[0])) == 1
+    assert learn(trainer_of(config), unscored)["optim/updates"] == 0
+
+
+def test_evaluations_in_a_run_take_the_ks_they_are_given(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(tmp_path))
+    settings = EvalSet(name="s", path="s", samples=4)
+    with make_scorer(trainer.config.reward, trainer.data.prompts) as scorer:
+        result = evaluate_set(trainer.engine, scorer, trainer.data.prompts, settings, 4, pass_k=(3,))
+    assert sorted(result.pass_at) == [3]
+
+
+def test_weights_without_masters_are_refused_where_shards_are_masters(tmp_path: Path) -> None:
+    model = trainer_of(config_of(tmp_path)).model
+    with pytest.raises(OptimizerError, match='use "master"'):
+        MasterAdamW(model, OptimConfig(weights="stochastic"), replace(SINGLE, size=2))
+
+
