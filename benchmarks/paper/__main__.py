@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -39,12 +38,11 @@ def main() -> None:
     # All first seeds before any second one, so that a stopped study has every arm.
     pairs = [(n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)]
     pairs.sort(key=lambda pair: pair[1])
-    console, began = Console(), time.perf_counter()
+    console = Console()
     records, base_s = _run(pairs, args.work or args.out / "work", args, console)
     cost = {
         "runs": len(records),
         "processor minutes": (base_s + sum(r["cpu_s"] for r in records.values())) / 60,
-        "minutes of this call": (time.perf_counter() - began) / 60,
     }
     page = write_page(args.out, chosen, records, cost, args.lr)
     table = Table(title="The report's claims in miniature", title_justify="left")
