@@ -41,7 +41,7 @@ class DiskError(ValueError):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: World = SINGLE) -> Path:
-    """Commit `folder/step_N`, then remove all but the newest `keep`. Returns the committed path. Collective."""
+    """Commit `folder/step_N`, then remove all but the newest `keep` up to N. Returns the committed path. Collective."""
     writer = CheckpointWriter(folder, keep, world)
     writer.save(checkpoint)
     writer.wait()
@@ -161,7 +161,8 @@ class _Job(threading.Thread):
         os.replace(self.partial, final)
         fsync(self.folder)
         faults.hit("ckpt.after_rename", step)
-        for old in committed_steps(self.folder)[: -self.keep]:
+        # Later ones are of a run that fell back behind them: they do not verify and must not count as the newest.
+        for old in [s for s in committed_steps(self.folder) if s <= step][: -self.keep]:
             remove_step(self.folder, old)
 
     def _manifest(self) -> dict[str, Any]:

@@ -33,9 +33,22 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save_checkpoint(tmp_path, checkpoint(step), keep=2)
     assert committed_steps(tmp_path) == [9, 10]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_fell_back_keeps_what_it_writes_and_not_what_is_damaged(keep: int, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, checkpoint(step), keep=3)
+    damage(tmp_path / "step_20", "bit")
+    damage(tmp_path / "step_30", "bit")
+    for step in (12, 20, 28, 34):
+        save_checkpoint(tmp_path, checkpoint(step), keep)
+        latest, _ = load_latest(tmp_path)
+        assert latest is not None and latest.step == step
+    assert committed_steps(tmp_path) == [30, 34][-keep:], "once it is behind the run, a damaged one goes like any other"
 
 
 def test_a_half_written_step_is_invisible_and_cleared(tmp_path: Path) -> None:
