@@ -26,12 +26,12 @@ from or1.checkpoint import (
     Checkpoint,
     committed_steps,
     file_entry,
-    fsync,
     partial_folder,
     remove_step,
     step_folder,
 )
 from or1.dist import SINGLE, World, split_evenly
+from or1.files import fsync, write_whole
 
 _POLL_S = 0.01
 
@@ -138,7 +138,7 @@ class _Job(threading.Thread):
         fsync(path)
         faults.hit("ckpt.after_shard", self.checkpoint.step)
         about = {"file": path.name, "entry": file_entry(path), "tensors": sorted(mine)}
-        _write_json(self.partial / f"shard_{rank}.json", about)
+        write_whole(self.partial / f"shard_{rank}.json", json.dumps(about))
 
     def _await_shards(self) -> bool:
         paths = [self.partial / f"shard_{rank}.json" for rank in range(self.world.size)]
@@ -153,8 +153,7 @@ class _Job(threading.Thread):
     def _commit(self) -> None:
         step, final = self.checkpoint.step, step_folder(self.folder, self.checkpoint.step)
         faults.hit("ckpt.before_manifest", step)
-        _write_json(self.partial / MANIFEST, self._manifest())
-        fsync(self.partial)
+        write_whole(self.partial / MANIFEST, json.dumps(self._manifest(), indent=1))
         faults.hit("ckpt.before_rename", step)
         if final.exists():
             remove_step(self.folder, step)
@@ -192,14 +191,6 @@ class _Job(threading.Thread):
             f"{needed:,} bytes on rank {self.world.rank}, and {free:,} are free; make room, or lower checkpoint.keep. "
             "The checkpoints before it are untouched"
         )
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    """Whole or absent under its name, and on the disk."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    fsync(partial)
-    os.replace(partial, path)
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
-from or1.run_state import RunError, checkpoints_of, prepare_run_dir
+from or1.run_state import RunError, checkpoints_of, prepare_run_dir, recorded_config
 from or1.survival import StopRequest
 
 if TYPE_CHECKING:
@@ -99,10 +98,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
 
     Raises RunError if the folder is not a run or has no such checkpoint.
     """
-    record = run_dir / "config.resolved.json"
-    if not record.is_file():
-        raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
-    config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")))
+    config = Config.model_validate(recorded_config(run_dir))
     quiet_libraries()
     import torch
 

@@ -5,7 +5,6 @@ Nothing is generated and nothing is written. On the machine that ran the step, i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from or1.metrics import read_metrics
 from or1.rank_display import RankDisplay
 from or1.rollout.collect import Rollout
 from or1.rollout_log import read_rollouts
-from or1.run_state import RunError, checkpoints_of
+from or1.run_state import RunError, checkpoints_of, recorded_config
 from or1.trainer import Trainer
 from or1.watchdog import Watchdog
 
@@ -35,10 +34,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     It starts from the newest checkpoint before the step, or from the untrained model, and repeats the steps between.
     Raises RunError if the folder is no run, or a step's rollouts are not there.
     """
-    record = run_dir / "config.resolved.json"
-    if not record.is_file():
-        raise RunError(f"{run_dir} has no config.resolved.json, so it is not a run; name a run directory")
-    config = Config.model_validate(json.loads(record.read_text(encoding="utf-8")) | {"run_dir": str(run_dir)})
+    config = Config.model_validate(recorded_config(run_dir) | {"run_dir": str(run_dir)})
     # Nothing is generated, so no other engine need start.
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
     if step > config.total_steps:

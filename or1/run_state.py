@@ -15,6 +15,7 @@ from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.entropy import EntropyController
+from or1.files import write_whole
 from or1.rollout_state import InFlight
 from or1.stages import StageProgress
 
@@ -22,6 +23,8 @@ from or1.stages import StageProgress
 # So does where the engine runs, and how the ranks share the work.
 FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "dist", "rollout.vllm", "rollout.verify_every"})
 
+RECORD = "config.resolved.json"
+"""The settings of a run, in its folder."""
 # Left by a run that ended out of memory.
 _ROW_CAP = "row_tokens.json"
 
@@ -105,16 +108,15 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     """Make the run directory and record the resolved config in it. Returns messages worth showing.
 
     A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError if the
-    run there was started with settings that a resumed run must not change.
+    run there was started with settings that a resumed run must not change, or does not say with which.
     """
     run_dir, messages = config.run_path, []
-    record = run_dir / "config.resolved.json"
     if fresh and run_dir.exists():
         aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
         messages.append(f"moved the former run to {aside}")
-    if record.is_file():
-        changed = _changed_keys(json.loads(record.read_text(encoding="utf-8")), config.model_dump(mode="json"))
+    if (run_dir / RECORD).is_file():
+        changed = _changed_keys(recorded_config(run_dir), config.model_dump(mode="json"))
         fixed = [key for key in changed if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)]
         if fixed:
             raise RunError(
@@ -123,8 +125,25 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
             )
         messages += [f"continues with changed settings: {', '.join(changed)}"] if changed else []
     run_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(dump_config(config), encoding="utf-8")
+    write_whole(run_dir / RECORD, dump_config(config))
     return messages
+
+
+def recorded_config(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run recorded, not yet validated. Raises RunError if it recorded none that can be read."""
+    record = run_dir / RECORD
+    if not record.is_file():
+        raise RunError(f"{run_dir} has no {RECORD}, so it is not a run; name a run directory")
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+    except ValueError as error:
+        raise RunError(
+            f"{record} does not hold a run's settings ({error}); put it back as it was, or remove it and repeat the "
+            "`or1 train` command that began the run: it resumes, and writes the file anew"
+        ) from error
+    return settings
 
 
 def cap_rows(run_dir: Path, max_tokens: int) -> None:

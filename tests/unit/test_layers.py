@@ -22,7 +22,7 @@ LAYERS = {
     "or1.checkpoint": 3, "or1.metrics": 3, "or1.integrations": 3,
     "or1.rollout_log": 3, "or1.reward": 3, "or1.reward.code": 3, "or1.reward.code.inside": 3,
     "or1.rollout": 3, "or1.display": 3,
-    "or1.rollout_state": 3, "or1.feed": 4, "or1.parity": 4, "or1.doctor": 6, "or1.environment": 1,
+    "or1.rollout_state": 3, "or1.feed": 4, "or1.parity": 4, "or1.doctor": 6, "or1.environment": 1, "or1.files": 1,
     "or1.run_state": 4, "or1.step_metrics": 4, "or1.evaluate": 4, "or1.report": 4, "or1.report_data": 4,
     "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
     "or1.summary": 4, "or1.plan": 4,
@@ -30,8 +30,8 @@ LAYERS = {
     "or1.update": 4, "or1.trainer": 5, "or1.launch": 6, "or1.cli": 7, "or1.__main__": 8,
 }  # fmt: skip
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
-NO_TORCH = {"or1", "or1.types", "or1.config", "or1.config.rules", "or1.config_load", "or1.cli", "or1.__main__",
-            "or1.reward.worker"}
+NO_TORCH = {"or1", "or1.types", "or1.files", "or1.config", "or1.config.rules", "or1.config_load", "or1.cli",
+            "or1.__main__", "or1.reward.worker"}
 
 
 def modules(root: Path) -> dict[str, Path]:
