@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole or absent, and folders in memory that it does not leave for good."""
+"""Files that a crash leaves whole or absent."""
 
 from __future__ import annotations
 

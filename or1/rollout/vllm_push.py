@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from or1.model import named_weights
+from or1.rollout.memory_folder import MemoryFolder
 from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, broadcast, make_group
 
 Rpc = Callable[..., list[dict[str, Any]]]
@@ -44,12 +43,11 @@ class FilePush:
     """One safetensors file that the server reads; the last one stays for a restarted server."""
 
     def __init__(self, folder: Path | None = None):
-        # Memory where the system has it as a folder: the file is read once and need not survive.
-        parent = "/dev/shm" if folder is None and os.access("/dev/shm", os.W_OK) else None
-        self._own = tempfile.TemporaryDirectory(prefix="or1-weights-", dir=parent) if folder is None else None
-        self._folder = Path(self._own.name) if self._own else folder
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.path = self._folder / "weights.safetensors"
+        # In memory: the file is read once and need not survive.
+        self._own = MemoryFolder("or1-pushed-") if folder is None else None
+        folder = self._own.path if self._own else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "weights.safetensors"
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
         """See `Push.send`."""
@@ -69,7 +67,7 @@ class FilePush:
     def close(self) -> None:
         """See `Push.close`."""
         if self._own:
-            self._own.cleanup()
+            self._own.close()
 
 
 class BroadcastPush:
