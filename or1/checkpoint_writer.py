@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -123,6 +124,13 @@ class _Job(threading.Thread):
                 self._commit()
         except OSError as error:
             self.error = self._describe(error)
+        finally:
+            # Whatever else it was: its traceback follows, and no rank may take this thread's end for a commit.
+            if (cause := sys.exception()) is not None:
+                self.error = (
+                    f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written on rank "
+                    f"{self.world.rank} ({type(cause).__name__}: {cause}). The checkpoints before it are untouched"
+                )
 
     def _write_shard(self) -> None:
         rank, tensors, rows = self.world.rank, self.checkpoint.tensors, self.checkpoint.rows

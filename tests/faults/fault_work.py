@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from or1.checkpoint import Checkpoint, load_latest
-from or1.checkpoint_writer import save_checkpoint
+from or1.checkpoint import Checkpoint, committed_steps, load_latest
+from or1.checkpoint_writer import DiskError, save_checkpoint
 from or1.config import DistConfig
 from or1.dist import join, split_evenly
 from or1.rollout.vllm_push import FilePush
@@ -21,6 +21,15 @@ def write_shards(folder: Path, size: int) -> None:
         mine = split_evenly(7, size)[world.rank]
         tensors = {"master.w": whole[mine.start : mine.stop], "step.w": torch.tensor(5.0)}
         save_checkpoint(folder, Checkpoint(5, {"x": 1}, tensors, {"master.w": 7}), 2, world)
+
+
+def save_shards(folder: Path, size: int) -> tuple[str, list[int]]:
+    """As `write_shards`; what the error said, if there was one, and the steps that are there then."""
+    try:
+        write_shards(folder, size)
+    except DiskError as error:
+        return str(error), committed_steps(folder)
+    return "", committed_steps(folder)
 
 
 def read_shards(folder: Path) -> tuple:

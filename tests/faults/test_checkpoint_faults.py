@@ -72,6 +72,15 @@ def test_f03_a_full_disk_keeps_the_old_checkpoint(small_disk: Path) -> None:
     assert committed_steps(small_disk) == [1, 3], "room that the failed save had taken is free again"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_for_any_other_cause_is_told_on_all_ranks_and_is_no_commit(rank: int, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, small_checkpoint(1), keep=2)
+    fault = f"ckpt.before_shard:rank{rank}:step5:oom"
+    for said, steps in run_ranks(fault_work.save_shards, 2, tmp_path, 2, timeout=30, OR1_FAULT=fault):
+        assert f"step_5 could not be written on rank {rank} (OutOfMemoryError: out of memory" in said
+        assert steps == [1] and not list(tmp_path.glob(".step_*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_f03_a_run_goes_on_without_a_checkpoint_and_only_the_last_must_be_written(tmp_path: Path) -> None:
