@@ -92,7 +92,8 @@ def load_latest(folder: Path, world: World = SINGLE) -> tuple[Checkpoint | None,
     anew in silence would lose the run; and ForeignFileError for a file that does not belong to one.
     """
     warnings: list[str] = []
-    steps = committed_steps(folder)
+    # The main rank's list: on a network file system another rank's may be old, and each would load its own newest.
+    steps = json.loads(world.gather(json.dumps(committed_steps(folder)).encode())[0])
     for step in reversed(steps):
         try:
             return load_checkpoint(step_folder(folder, step), world), warnings

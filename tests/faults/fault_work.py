@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def read_shards(folder: Path) -> tuple:
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         checkpoint, warnings = load_latest(folder, world)
         return checkpoint.step, checkpoint.tensors["master.w"].tolist(), checkpoint.tensors["step.w"].item(), warnings
+
+
+def read_shards_of_own_folder(parent: Path) -> tuple:
+    """As `read_shards`, of the folder named by this rank's number."""
+    return read_shards(parent / os.environ["RANK"])
 
 
 def hold_pushed_weights(told: Path) -> None:

@@ -118,6 +118,17 @@ def test_shards_are_read_by_any_number_of_ranks_and_damage_is_seen_by_all(tmp_pa
     assert all(part[0] == 5 and "shard_0.safetensors does not have the sha256" in part[3][0] for part in parts)
 
 
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("seen", [((1,), (1, 2)), ((1, 2), (1,))])
+def test_ranks_that_see_different_checkpoints_take_the_same_one(seen: tuple, tmp_path: Path) -> None:
+    for rank, steps in enumerate(seen):
+        for step in steps:
+            save_checkpoint(tmp_path / str(rank), small_checkpoint(step), keep=3)
+    parts = run_ranks(fault_work.read_shards_of_own_folder, 2, tmp_path, timeout=50)
+    assert [part[0] for part in parts] == [part[2] for part in parts] == [1, 1], "the newest that all can read"
+    assert parts[0][3] == parts[1][3], "the same warnings too"
+
+
 @pytest.mark.parametrize("name", [".metadata", "optim.pt", "sub/pytorch_model.bin"])
 def test_f06_a_file_that_or1_did_not_write_is_named_and_never_opened(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
