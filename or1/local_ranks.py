@@ -6,10 +6,11 @@ survive, a SIGTERM leaves time to finish the step, and a second one is passed on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,14 +38,17 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
         logs_specs=DefaultLogsSpecs(),
     )
 
-    def forward(number: int, _: object) -> None:
-        for pid in ranks.pids().values():
-            os.kill(pid, number)
-
     for number in _SIGNALS:
-        signal.signal(number, forward)
+        signal.signal(number, lambda received, _: _pass_on(received, ranks.pids().values()))
     result = ranks.wait(period=0.1)
     if result is None or not result.is_failed():
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+def _pass_on(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        # One that has ended needs no signal, and the others still do.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -14,6 +14,7 @@ from rank_processes import or1_ranks
 from small_run import arguments, lines
 
 from or1.checkpoint import committed_steps
+from or1.local_ranks import _pass_on
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
 
@@ -61,6 +62,13 @@ def test_nproc_passes_signals_and_exit_codes_on_and_torchrun_resumes_the_run(tmp
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(run_dir)] == list(range(newest + 3))
+
+
+def test_a_signal_reaches_the_ranks_that_still_run_when_one_has_ended() -> None:
+    with subprocess.Popen(["true"]) as ended, subprocess.Popen(["sleep", "60"]) as running:
+        ended.wait()
+        _pass_on(signal.SIGTERM, [ended.pid, running.pid])
+        assert running.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.slow
