@@ -60,11 +60,11 @@ VARIANTS = {
 }
 
 
-NIGHTLY = ("on-policy", "two updates a rollout", "a mixture without what was solved", "partial rollouts")
+MARKS = {"entropy bonus": (), "two updates a rollout": pytest.mark.slow}
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["entropy bonus", *(pytest.param(n, marks=pytest.mark.nightly) for n in NIGHTLY)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.nightly)) for n in VARIANTS])
 def test_ten_steps_equal_five_killed_and_five_resumed(
     name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
