@@ -15,7 +15,7 @@ import torch
 
 from or1.config import DistConfig, ModelConfig, VllmConfig
 from or1.dist import World, join
-from or1.model import load_model, load_tokenizer, named_weights
+from or1.model import load_model, named_weights
 from or1.rollout import vllm_push, vllm_server
 from or1.rollout.base import EngineError, Sampling
 from or1.rollout.vllm_server import ServerEngine
@@ -54,7 +54,7 @@ class Loopback:
         self.worker = worker = Worker()
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
                 try:
                     reply, status = {"success": True}, 200

@@ -37,8 +37,8 @@ def test_two_ranks_share_a_server_and_its_log_probs_follow_every_push(tmp_path: 
 @pytest.mark.timeout(500)
 def test_f15_a_server_that_dies_under_two_ranks_ends_the_run_and_the_same_command_resumes(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    # Responses that seldom end by themselves, so that a step is spent in generating.
-    command = arguments(run_dir, rollout__temperature=20, stage__0__max_response_tokens=400, **SETTINGS)
+    # So many responses that the rollout after the first step is not over before the server is dead.
+    command = arguments(run_dir, stage__0__prompts_per_step=8, stage__0__group_size=32, **SETTINGS)
     with started(or1_command, 2, command, str(log)) as ranks:
         deadline = time.monotonic() + 200
         while not (run_dir / "rollouts" / "step_1.parquet").exists() or len(lines(run_dir)) < 2:
@@ -57,5 +57,6 @@ def test_f15_a_server_that_dies_under_two_ranks_ends_the_run_and_the_same_comman
 
 def server_of(trainer: int) -> int:
     """Process id of the vLLM server that a trainer started."""
-    rows = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(trainer)], capture_output=True, text=True, check=True)
-    return next(int(row.split()[0]) for row in rows.stdout.splitlines() if "or1.rollout.vllm_process" in row)
+    children = ["ps", "-o", "pid=,args=", "--ppid", str(trainer)]
+    rows = subprocess.run(children, capture_output=True, text=True, check=True).stdout.splitlines()
+    return next(int(row.split()[0]) for row in rows if "or1.rollout.vllm_process" in row)
