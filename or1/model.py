@@ -139,13 +139,25 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
     A tied lm_head is named too: an engine that keeps a packed copy of it would go on with the old one otherwise.
     """
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", model.get_input_embeddings().weight)
-    for name, tensor in state.items():
+    for name, tensor in _named_state(model).items():
         # Shards are fp32 masters; an engine wants what the model computes with.
         whole = tensor.full_tensor().to(model.config.dtype) if hasattr(tensor, "full_tensor") else tensor
         yield name, whole.detach()
+
+
+def weight_forms(model: PreTrainedModel) -> list[tuple[str, torch.dtype, torch.Size]]:
+    """Name, dtype and whole shape of all that `named_weights` yields, in its order; nothing is gathered for it."""
+    return [
+        (name, model.config.dtype if hasattr(tensor, "full_tensor") else tensor.dtype, tensor.shape)
+        for name, tensor in _named_state(model).items()
+    ]
+
+
+def _named_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", model.get_input_embeddings().weight)
+    return state
 
 
 def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: ProcessGroup | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from or1.model import named_weights
+from or1.model import named_weights, weight_forms
 from or1.rollout.memory_folder import MemoryFolder
 from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, broadcast, make_group
 
@@ -82,14 +82,19 @@ class BroadcastPush:
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
         """See `Push.send`. After a failure the group is made anew."""
         group, self._group = self._group or self._join(rpc), None
-        weights = dict(named_weights(model))
-        listed = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in weights.items()]
+        listed = [(name, str(dtype).removeprefix("torch."), list(shape)) for name, dtype, shape in weight_forms(model)]
         replies = self._caller.submit(rpc, "or1_receive", tensors=listed, version=version)
-        for tensor in weights.values():
-            if replies.done():
-                break  # It failed: nobody receives any more.
-            broadcast(group, self._movable(tensor))
+        broken: RuntimeError | None = None
+        for _, tensor in named_weights(model):
+            # After a failure nobody receives any more, but the other ranks still gather every weight with this one.
+            if broken is None and not replies.done():
+                try:
+                    broadcast(group, self._movable(tensor))
+                except RuntimeError as error:
+                    broken = error
         done = replies.result(timeout=GROUP_TIMEOUT_S)
+        if broken is not None:
+            raise broken
         self._group = group
         return done
 
@@ -106,6 +111,7 @@ class BroadcastPush:
         return (tensor if self._backend == "nccl" else tensor.cpu()).contiguous()
 
     def _join(self, rpc: Rpc) -> Any:
+        rpc("or1_version")  # Nobody would come to a group with a dead server.
         address = _address_towards(self._host)
         if self._store is None:
             self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)

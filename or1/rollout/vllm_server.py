@@ -54,6 +54,9 @@ class _Open:
 class ServerEngine:
     """A vLLM server as an `Engine`. One that or1 started and that dies is restarted once a call."""
 
+    _alone = True
+    """Whether no other rank generates with this server; one that is shared is not exchanged under the others."""
+
     def __init__(
         self, setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
@@ -61,7 +64,8 @@ class ServerEngine:
         self.version = 0
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self.process: ServerProcess | None = None
-        if config.url is None:
+        self._own = config.url is None
+        if self._own:
             self.process = ServerProcess(setup, config.devices, run_path / "vllm_server.log")
             self.process.start()
             self._token = self.process.token
@@ -93,9 +97,10 @@ class ServerEngine:
                 self._require_version()
                 yield from self._attempt(waiting, sampling, deadline)
             except ServerLost as lost:
-                if self.process is None or restarted:
-                    raise EngineError(f"{lost}; {len(waiting)} responses were open. Start it again, then run the same "
-                                      "command: training resumes from the newest checkpoint") from lost
+                if restarted or not (self._own and self._alone):
+                    remedy = "Run the same command" if self._own else "Start it again, then run the same command"
+                    raise EngineError(f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
+                                      "the newest checkpoint") from lost
                 restarted = True
                 self._restart()
                 waiting = {slot: _Open(w.job) for slot, w in waiting.items()}
@@ -177,8 +182,12 @@ class ServerEngine:
             if self.process is None:
                 raise
             self._start_again()
-            replies = self._push.send(self._rpc, self._model, version)
+            replies = self._send_again(version)
         self._commit(replies, version)
+
+    def _send_again(self, version: int) -> list[dict[str, Any]]:
+        """What a push that found the server dead brings to the fresh one; returns the workers' replies."""
+        return self._push.send(self._rpc, self._model, version)
 
     def _commit(self, replies: list[dict[str, Any]], version: int) -> None:
         if {reply["version"] for reply in replies} != {version}:
@@ -205,10 +214,13 @@ class ServerEngine:
     def _restart(self) -> None:
         """A fresh server with the weights of the present version, as they were pushed."""
         self._start_again()
-        if not self._push.repeat(self._rpc, self.version):
-            raise EngineError("the restarted vLLM server cannot be given the weights that the dead one had; use "
-                              'rollout.vllm.transport = "file"')
-        self._commit(self._rpc("or1_version"), self.version)
+        self._commit(self._repeat(self.version), self.version)
+
+    def _repeat(self, version: int) -> list[dict[str, Any]]:
+        if not self._push.repeat(self._rpc, version):
+            raise EngineError("the restarted vLLM server cannot be given the weights again, since a broadcast keeps "
+                              'none; use rollout.vllm.transport = "file"')
+        return self._rpc("or1_version")
 
     def _start_again(self) -> None:
         self.process.close()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,19 +13,18 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from rank_processes import or1_ranks
+from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+SETTINGS = {"stage__0__steps": 3, "stage__1__steps": 1, "rollout__engine": "vllm", "rollout__vllm__placement": "server",
+            "dist__timeout_s": 300, "dist__heartbeat_timeout_s": 60}  # fmt: skip
 
 
 @pytest.mark.timeout(400)
 def test_two_ranks_share_a_server_and_its_log_probs_follow_every_push(tmp_path: Path) -> None:
-    settings = {"stage__0__steps": 3, "stage__1__steps": 1, "rollout__engine": "vllm",
-                "rollout__vllm__placement": "server", "rollout__verify_every": 1, "dist__timeout_s": 300,
-                "dist__heartbeat_timeout_s": 60}  # fmt: skip
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    codes = or1_ranks(2, arguments(run_dir, **settings), log, timeout=350)
+    codes = or1_ranks(2, arguments(run_dir, rollout__verify_every=1, **SETTINGS), log, timeout=350)
     assert codes == [0, 0], Path(f"{log}.0").read_text()[-3000:]
     steps = lines(run_dir)[1:]
     assert len(steps) == 4 and all(line["mismatch/check_max"] < 1e-3 for line in steps)
@@ -29,3 +32,31 @@ def test_two_ranks_share_a_server_and_its_log_probs_follow_every_push(tmp_path: 
     for step in range(1, 5):
         rows = pq.read_table(run_dir / "rollouts" / f"step_{step}.parquet").to_pylist()
         assert len(rows) == 16 and {row["version"] for row in rows} == {step - 1}
+
+
+@pytest.mark.timeout(500)
+def test_f15_a_server_that_dies_under_two_ranks_ends_the_run_and_the_same_command_resumes(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    # So many responses that the rollout after the first step is not over before the server is dead.
+    command = arguments(run_dir, stage__0__prompts_per_step=8, stage__0__group_size=32, **SETTINGS)
+    with started(or1_command, 2, command, str(log)) as ranks:
+        deadline = time.monotonic() + 200
+        while not (run_dir / "rollouts" / "step_1.parquet").exists() or len(lines(run_dir)) < 2:
+            assert time.monotonic() < deadline and ranks[0][0].is_alive(), Path(f"{log}.0").read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(server_of(ranks[0][0].pid), signal.SIGKILL)
+        codes = exit_codes(ranks, 60)
+    # A rank may hear of the other's end before it notices.
+    assert 70 in codes and set(codes) <= {70, 75}
+    text = "".join(Path(f"{log}.{rank}").read_text() for rank in range(2))
+    assert "responses were open. Run the same command: training resumes from the newest checkpoint" in text
+    assert or1_ranks(2, command, log, timeout=200) == [0, 0], Path(f"{log}.0").read_text()[-3000:]
+    assert "resumed after step 1" in Path(f"{log}.0").read_text()
+    assert [line["step"] for line in lines(run_dir)] == list(range(5))
+
+
+def server_of(trainer: int) -> int:
+    """Process id of the vLLM server that a trainer started."""
+    children = ["ps", "-o", "pid=,args=", "--ppid", str(trainer)]
+    rows = subprocess.run(children, capture_output=True, text=True, check=True).stdout.splitlines()
+    return next(int(row.split()[0]) for row in rows if "or1.rollout.vllm_process" in row)
