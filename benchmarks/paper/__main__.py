@@ -1,6 +1,6 @@
 """The report's study in miniature; see `benchmarks.paper`.
 
-    python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--lr 3e-4] [--jobs N] [--device cpu] [--work DIR]
+    python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--lr 1e-4] [--jobs N] [--device cpu] [--work DIR]
 
 Writes OUT_DIR/README.md, its plots and study.json. Every finished run is kept in the work folder, so a study that was
 stopped goes on where it was.

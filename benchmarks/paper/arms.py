@@ -18,7 +18,7 @@ from benchmarks.paper.task import LONGEST, SHORT
 FIRST_SEED = 101
 STEPS = 50
 PROMPTS = 32
-LR = 3e-4
+LR = 1e-4
 EVALUATIONS = 5
 ADAPTIVE = {"control": "adaptive", "target": 0.15, "delta": 0.02, "coef_max": 0.25}
 

@@ -98,8 +98,9 @@ def test_an_arm_runs_and_its_page_shows_it(root: Path, tmp_path: Path, monkeypat
     assert (tmp_path / "out" / "C0.svg").read_text().startswith("<?xml")
 
 
-def test_the_committed_verdicts_follow_from_the_committed_runs(root: Path) -> None:
-    folder = root / "benchmarks" / "results" / "paper"
+@pytest.mark.parametrize("name", ["paper", "paper-lr3e-4"])
+def test_the_committed_verdicts_follow_from_the_committed_runs(name: str, root: Path) -> None:
+    folder = root / "benchmarks" / "results" / name
     study, text = json.loads((folder / "study.json").read_text()), (folder / "README.md").read_text()
     records = {(run["arm"], run["seed"]): run for run in study["runs"]}
     assert {run["arm"] for run in study["runs"]} == {name for claim in CLAIMS for name in claim.arms}

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from or1.cli import _parser
 
@@ -20,18 +19,12 @@ def test_python_blocks_run(readme: str) -> None:
     # Those of the integrations run in tests/integrations/test_readme.py, with the libraries they need.
     blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "or1.integrations" not in b]
     assert blocks
-    torch.manual_seed(0)
     for block in blocks:
-        names = {
-            "hidden": torch.randn(5, 8, requires_grad=True),
-            "weight": torch.randn(11, 8, requires_grad=True),
-            "targets": torch.randint(11, (5,)),
-            "advantages": torch.randn(5),
-            "mask": torch.tensor([1.0, 1, 0, 1, 1]),
-        }
+        names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)
-        names["loss"].backward()
-        assert names["hidden"].grad.abs().sum() > 0 and names["logp"].shape == (5,)
+        if "linear_policy_loss" in block:
+            names["loss"].backward()
+            assert names["hidden"].grad.abs().sum() > 0 and names["logp"].shape == names["targets"].shape
 
 
 def test_commands_parse_and_examples_exist(readme: str, root: Path) -> None:
