@@ -18,7 +18,7 @@ from or1.data import load_eval_sets
 from or1.evaluate import RIGHT, EvalResult, Outcome, by_source, mean_reward, pass_ks, summarise_set
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
-from or1.offline.sample import fingerprint, part_size, sample_parts
+from or1.offline.sample import inputs_of, part_size, sample_parts, there_already
 from or1.offline.source import Source, open_source
 from or1.offline.store import PartStore, move_aside
 from or1.offline.tables import print_evaluation
@@ -79,13 +79,12 @@ def _evaluate(
     (source, scorer), (out, bar) = tools, shown
     settings = {
         "model": source.model,
-        "problems": fingerprint(prompts),
         "samples": each.samples,
         "temperature": each.temperature,
         "top_p": each.top_p,
         "max_response_tokens": config.eval_max_response_tokens,
         "seed": config.seed,
-        "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
+        **inputs_of(config, prompts),
     }
     final = out / "transcripts" / f"{each.name}.parquet"
     size = part_size(config, source.engine, each.samples)
@@ -98,7 +97,9 @@ def _evaluate(
     def progress(done: int, total: int) -> None:
         bar.show(each.name, done, total)
 
-    sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=rows_of, progress=progress)
+    there = sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=rows_of, progress=progress)
+    if line := there_already(each.name, there, len(prompts) * each.samples):
+        bar.message(line)
     store.merge()
     return [outcome for table in store.tables(_COUNTED) for outcome in _outcomes(table.to_pylist(), each.samples)]
 

@@ -14,7 +14,7 @@ from or1.data import load_training_files
 from or1.evaluate import Outcome
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
-from or1.offline.sample import fingerprint, part_size, sample_parts
+from or1.offline.sample import inputs_of, part_size, sample_parts, there_already
 from or1.offline.source import open_source
 from or1.offline.store import PartStore, move_aside
 from or1.offline.tables import print_difficulty
@@ -53,13 +53,12 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
         limit = config.filter_max_response_tokens
         depends_on = {
             "model": source.model,
-            "problems": fingerprint(prompts),
             "samples": settings.samples,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_response_tokens": limit,
             "seed": config.seed,
-            "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
+            **inputs_of(config, prompts),
         }
         store = PartStore(parts, out, depends_on, DIFFICULTY, part_size(config, source.engine, settings.samples))
         sampling = Sampling(settings.temperature, limit, settings.samples, config.seed, top_p=settings.top_p)
@@ -68,7 +67,9 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
             bar.show("filter", done, total)
 
         with make_scorer(config.reward, prompts) as scorer:
-            sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
+            there = sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
+        if line := there_already("filter", there, len(prompts) * settings.samples):
+            bar.message(line)
     store.merge()
     _summarise(config, store, out)
     return out

@@ -49,3 +49,8 @@ class RewardConfig(Section):
     overlong_penalty: float = Field(1.0, gt=0)
     """Penalty of a response that fills the limit."""
     code: CodeRewardConfig = CodeRewardConfig()
+
+    @property
+    def is_function(self) -> bool:
+        """Whether `kind` names a function of the user's own."""
+        return ":" in self.kind

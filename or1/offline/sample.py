@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from or1.config import Config
 from or1.offline.store import PartStore
 from or1.reward.base import Scorer
+from or1.reward.custom import file_of
 from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, collect
 from or1.types import Group, Prompt
@@ -39,17 +41,19 @@ def sample_parts(
     *,
     rows_of: Callable[[Group], Iterable[dict[str, Any]]],
     progress: Progress,
-) -> None:
-    """Fill `store` with `rows_of` every group. Parts that it has are not sampled again.
+) -> int:
+    """Fill `store` with `rows_of` every group; returns how many responses were there. Their parts stay as they are.
 
     Each part has its own seed and always the same prompts, so a run that was killed ends with the samples of one that
     was not, as far as the engine repeats itself under a seed.
     """
-    total = len(prompts) * sampling.samples
+    total, there = len(prompts) * sampling.samples, 0
     for index, start in enumerate(range(0, len(prompts), store.size)):
         part = prompts[start : start + store.size]
         before = start * sampling.samples
-        if index not in store:
+        if index in store:
+            there += len(part) * sampling.samples
+        else:
             seed = int(np.random.SeedSequence([sampling.seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
             def shown(done: int, _: int, before: int = before) -> None:
@@ -58,13 +62,37 @@ def sample_parts(
             groups = collect(engine, scorer, part, replace(sampling, seed=seed), shown).groups
             store.write(index, [row for group in groups for row in rows_of(group)])
         progress(before + len(part) * sampling.samples, total)
+    return there
 
 
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """sha256 of everything about the prompts that their responses and scores depend on."""
+def there_already(name: str, there: int, total: int) -> str:
+    """The line that says that old results are used; empty if there are none."""
+    return f"{name}: {there:,} of {total:,} responses were there already" if there else ""
+
+
+def inputs_of(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
+    """What the scores of the prompts depend on beside how responses are sampled, for the settings of a PartStore.
+
+    Of a function of the user's own that is its file too, but not what that file imports.
+    """
+    reward = config.reward
+    file = file_of(reward.kind) if reward.is_function else None
+    return {
+        "problems": fingerprint(prompts, reward.is_function),
+        "reward": reward.model_dump(mode="json", exclude={"workers"}),
+        "reward_file": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+
+
+def fingerprint(prompts: Iterable[Prompt], columns: bool = False) -> str:
+    """sha256 of everything about the prompts that their responses and scores depend on.
+
+    columns  the rows' other columns too, which a function of the user's own may read
+    """
     digest = hashlib.sha256()
     for prompt in prompts:
-        for part in (prompt.id, prompt.text, repr(prompt.golds), repr(prompt.tests)):
+        row = [json.dumps(prompt.row, default=str)] if columns else []
+        for part in (prompt.id, prompt.text, repr(prompt.golds), repr(prompt.tests), *row):
             digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
         digest.update(prompt.token_ids.tobytes())
     return digest.hexdigest()

@@ -22,7 +22,7 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None) -
     from or1.reward.base import ScorerError
     from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
 
-    if ":" in config.kind:
+    if config.is_function:
         return CustomScorer(
             config.kind, workers=config.workers, timeout_s=config.timeout_s,
             grade_truncated=config.grade_truncated is not False,

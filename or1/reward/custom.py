@@ -22,6 +22,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def load(path: str) -> tuple[Callable[..., Any], str]:
     if not callable(function):
         raise RewardFunctionError(f"{place} has no function {name!r}; it has {_callables(module)}")
     return function, form_of(function)
+
+
+def file_of(path: str) -> Path | None:
+    """The file that holds the function of such a path, without importing anything; None if it is not found."""
+    place = path.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place) if Path(place).is_file() else None
+    origin, folders = None, None
+    for part in place.split("."):
+        spec = PathFinder.find_spec(part, folders)
+        if spec is None:
+            return None
+        origin, folders = spec.origin, list(spec.submodule_search_locations or ())
+    return Path(origin) if origin is not None and Path(origin).is_file() else None
 
 
 def form_of(function: Callable[..., Any]) -> str:

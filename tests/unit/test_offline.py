@@ -20,6 +20,7 @@ from or1.eval_run import run_evaluation
 from or1.filter_run import run_filter
 from or1.offline.store import PartStore, StoreError
 from or1.offline.target import Target, resolve_target
+from or1.reward.custom import file_of
 from or1.rollout.base import Sampling
 from or1.rollout.endpoint import EndpointEngine, EndpointError
 from or1.types import Prompt
@@ -217,6 +218,46 @@ def test_a_server_is_evaluated_and_filtered_with(
     assert counts[0]["truncated"] == 6 and counts[0]["passes"] == 0
     assert all(row["pass_rate"] == row["passes"] / 6 for row in counts) and any(0 < row["passes"] < 6 for row in counts)
     assert "keep_difficulty = [1, 5] keeps" in capsys.readouterr().out
+
+
+REWARD = """
+def reward(completions, points, **kwargs):
+    return [float({pays}) for _ in completions]
+"""
+
+
+def test_scores_of_a_changed_function_or_column_are_not_used_again(
+    server: Server, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function, data = tmp_path / "rewards.py", tmp_path / "sums.jsonl"
+    rows = [{"question": f"{n}+{n}=", "answer": str(2 * n), "points": n % 2} for n in range(3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f'reward.kind="{function}:reward"', "reward.require_think_close=false", "reward.workers=1"]
+
+    def average(pays: str, fresh: bool = False) -> float:
+        function.write_text(REWARD.format(pays=pays))
+        target = resolve_target(server.url, str(recipe), overrides, None)
+        return run_evaluation(target, fresh)["sets"]["sums"]["avg@4"]
+
+    assert average("points[0]") == pytest.approx(1 / 3)
+    assert "there already" not in capsys.readouterr().out
+    assert average("points[0]") == pytest.approx(1 / 3)
+    assert "sums: 12 of 12 responses were there already" in capsys.readouterr().out
+    with pytest.raises(StoreError, match=r"other settings \(reward_file\)"):
+        average("1")
+    data.write_text("".join(json.dumps(row | {"points": 1}) + "\n" for row in rows))
+    with pytest.raises(StoreError, match=r"other settings \(problems\)"):
+        average("points[0]")
+    assert average("points[0]", fresh=True) == 1.0
+
+
+def test_a_function_is_found_in_its_file_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "rewards_for_tests" / "deep"
+    package.mkdir(parents=True)
+    (package / "own.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert file_of("rewards_for_tests.deep.own:f") == file_of(f"{package}/own.py:f") == package / "own.py"
+    assert file_of("rewards_for_tests.absent:f") is None and file_of(f"{package}/absent.py:f") is None
 
 
 # --- targets
