@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from or1 import __version__
+from or1.config import Config
 from or1.config_load import ConfigError, load_config
 
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
@@ -142,7 +143,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from or1.display import print_plan
 
         print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.files])
-        return 0
+        return _guarded(lambda: _try_reward_function(config))
     if arguments.nproc is not None and "RANK" not in os.environ:
         from or1.local_ranks import run_ranks
 
@@ -151,6 +152,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from or1.launch import launch
 
     return _guarded(lambda: launch(config, fresh=arguments.fresh))
+
+
+def _try_reward_function(config: Config) -> None:
+    """Load a function of the user's own once; the other rewards have been checked with the config."""
+    if config.reward.is_function:
+        from or1.reward import make_scorer
+
+        make_scorer(config.reward.model_copy(update={"workers": 1})).close()
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -234,7 +243,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
     # By name, because their modules import torch.
-    codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE}
+    codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE,
+             "RewardFunctionError": EXIT_USAGE}  # fmt: skip
     try:
         action()
     except ConfigError:

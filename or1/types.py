@@ -105,10 +105,14 @@ class Response:
 
 @dataclass(frozen=True)
 class Score:
-    """Reward of one response and why. A reward of NaN is none: the response is left out of its group."""
+    """Reward of one response and why. A reward of NaN is none: the response is left out of its group.
+
+    cause  of a crash, for a person
+    """
 
     reward: float
     status: Status
+    cause: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

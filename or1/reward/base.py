@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol, Self
 
-from or1.types import Prompt, Response, Score
+from or1.types import Group, Prompt, Response, Score, Status
 
 
 class ScorerError(ValueError):
-    """A scorer that cannot work at all, found before the first response: the message names the cause and a remedy."""
+    """A scorer that cannot work at all: the message names the cause and a remedy."""
+
+
+class RewardFunctionError(ScorerError):
+    """A function of the user's own that cannot be loaded or called."""
 
 
 class Scorer(Protocol):
@@ -30,3 +36,18 @@ class Scorer(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def require_rewards(step: int, groups: Sequence[Group]) -> None:
+    """Raise ScorerError if grading failed for every response of a step: nothing would ever be learnt."""
+    scores = [score for group in groups for score in group.scores]
+    counts = Counter(score.status for score in scores)
+    crashes, timeouts = counts[Status.CRASH], counts[Status.TIMEOUT]
+    if not scores or crashes + timeouts < len(scores):
+        return
+    last = next((f"; the last crash: {score.cause}" for score in reversed(scores) if score.cause), "")
+    raise ScorerError(
+        f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind failed for "
+        f"{crashes} and took over reward.timeout_s for {timeouts}{last}. Mend it, or raise the limit; the same command "
+        "goes on"
+    )

@@ -26,13 +26,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from or1.reward.base import RewardFunctionError
 from or1.types import Score, Status
 
 Job = Mapping[str, Any]
-
-
-class RewardFunctionError(ValueError):
-    """A reward function that cannot be loaded or called."""
 
 
 def begin(options: Mapping[str, Any]) -> None:
@@ -51,9 +48,12 @@ def grade_job(job: Job) -> Score:
 
 
 def load(path: str) -> tuple[Callable[..., Any], str]:
-    """The function "module:function" or "path/file.py:function" names, and its form. Raises RewardFunctionError."""
+    """The function "module:function" or "path/file.py:function" names, and its form. Raises RewardFunctionError.
+
+    Whatever else its module raises when it is imported comes through.
+    """
     place, _, name = path.rpartition(":")
-    module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
     function = getattr(module, name, None)
     if not callable(function):
         raise RewardFunctionError(f"{place} has no function {name!r}; it has {_callables(module)}")
@@ -82,7 +82,8 @@ def form_of(function: Callable[..., Any]) -> str:
             return form
     raise RewardFunctionError(
         f"the parameters of {getattr(function, '__name__', function)}({', '.join(sorted(names))}) are of no known "
-        "form; name one of completions (TRL), solution_str (verl), completion (verifiers), queries (OpenRLHF)"
+        "form; name completions (TRL), prompt and completions (AReaL), solution_str (verl), solution_strs (verl in "
+        "batches), queries (OpenRLHF) or completion (verifiers)"
     )
 
 
@@ -106,6 +107,17 @@ def _module_of_file(path: Path) -> Any:
     sys.path.insert(0, str(path.parent.resolve()))
     spec.loader.exec_module(module)
     return module
+
+
+def _module_of_name(place: str) -> Any:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        # A module that is there may lack one of its own imports, which is another matter.
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise RewardFunctionError(f"no module {error.name!r}; install it, put its folder into PYTHONPATH, or name the "
+                                  'file as "path/file.py:function"') from error
 
 
 def _callables(module: Any) -> str:

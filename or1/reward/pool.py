@@ -24,7 +24,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from or1.reward.base import ScorerError
+from or1.reward.base import RewardFunctionError, ScorerError
+from or1.reward.worker import READY
 from or1.types import Score, Status
 
 START_LIMIT_S = 120.0
@@ -49,7 +50,7 @@ class WorkerPool:
                         then graded once. 0 grades every job
     unscored_faults     a job that times out or crashes has no reward (NaN) instead of 0
 
-    Raises ScorerError if a worker cannot start.
+    Raises ScorerError if a worker cannot start, RewardFunctionError if `begin` fails.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._memo: OrderedDict[bytes, Score] = OrderedDict()
         self._running: dict[bytes, Future[Score]] = {}
-        self._jobs: queue.SimpleQueue[tuple[bytes, float, Future[Score]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[bytes, float, str, Future[Score]] | None] = queue.SimpleQueue()
         self._closed = False
         self._crashes = 0
         arguments = [grader, json.dumps(dict(options or {})), str(memory_limit_bytes)]
@@ -84,8 +85,10 @@ class WorkerPool:
             self._threads.append(threading.Thread(target=self._serve, args=(worker,), name="or1-reward", daemon=True))
             self._threads[-1].start()
 
-    def submit(self, job: Mapping[str, Any], limit_s: float) -> Future[Score]:
+    def submit(self, job: Mapping[str, Any], limit_s: float, name: str = "") -> Future[Score]:
         """Start grading one job, JSON but for values that str() then makes so; limit_s counts from when it starts.
+
+        name  what a report of a crash calls the job; by default its JSON
 
         Raises RuntimeError after `close`.
         """
@@ -102,7 +105,7 @@ class WorkerPool:
             future.set_running_or_notify_cancel()
             if self._memo_size:
                 self._running[message] = future
-            self._jobs.put((message, limit_s, future))
+            self._jobs.put((message, limit_s, name, future))
         return future
 
     def close(self) -> None:
@@ -128,16 +131,16 @@ class WorkerPool:
 
     def _serve(self, worker: _Worker) -> None:
         while (item := self._jobs.get()) is not None:
-            message, limit_s, future = item
+            message, limit_s, name, future = item
             if self._closed:
                 status, reward, cause = Status.CRASH, None, "the scorer was closed"
             else:
                 status, reward, cause = worker.ask(message, limit_s)
             if status in (Status.TIMEOUT, Status.CRASH) and reward is None:
                 reward = self._fault_reward
-            self._finish(message, future, Score(math.nan if reward is None else reward, status), cause)
+            self._finish(message, name, future, Score(math.nan if reward is None else reward, status, cause))
 
-    def _finish(self, message: bytes, future: Future[Score], score: Score, cause: str) -> None:
+    def _finish(self, message: bytes, name: str, future: Future[Score], score: Score) -> None:
         with self._lock:
             self._running.pop(message, None)
             if self._memo_size and score.status not in (Status.TIMEOUT, Status.CRASH):
@@ -147,7 +150,7 @@ class WorkerPool:
             self._crashes += score.status is Status.CRASH
             report = score.status is Status.CRASH and self._crashes <= _LOGGED_CRASHES and not self._closed
         if report:
-            _log.warning("grading %.300s crashed: %s", message.decode(), cause)
+            _log.warning("grading %.300s crashed: %s", name or message.decode(), score.cause)
         future.set_result(score)
 
 
@@ -179,11 +182,15 @@ class _Worker:
             theirs.close()
 
     def await_ready(self) -> None:
-        """Wait until the process takes jobs. Raises ScorerError if it ends before or takes over START_LIMIT_S."""
+        """Wait until the process takes jobs.
+
+        Raises ScorerError if it ends before or takes over START_LIMIT_S, RewardFunctionError with what `begin` raised.
+        """
         try:
             if self._socket.poll(START_LIMIT_S):
-                self._socket.recv_bytes()
-                return
+                if (said := self._socket.recv_bytes()) == READY:
+                    return
+                raise RewardFunctionError(f"reward.kind: {said.decode()}")
             self.kill()
             fate = f"was not ready after {START_LIMIT_S:.0f} s"
         except (EOFError, OSError):

@@ -18,6 +18,8 @@ from or1.types import Prompt, Response, Score, Status
 
 MATH_MEMORY_BYTES = 2 << 30
 """Address space of a process that grades mathematics."""
+_SHOWN = 80
+"""Characters of an answer's beginning and of its end in a report of a crash."""
 
 class _PoolScorer:
     """A scorer on a WorkerPool of its own."""
@@ -71,7 +73,8 @@ class MathScorer(_PoolScorer):
         found = math.screen(response.text, prompt.golds, require_think_close=self._require_think_close)
         if isinstance(found, Score):
             return done(found)
-        return self._pool.submit({"box": found, "golds": prompt.golds}, self._timeout_s)
+        job = {"box": found, "golds": prompt.golds}
+        return self._pool.submit(job, self._timeout_s, _name(prompt, f"\\boxed{{{found}}}"))
 
 
 class CodeScorer(_PoolScorer):
@@ -105,7 +108,7 @@ class CodeScorer(_PoolScorer):
         count = max(len(prompt.tests.inputs), prompt.tests.script.count("assert")) if prompt.tests else 1
         job = {"program": program, "tests": tests, "settings": asdict(self._settings)}
         # The grader keeps the limits itself; this one is for a grader that cannot.
-        return self._pool.submit(job, self._settings.total_s(count) + 3 * START_LIMIT_S)
+        return self._pool.submit(job, self._settings.total_s(count) + 3 * START_LIMIT_S, _name(prompt, program))
 
 
 class CustomScorer(_PoolScorer):
@@ -117,8 +120,8 @@ class CustomScorer(_PoolScorer):
     grade_truncated  False: a response that was cut is Status.TRUNCATED, 0, without a call
 
     None from the function is Status.SKIPPED, an exception Status.CRASH; like a timeout these have no reward, so the
-    response is left out instead of being taught as wrong. Raises ScorerError if the function cannot be loaded or its
-    signature is not recognised.
+    response is left out instead of being taught as wrong. Raises RewardFunctionError if the function cannot be loaded
+    or its signature is not recognised.
     """
 
     def __init__(self, path: str, *, workers: int, timeout_s: float, grade_truncated: bool = True):
@@ -140,7 +143,7 @@ class CustomScorer(_PoolScorer):
             "completion": response.text,
             "completion_ids": response.token_ids.tolist(),
         }
-        return self._pool.submit(job, self._timeout_s)
+        return self._pool.submit(job, self._timeout_s, _name(prompt, response.text))
 
 
 class AutoScorer:
@@ -178,6 +181,12 @@ class AutoScorer:
             if kind not in self._scorers:
                 self._scorers[kind] = self._makers[kind]()
             return self._scorers[kind]
+
+
+def _name(prompt: Prompt, answer: str) -> str:
+    """What a person needs to find a response again: its prompt, and how it begins and ends."""
+    shown = answer if len(answer) <= 2 * _SHOWN else f"{answer[:_SHOWN]} ... {answer[-_SHOWN:]}"
+    return f"{prompt.id} {shown!r}"
 
 
 def kind_of(prompt: Prompt) -> str:

@@ -26,6 +26,12 @@ from or1.types import Score
 JOBS_PER_CHILD = 5000
 """Then a new child is forked, so that what sympy leaks stays bounded."""
 
+_OWN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep, "<frozen ")
+_LIBRARIES = (sys.prefix + os.sep, sys.base_prefix + os.sep)
+
+READY = b"ready"
+"""The first message of a worker that takes jobs; of one that does not, it is what `begin` raised."""
+
 Job = dict[str, Any]
 Grader = Callable[[Job], Score | bool]
 
@@ -48,10 +54,12 @@ def main() -> None:
         begin(json.loads(options))
 
     children = _Children(getattr(module, function_name), prepare, jobs)
-    # The first child shows whether `begin` works at all.
-    children.fork()
     with contextlib.suppress(EOFError, OSError):
-        jobs.send_bytes(b"ready")
+        # The first child shows whether `begin` works at all.
+        problem = children.fork()
+        jobs.send_bytes(problem or READY)
+        if problem:
+            return
         while True:
             jobs.send_bytes(children.ask(jobs.recv_bytes()))
 
@@ -71,15 +79,15 @@ class _Children:
             self._retire()
         self._asked += 1
         try:
-            if self._pid is None:
-                self.fork()
+            if self._pid is None and (problem := self.fork()):
+                return json.dumps(["crash", None, problem.decode()]).encode()
             self._pipe.send_bytes(job)
             return self._pipe.recv_bytes()
         except (EOFError, OSError):
             return self._obituary()
 
-    def fork(self) -> None:
-        """Make a child and wait until it is prepared. Raises EOFError if it is not."""
+    def fork(self) -> bytes:
+        """Make a child and wait until it is prepared; returns why it is not, or nothing. Raises EOFError if it died."""
         self._pipe, theirs = Pipe()
         self._pid, self._asked = os.fork(), 0
         if self._pid == 0:
@@ -87,7 +95,11 @@ class _Children:
             self._jobs.close()
             _grade_jobs(theirs, self._grader, self._prepare)
         theirs.close()
-        self._pipe.recv_bytes()
+        said = self._pipe.recv_bytes()
+        if said == READY:
+            return b""
+        self._retire()
+        return said
 
     def _retire(self) -> None:
         self._pipe.close()
@@ -109,21 +121,41 @@ def _grade_jobs(pipe: Connection, grader: Grader, prepare: Callable[[], None]) -
     """The child's life. Ends at a closed pipe, never returns."""
     code = 1
     try:
-        prepare()
-        pipe.send_bytes(b"ready")
-        while True:
+        problem = _prepared(prepare)
+        pipe.send_bytes(problem or READY)
+        while not problem:
             limit_s, _, job = pipe.recv_bytes().partition(b" ")
             # The kernel's timer also ends code that holds the GIL, and a child whose trainer was killed.
             signal.setitimer(signal.ITIMER_REAL, float(limit_s))
             reply = _reply(grader, json.loads(job))
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send_bytes(json.dumps(reply).encode())
+        code = 0
     except (EOFError, OSError):
         code = 0
     finally:
         if code:
             traceback.print_exc()
         os._exit(code)
+
+
+def _prepared(prepare: Callable[[], None]) -> bytes:
+    try:
+        prepare()
+    except Exception as error:  # noqa: BLE001  the process boundary: the other side raises it in its own words
+        return cause_of(error).encode()
+    return b""
+
+
+def cause_of(error: Exception) -> str:
+    """An error with the last place in the user's own code, else in a library; or1's messages say enough themselves."""
+    if type(error).__module__.startswith("or1."):
+        return str(error)
+    name = type(error).__name__
+    text = f"{name}: {error}" if str(error) else name
+    others = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN)]
+    places = [f for f in others if not f.filename.startswith(_LIBRARIES)] or others
+    return f"{text} ({places[-1].filename}:{places[-1].lineno}, in {places[-1].name})" if places else text
 
 
 def _limit_memory(limit: int) -> None:
@@ -137,7 +169,7 @@ def _reply(grader: Grader, job: Job) -> tuple[str, float | None, str]:
     try:
         verdict = grader(job)
     except Exception as error:  # noqa: BLE001  the process boundary: whatever a grader raises becomes a counted status
-        return "crash", None, f"{type(error).__name__}: {error}"
+        return "crash", None, cause_of(error)
     if isinstance(verdict, Score):
         # JSON has no NaN; None is a response without a reward.
         return verdict.status.value, verdict.reward if math.isfinite(verdict.reward) else None, ""

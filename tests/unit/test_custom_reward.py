@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from or1.advantage import group_advantages
+from or1.cli import main
 from or1.config import RewardConfig
 from or1.filters import has_advantage
 from or1.reward import custom, make_scorer
-from or1.reward.base import ScorerError
+from or1.reward.base import ScorerError, require_rewards
 from or1.step_metrics import rollout_metrics
 from or1.types import Group, Prompt, Response, Score, Status
 
@@ -159,7 +160,8 @@ def test_exceptions_hangs_and_nothing_are_counted_and_never_zero(functions: Path
         scores = [f.result(timeout=60) for f in [scorer.submit(PROMPT, response(order)) for order in orders]]
     assert [s.status.value for s in scores] == ["ok", "crash", "crash", "timeout", "skipped", "wrong", "ok"]
     assert [s.reward for s in scores if not math.isnan(s.reward)] == [1.0, -2.5, 1.0]
-    assert "KeyError: 'apples'" in caplog.text
+    assert f"grading t:1 'raise' crashed: KeyError: 'apples' ({functions}:50, in orders)" in caplog.text
+    assert scores[1].cause.startswith("KeyError: 'apples'")
 
     group = Group(PROMPT, tuple(response(order) for order in orders), tuple(scores))
     metrics = rollout_metrics([group])
@@ -186,17 +188,32 @@ def test_cut_responses_go_to_the_function_unless_told_otherwise(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("{file}:unknown", "ended with code 1 before it was ready"),
-        ("{file}:absent", "ended with code 1 before it was ready"),
+        ("{file}:unknown", "are of no known form; name completions (TRL), prompt and completions (AReaL), solution_str"),
+        ("{file}:absent", "has no function 'absent'; it has trl, trl_chat,"),
+        ("no_such_module.at_all:f", "no module 'no_such_module'; install it"),
+        ("{file.parent}/broken.py:f", "KeyError: 'pears' ({file.parent}/broken.py:2, in <module>)"),
     ],
 )
-def test_a_function_that_cannot_be_used_is_an_error_before_training(
-    kind: str, message: str, functions: Path, capfd: pytest.CaptureFixture[str]
+def test_a_function_that_cannot_be_used_is_one_message_before_training(
+    kind: str, message: str, functions: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ScorerError, match=message):
-        make_scorer(RewardConfig(kind=kind.format(file=functions), workers=1))
-    reason = capfd.readouterr().err
-    assert "are of no known form; name one of completions (TRL)" in reason or "has no function 'absent'" in reason
+    (functions.parent / "broken.py").write_text("\n{}['pears']\n")
+    named = kind.format(file=functions)
+    command = ["train", str(root / "examples/quickstart.toml"), "--dry-run", "--set", f"reward.kind={named}"]
+    model, data = root / "examples/tiny-adder", root / "examples/tiny-adder/train.jsonl"
+    assert main([*command, "--set", f"model.path={model}", "--set", f"data.train={data}", "--set", "eval.sets=[]"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("or1: reward.kind: "), said
+    assert message.format(file=functions) in said[0]
+
+
+def test_a_step_whose_every_reward_fails_stops_the_run(functions: Path) -> None:
+    scores = (Score(math.nan, Status.CRASH, "KeyError: 'apples'"), Score(math.nan, Status.TIMEOUT))
+    group = Group(PROMPT, (response("a"), response("b")), scores)
+    with pytest.raises(ScorerError, match=r"none of the 4 responses of step 3 .* failed for 2 .* KeyError: 'apples'"):
+        require_rewards(3, [group, group])
+    require_rewards(3, [group, Group(PROMPT, group.responses, (scores[0], Score(0.0, Status.WRONG)))])
+    require_rewards(3, [])
 
 
 def test_unscored_responses_count_for_nothing_in_their_group() -> None:
