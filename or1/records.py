@@ -19,6 +19,8 @@ _LINE = (
     (" grad {}", "optim/grad_norm", "short", 5), (" {} tok/s", "perf/tokens_per_s", "count", 5),
 )  # fmt: skip
 
+_FAILURES = (("crash {}", "reward/status/crash"), ("timeout {}", "reward/status/timeout"))
+
 Record = Mapping[str, Any]
 
 
@@ -102,6 +104,9 @@ def plain_line(record: Record, step: int, total: int, left: float | None) -> str
         value = number(record.get(key))
         if math.isfinite(value):
             cells.append(words.format(value_text(value, kind).rjust(width)))
+    for words, key in _FAILURES:
+        if (share := number(record.get(key), 0.0)) > 0:
+            cells.append(words.format(value_text(share, "percent")))
     if left is not None and step < total:
         cells.append(f" left {duration(left).replace(' ', '')}")
     return " ".join(cells)

@@ -41,6 +41,7 @@ from or1.pack import TrainSequence
 from or1.parity import compare_engine
 from or1.records import AVG_KEY
 from or1.reward import make_scorer
+from or1.reward.base import require_rewards
 from or1.rollout import make_engine
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
@@ -172,6 +173,9 @@ class Trainer:
         chosen = self._choose(rollout.groups, stage)
         if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
             self._log_rollouts(number, index, rollout.groups, chosen.advantages_by_group())
+
+        if self.config.reward.is_function:
+            require_rewards(number, rollout.groups)
 
         train_began = time.perf_counter()
         stats = UpdateStats()

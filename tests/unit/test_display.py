@@ -94,6 +94,13 @@ def test_missing_and_nan_values_are_left_out_of_plain_lines():
     assert "nan" not in line and "inf" not in line and "reward" not in line and "kept" not in line
 
 
+def test_rewards_that_fail_stand_in_the_line():
+    console = plain_console()
+    with RunDisplay(12, STAGES, console) as display:
+        display.step(RECORDS[1] | {"step": 2, "reward/status/crash": 0.25, "reward/status/timeout": 0.0})
+    assert "crash 25.0 %" in output(console) and "timeout" not in output(console)
+
+
 def test_a_worst_case_plain_line_still_fits():
     console = plain_console()
     record = RECORDS[1] | {"perf/tokens_per_s": 1.234e7, "completion/len_mean": 32768, "optim/grad_norm": 1.23e-5,

@@ -16,6 +16,8 @@ from or1.dist import SINGLE
 from or1.evaluate import evaluate_set
 from or1.optim import MasterAdamW, OptimizerError
 from or1.reward import make_scorer
+from or1.reward.base import ScorerError
+from or1.types import Score, Status
 
 
 def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Path) -> None:
@@ -37,6 +39,14 @@ def test_a_minibatch_without_rewards_is_left_out_and_the_others_are_trained(tmp_
     chosen = choose([scored, unknown], [True, True], config.loss, config.reward, config.stage[0])
     assert len(minibatches(chosen, config.stage[0])) == 1
     assert learn(trainer_of(config), unscored)["optim/updates"] == 0
+
+
+def test_a_step_without_any_reward_of_an_own_function_stops_the_run(tmp_path: Path) -> None:
+    failed = group([math.nan, math.nan], [response(ZERO, EOS)] * 2)
+    failed = replace(failed, scores=(Score(math.nan, Status.CRASH, "why"),) * 2)
+    trainer = trainer_of(config_of(tmp_path, reward={"kind": "module:function"}))
+    with pytest.raises(ScorerError, match="none of the 4 responses of step 1 .* the last crash: why"):
+        learn(trainer, failed, failed)
 
 
 def test_evaluations_in_a_run_take_the_ks_they_are_given(tmp_path: Path) -> None:
