@@ -108,6 +108,12 @@ def _reward_file_exists(config: Config) -> Iterator[Problem]:
         yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
 
 
+def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
+    if config.reward.is_function and config.reward.require_think_close:
+        yield Problem("reward.require_think_close", "true has no effect with a function of your own, which is given all "
+                      "of the text; remove it, and let the function look for </think>")
+
+
 def _nothing_to_execute(config: Config) -> Iterator[Problem]:
     """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
     folder = Path(config.model.path)
@@ -229,6 +235,7 @@ def _magic_variants_sound(config: Config) -> Iterator[Problem]:
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _files_exist,
     _reward_file_exists,
+    _think_close_is_looked_for,
     _nothing_to_execute,
     _heartbeat_is_shorter,
     _stages_fit,
