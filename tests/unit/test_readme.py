@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from or1.cli import _parser
+from or1.reward import custom
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +16,31 @@ def readme(root: Path) -> str:
     return (root / "README.md").read_text(encoding="utf-8")
 
 
+def python_blocks(readme: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+
+
+def test_the_reward_function_is_one(readme: str, tmp_path: Path) -> None:
+    (block,) = [b for b in python_blocks(readme) if "def reward" in b]
+    (tmp_path / "my_reward.py").write_text(block)
+    custom.begin({"path": f"{tmp_path}/my_reward.py:reward"})
+
+    def paid(completion: str) -> float:
+        row = {"prompt": "6 * 7 =", "answer": "42", "level": 3}
+        return custom.grade_job({"row": row, "prompt": "6 * 7 =", "completion": completion, "completion_ids": [1]}).reward
+
+    assert [paid(text) for text in ("so it is 42", "42 or 43", "?")] == [1.0, 0.1, 0.0]
+
+
+def test_the_forms_of_reward_functions_are_all_named(readme: str) -> None:
+    for form, parameters in custom._SIGNS:
+        named = " and ".join(f"`{name}`" for name in sorted(parameters, key=("prompt", *parameters).index))
+        assert f"\n| {named} | " in readme, form
+
+
 def test_python_blocks_run(readme: str) -> None:
     # Those of the integrations run in tests/integrations/test_readme.py, with the libraries they need.
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "or1.integrations" not in b]
+    blocks = [b for b in python_blocks(readme) if "or1.integrations" not in b and "def reward" not in b]
     assert blocks
     for block in blocks:
         names: dict[str, object] = {}
