@@ -15,7 +15,7 @@ import pyarrow as pa
 from or1.config import Config, EvalSet
 from or1.config_load import dump_config
 from or1.data import load_eval_sets
-from or1.evaluate import RIGHT, EvalResult, Outcome, by_source, mean_reward, pass_ks, summarise_set
+from or1.evaluate import RIGHT, EvalResult, Outcome, best_reward, by_source, mean_reward, pass_ks, summarise_set
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
 from or1.offline.sample import inputs_of, part_size, sample_parts, there_already
@@ -69,7 +69,9 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
         },
     }  # fmt: skip
     (out / "eval.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print_evaluation(results, sources, [f"results: {out / 'eval.json'}, transcripts: {out / 'transcripts'}"])
+    remarks = [line for result in results if config.reward.is_function and (line := result.remark())]
+    where = f"results: {out / 'eval.json'}, transcripts: {out / 'transcripts'}"
+    print_evaluation(results, sources, [*remarks, where])
     return report
 
 
@@ -130,6 +132,7 @@ def _outcomes(rows: Sequence[dict[str, Any]], samples: int) -> Iterator[Outcome]
             tokens=float(np.mean([row["tokens"] for row in group])),
             truncated=sum(row["finish"] != "stop" for row in group),
             statuses=Counter(row["status"] for row in group),
+            best=best_reward(row["reward"] for row in group),
         )
 
 

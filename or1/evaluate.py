@@ -15,7 +15,7 @@ from or1.reward.base import Scorer
 from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, no_progress
 from or1.rollout.spread import collect_spread
-from or1.types import Group, Prompt
+from or1.types import Group, Prompt, Status
 
 RIGHT = 1.0
 """A response counts as right from this reward on, so that a program that passes half of its tests is not."""
@@ -27,6 +27,7 @@ class Outcome:
 
     correct    how many of `samples` were right
     reward     mean reward of those that have one; NaN if none has
+    best       largest of them
     tokens     mean length
     truncated  how many were cut at the limit
     statuses   how many have each `Status`, by its value
@@ -39,6 +40,7 @@ class Outcome:
     tokens: float
     truncated: int
     statuses: Mapping[str, int]
+    best: float = math.nan
 
     @classmethod
     def of(cls, group: Group) -> Outcome:
@@ -51,6 +53,7 @@ class Outcome:
             float(np.mean([len(r.token_ids) for r in group.responses])),
             sum(r.truncated for r in group.responses),
             Counter(score.status.value for score in group.scores),
+            best_reward(group.rewards),
         )
 
 
@@ -58,6 +61,11 @@ def mean_reward(rewards: Sequence[float] | np.ndarray) -> float:
     """Mean without the NaN of responses that have no reward; NaN if all are."""
     given = [reward for reward in rewards if not math.isnan(reward)]
     return float(np.mean(given)) if given else math.nan
+
+
+def best_reward(rewards: Iterable[float]) -> float:
+    """The largest that is not NaN; NaN if all are."""
+    return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,23 @@ class EvalResult:
     length: float
     truncated: float
     statuses: Mapping[str, int]
+    best: float = math.nan
+
+    def count(self, status: Status) -> int:
+        """Responses of one status."""
+        return self.statuses.get(status.value, 0)
+
+    def remark(self) -> str:
+        """What to know of rewards on a scale of the user's own; empty if there is nothing."""
+        if not 0 < self.best < RIGHT:
+            return ""
+        return (f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
+                f"from {RIGHT:g} on, so they say nothing here; scale the rewards, or look at their mean")
 
     def metrics(self) -> dict[str, float]:
         """As metric names."""
+        total = self.problems * self.samples
+        failed = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
         prefix, avg = f"eval/{self.name}", f"eval/{self.name}/avg@{self.samples}"
         return {
             avg: self.avg.value,
@@ -104,6 +126,7 @@ class EvalResult:
             **{f"{prefix}/pass@{k}": estimate.value for k, estimate in self.pass_at.items()},
             f"{prefix}/len_mean": self.length,
             f"{prefix}/truncated": self.truncated,
+            **{f"{prefix}/{name}": share for name, share in failed.items() if share},
         }
 
 
@@ -136,6 +159,7 @@ def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> 
         length=float(np.mean([outcome.tokens for outcome in outcomes])),
         truncated=sum(outcome.truncated for outcome in outcomes) / total,
         statuses=sum((Counter(outcome.statuses) for outcome in outcomes), Counter()),
+        best=best_reward(outcome.best for outcome in outcomes),
     )
 
 

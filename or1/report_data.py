@@ -85,7 +85,7 @@ class RunData:
         """What went wrong over the whole run, by name, as far as it was recorded."""
         shares = {"truncated responses": "completion/truncated", "without an answer": "reward/status/no_answer"}
         shares |= {"verifier timeouts": "reward/status/timeout", "verifier crashes": "reward/status/crash"}
-        shares |= {"without a reward": "reward/status/skipped"}
+        shares |= {"rewards that were None": "reward/status/skipped"}
         counts = {label: self.count(key) for label, key in shares.items() if self.series(key)[0]}
         if self.series("optim/skipped")[0]:
             counts["skipped updates"] = round(self.total("optim/skipped"))

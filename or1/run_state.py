@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from or1.alarms import EntropyWatch
 from or1.config import Config
@@ -18,6 +18,10 @@ from or1.entropy import EntropyController
 from or1.files import write_whole
 from or1.rollout_state import InFlight
 from or1.stages import StageProgress
+from or1.types import Status
+
+if TYPE_CHECKING:
+    from or1.evaluate import EvalResult
 
 # Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
 # So does where the engine runs, and how the ranks share the work.
@@ -71,6 +75,14 @@ class TrainState:
                 f"{limit} updates in a row had a non-finite loss or gradient (optim.max_nonfinite_steps); the weights "
                 "are those before them. Lower optim.lr, or look at the last rollouts for the cause"
             )
+
+    def note_evaluation(self, result: EvalResult, own_function: bool) -> str:
+        """Count what failed in an evaluation; returns a remark on the rewards of an own function, once in a run."""
+        self.totals["eval_crashes"] += result.count(Status.CRASH)
+        self.totals["eval_timeouts"] += result.count(Status.TIMEOUT)
+        remark = result.remark() if own_function and not self.totals["eval_remarks"] else ""
+        self.totals["eval_remarks"] += bool(remark)
+        return remark
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""

@@ -24,12 +24,14 @@ def summarise(
         "aborted at the deadline": state.totals["stragglers"],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
-        "responses without a reward": state.totals[Status.SKIPPED.value],
+        "rewards that were None": state.totals[Status.SKIPPED.value],
         "skipped updates": state.totals["skipped_updates"],
         "empty steps": state.totals["empty_steps"],
         "bad data rows": bad_rows,
         "solved prompts dropped": len(state.solved.dropped),
     }
+    in_evaluations = {"crashes in evaluations": "eval_crashes", "timeouts in evaluations": "eval_timeouts"}
+    counts |= {name: state.totals[key] for name, key in in_evaluations.items() if state.totals[key]}
     if state.totals["graded_truncated"]:
         counts["truncated responses that were graded"] = state.totals["graded_truncated"]
     return Summary(

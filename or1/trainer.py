@@ -277,10 +277,13 @@ class Trainer:
 
             prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
-            metrics |= evaluate_set(
+            result = evaluate_set(
                 self.engine, self.scorer, prompts, settings, limit, pass_k=self.config.eval.pass_k,
                 progress=progress, world=self.world,
-            ).metrics()
+            )
+            metrics |= result.metrics()
+            if remark := self.state.note_evaluation(result, self.config.reward.is_function):
+                self.display.message(remark)
         return metrics | {"time/eval": time.perf_counter() - began}
 
     def _load_reference(self) -> PreTrainedModel | None:

@@ -33,7 +33,8 @@ class RewardConfig(Section):
 
     kind: str = Field("auto", pattern=r"^(auto|math|code|[^:]+:[A-Za-z_][A-Za-z0-9_]*)$")
     """auto: math or code by what each row holds. math: the last \\boxed{} against the gold answer. code: programs
-    against tests. Or a function of your own, "module:function" or "path/file.py:function"."""
+    against tests. Or a function of your own, "module:function" or "path/file.py:function"; a response
+    counts as solved, in accuracy and pass@k, from a reward of 1 on."""
     timeout_s: float = Field(5.0, gt=0)
     """Limit for grading one response in math or by your function; then it counts as a timeout."""
     workers: int = Field(2, ge=1)

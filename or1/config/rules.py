@@ -110,8 +110,8 @@ def _reward_file_exists(config: Config) -> Iterator[Problem]:
 
 def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
     if config.reward.is_function and config.reward.require_think_close:
-        yield Problem("reward.require_think_close", "true has no effect with a function of your own, which is given all "
-                      "of the text; remove it, and let the function look for </think>")
+        yield Problem("reward.require_think_close", "true has no effect with a function of your own, which is given "
+                      "all of the text; remove it, and let the function look for </think>")
 
 
 def _nothing_to_execute(config: Config) -> Iterator[Problem]:

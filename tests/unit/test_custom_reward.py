@@ -188,7 +188,7 @@ def test_cut_responses_go_to_the_function_unless_told_otherwise(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("{file}:unknown", "are of no known form; name completions (TRL), prompt and completions (AReaL), solution_str"),
+        ("{file}:unknown", "are of no known form; name completions (TRL), prompt and completions (AReaL)"),
         ("{file}:absent", "has no function 'absent'; it has trl, trl_chat,"),
         ("no_such_module.at_all:f", "no module 'no_such_module'; install it"),
         ("{file.parent}/broken.py:f", "KeyError: 'pears' ({file.parent}/broken.py:2, in <module>)"),

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from or1.config import Config
 from or1.evaluate import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
+from or1.run_state import TrainState
+from or1.summary import summarise
 from or1.types import Group, Prompt, Response, Score, Status
 
 
 def outcome(correct: int, samples: int = 4, source: str = "s") -> Outcome:
-    return Outcome(source, samples, correct, correct / samples, 10.0, 1, {"ok": correct, "wrong": samples - correct})
+    return Outcome(source, samples, correct, correct / samples, 10.0, 1,
+                   {"ok": correct, "wrong": samples - correct}, float(correct > 0))  # fmt: skip
 
 
 @pytest.mark.parametrize(("samples", "correct"), [(1, 0), (1, 1), (6, 0), (6, 2), (6, 6), (7, 3)])
@@ -67,3 +73,24 @@ def test_half_of_the_tests_is_not_right() -> None:
     scores = (Score(0.5, Status.WRONG), Score(1.0, Status.OK), Score(0.0, Status.TRUNCATED))
     found = Outcome.of(Group(Prompt("i", "s", "q", np.arange(2), ("1",)), (response,) * 3, scores))
     assert (found.correct, found.samples, found.reward, found.tokens, found.truncated) == (1, 3, 0.5, 3.0, 3)
+
+
+def test_crashes_and_timeouts_of_an_evaluation_are_recorded_where_there_are_some() -> None:
+    failing = replace(outcome(2), statuses={"ok": 2, "crash": 1, "timeout": 1})
+    metrics = summarise_set("x", [failing, replace(outcome(3), statuses={"ok": 3, "crash": 1})], [1]).metrics()
+    assert (metrics["eval/x/crash"], metrics["eval/x/timeout"]) == (0.25, 0.125)
+    assert not {"eval/x/crash", "eval/x/timeout"} & summarise_set("x", [outcome(2)], [1]).metrics().keys()
+
+
+def test_rewards_on_a_scale_below_one_are_remarked_once_in_a_run(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path), model={"path": "m"})
+    state = TrainState.start(config)
+    low, failing = replace(outcome(0), best=0.5), replace(outcome(0), best=math.nan, statuses={"crash": 4})
+    result = summarise_set("x", [low, failing], [1])
+    assert state.note_evaluation(summarise_set("x", [replace(low, best=0.0)], [1]), True) == ""
+    assert "x: the best reward is 0.5, but accuracy" in state.note_evaluation(result, True)
+    assert state.note_evaluation(result, True) == "" == TrainState.start(config).note_evaluation(result, False)
+    assert summarise_set("x", [low, outcome(1)], [1]).remark() == ""
+    counts = summarise(config, state, 0).counts
+    assert counts["crashes in evaluations"] == 8 and "timeouts in evaluations" not in counts
+    assert counts["rewards that were None"] == 0

@@ -26,8 +26,8 @@ def test_the_reward_function_is_one(readme: str, tmp_path: Path) -> None:
     custom.begin({"path": f"{tmp_path}/my_reward.py:reward"})
 
     def paid(completion: str) -> float:
-        row = {"prompt": "6 * 7 =", "answer": "42", "level": 3}
-        return custom.grade_job({"row": row, "prompt": "6 * 7 =", "completion": completion, "completion_ids": [1]}).reward
+        job = {"prompt": "6 * 7 =", "completion": completion, "completion_ids": [1]}
+        return custom.grade_job(job | {"row": {"prompt": "6 * 7 =", "answer": "42", "level": 3}}).reward
 
     assert [paid(text) for text in ("so it is 42", "42 or 43", "?")] == [1.0, 0.1, 0.0]
 
