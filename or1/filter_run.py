@@ -45,7 +45,7 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
     with Bar() as bar, open_source(config) as source:
         if fresh and (message := move_aside(parts)):
             bar.message(message)
-        loaded = load_training_files(config.data, source.tokenizer)
+        loaded = load_training_files(config, source.tokenizer)
         for line in (line for report in loaded.reports for line in report.lines()):
             bar.message(line)
         # A file that is named twice to count twice need be measured once only.

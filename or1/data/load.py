@@ -75,6 +75,7 @@ def load_prompts(
     prompt_suffix: str = "",
     max_bad_fraction: float = 0.01,
     difficulty: DifficultyFilter | None = None,
+    answers: bool = True,
 ) -> PromptSet:
     r"""Read JSONL, JSON-array and parquet files of problems with their answers.
 
@@ -89,10 +90,11 @@ def load_prompts(
     prompt_suffix      put after the question (of messages: after the last user message), as it is
     max_bad_fraction   limit for each file
     difficulty         which problems to keep by how often a model solves them; None keeps all
+    answers            False: a file that has none is taken too, for a reward that needs none
 
     Raises DataError for a file that cannot be read, has more bad rows than the limit, or of which nothing is left.
     """
-    loader = _Loader(Encoder(tokenizer, prompt_suffix), max_prompt_tokens, difficulty)
+    loader = _Loader(Encoder(tokenizer, prompt_suffix), max_prompt_tokens, difficulty, answers)
     prompts: list[Prompt] = []
     reports: list[FileReport] = []
     errors: list[str] = []
@@ -122,10 +124,11 @@ class _Loader(NamedTuple):
     encode: Encoder
     max_prompt_tokens: int
     difficulty: DifficultyFilter | None
+    answers: bool
 
     def load(self, path: str, name: str) -> tuple[list[Prompt], FileReport]:
         rows = list(read_rows(path))
-        schema = detect(path, [row for _, row in rows if isinstance(row, dict)])
+        schema = detect(path, [row for _, row in rows if isinstance(row, dict)], self.answers)
         prompts: list[Prompt] = []
         bad: list[BadRow] = []
         over_long, filtered = 0, Counter()

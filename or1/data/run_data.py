@@ -49,6 +49,7 @@ def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
         each.name: load_prompts(
             [each.path], tokenizer, max_prompt_tokens=data.max_prompt_tokens, max_bad_fraction=data.max_bad_fraction,
             prompt_suffix=data.prompt_suffix if each.prompt_suffix is None else each.prompt_suffix,
+            answers=not config.reward.is_function,
         )
         for each in config.eval.sets
     }  # fmt: skip
@@ -57,7 +58,7 @@ def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
 def load_run_data(config: Config, tokenizer: Any) -> RunData:
     """Read, filter and decontaminate. Raises DataError for a file that cannot be used, or if nothing is left of one."""
     difficulty, notes = _difficulty(config.data)
-    loaded = load_training_files(config.data, tokenizer, difficulty)
+    loaded = load_training_files(config, tokenizer, difficulty)
     sets = load_eval_sets(config, tokenizer)
     evals = {name: found.prompts for name, found in sets.items()}
     overlaps, found_lines = _decontaminate(config, loaded.prompts, evals, tokenizer)
@@ -68,13 +69,12 @@ def load_run_data(config: Config, tokenizer: Any) -> RunData:
     return RunData(prompts, pools, limited, loaded.reports, eval_reports, overlaps, notes + found_lines)
 
 
-def load_training_files(
-    data: DataConfig, tokenizer: Any, difficulty: DifficultyFilter | None = None
-) -> PromptSet:
+def load_training_files(config: Config, tokenizer: Any, difficulty: DifficultyFilter | None = None) -> PromptSet:
     """The problems of data.train or data.mix, file after file. Raises DataError."""
+    data = config.data
     return load_prompts(
         data.files, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_suffix=data.prompt_suffix,
-        max_bad_fraction=data.max_bad_fraction, difficulty=difficulty,
+        max_bad_fraction=data.max_bad_fraction, difficulty=difficulty, answers=not config.reward.is_function,
     )  # fmt: skip
 
 
@@ -93,7 +93,9 @@ def _decontaminate(
 ) -> tuple[list[Overlap], list[str]]:
     data = config.data
     others = {
-        path: load_prompts([path], tokenizer, max_prompt_tokens=1 << 30, max_bad_fraction=data.max_bad_fraction).prompts
+        path: load_prompts(
+            [path], tokenizer, max_prompt_tokens=1 << 30, max_bad_fraction=data.max_bad_fraction, answers=False
+        ).prompts
         for path in data.decontaminate_against
     }
     if data.decontaminate == "off" or not (evals or others):

@@ -18,7 +18,7 @@ class Schema(NamedTuple):
     """The columns of one kind of file, and how they are read.
 
     prompt    column of the question
-    gold      column that must be there beside it
+    gold      column that must be there beside it; "" if nothing need be right
     read      row -> gold answers or tests; raises RowError or GroundTruthError
     question  row -> the question as text or messages; None: the prompt column as it is
     """
@@ -31,10 +31,12 @@ class Schema(NamedTuple):
     @property
     def label(self) -> str:
         """How reports call it."""
-        return f"{self.prompt}/{self.gold}"
+        return f"{self.prompt}/{self.gold}" if self.gold else f"{self.prompt}, no answers"
 
     def truth(self, row: Row) -> Truth:
         """What is right in a row. Raises RowError."""
+        if not self.gold:
+            return ()
         column(row, self.gold)
         try:
             return self.read(row)
@@ -56,17 +58,22 @@ def column(row: Row, name: str) -> Any:
     return row[name]
 
 
-def detect(path: str, rows: Sequence[Row]) -> Schema | None:
-    """The schema of the first row that has one; None if the file has no row at all."""
+def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | None:
+    """The schema of the first row that has one; None if the file has no row at all. answers: as for `load_prompts`."""
     for row in rows:
         for schema in _SCHEMAS:
             if schema.prompt in row and schema.gold in row:
                 return schema
+    if not answers:
+        for row in rows:
+            if (name := next((name for name in _QUESTIONS if name in row), None)) is not None:
+                return Schema(name, "", lambda _: ())
     if rows:
-        known = ", ".join(schema.label for schema in _SCHEMAS)
+        known = ", ".join([schema.label for schema in _SCHEMAS] + ([] if answers else list(_QUESTIONS)))
         columns = ", ".join(rows[0]) or "none"
+        remedy = ", or write a reward function of your own, which needs no answers" if answers else ""
         raise DataError(f"{path}: no row has the columns of a known schema; the first has {columns}; "
-                        f"rename them to one of: {known}")
+                        f"rename them to one of: {known}{remedy}")
     return None
 
 
@@ -147,6 +154,7 @@ _TEST_COLUMNS = frozenset({
     "test_list", "test_setup_code", "public_test_cases", "private_test_cases", "metadata", "input_output",
 })  # fmt: skip
 
+_QUESTIONS = ("prompt", "question", "problem")
 _SCHEMAS = (
     Schema("prompt", "reward_model", _verl),
     Schema("question_content", "public_test_cases", _tests, _live_code_bench_question),

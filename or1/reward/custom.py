@@ -163,7 +163,7 @@ def _truth(job: Job) -> Any:
     for name in ("ground_truth", "answer", "solution", "label"):
         if row.get(name) is not None:
             return row[name]
-    return job["golds"][0] if len(job["golds"]) == 1 else job["golds"]
+    return job["golds"][0] if len(job["golds"]) == 1 else job["golds"] or None
 
 
 def _nothing(*_: Any, **__: Any) -> None:

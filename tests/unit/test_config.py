@@ -129,7 +129,7 @@ def test_each_limit_names_its_path(override: str, where: str) -> None:
 def test_require_think_close_is_refused_where_nothing_heeds_it(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("")
     override = [f"reward.kind={tmp_path}/own.py:f", "reward.require_think_close=true"]
-    with pytest.raises(ConfigError, match=r"reward.require_think_close: true has no effect with a function of your own"):
+    with pytest.raises(ConfigError, match=r"reward.require_think_close: true has no effect with a function of your"):
         load_config(QUICKSTART, override)
     assert load_config(QUICKSTART, override[1:]).reward.require_think_close
 

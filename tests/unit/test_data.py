@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts
+from or1.config import Config
+from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts, load_run_data
 from or1.data.rows import MAX_LINE_BYTES
 
 CHAT = (
@@ -351,3 +352,20 @@ def test_real_files_have_no_bad_row(root: Path, name: str, schema: str, rows: in
     assert (report.schema, report.rows, report.kept) == (schema, rows, rows)
     assert golds_of(prompts)[0] == first
     assert all(gold.isascii() and len(gold) < 20 for golds in golds_of(prompts) for gold in golds)
+
+
+@pytest.mark.parametrize("name", ["prompt", "question", "problem"])
+def test_a_function_of_ones_own_needs_no_answers(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "x.jsonl", {name: "hi", "style": "brief"}, {name: "ho"})
+    with pytest.raises(DataError, match=rf"the first has {name}, style; rename .* or write a reward function of your"):
+        load(path)
+    stage = {"steps": 1, "max_response_tokens": 4, "prompts_per_step": 1, "group_size": 2}
+    config = Config.model_validate({
+        "run_dir": str(tmp_path), "model": {"path": "m"}, "data": {"train": [str(path)]}, "stage": [stage],
+        "eval": {"sets": [{"name": "e", "path": str(path)}]}, "reward": {"kind": "m:f"},
+    })  # fmt: skip
+    data = load_run_data(config, None)
+    assert [(p.text, p.golds, p.row.get("style")) for p in data.prompts] == [("hi", (), "brief"), ("ho", (), None)]
+    assert len(data.eval_prompts["e"]) == 2 and f"({name}, no answers), 2 kept" in data.reports[0].summary()
+    with pytest.raises(DataError, match=r"the first has text; rename them to one of: .*, prompt, question, problem$"):
+        load(write(tmp_path / "y.jsonl", {"text": "hi"}), answers=False)
