@@ -19,7 +19,7 @@ _LINE = (
     (" grad {}", "optim/grad_norm", "short", 5), (" {} tok/s", "perf/tokens_per_s", "count", 5),
 )  # fmt: skip
 
-_FAILURES = (("crash {}", "reward/status/crash"), ("timeout {}", "reward/status/timeout"))
+_FAILURES = ((" crash {}", "reward/status/crash"), (" timeout {}", "reward/status/timeout"))
 
 Record = Mapping[str, Any]
 

@@ -45,9 +45,9 @@ def require_rewards(step: int, groups: Sequence[Group]) -> None:
     crashes, timeouts = counts[Status.CRASH], counts[Status.TIMEOUT]
     if not scores or crashes + timeouts < len(scores):
         return
-    last = next((f"; the last crash: {score.cause}" for score in reversed(scores) if score.cause), "")
+    last = next((f"; the last: {score.cause}" for score in reversed(scores) if score.cause), "")
     raise ScorerError(
-        f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind failed for "
-        f"{crashes} and took over reward.timeout_s for {timeouts}{last}. Mend it, or raise the limit; the same command "
-        "goes on"
+        f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind crashed on "
+        f"{crashes} and took longer than reward.timeout_s on {timeouts}{last}. Mend the function, or raise the limit; "
+        "the same command goes on"
     )

@@ -45,7 +45,7 @@ def test_a_step_without_any_reward_of_an_own_function_stops_the_run(tmp_path: Pa
     failed = group([math.nan, math.nan], [response(ZERO, EOS)] * 2)
     failed = replace(failed, scores=(Score(math.nan, Status.CRASH, "why"),) * 2)
     trainer = trainer_of(config_of(tmp_path, reward={"kind": "module:function"}))
-    with pytest.raises(ScorerError, match=r"none of the 4 responses of step 1 .* the last crash: why"):
+    with pytest.raises(ScorerError, match=r"none of the 4 responses of step 1 .* the last: why"):
         learn(trainer, failed, failed)
 
 
