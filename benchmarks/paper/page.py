@@ -71,8 +71,8 @@ def _head(cost: Mapping[str, float], versions: Mapping[str, Any], lr: float) -> 
         "of the last two evaluations.",
         "Batches, steps and the controller's delta were fixed in trials with other seeds, so that on-policy training "
         "learns within a run; with half as many prompts, noise hid most differences. The study was run at lr 3e-4 and "
-        "at 1e-4 with the same arms, seeds and rule, and both pages stand beside each other; at 3e-4 the updates of one "
-        "rollout are noisier, and C3 stayed undecided.",
+        "at 1e-4 with the same arms, seeds and rule, and both pages stand beside each other; at 3e-4 the updates of "
+        "one rollout are noisier, and C3 stayed undecided.",
         "## The rule",
         f"{rule}\n\n```\n{textwrap.dedent('    ' + table)}\n```\n\n{rest.rstrip()}",
     ])  # fmt: skip
