@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from or1.alarms import EntropyWatch
+from or1.checkpoint import CheckpointError, committed_steps, read_manifest, step_folder
 from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.entropy import EntropyController
 from or1.files import write_whole
+from or1.metrics import read_metrics
 from or1.rollout_state import InFlight
+from or1.run_changes import changed_keys, fixed_keys
 from or1.stages import StageProgress
 from or1.types import Status
 
 if TYPE_CHECKING:
     from or1.evaluate import EvalResult
-
-# Sections that a resumed run may change: they steer what is watched and kept, or how long the run goes on.
-# So does where the engine runs, and how the ranks share the work.
-FREE_TO_CHANGE = frozenset({"log", "checkpoint", "eval", "stage", "dist", "rollout.vllm", "rollout.verify_every"})
 
 RECORD = "config.resolved.json"
 """The settings of a run, in its folder."""
@@ -119,26 +118,55 @@ class TrainState:
 def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     """Make the run directory and record the resolved config in it. Returns messages worth showing.
 
-    A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError if the
-    run there was started with settings that a resumed run must not change, or does not say with which.
+    A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError as
+    `check_run_dir` does.
     """
     run_dir, messages = config.run_path, []
     if fresh and run_dir.exists():
         aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
         messages.append(f"moved the former run to {aside}")
-    if (run_dir / RECORD).is_file():
-        changed = _changed_keys(recorded_config(run_dir), config.model_dump(mode="json"))
-        fixed = [key for key in changed if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)]
-        if fixed:
-            raise RunError(
-                f"{run_dir} holds a run with other settings ({', '.join(fixed)}); choose another folder with "
-                "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
-            )
-        messages += [f"continues with changed settings: {', '.join(changed)}"] if changed else []
+    changed = check_run_dir(config)
+    messages += [f"continues with changed settings: {', '.join(changed)}"] if changed else []
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / RECORD, dump_config(config))
     return messages
+
+
+def check_run_dir(config: Config) -> list[str]:
+    """The settings in which the config differs from the run that its folder holds, if that may go on with them.
+
+    Where nothing was trained there is nothing to go on from, and any config will do. Raises RunError for a run with
+    settings that a resumed run must not change, or that does not say with which it was started.
+    """
+    run_dir = config.run_path
+    if not (run_dir / RECORD).is_file():
+        return []
+    recorded, steps = recorded_config(run_dir), committed_steps(checkpoints_of(run_dir))
+    if not steps and not read_metrics(run_dir / "metrics.jsonl"):
+        return []
+    changed = changed_keys(recorded, config.model_dump(mode="json"))
+    done, begun = _stages_so_far(run_dir, steps)
+    if fixed := fixed_keys(changed, done, begun, len(config.stage)):
+        stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
+                  "until it ends, or if it is the last") if any(key.startswith("stage.") for key in fixed) else ""
+        raise RunError(
+            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}; choose another folder with "
+            "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
+        )
+    return changed
+
+
+def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
+    """How many stages have ended, and how many have had a step, by the newest checkpoint that can be read."""
+    for step in reversed(steps):
+        try:
+            state = read_manifest(step_folder(checkpoints_of(run_dir), step))["state"]
+        except CheckpointError:
+            continue
+        stages = StageProgress.from_json(state["stages"])
+        return stages.index, stages.index + (state["step"] > stages.began)
+    return 0, 0
 
 
 def recorded_config(run_dir: Path) -> dict[str, Any]:
@@ -169,17 +197,6 @@ def row_cap(run_dir: Path) -> int | None:
     """What `cap_rows` left, None if it was never called."""
     path = run_dir / _ROW_CAP
     return json.loads(path.read_text(encoding="utf-8"))["max_tokens"] if path.is_file() else None
-
-
-def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted paths of the leaves that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            key
-            for name in sorted(old.keys() | new.keys())
-            for key in _changed_keys(old.get(name), new.get(name), f"{prefix}{name}.")
-        ]
-    return [] if old == new else [prefix.rstrip(".")]
 
 
 def checkpoints_of(run_dir: Path) -> Path:

@@ -21,11 +21,13 @@ class StageProgress:
     index    of the stage that the next step belongs to
     began    rollout steps that were done when it began
     history  (step, accuracy, truncation rate) of each evaluation within it; accuracy is the mean over the sets
+    former   the stage before as it was when it ended, None in the first: the last one may go on after its end
     """
 
     index: int = 0
     began: int = 0
     history: list[tuple[int, float, float]] = field(default_factory=list)
+    former: StageProgress | None = None
 
     def at(self, config: Config, step: int) -> tuple[int, StageConfig]:
         """Index and settings of the stage that runs `step`, one of the present stage or the first of the next.
@@ -60,25 +62,50 @@ class StageProgress:
 
     def advance(self, config: Config, step: int) -> str | None:
         """Move on if the stage ends with `step`; returns why, in words, or None if it goes on."""
+        reason = self._why_it_ends(config, step)
+        if reason is not None:
+            self.former = StageProgress(self.index, self.began, self.history)
+            self.index, self.began, self.history = self.index + 1, step, []
+        return reason
+
+    def resume(self, config: Config, step: int) -> str | None:
+        """Take up a config whose stages may have become longer or shorter; returns what follows from it, in words.
+
+        A finished run goes on with its last stage if that stage, as it is now, does not end with `step`.
+        """
+        if not self.finished(config):
+            if not self.is_last_step(config, step):
+                return None
+            return f"stage {self.index + 1} ends with step {step}: {self.advance(config, step)}"
+        last = self.former
+        if last is None or last.index != len(config.stage) - 1 or last.is_last_step(config, step):
+            return None
+        if (why := last._why_it_ends(config, step)) is not None:
+            return f"stage {last.index + 1} has ended: {why}"
+        self.index, self.began, self.history, self.former = last.index, last.began, last.history, None
+        return f"stage {last.index + 1} goes on, up to {config.stage[last.index].steps} steps"
+
+    def _why_it_ends(self, config: Config, step: int) -> str | None:
         stage = config.stage[self.index]
         if self.is_last_step(config, step):
-            reason = f"its {stage.steps} steps are done"
-        elif stage.until == "plateau" and has_plateaued(self.history, stage):
-            reason = (f"accuracy gained less than {stage.plateau_gain:g} and truncation fell less than "
-                      f"{stage.plateau_gain:g} over {stage.plateau_evals} evaluations")
-        else:
-            return None
-        self.index, self.began, self.history = self.index + 1, step, []
-        return reason
+            return f"its {stage.steps} steps are done"
+        if stage.until == "plateau" and has_plateaued(self.history, stage):
+            return (f"accuracy gained less than {stage.plateau_gain:g} and truncation fell less than "
+                    f"{stage.plateau_gain:g} over {stage.plateau_evals} evaluations")
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
-        return {"index": self.index, "began": self.began, "history": [list(point) for point in self.history]}
+        former = None if self.former is None else self.former.to_json()
+        return {"index": self.index, "began": self.began, "history": [list(point) for point in self.history],
+                "former": former}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageProgress:
         """The inverse of `to_json`."""
-        return cls(data["index"], data["began"], [(int(s), float(a), float(t)) for s, a, t in data["history"]])
+        history = [(int(s), float(a), float(t)) for s, a, t in data["history"]]
+        former = data.get("former")
+        return cls(data["index"], data["began"], history, None if former is None else cls.from_json(former))
 
 
 def has_plateaued(history: Sequence[tuple[int, float, float]], stage: StageConfig) -> bool:

@@ -347,6 +347,8 @@ class Trainer:
         self.budget.restore(state.budget)
         self.engine.update_weights(state.policy_version)
         self.display.message(f"resumed after step {state.step}")
+        if change := state.stages.resume(self.config, state.step):
+            self.display.message(change)
         return state
 
     def _cap_rows(self) -> None:

@@ -120,6 +120,34 @@ def test_stages_hand_over_by_steps_or_by_plateau_and_survive_a_checkpoint() -> N
         progress.at(config, 9)
 
 
+def resumed(before: list[dict], after: list[dict], steps: int, accuracy: float = 0.5) -> tuple[StageProgress, str]:
+    """Where a run of `steps` steps under the stages `before` goes on under `after`, and what it says."""
+    old, new = (config_of().model_copy(update={"stage": tuple(StageConfig(**s) for s in s)}) for s in (before, after))
+    progress = StageProgress()
+    for step in range(1, steps + 1):
+        progress.note_evaluation(step, accuracy, 0.0)
+        progress.advance(old, step)
+    progress = StageProgress.from_json(progress.to_json())
+    return progress, progress.resume(new, steps) or ""
+
+
+def test_a_finished_run_goes_on_where_its_last_stage_has_become_longer() -> None:
+    one, two, three = (STAGE | {"steps": n} for n in (1, 2, 3))
+    flat = plateau().model_dump() | {"steps": 9}
+    for after in ([one, two], [one, one]):
+        progress, said = resumed([one, two], after, 3)
+        assert said == "" and progress.index == 2
+    progress, said = resumed([one, two], [one, three], 3)
+    assert "stage 2 goes on, up to 3 steps" in said
+    assert (progress.index, progress.began, progress.history) == (1, 1, [(2, 0.5, 0.0), (3, 0.5, 0.0)])
+    assert resumed([one, two], [one, two, one], 3)[0].index == 2, "a stage more"
+    progress, said = resumed([flat], [flat | {"steps": 20}], 3)
+    assert progress.index == 1 and "has ended: accuracy gained less" in said
+    assert resumed([flat], [flat | {"until": "steps"}], 3)[0].index == 0
+    progress, said = resumed([three, two], [two, two], 2)
+    assert (progress.index, progress.began) == (1, 2) and "stage 1 ends with step 2: its 2 steps are done" in said
+
+
 def heard(entropies: list[float], config: Config) -> dict[int, str]:
     watch, stage = EntropyWatch(), config.stage[0]
     said = {}

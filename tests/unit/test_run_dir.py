@@ -14,7 +14,7 @@ from small_run import ROOT, arguments
 from or1.cli import main
 from or1.config import Config
 from or1.config_load import load_config
-from or1.run_state import RECORD, prepare_run_dir, recorded_config
+from or1.run_state import RECORD, RunError, prepare_run_dir, recorded_config
 
 
 def config_of(run_dir: Path, *overrides: str) -> Config:
@@ -34,13 +34,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_start_that_fails_midway_leaves_the_record_whole(tmp_path: Path) -> None:
     prepare_run_dir(config_of(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     before = (tmp_path / RECORD).read_text()
     with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
         prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))
     assert (tmp_path / RECORD).read_text() == before
     assert prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))[0].endswith("log.tensorboard")
     assert recorded_config(tmp_path)["log"]["tensorboard"] is False
-    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+    assert {path.name for path in tmp_path.iterdir()} == {RECORD, "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 0', "[1]", "\udcff"])
@@ -55,3 +56,55 @@ def test_a_record_that_cannot_be_read_is_told_with_a_remedy(
     (tmp_path / RECORD).unlink()
     assert prepare_run_dir(config_of(tmp_path)) == [], "what the remedy says"
     assert json.loads((tmp_path / RECORD).read_text())["run_dir"] == str(tmp_path)
+
+
+def commit(run_dir: Path, step: int, *stages: int) -> None:
+    """A checkpoint of `step`, as far as the folder of a run is checked: `stages` is (index, began)."""
+    folder = run_dir / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    state = {"step": step, "stages": {"index": stages[0], "began": stages[1], "history": []}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "files": {}, "state": state}))
+
+
+def test_a_start_that_trained_nothing_leaves_its_folder_free(tmp_path: Path) -> None:
+    prepare_run_dir(config_of(tmp_path, "seed=1"))
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert prepare_run_dir(config_of(tmp_path, "seed=2", 'data.train="other.jsonl"')) == []
+    assert recorded_config(tmp_path)["seed"] == 2
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(RunError, match=r"other settings \(data.train, seed\)"):
+        prepare_run_dir(config_of(tmp_path, "seed=1"))
+    (tmp_path / "metrics.jsonl").unlink()
+    commit(tmp_path, 1, 0, 0)
+    with pytest.raises(RunError, match=r"other settings \(data.train, seed\)"):
+        prepare_run_dir(config_of(tmp_path, "seed=1"))
+
+
+LIMIT, STEPS, FLAT = "stage.{}.max_response_tokens=30", "stage.{}.steps=60", "stage.{}.until=plateau"
+
+
+@pytest.mark.parametrize(
+    ("step", "index", "began", "refused", "allowed"),
+    [
+        (3, 0, 0, [LIMIT.format(0)], [STEPS.format(0), FLAT.format(0), LIMIT.format(1), STEPS.format(1)]),
+        (20, 1, 20, [LIMIT.format(0), STEPS.format(0)], [LIMIT.format(1), STEPS.format(1)]),
+        (21, 1, 20, [STEPS.format(0), FLAT.format(0), LIMIT.format(1)], [STEPS.format(1), FLAT.format(1)]),
+        (40, 2, 40, [STEPS.format(0), LIMIT.format(1)], [STEPS.format(1), FLAT.format(1)]),
+    ],
+)
+def test_of_a_stage_that_has_begun_only_its_length_may_change(
+    step: int, index: int, began: int, refused: list[str], allowed: list[str], tmp_path: Path
+) -> None:
+    prepare_run_dir(config_of(tmp_path))
+    commit(tmp_path, step, index, began)
+    before = (tmp_path / RECORD).read_text()
+    for override in refused:
+        with pytest.raises(RunError) as caught:
+            prepare_run_dir(config_of(tmp_path, override))
+        assert f"({override.partition('=')[0]}); of a stage that has begun only steps" in str(caught.value)
+    assert (tmp_path / RECORD).read_text() == before
+    for override in allowed:
+        assert prepare_run_dir(config_of(tmp_path, override)) == [
+            f"continues with changed settings: {override.partition('=')[0]}"
+        ]
+        prepare_run_dir(config_of(tmp_path))

@@ -14,6 +14,7 @@ from or1.batches import choose, minibatches
 from or1.config import EvalSet, OptimConfig
 from or1.dist import SINGLE
 from or1.evaluate import evaluate_set
+from or1.metrics import read_metrics
 from or1.optim import MasterAdamW, OptimizerError
 from or1.reward import make_scorer
 from or1.reward.base import ScorerError
@@ -63,3 +64,12 @@ def test_weights_without_masters_are_refused_where_shards_are_masters(tmp_path: 
         MasterAdamW(model, OptimConfig(weights="stochastic"), replace(SINGLE, size=2))
 
 
+
+
+def test_a_finished_run_trains_on_where_it_is_given_more_steps(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    one = {"reward": {"workers": 1}}
+    assert trainer_of(config_of(tmp_path, **one)).run()
+    trainer = trainer_of(config_of(tmp_path, [{"steps": 2}], **one))
+    assert trainer.run() and trainer.state.step == 2
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]

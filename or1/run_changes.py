@@ -1,0 +1,49 @@
+"""Which settings a resumed run may change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# Sections that steer what is watched and kept, where the engine runs, and how the ranks share the work.
+_FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_every")
+# How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
+_LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
+_STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted paths of the leaves that differ between two resolved configs; tables in a list by their index."""
+    return list(_differences(old, new, ""))
+
+
+def fixed_keys(changed: Sequence[str], done: int, begun: int, stages: int) -> list[str]:
+    """Those of the changed keys that a run must keep once it has steps to go on from.
+
+    done    stages that have ended
+    begun   stages that have had a step
+    stages  stages there are now; the last one may go on after its end
+    """
+
+    def is_free(key: str) -> bool:
+        if found := _STAGE.fullmatch(key):
+            index, name = int(found[1]), found[2]
+            return index >= begun or (name in _LENGTH and (index >= done or index == stages - 1))
+        return any(f"{key}.".startswith(f"{free}.") for free in _FREE)
+
+    return [key for key in changed if not is_free(key)]
+
+
+def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
+    if _has_tables(old) or _has_tables(new):
+        old, new = (dict(enumerate(each or ())) for each in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name), new.get(name), f"{prefix}{name}.")
+    elif old != new:
+        yield prefix.rstrip(".")
+
+
+def _has_tables(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
