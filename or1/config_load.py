@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from or1.config import Config
 from or1.config.rules import Problem, Verb, contradictions
+
+# In place of a refused number that is required: valid for all of them.
+_STAND_IN = 2
 
 
 class ConfigError(ValueError):
@@ -41,7 +45,7 @@ def load_config(
     config, found = _validate(data)
     problems += found
     if config is not None:
-        problems += contradictions(config, verb, files)
+        problems += [p for p in contradictions(config, verb, files) if not _follows_from(p, found)]
     if problems or config is None:
         raise ConfigError(str(path), problems)
     return config
@@ -100,28 +104,45 @@ def _child(node: Any, part: str) -> Any:
 
 
 def _validate(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """Validate; on errors also the config without the offending keys, so that contradictions still show."""
+    """Validate; on errors also the config without the offending values, so that contradictions still show."""
     try:
         return Config.model_validate(data), []
     except ValidationError as error:
         problems = [_explain(e) for e in error.errors()]
-        _remove_offenders(data, [e["loc"] for e in error.errors()])
+        for each in error.errors():
+            _mend(data, each["loc"], each["type"])
         try:
             return Config.model_validate(data), problems
         except ValidationError:
             return None, problems
 
 
-def _remove_offenders(data: dict[str, Any], locations: list[tuple[int | str, ...]]) -> None:
-    for *parents, last in locations:
-        node: Any = data
-        for part in parents:
-            try:
-                node = node[part]
-            except (KeyError, IndexError, TypeError):
-                node = None
-        if isinstance(node, dict):
-            node.pop(last, None)
+def _mend(data: dict[str, Any], location: tuple[int | str, ...], kind: str) -> None:
+    """Take the offending value away, or put a valid one in its place if it is required."""
+    *parents, last = location
+    node: Any = data
+    for part in parents:
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+    if isinstance(node, dict):
+        node.pop(last, None)
+        field = _field(location) if kind != "extra_forbidden" else None
+        if field is not None and field.is_required():
+            node[str(last)] = _stand_in(field)
+
+
+def _stand_in(field: FieldInfo) -> Any:
+    if (section := _section_type(field.annotation)) is not None:
+        return {name: _stand_in(each) for name, each in section.model_fields.items() if each.is_required()}
+    return "-" if field.annotation is str else _STAND_IN
+
+
+def _follows_from(problem: Problem, refused: Sequence[Problem]) -> bool:
+    """Whether a contradiction is about a value that was refused, or about the one that stands in its place."""
+    return any(f"{problem.path}.".startswith(f"{each.path}.")
+               or f"{each.path.rpartition('.')[2]} = {_STAND_IN}" in problem.message for each in refused)  # fmt: skip
 
 
 def _explain(error: Any) -> Problem:
@@ -141,18 +162,28 @@ def _explain(error: Any) -> Problem:
 
 def _describe(location: tuple[int | str, ...]) -> tuple[list[str], str]:
     """The keys of the section that holds `location`, and the help text of the field there (with its default)."""
-    model: type[BaseModel] = Config
     names: list[str] = list(Config.model_fields)
     text = ""
-    for part in location:
-        field = model.model_fields.get(str(part)) if isinstance(part, str) else None
-        if field is None:
-            continue
+    for field in _fields(location):
         default = "" if field.is_required() or field.default is None else f" Default: {field.default!r}."
         text = f"{field.description or ''}{default if not isinstance(field.default, BaseModel) else ''}".strip()
         if (child := _section_type(field.annotation)) is not None:
-            model, names = child, list(child.model_fields)
+            names = list(child.model_fields)
     return names, text
+
+
+def _fields(location: tuple[int | str, ...]) -> Iterator[FieldInfo]:
+    """The fields on the way to `location`; without its list indices, and unknown keys."""
+    model: type[BaseModel] = Config
+    for part in location:
+        field = model.model_fields.get(str(part)) if isinstance(part, str) else None
+        if field is not None:
+            yield field
+            model = _section_type(field.annotation) or model
+
+
+def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
+    return next(reversed(list(_fields(location))), None) if isinstance(location[-1], str) else None
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

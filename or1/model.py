@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -48,13 +49,29 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, never running code that came with it."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    """The checkpoint's tokenizer, never running code that came with it. Raises ModelError."""
+    with _reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """A folder that lacks a file, and a hub id that is unknown or out of reach, as a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        where = "a folder here" if Path(path).is_dir() else f"no folder here (looked in {Path.cwd()}), so a hub id"
+        raise ModelError(
+            f"the model {path!r}, {where}, cannot be read: {str(error).splitlines()[0]}; correct the path, or download "
+            "the checkpoint and name its folder"
+        ) from error
 
 
 def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
@@ -80,12 +97,14 @@ def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
 
 
 def _read(path: str, options: dict[str, Any]) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+    with _reading(path):
+        return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 
 
 def _without_values(path: str, options: dict[str, Any]) -> PreTrainedModel:
     """What `_read` gives, its tensors on the meta device."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with _reading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options).eval()
     # As from_pretrained does; without the file, what the model's config implies stands.

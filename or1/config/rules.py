@@ -96,7 +96,9 @@ def _files_exist(config: Config) -> Iterator[Problem]:
     if config.endpoint.url is not None:
         return
     model = Path(config.model.path)
-    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
+    # A hub id has one slash too; but what stands before it would not be a folder here.
+    looks_local = (config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
+                   or model.parent.is_dir())  # fmt: skip
     if looks_local and not (model / "config.json").is_file():
         yield Problem("model.path", f"no config.json in {config.model.path!r} (looked in {Path.cwd()}); "
                       "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")

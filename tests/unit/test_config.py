@@ -56,6 +56,21 @@ def test_five_mistakes_are_all_named_with_remedies(tmp_path: Path) -> None:
     assert "16" in found["stage.0.minibatch_prompts"] and "prompts_per_step = 8" in found["stage.0.minibatch_prompts"]
 
 
+def test_a_refused_value_that_is_required_hides_no_other_mistake(tmp_path: Path) -> None:
+    text = FIVE_MISTAKES.replace("steps = 5", 'steps = "ten"').replace("prompts_per_step = 8\n", "")
+    found = problems_of(text + '[[eval.sets]]\npath = "no-set.jsonl"\n', tmp_path, "optim.betas=[0.9, 1.5]")
+    assert set(found) == {"model.path", "data.train.0", "rollout.temprature", "optim.lr", "stage.0.steps",
+                          "stage.0.prompts_per_step", "eval.sets.0.name", "eval.sets.0.path", "optim.betas.1"}
+    without = problems_of(text.replace("[model]", "").replace('path = "no/such/folder/here"', ""), tmp_path)
+    assert "missing" in without["model"] and "model.path" not in without and "data.train.0" in without
+
+
+def test_a_mistyped_model_folder_is_not_taken_for_a_hub_id(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json in 'examples/tiny-addr'"):
+        load_config(QUICKSTART, ["model.path=examples/tiny-addr"])
+    assert load_config(QUICKSTART, ["model.path=Qwen/Qwen2.5-1.5B"]).model.path == "Qwen/Qwen2.5-1.5B"
+
+
 def test_bad_config_exits_2_within_a_second_and_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(FIVE_MISTAKES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
 
 from or1.batches import choose, minibatches
-from or1.config import EvalSet, OptimConfig
+from or1.config import EvalSet, ModelConfig, OptimConfig
 from or1.dist import SINGLE
 from or1.evaluate import evaluate_set
 from or1.metrics import read_metrics
+from or1.model import ModelError, load_model, load_tokenizer
 from or1.optim import MasterAdamW, OptimizerError
 from or1.reward import make_scorer
 from or1.reward.base import ScorerError
@@ -73,3 +75,17 @@ def test_a_finished_run_trains_on_where_it_is_given_more_steps(tmp_path: Path) -
     trainer = trainer_of(config_of(tmp_path, [{"steps": 2}], **one))
     assert trainer.run() and trainer.state.step == 2
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for path, said in ((str(tmp_path), "a folder here"), ("nobody/nothing", "no folder here")):
+        with pytest.raises(ModelError, match=f"{path}', {said}"):
+            load_tokenizer(path)
+    shutil.copy(trainer_of(config_of(tmp_path)).config.model.path + "/config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}')
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
