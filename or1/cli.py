@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
-        print("\nor1: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        print("\nor1: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -149,9 +149,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
         overrides = [part for override in arguments.overrides for part in ("--set", override)]
         return run_ranks(arguments.nproc, ["train", arguments.config, *overrides, *(["--fresh"] * arguments.fresh)])
-    from or1.launch import launch
+    try:
+        from or1.launch import launch
 
-    return _guarded(lambda: launch(config, fresh=arguments.fresh))
+        return _guarded(lambda: launch(config, fresh=arguments.fresh))
+    except KeyboardInterrupt:
+        manifests = any(config.run_path.glob("checkpoints/step_*/manifest.json"))
+        what = "resumes from the newest checkpoint" if manifests else "starts anew, since there is no checkpoint yet"
+        print(f"\nor1: interrupted; the same command {what}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _try_reward_function(config: Config) -> None:

@@ -27,6 +27,7 @@ _HISTORY = 400  # steps kept for sparklines
 _TREND = 5  # steps averaged on either side of a trend
 _BAR = 30  # characters of an accuracy bar
 _RECENT = 10  # steps behind the estimate of time left
+_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit moments", "offload": "AdamW in host memory"}
 
 
 class _Row(NamedTuple):
@@ -312,10 +313,12 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     _print_pairs(pairs, console)
     console.print(_stage_table(config))
     optim, entropy = config.optim, config.loss.entropy
-    pairs = [("loss", f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
+    pairs = [("reward", config.reward.kind),
+             ("loss", f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
               f"temperature {config.rollout.temperature:g}"), ("entropy", _entropy_text(entropy))]  # fmt: skip
-    pairs.append(("optimizer", f"AdamW, lr {optim.lr:g} after {optim.warmup_steps} warm-up updates, gradient norm "
-                  f"<= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed row"))  # fmt: skip
+    pairs.append(("optimizer", f"{_OPTIMIZERS[optim.optimizer]}, lr {optim.lr:g} after {optim.warmup_steps} warm-up "
+                  f"updates, gradient norm <= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed "
+                  "row"))  # fmt: skip
     pairs += [("" if i else "evaluation", line) for i, line in enumerate(_eval_texts(config))]
     pairs.append(("checkpoint", f"every {config.checkpoint.every_steps} steps, newest {config.checkpoint.keep} kept"))
     pairs += [("run", config.run_dir), ("seed", str(config.seed))]
@@ -332,12 +335,11 @@ def _stage_table(config: Config) -> Table:
         table.add_column(title, justify="right")
     first = 1
     for number_, stage in enumerate(config.stage, 1):
-        updates = math.ceil(stage.prompts_per_step / (stage.minibatch_prompts or stage.prompts_per_step))
         most = stage.prompts_per_step * stage.group_size * stage.max_response_tokens
         table.add_row(
             str(number_), f"{first}-{first + stage.steps - 1}", f"{stage.max_response_tokens:,}",
             f"{stage.prompts_per_step} x {stage.group_size}",
-            "1, on-policy" if updates == 1 else str(updates), f"{most:,}",
+            "1, on-policy" if stage.on_policy else str(stage.updates_per_step), f"{most:,}",
         )  # fmt: skip
         first += stage.steps
     return table

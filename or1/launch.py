@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
-from or1.run_state import RunError, checkpoints_of, prepare_run_dir, recorded_config
+from or1.run_state import RunError, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
 
     Raises RunError if the folder is not a run or has no such checkpoint.
     """
-    config = Config.model_validate(recorded_config(run_dir))
+    config = recorded_run(run_dir)
     quiet_libraries()
     import torch
 

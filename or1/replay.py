@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from or1.checkpoint import committed_steps
-from or1.config import Config
 from or1.display import RunDisplay, default_console
 from or1.dist import SINGLE
 from or1.launch import quiet_libraries
@@ -19,7 +18,7 @@ from or1.metrics import read_metrics
 from or1.rank_display import RankDisplay
 from or1.rollout.collect import Rollout
 from or1.rollout_log import read_rollouts
-from or1.run_state import RunError, checkpoints_of, recorded_config
+from or1.run_state import RunError, checkpoints_of, recorded_run
 from or1.trainer import Trainer
 from or1.watchdog import Watchdog
 
@@ -34,7 +33,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     It starts from the newest checkpoint before the step, or from the untrained model, and repeats the steps between.
     Raises RunError if the folder is no run, or a step's rollouts are not there.
     """
-    config = Config.model_validate(recorded_config(run_dir) | {"run_dir": str(run_dir)})
+    config = recorded_run(run_dir).model_copy(update={"run_dir": str(run_dir)})
     # Nothing is generated, so no other engine need start.
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
     if step > config.total_steps:

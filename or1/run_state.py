@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -9,6 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from or1.alarms import EntropyWatch
 from or1.checkpoint import CheckpointError, committed_steps, read_manifest, step_folder
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 RECORD = "config.resolved.json"
 """The settings of a run, in its folder."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Left by a run that ended out of memory.
 _ROW_CAP = "row_tokens.json"
 
@@ -119,18 +123,31 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     """Make the run directory and record the resolved config in it. Returns messages worth showing.
 
     A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError as
-    `check_run_dir` does.
+    `check_run_dir` does, and if the folder cannot be made, or is to be moved and holds no run.
     """
     run_dir, messages = config.run_path, []
-    if fresh and run_dir.exists():
-        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        run_dir.rename(aside)
-        messages.append(f"moved the former run to {aside}")
-    changed = check_run_dir(config)
-    messages += [f"continues with changed settings: {', '.join(changed)}"] if changed else []
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / RECORD, dump_config(config))
-    return messages
+    try:
+        if fresh and run_dir.is_dir():
+            messages += _move_aside(run_dir)
+        changed = check_run_dir(config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / RECORD, dump_config(config))
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        raise RunError(f"run_dir = {str(run_dir)!r} cannot be a run's folder ({error}); choose another") from error
+    return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
+
+
+def _move_aside(run_dir: Path) -> list[str]:
+    if not any(run_dir.iterdir()):
+        return []
+    if not any((run_dir / name).exists() for name in (RECORD, "metrics.jsonl", "checkpoints")):
+        raise RunError(f"{run_dir} holds no run (it has no {RECORD}), so --fresh leaves it where it is; choose another "
+                       "folder with --set run_dir=..., or train beside what is there, without --fresh")
+    aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir.rename(aside)
+    return [f"moved the former run to {aside}"]
 
 
 def check_run_dir(config: Config) -> list[str]:
@@ -140,6 +157,8 @@ def check_run_dir(config: Config) -> list[str]:
     settings that a resumed run must not change, or that does not say with which it was started.
     """
     run_dir = config.run_path
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"run_dir = {str(run_dir)!r} is a file; choose another, with --set run_dir=...")
     if not (run_dir / RECORD).is_file():
         return []
     recorded, steps = recorded_config(run_dir), committed_steps(checkpoints_of(run_dir))
@@ -184,6 +203,20 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
             "`or1 train` command that began the run: it resumes, and writes the file anew"
         ) from error
     return settings
+
+
+def recorded_run(run_dir: Path) -> Config:
+    """The config that a run recorded. Raises RunError if it recorded none that this or1 can read."""
+    settings = recorded_config(run_dir)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(
+            f"{run_dir / RECORD} is not the record of a run of this or1 ({error.error_count()} problems; {where}: "
+            f"{first['msg']}); name another folder, or use the or1 that wrote it"
+        ) from error
 
 
 def cap_rows(run_dir: Path, max_tokens: int) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from or1.config import Config, StageConfig
+from or1.config import Config, OptimConfig, RewardConfig, StageConfig
 from or1.display import RunDisplay, Summary, print_plan, print_summary
 from or1.humanize import duration, sparkline, value_text, visible
 from or1.records import EvalHistory, EvalPoint
@@ -165,6 +165,16 @@ def test_the_plan_names_what_the_run_will_do():
         assert word in text, word
     row = next(line for line in text.splitlines() if "3-4" in line)
     assert row.split()[-2] == "3"  # 16 prompts in minibatches of at most 6
+
+
+def test_the_plan_counts_passes_and_names_optimizer_and_reward():
+    console, config = plain_console(), make_config()
+    changes = {"stage": (STAGES[0].model_copy(update={"reuse": 4}),), "reward": RewardConfig(kind="a/b.py:score"),
+               "optim": OptimConfig(optimizer="adamw8bit")}  # fmt: skip
+    print_plan(config.model_copy(update=changes), [], console)
+    text = output(console)
+    assert next(line for line in text.splitlines() if "16 x 8" in line).split()[-2] == "4"
+    assert "a/b.py:score" in text and "AdamW with 8-bit moments, lr" in text and "on-policy" not in text
 
 
 def test_the_plan_falls_back_to_the_data_paths():

@@ -108,3 +108,45 @@ def test_of_a_stage_that_has_begun_only_its_length_may_change(
             f"continues with changed settings: {override.partition('=')[0]}"
         ]
         prepare_run_dir(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_is_one_line(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for flags in ([], ["--fresh"]):
+        assert main(arguments(tmp_path / place, *flags)) == 70
+        assert f"run_dir = '{tmp_path / place}'" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("record", ['{"a": 1}', '{"run_dir": 3, "model": {"path": "m"}}'])
+def test_a_foreign_record_is_one_line(record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / RECORD).write_text(record)
+    for command in (["export", str(tmp_path)], ["replay", str(tmp_path), "1"]):
+        assert main(command) == 70
+        assert f"{tmp_path / RECORD} is not the record of a run of this or1" in capsys.readouterr().err
+
+
+def test_fresh_moves_a_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert prepare_run_dir(config_of(folder), fresh=True) == [], "an empty folder stays"
+    assert "moved the former run" in prepare_run_dir(config_of(folder), fresh=True)[0]
+    (folder / RECORD).rename(folder / "thesis.tex")
+    with pytest.raises(RunError, match="holds no run"):
+        prepare_run_dir(config_of(folder), fresh=True)
+    assert (folder / "thesis.tex").is_file()
+
+
+def test_an_interrupt_says_whether_there_is_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("or1.launch.print_plan", interrupt)
+    assert main(arguments(tmp_path)) == 130
+    assert "starts anew, since there is no checkpoint yet" in capsys.readouterr().err
+    commit(tmp_path, 1, 0, 0)
+    assert main(arguments(tmp_path)) == 130
+    assert "resumes from the newest checkpoint" in capsys.readouterr().err
