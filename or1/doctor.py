@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from or1.config import Config
 from or1.display import RunDisplay, default_console
 from or1.environment import Line, machine_lines, package_lines
+from or1.launch import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +21,7 @@ def diagnose(config: Config | None, console: Console | None = None) -> bool:
     """Print the findings; returns whether nothing is wrong. With a config, also run its engine once (the canary)."""
     from rich.text import Text
 
+    quiet_libraries()
     console = console or default_console()
     problems = 0
     for title, lines in _sections(config):

@@ -18,10 +18,11 @@ class Line(NamedTuple):
     text: str
 
 
-_REQUIRED = ("torch", "transformers", "safetensors", "numpy", "pyarrow", "pydantic", "math-verify", "rich")
+_REQUIRED = ("torch", "transformers", "safetensors", "numpy", "pyarrow", "pydantic", "math-verify", "rich",
+             "tensorboard", "matplotlib")
 _OPTIONAL = {
     "triton": "GPU kernels of the head", "liger-kernel": "fused norms", "flash-attn": "faster attention",
-    "trl": "or1's loss inside TRL", "verl": "or1's loss inside verl", "wandb": "tracking",
+    "torchao": "8-bit moments", "trl": "or1's loss inside TRL", "verl": "or1's loss inside verl",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from or1.checkpoint import committed_steps
 from or1.config import Config, EvalSet
 from or1.config_load import dump_config
 from or1.data import load_eval_sets
@@ -26,6 +27,7 @@ from or1.offline.target import Target
 from or1.reward import make_scorer
 from or1.reward.base import Scorer
 from or1.rollout.base import Sampling
+from or1.run_state import checkpoints_of
 from or1.types import Group, Prompt
 
 TRANSCRIPTS = pa.schema({
@@ -47,6 +49,8 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
     with Bar() as bar, open_source(config) as source:
         if fresh and (message := move_aside(out / "parts")):
             bar.message(message)
+        for line in _measured(config, source):
+            bar.message(line)
         loaded = load_eval_sets(config, source.tokenizer)
         for line in (line for found in loaded.values() for report in found.reports for line in report.lines()):
             bar.message(line)
@@ -73,6 +77,17 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
     where = f"results: {out / 'eval.json'}, transcripts: {out / 'transcripts'}"
     print_evaluation(results, sources, [*remarks, where])
     return report
+
+
+def _measured(config: Config, source: Source) -> Iterator[str]:
+    """Which weights these are; a config that was trained names those from before."""
+    if "url" in source.model:
+        yield f"model: {source.model['model']} of {source.model['url']}"
+        return
+    yield f"model: {config.model.path}"
+    trained = committed_steps(checkpoints_of(config.run_path))
+    if trained and not Path(config.model.path).resolve().is_relative_to(config.run_path.resolve()):
+        yield f"{config.run_dir} has trained it for {trained[-1]} steps; `or1 eval {config.run_dir}` measures that"
 
 
 def _evaluate(

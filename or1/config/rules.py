@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -132,6 +133,29 @@ def _nothing_to_execute(config: Config) -> Iterator[Problem]:
                           "never runs; use a model that transformers knows, and remove auto_map")
 
 
+def _positions_reach(config: Config) -> Iterator[Problem]:
+    """A response limit beyond the positions that a model folder names; what a hub id names is not known yet."""
+    path = Path(config.model.path) / "config.json"
+    if not path.is_file() or config.endpoint.url is not None:
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        known = known.get("text_config", known)
+        positions, rope = known["max_position_embeddings"], known.get("rope_scaling") or known.get("rope_parameters")
+        # Scaled positions reach farther, each kind of them in its own way.
+        if not isinstance(positions, int) or (rope and rope.get("rope_type", "default") != "default"):
+            return
+    except (ValueError, AttributeError, KeyError):
+        return
+    limits = [(f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)]
+    limits += [("eval.max_response_tokens", config.eval.max_response_tokens),
+               ("filter.max_response_tokens", config.filter.max_response_tokens)]
+    for where, limit in limits:
+        if limit is not None and limit > positions:
+            yield Problem(where, f"{limit} is more than max_position_embeddings = {positions} in {path}, beyond which "
+                          "the model was not made to go; lower it, or raise that where the model can do more")
+
+
 def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     limit, beat = config.dist.timeout_s, config.dist.heartbeat_timeout_s
     if beat > limit:
@@ -239,6 +263,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _reward_file_exists,
     _think_close_is_looked_for,
     _nothing_to_execute,
+    _positions_reach,
     _heartbeat_is_shorter,
     _stages_fit,
     _entropy_bounds,

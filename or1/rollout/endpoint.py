@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import email.message
 import json
+import math
 import os
 import queue
+import sys
 import threading
 import time
 import urllib.error
@@ -17,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
+from or1.humanize import visible
 from or1.rollout.base import Finished, Sampling, Slot
 from or1.types import Prompt, Response
 
@@ -41,6 +44,7 @@ class EndpointEngine:
         local = urlsplit(self._url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(*handlers)
+        self._telling, self._told = threading.Lock(), -math.inf
         self.version = 0
         self.model = config.model or self._only_model()
 
@@ -143,9 +147,20 @@ class EndpointEngine:
             except (OSError, ValueError) as error:
                 cause, pause = f"{type(error).__name__}: {error}", None
             if attempt < self._config.retries:
-                time.sleep(min(pause if pause is not None else 2.0**attempt, _LONGEST_PAUSE_S))
+                pause = min(pause if pause is not None else 2.0**attempt, _LONGEST_PAUSE_S)
+                self._tell(f"{self._url}{path}: {cause[:200]}; attempt {attempt + 2} of {self._config.retries + 1} in "
+                           f"{pause:g} s")
+                time.sleep(pause)
         raise EndpointError(f"{self._url}{path} failed after {attempt + 1} attempts: {cause}; look at the server, or "
                             "raise endpoint.timeout_s or endpoint.retries. The same command goes on from here")
+
+    def _tell(self, text: str) -> None:
+        """A line on stderr, one a second at most: requests that run side by side fail side by side."""
+        with self._telling:
+            now = time.monotonic()
+            if now - self._told >= 1:
+                self._told = now
+                print(f"or1: {visible(text)}", file=sys.stderr)
 
 
 def _asked_pause(headers: email.message.Message) -> float | None:

@@ -65,6 +65,14 @@ def test_a_refused_value_that_is_required_hides_no_other_mistake(tmp_path: Path)
     assert "missing" in without["model"] and "model.path" not in without and "data.train.0" in without
 
 
+def test_scaled_positions_are_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 9, "rope_scaling": {"rope_type": "yarn"}}')
+    overrides = ["stage.1.max_response_tokens=400", "optim.max_tokens_per_rank=4096"]
+    assert load_config(QUICKSTART, [f"model.path={tmp_path}", *overrides]).stage[1].max_response_tokens == 400
+    with pytest.raises(ConfigError, match="400 is more than max_position_embeddings = 256 in examples/tiny-adder"):
+        load_config(QUICKSTART, overrides)
+
+
 def test_a_mistyped_model_folder_is_not_taken_for_a_hub_id(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json in 'examples/tiny-addr'"):
         load_config(QUICKSTART, ["model.path=examples/tiny-addr"])
@@ -133,6 +141,8 @@ def test_entropy_variants_have_their_own_defaults(tmp_path: Path) -> None:
         ("data.train=[]", "data.train"),
         ("stage=[]", "stage"),
         ('run_dir=3', "run_dir"),
+        ("stage.1.max_response_tokens=400", "stage.1.max_response_tokens"),
+        ("eval.max_response_tokens=257", "eval.max_response_tokens"),
     ],
 )
 def test_each_limit_names_its_path(override: str, where: str) -> None:

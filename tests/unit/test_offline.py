@@ -16,8 +16,9 @@ import pytest
 
 from or1.config import Config, EndpointConfig
 from or1.config_load import ConfigError, load_config
-from or1.eval_run import run_evaluation
+from or1.eval_run import _measured, run_evaluation
 from or1.filter_run import run_filter
+from or1.offline.source import Source
 from or1.offline.store import PartStore, StoreError
 from or1.offline.target import Target, resolve_target
 from or1.reward.custom import file_of
@@ -151,7 +152,9 @@ def test_every_response_comes_once_through_refusals(server: Server, monkeypatch:
     )
 
 
-def test_what_will_not_pass_ends_at_once_with_the_servers_words(server: Server) -> None:
+def test_what_will_not_pass_ends_at_once_with_the_servers_words(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.broken = True
     engine = EndpointEngine(EndpointConfig(url=server.url, retries=5))
     with pytest.raises(EndpointError, match=r"failed after 1 attempts: 400 .*max_tokens is too large"):
@@ -161,6 +164,10 @@ def test_what_will_not_pass_ends_at_once_with_the_servers_words(server: Server) 
     server.server_close()
     with pytest.raises(EndpointError, match="failed after 1 attempts"):
         EndpointEngine(EndpointConfig(url=url, retries=0, timeout_s=2))
+    capsys.readouterr()
+    with pytest.raises(EndpointError, match="failed after 2 attempts"):
+        EndpointEngine(EndpointConfig(url=url, retries=1, timeout_s=2))
+    assert f"{url}/models: URLError" in (said := capsys.readouterr().err) and "attempt 2 of 2 in 1 s" in said
 
 
 RECIPE = """
@@ -310,3 +317,15 @@ def test_recipes_of_evaluations_are_whole_but_for_their_data(root: Path, monkeyp
 
 def test_a_config_for_measuring_needs_no_stage() -> None:
     assert Config(run_dir="r", model={"path": "m"}).stage == ()
+
+
+def test_an_evaluation_says_which_weights_it_measures(adder: Path, tmp_path: Path) -> None:
+    config = Config.model_validate({"run_dir": str(tmp_path), "model": {"path": str(adder)}})
+    here, there = Source(None, None, {"path": str(adder)}), Source(None, None, {"url": "http://x", "model": "m"})
+    assert list(_measured(config, here)) == [f"model: {adder}"]
+    assert list(_measured(config, there)) == ["model: m of http://x"]
+    (tmp_path / "checkpoints" / "step_7").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_7" / "manifest.json").touch()
+    assert f"for 7 steps; `or1 eval {tmp_path}` measures that" in list(_measured(config, here))[1]
+    result = {"model": {"path": str(tmp_path / "weights" / "step_7")}}
+    assert len(list(_measured(config.model_validate(config.model_dump() | result), here))) == 1
