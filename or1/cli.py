@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train from a TOML config; resumes a run that stopped")
     train.add_argument("config", help="TOML file")
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
-    train.add_argument("--dry-run", action="store_true", help="check the config, show the plan, do nothing")
+    train.add_argument("--dry-run", action="store_true", help="check config, data and run_dir, show the plan, no more")
     train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
     train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
     train.set_defaults(run=_train)
@@ -140,10 +140,13 @@ def _add_sampling_options(verb: argparse.ArgumentParser, out: str) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from or1.display import print_plan
+        from or1.launch import rehearse
 
-        print_plan(config, [f"{path}: {Path(path).stat().st_size:,} bytes" for path in config.data.files])
-        return _guarded(lambda: _try_reward_function(config))
+        def rehearsal() -> None:
+            rehearse(config, fresh=arguments.fresh)
+            _try_reward_function(config)
+
+        return _guarded(rehearsal)
     if arguments.nproc is not None and "RANK" not in os.environ:
         from or1.local_ranks import run_ranks
 

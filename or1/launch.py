@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
-from or1.run_state import RunError, checkpoints_of, prepare_run_dir, recorded_run
+from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
 
 if TYPE_CHECKING:
@@ -48,6 +48,23 @@ def launch(config: Config, fresh: bool = False) -> None:
             trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
         if trainer is not None and world.is_main:
             _finish(config, trainer)
+
+
+def rehearse(config: Config, fresh: bool = False) -> None:
+    """Show the plan, and find what would stop `launch` before it loads the model; nothing is written.
+
+    Raises RunError, DataError, ModelError.
+    """
+    changed = [] if fresh else check_run_dir(config)
+    quiet_libraries()
+    from or1.checkpoint import committed_steps
+    from or1.data import load_run_data
+    from or1.model import load_tokenizer
+
+    data = load_run_data(config, load_tokenizer(config.model.path))
+    print_plan(config, data.lines())
+    if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
+        print(f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else ""))
 
 
 def _prepare_together(world: World, config: Config, fresh: bool) -> list[str]:

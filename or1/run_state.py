@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ from or1.checkpoint import CheckpointError, committed_steps, read_manifest, step
 from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
+from or1.engine_logp import unknown_tokens
 from or1.entropy import EntropyController
 from or1.files import write_whole
 from or1.metrics import read_metrics
 from or1.rollout_state import InFlight
 from or1.run_changes import changed_keys, fixed_keys
 from or1.stages import StageProgress
-from or1.types import Status
+from or1.types import Group, Status
 
 if TYPE_CHECKING:
     from or1.evaluate import EvalResult
@@ -58,6 +60,8 @@ class TrainState:
     stages: StageProgress = field(default_factory=StageProgress)
     watch: EntropyWatch = field(default_factory=EntropyWatch)
     budget: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    """See `or1.inputs.inputs_of`."""
     in_flight: InFlight = field(default_factory=InFlight)
     """Saved apart, since most of it is tensors; see `InFlight.to_checkpoint`."""
 
@@ -87,9 +91,28 @@ class TrainState:
         self.totals["eval_remarks"] += bool(remark)
         return remark
 
+    def note_inputs(self, found: dict[str, str]) -> list[str]:
+        """Remember what the run reads; returns and counts what has changed since the checkpoint, one line each."""
+        changed = [name for name in found if self.inputs.get(name, found[name]) != found[name]]
+        self.totals["changed_inputs"] += len(changed)
+        self.inputs = found
+        return [f"{name} changed since step {self.step}: what follows is not the run that it was" for name in changed]
+
+    def count(self, groups: Sequence[Group]) -> None:
+        """Count what became of the responses of a step."""
+        for group in groups:
+            self.totals.update(score.status.value for score in group.scores)
+            self.totals["graded_truncated"] += sum(
+                r.truncated and s.status is not Status.TRUNCATED
+                for r, s in zip(group.responses, group.scores, strict=True)
+            )
+            self.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
+        self.totals["nonfinite_logp"] += unknown_tokens(groups)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
         return {
+            "inputs": self.inputs,
             "entropy": self.entropy.state(),
             "step": self.step,
             "sampler": asdict(self.sampler),

@@ -34,6 +34,8 @@ def summarise(
     counts |= {name: state.totals[key] for name, key in in_evaluations.items() if state.totals[key]}
     if state.totals["graded_truncated"]:
         counts["truncated responses that were graded"] = state.totals["graded_truncated"]
+    if state.totals["changed_inputs"]:
+        counts["inputs that changed on resuming"] = state.totals["changed_inputs"]
     return Summary(
         evals=eval_histories(records),
         steps_done=state.step,

@@ -34,6 +34,7 @@ from or1.dist import SINGLE, World
 from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
 from or1.feed import RolloutFeed, step_seed
+from or1.inputs import inputs_of
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
@@ -49,7 +50,7 @@ from or1.rollout_log import write_rollouts
 from or1.rollout_state import InFlight
 from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
-from or1.types import Group, Prompt, Status
+from or1.types import Group, Prompt
 from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
 from or1_kernels.objective import PolicyObjective
 
@@ -84,6 +85,8 @@ class Trainer:
         self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, cap=cap)
         self._checkpoint_s: float | None = None
         self.state = self._restore(resume) or TrainState.start(config)
+        for message in self.state.note_inputs(inputs_of(config, self.data)):
+            display.message(message)
         if resume is None:
             self._cap_rows()
         self.feed = RolloutFeed(config, self.data.prompts, self.sampler, self.engine, self.state, world)
@@ -197,7 +200,7 @@ class Trainer:
         self.feed.settle()
         synced = time.perf_counter()
         metrics |= self._push([group.prompt for group in rollout.groups])
-        self._count(rollout.groups)
+        self.state.count(rollout.groups)
         if self.config.data.drop_solved:
             self.state.solved.note(rollout.groups)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
@@ -365,16 +368,6 @@ class Trainer:
 
     def _log_rollouts(self, number: int, index: int, groups: list[Group], advantages: list) -> None:
         write_rollouts(self.config.run_path / "rollouts", number, index, groups, advantages)
-
-    def _count(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            self.state.totals.update(score.status.value for score in group.scores)
-            self.state.totals["graded_truncated"] += sum(
-                r.truncated and s.status is not Status.TRUNCATED
-                for r, s in zip(group.responses, group.scores, strict=True)
-            )
-            self.state.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
-        self.state.totals["nonfinite_logp"] += unknown_tokens(groups)
 
     def _drop_solved(self, stage_index: int) -> None:
         """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""

@@ -13,7 +13,7 @@ from small_run import ROOT, arguments
 
 from or1.cli import main
 from or1.config import Config
-from or1.config_load import load_config
+from or1.config_load import dump_config, load_config
 from or1.run_state import RECORD, RunError, prepare_run_dir, recorded_config
 
 
@@ -150,3 +150,22 @@ def test_an_interrupt_says_whether_there_is_a_checkpoint(
     commit(tmp_path, 1, 0, 0)
     assert main(arguments(tmp_path)) == 130
     assert "resumes from the newest checkpoint" in capsys.readouterr().err
+
+
+def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run_dir = tmp_path / "train.jsonl", tmp_path / "run"
+    data.write_text('{"question": "1+1", "answer": "2"}\n')
+    settings = {"data__train": data, "model__path": ROOT / "examples/tiny-adder"}
+    assert main(arguments(run_dir, "--dry-run", **settings)) == 0
+    assert "1 rows" in capsys.readouterr().out and not run_dir.exists()
+    data.write_text('{"ask": "1+1"}\n')
+    assert main(arguments(run_dir, "--dry-run", **settings)) == 65
+    commit(run_dir, 3, 0, 0)
+    (run_dir / RECORD).write_text(dump_config(config_of(run_dir, "seed=9")))
+    assert main(arguments(run_dir, "--dry-run", **settings)) == 70
+    assert "holds a run with other settings" in capsys.readouterr().err
+    data.write_text('{"question": "1+1", "answer": "2"}\n')
+    assert main(arguments(run_dir, "--dry-run", "--fresh", **settings)) == 0
+    assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoints", RECORD]

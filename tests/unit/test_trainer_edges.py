@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -15,11 +16,13 @@ from or1.batches import choose, minibatches
 from or1.config import EvalSet, ModelConfig, OptimConfig
 from or1.dist import SINGLE
 from or1.evaluate import evaluate_set
+from or1.inputs import inputs_of
 from or1.metrics import read_metrics
 from or1.model import ModelError, load_model, load_tokenizer
 from or1.optim import MasterAdamW, OptimizerError
 from or1.reward import make_scorer
 from or1.reward.base import ScorerError
+from or1.run_state import TrainState
 from or1.types import Score, Status
 
 
@@ -89,3 +92,24 @@ def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(ModelError, match="cannot be read"):
         load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def test_a_resumed_run_says_which_of_its_inputs_have_changed(tmp_path: Path) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text("def score(completion):\n    return 1.0\n")
+    config = config_of(tmp_path, reward={"kind": f"{reward}:score"})
+
+    def resume(state: TrainState) -> list[str]:
+        again = TrainState.from_json(config, json.loads(json.dumps(state.to_json())))
+        found = inputs_of(config, trainer_of(config).data)
+        said = again.note_inputs(found)
+        assert again.totals["changed_inputs"] == len(said) and again.note_inputs(found) == []
+        return said
+
+    state = trainer_of(config).state
+    assert resume(state) == []
+    reward.write_text("def score(completion):\n    return 0.5\n")
+    assert resume(state)[0].startswith(f"the reward function in {reward} changed since step 0")
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text().replace("1+3", "1+4"))
+    assert len(said := resume(state)) == 2 and said[0].startswith("the training problems changed")
