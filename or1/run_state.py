@@ -154,7 +154,9 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
             messages += _move_aside(run_dir)
         changed = check_run_dir(config)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / RECORD, dump_config(config))
+        # A local model by its whole path, so that `or1 export` finds it from any folder.
+        model = config.model.model_copy(update={"path": _whole_path(config.model.path)})
+        write_whole(run_dir / RECORD, dump_config(config.model_copy(update={"model": model})))
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise
@@ -187,7 +189,11 @@ def check_run_dir(config: Config) -> list[str]:
     recorded, steps = recorded_config(run_dir), committed_steps(checkpoints_of(run_dir))
     if not steps and not read_metrics(run_dir / "metrics.jsonl"):
         return []
-    changed = changed_keys(recorded, config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
+    for each in (recorded, settings):
+        if isinstance(model := each.get("model"), dict) and "path" in model:
+            model["path"] = _whole_path(str(model["path"]))
+    changed = changed_keys(recorded, settings)
     done, begun = _stages_so_far(run_dir, steps)
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
         stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
@@ -197,6 +203,10 @@ def check_run_dir(config: Config) -> list[str]:
             "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
         )
     return changed
+
+
+def _whole_path(model: str) -> str:
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:

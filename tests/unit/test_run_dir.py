@@ -169,3 +169,16 @@ def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
     data.write_text('{"question": "1+1", "answer": "2"}\n')
     assert main(arguments(run_dir, "--dry-run", "--fresh", **settings)) == 0
     assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoints", RECORD]
+
+
+def test_the_record_names_a_local_model_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = config_of(tmp_path, "model.path=examples/tiny-adder")
+    prepare_run_dir(config)
+    assert recorded_config(tmp_path)["model"]["path"] == str(ROOT / "examples" / "tiny-adder")
+    commit(tmp_path, 1, 0, 0)
+    assert prepare_run_dir(config) == []
+    (tmp_path / RECORD).write_text(dump_config(config))
+    assert prepare_run_dir(config) == [], "a relative path is the same model"
+    with pytest.raises(RunError, match=r"other settings \(model.path\)"):
+        prepare_run_dir(config_of(tmp_path, "model.path=nobody/tiny-adder"))
