@@ -16,7 +16,7 @@ import torch
 from or1.config import DistConfig, ModelConfig, VllmConfig
 from or1.dist import World, join
 from or1.model import load_model, named_weights
-from or1.rollout import vllm_push, vllm_server
+from or1.rollout import vllm_push, vllm_server, vllm_worker
 from or1.rollout.base import EngineError, Sampling
 from or1.rollout.vllm_server import ServerEngine
 from or1.rollout.vllm_setup import VllmSetup
@@ -131,7 +131,8 @@ def pushed_to_a_dead_server(path: Path, run_path: Path) -> dict[str, Any]:
 
 def broadcast_to_a_failing_server(path: Path, run_path: Path) -> dict[str, Any]:
     """Pushes by broadcast: a good one, one that the worker refuses midway, a good one, one to a dead server."""
-    vllm_push.GROUP_TIMEOUT_S = 20
+    # What a refusal leaves blocked on one rank must end before the other rank gives that one up.
+    vllm_push.GROUP_TIMEOUT_S = vllm_worker.GROUP_TIMEOUT_S = 10
     alive: list[weakref.ref] = []
     most = 0
 
@@ -143,7 +144,7 @@ def broadcast_to_a_failing_server(path: Path, run_path: Path) -> dict[str, Any]:
             yield name, tensor
 
     vllm_push.named_weights = watched
-    with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
+    with join(DistConfig(timeout_s=60), torch.device("cpu")) as world:
         engine = engine_of(world, path, "broadcast", run_path)
         process, fresh, told = engine.process, [], []
         for version, fault in enumerate(["none", "refused", "none", "dead"], start=1):

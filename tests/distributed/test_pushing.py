@@ -24,12 +24,13 @@ def test_f15_a_push_that_finds_the_server_dead_restarts_it_and_every_rank_goes_o
     assert ranks[0]["starts"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_broadcast_gathers_one_weight_at_a_time_and_all_of_them_whatever_fails(untied: Path, tmp_path: Path) -> None:
     main, other = run_ranks(broadcast_to_a_failing_server, 2, untied, tmp_path, timeout=140)
     assert main["fresh"] == [True, True]
-    # The one before lives until the next is there.
-    assert main["most"] <= 2 < main["weights"]
+    # The one before lives until the next is there, and one more while it is still being sent.
+    assert main["most"] <= 3 < main["weights"]
     refused, dead = main["told"]
     assert refused.startswith("EngineError") and "refused" in refused
     assert dead.startswith("EngineError") and 'rollout.vllm.transport = "file"' in dead

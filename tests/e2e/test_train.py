@@ -60,7 +60,7 @@ VARIANTS = {
 }
 
 
-MARKS = {"entropy bonus": (), "two updates a rollout": pytest.mark.slow}
+MARKS = dict.fromkeys(("entropy bonus", "two updates a rollout"), pytest.mark.slow)
 
 
 @pytest.mark.timeout(600)

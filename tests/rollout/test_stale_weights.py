@@ -37,6 +37,7 @@ def arguments(root: Path, tmp_path: Path) -> list[str]:
     settings = {
         "run_dir": tmp_path / "run", "model.path": root / "examples/tiny-adder", "data.train": tmp_path / "sums.jsonl",
         "data.max_prompt_tokens": 100, "reward.kind": f"{tmp_path}/reward.py:noise", "reward.workers": 1,
+        "reward.require_think_close": "false",
         "rollout.verify_every": 1, "optim.lr": 3e-3, "optim.warmup_steps": 0, "eval.sets": "[]",
         "log.tensorboard": "false", "stage": json.dumps([stage]).replace(":", "="),
     }  # fmt: skip
