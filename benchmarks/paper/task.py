@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.measure import ROOT
 
 Problem = tuple[int, int]
 
@@ -31,7 +32,6 @@ HELD_OUT = 400
 _FORGET = 0.8
 _WITHOUT_CARRY = 0.2
 _STEPS, _BATCH, _LR = 500, 128, 3e-3
-_SPECIAL, _MARKS = ["<pad>", "<eos>"], ["<think>", "</think>", "\\boxed{"]
 
 
 def make_base(folder: Path) -> None:
@@ -40,7 +40,7 @@ def make_base(folder: Path) -> None:
     rng = random.Random(0)
     problems = list(dict.fromkeys(_problem(rng) for _ in range(6000)))
     held_out, train = problems[:HELD_OUT], problems[HELD_OUT:]
-    tokenizer = _tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny-adder")
     model = _model(tokenizer)
     _warm_up(model, tokenizer, train, rng)
     model.save_pretrained(folder)
@@ -71,19 +71,7 @@ def _problem(rng: random.Random) -> Problem:
             return a, b
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, plus one each for the thinking tags and the opening of the box."""
-    vocab = {token: i for i, token in enumerate([*_SPECIAL, *_MARKS, *"0123456789+=;}"])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    core.decoder = decoders.Fuse()
-    core.add_tokens([AddedToken(mark, normalized=False) for mark in _MARKS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}={% if add_generation_prompt %}<think>{% endif %}"
-    return tokenizer
-
-
-def _model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def _model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=256, max_position_embeddings=128, tie_word_embeddings=True,
@@ -93,7 +81,7 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def _warm_up(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], rng: random.Random
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], rng: random.Random
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS, eta_min=_LR / 20)
@@ -107,7 +95,7 @@ def _warm_up(
 
 
 def _batch(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast, rng: random.Random
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels; only the solution is trained."""
     rows = []
