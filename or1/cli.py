@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from or1 import __version__
 from or1.config import Config
@@ -37,13 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"or1 {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="train from a TOML config; resumes a run that stopped")
-    train.add_argument("config", help="TOML file")
-    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
-    train.add_argument("--dry-run", action="store_true", help="check config, data and run_dir, show the plan, no more")
-    train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
-    train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
-    train.set_defaults(run=_train)
+    _add_train(verbs)
 
     evaluate = verbs.add_parser("eval", help="avg@k and pass@k of a config, run, checkpoint or server; resumes")
     evaluate.add_argument("target", help="TOML file, run directory, Hugging Face folder, or URL of a server")
@@ -137,21 +132,29 @@ def _add_sampling_options(verb: argparse.ArgumentParser, out: str) -> None:
     verb.add_argument("--fresh", action="store_true", help="move former results aside and start anew")
 
 
+def _add_train(verbs: Any) -> None:
+    train = verbs.add_parser("train", help="train from a TOML config; resumes a run that stopped")
+    train.add_argument("config", help="TOML file")
+    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
+    train.add_argument("--dry-run", action="store_true", help="check config, data and run_dir, show the plan, no more")
+    train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
+    train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
+    train.add_argument("--restarts", type=_positive, default=0, metavar="N",
+                       help="start again after a crash or exit 75; give up after N in vain")  # fmt: skip
+    train.set_defaults(run=_train)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from or1.launch import rehearse
 
-        def rehearsal() -> None:
-            rehearse(config, fresh=arguments.fresh)
-            _try_reward_function(config)
-
-        return _guarded(rehearsal)
-    if arguments.nproc is not None and "RANK" not in os.environ:
-        from or1.local_ranks import run_ranks
-
-        overrides = [part for override in arguments.overrides for part in ("--set", override)]
-        return run_ranks(arguments.nproc, ["train", arguments.config, *overrides, *(["--fresh"] * arguments.fresh)])
+        return _guarded(lambda: rehearse(config, fresh=arguments.fresh))
+    if "RANK" in os.environ:
+        if arguments.restarts:
+            return _fail("--restarts is for ranks that or1 starts; use torchrun's --max-restarts", EXIT_USAGE)
+    elif arguments.nproc is not None or arguments.restarts:
+        return _train_in_processes(config, arguments)
     try:
         from or1.launch import launch
 
@@ -163,12 +166,20 @@ def _train(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
 
 
-def _try_reward_function(config: Config) -> None:
-    """Load a function of the user's own once; the other rewards have been checked with the config."""
-    if config.reward.is_function:
-        from or1.reward import make_scorer
+def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
+    from or1.local_ranks import run_ranks
+    from or1.restarts import keep_running
+    from or1.run_state import checkpoints_of
 
-        make_scorer(config.reward.model_copy(update={"workers": 1})).close()
+    overrides = [part for override in arguments.overrides for part in ("--set", override)]
+
+    def start(first: bool) -> int:
+        fresh = ["--fresh"] * (arguments.fresh and first)
+        return run_ranks(arguments.nproc or 1, ["train", arguments.config, *overrides, *fresh])
+
+    if not arguments.restarts:
+        return start(True)
+    return keep_running(start, checkpoints_of(config.run_path), arguments.restarts)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -253,7 +264,7 @@ def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
     # By name, because their modules import torch.
     codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE,
-             "RewardFunctionError": EXIT_USAGE}  # fmt: skip
+             "RewardFunctionError": EXIT_USAGE, "ServerLost": EXIT_RETRY}  # fmt: skip
     try:
         action()
     except ConfigError:

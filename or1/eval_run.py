@@ -17,6 +17,7 @@ from or1.config import Config, EvalSet
 from or1.config_load import dump_config
 from or1.data import load_eval_sets
 from or1.evaluate import RIGHT, EvalResult, Outcome, best_reward, by_source, mean_reward, pass_ks, summarise_set
+from or1.files import write_whole
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
 from or1.offline.sample import inputs_of, part_size, sample_parts, there_already
@@ -60,7 +61,7 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
                 each.name: _evaluate(config, each, problems[each.name], (source, scorer), (out, bar))
                 for each in config.eval.sets
             }
-    (out / "config.resolved.json").write_text(dump_config(config), encoding="utf-8")
+    write_whole(out / "config.resolved.json", dump_config(config))
     results, sources = _summarise(config, outcomes)
     report = {
         "model": source.model,
@@ -72,7 +73,7 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
             for each, result in zip(config.eval.sets, results, strict=True)
         },
     }  # fmt: skip
-    (out / "eval.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(out / "eval.json", json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     remarks = [line for result in results if config.reward.is_function and (line := result.remark())]
     where = f"results: {out / 'eval.json'}, transcripts: {out / 'transcripts'}"
     print_evaluation(results, sources, [*remarks, where])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan, print_summary
+from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
 
@@ -24,10 +25,10 @@ def launch(config: Config, fresh: bool = False) -> None:
 
     Raises RunError, DataError, ModelError, CheckpointError, DistError, DiskError; in all ranks, whichever found it.
     """
+    lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before torch is imported, so that a folder that cannot be used answers at once.
-        messages = prepare_run_dir(config, fresh)
-        print_plan(config, [])
+        messages = _prepare(config, fresh, lock)
     quiet_libraries()
     if config.deterministic:
         _only_deterministic_algorithms()
@@ -40,9 +41,10 @@ def launch(config: Config, fresh: bool = False) -> None:
         join(config.dist, resolve_device(config.model.device)) as world,
         watched(world, config.dist.heartbeat_timeout_s) as watchdog,
         StopRequest() as stop,
+        contextlib.closing(lock),
     ):
         if world.size > 1:
-            messages = _prepare_together(world, config, fresh)
+            messages = _prepare_together(world, config, fresh, lock)
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
             trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
@@ -53,7 +55,7 @@ def launch(config: Config, fresh: bool = False) -> None:
 def rehearse(config: Config, fresh: bool = False) -> None:
     """Show the plan, and find what would stop `launch` before it loads the model; nothing is written.
 
-    Raises RunError, DataError, ModelError.
+    Raises RunError, DataError, ModelError, ScorerError.
     """
     changed = [] if fresh else check_run_dir(config)
     quiet_libraries()
@@ -65,15 +67,36 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     print_plan(config, data.lines())
     if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
         print(f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else ""))
+    _try_reward_function(config)
 
 
-def _prepare_together(world: World, config: Config, fresh: bool) -> list[str]:
+def _try_reward_function(config: Config) -> None:
+    """Load a function of the user's own once, before minutes go into a model; other rewards are known to be there.
+
+    Raises RewardFunctionError.
+    """
+    if config.reward.is_function:
+        from or1.reward import make_scorer
+
+        make_scorer(config.reward.model_copy(update={"workers": 1})).close()
+
+
+def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
+    """The run's folder made ready, and locked from here on; messages about it."""
+    # Once before, so that `fresh` moves no run that is at work; once more, for the folder that is there after it.
+    lock.take(make=False)
+    messages = prepare_run_dir(config, fresh)
+    lock.take(make=True)
+    print_plan(config, [])
+    return messages
+
+
+def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) -> list[str]:
     """The main rank prepares the folder; what stops it there stops all."""
     messages, problem = [], ""
     if world.is_main:
         try:
-            messages = prepare_run_dir(config, fresh)
-            print_plan(config, [])
+            messages = _prepare(config, fresh, lock)
         except RunError as error:
             problem = str(error)
     if found := world.gather(problem.encode())[0].decode():
@@ -89,6 +112,7 @@ def _train(
 
     for message in messages:
         display.message(message)
+    _try_reward_function(config)
     trainer = Trainer(config, display, world, lambda: stop.requested)
     for line in trainer.data.lines():
         display.message(line)

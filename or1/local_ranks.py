@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
@@ -38,9 +38,16 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
         logs_specs=DefaultLogsSpecs(),
     )
 
-    for number in _SIGNALS:
+    # The ranks are sessions of their own, which a terminal's signals do not reach; under nohup they are not to.
+    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    former = {number: handler for number, handler in former.items() if handler != signal.SIG_IGN}
+    for number in former:
         signal.signal(number, lambda received, _: _pass_on(received, ranks.pids().values()))
-    result = ranks.wait(period=0.1)
+    try:
+        result = ranks.wait(period=0.1)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
     if result is None or not result.is_failed():
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)

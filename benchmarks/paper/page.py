@@ -33,7 +33,9 @@ def write_page(
     findings = {claim.key: [decide(s, records) for s in claim.statements] for claim in chosen}
     versions = stamp()
     _write_json(out / "study.json", findings, records, versions | {"cost": dict(cost), "lr": lr})
-    parts = [_head(cost, versions, lr), _table(chosen, findings)]
+    # A study that was cut off goes on, and may do so with later code.
+    commits = sorted({record["commit"][:12] for record in records.values()})
+    parts = [_head(cost, commits, lr), _table(chosen, findings)]
     for claim in chosen:
         _plot(out / f"{claim.key}.svg", claim, records)
         parts.append(_section(claim, findings[claim.key]))
@@ -51,17 +53,16 @@ def summary(chosen: Sequence[Claim], records: Records) -> list[tuple[str, str, s
     return rows
 
 
-def _head(cost: Mapping[str, float], versions: Mapping[str, Any], lr: float) -> str:
+def _head(cost: Mapping[str, float], commits: Sequence[str], lr: float) -> str:
     rule, _, note = textwrap.dedent(claims.__doc__.partition("\n\n")[2]).partition("\n\n    ")
     table, _, rest = note.partition("\n\n")
     costs = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
-    commit = f"{versions.get('commit', 'unknown')}"
     return "\n\n".join([
         "# The report's study of entropy collapse, in miniature",
         "Made by `python -m benchmarks.paper OUT_DIR`; the numbers behind it are in `study.json`. It shows what a "
         "0.2 M-parameter model on two-digit sums does, and says nothing about large ones: a claim that fails here may "
         "hold there.",
-        f"Commit {commit[:12]}. Cost: {costs}.",
+        f"Commit of the runs: {', '.join(commits)}. Cost: {costs}.",
         "## The task",
         "```\n" + task.__doc__.partition("\n\n")[2].rstrip() + "\n```",
         f"Runs take {STEPS} rollout steps at lr {lr:g}, {PROMPTS} prompts by 8 responses, unless their arm says "

@@ -96,6 +96,7 @@ def _finished(settings: Mapping[str, Any]) -> Record | None:
 
 
 def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
+    from benchmarks.measure import stamp
     from or1.config import Config
     from or1.trainer import Trainer
 
@@ -104,8 +105,10 @@ def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
     run_dir.mkdir(parents=True)
     Trainer(Config.model_validate(settings), messages).run()
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    record = {"arm": name, "seed": seed, "cpu_s": _cpu_seconds() - began, "messages": messages.texts,
-              "settings": settings} | _summary([json.loads(line) for line in lines])  # fmt: skip
+    record = {
+        "arm": name, "seed": seed, "commit": stamp()["commit"], "cpu_s": _cpu_seconds() - began,
+        "messages": messages.texts, "settings": settings, **_summary([json.loads(line) for line in lines]),
+    }  # fmt: skip
     _write(_record_path(settings), record)
     shutil.rmtree(run_dir)
     return record

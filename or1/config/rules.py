@@ -18,6 +18,7 @@ class Problem(NamedTuple):
 
 
 Verb = Literal["train", "filter", "eval"]
+_VLLM_HOTTEST = 2.0
 
 
 def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> list[Problem]:
@@ -238,6 +239,18 @@ def _engine_fits(config: Config) -> Iterator[Problem]:
                       "next, so all stages need the same group_size")
 
 
+def _vllm_samples(config: Config) -> Iterator[Problem]:
+    """vLLM refuses a request beyond this, which a run would learn in its first rollout only."""
+    if config.rollout.engine != "vllm" or config.endpoint.url is not None:
+        return
+    named = [("rollout.temperature", config.rollout.temperature), ("filter.temperature", config.filter.temperature)]
+    named += [(f"eval.sets.{i}.temperature", each.temperature) for i, each in enumerate(config.eval.sets)]
+    for where, temperature in named:
+        if temperature > _VLLM_HOTTEST:
+            yield Problem(where, f"{temperature:g} is above {_VLLM_HOTTEST:g}, the highest that vLLM samples at; lower "
+                          'it, or set rollout.engine = "hf"')
+
+
 def _magic_variants_sound(config: Config) -> Iterator[Problem]:
     loss, reward = config.loss, config.reward
     if loss.reference is not None and loss.kl_coef == 0:
@@ -272,6 +285,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _eval_names_unique,
     _importance_weights_sound,
     _engine_fits,
+    _vllm_samples,
     _magic_variants_sound,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {

@@ -99,8 +99,8 @@ class ServerEngine:
             except ServerLost as lost:
                 if restarted or not (self._own and self._alone):
                     remedy = "Run the same command" if self._own else "Start it again, then run the same command"
-                    raise EngineError(f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
-                                      "the newest checkpoint") from lost
+                    raise ServerLost(f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
+                                     "the newest checkpoint") from lost
                 restarted = True
                 self._restart()
                 waiting = {slot: _Open(w.job) for slot, w in waiting.items()}

@@ -13,7 +13,8 @@ import pytest
 from rank_processes import or1_ranks
 from small_run import arguments, lines
 
-from or1.checkpoint import committed_steps
+from or1 import restarts
+from or1.checkpoint import MANIFEST, committed_steps
 from or1.local_ranks import _pass_on
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
@@ -23,6 +24,11 @@ def children(pid: int) -> list[int]:
     """Processes that `pid` started and that still run."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The children of a launcher that run or1."""
+    return [c for c in children(pid) if b"or1" in Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0")]
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int) -> None:
@@ -80,3 +86,61 @@ def test_a_run_dir_with_other_settings_is_refused_by_all_ranks(tmp_path: Path) -
     codes = or1_ranks(2, arguments(tmp_path / "run", **settings, seed=7), log)
     assert codes[0] == 70 and codes[1] in (70, 75)
     assert "holds a run with other settings (seed)" in Path(f"{log}.0").read_text()
+
+
+@pytest.mark.parametrize(
+    ("codes", "new_step", "ends", "firsts"),
+    [
+        ([0], 0, 0, [True]),
+        ([2], 0, 2, [True]),
+        ([70], 0, 70, [True]),
+        ([129], 0, 129, [True]),
+        ([143], 0, 143, [True]),
+        ([75, 0], 0, 0, [True, False]),
+        ([137, 1, 75, 75], 0, 75, [True, False, False]),
+        # Each start leaves a new checkpoint, so none of these is one of two in vain.
+        ([137, 137, 137, 137, 0], 1, 0, [True, False, False, False, False]),
+    ],
+)
+def test_restarts_are_for_what_may_pass_and_end_when_nothing_is_gained(
+    codes: list[int], new_step: int, ends: int, firsts: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.001)
+    told: list[bool] = []
+
+    def start(first: bool) -> int:
+        told.append(first)
+        if new_step:
+            folder = tmp_path / f"step_{len(told)}"
+            folder.mkdir()
+            (folder / MANIFEST).write_text("{}")
+        return codes[len(told) - 1]
+
+    assert restarts.keep_running(start, tmp_path, 2) == ends
+    assert told == firsts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_with_restarts_survives_sigkill_by_itself_and_its_launcher_passes_sigterm_on(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = {"stage__0__steps": 60, "stage__1__steps": 1}
+    command = [sys.executable, "-m", "or1", *arguments(run_dir, "--restarts", "1", **settings)]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        for _ in range(2):
+            newest = max(committed_steps(run_dir / "checkpoints"), default=0)
+            wait_for_step(run_dir, process, newest + 1)
+            os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
+            while "ended with exit code 137" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+        wait_for_step(run_dir, process, newest + 3)
+        second = subprocess.run([*command, "--fresh"], capture_output=True, text=True, timeout=60, check=False)
+        assert second.returncode == 70 and "a run that is at work" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 0, log.read_text()
+    text = log.read_text()
+    stopped = max(committed_steps(run_dir / "checkpoints"))
+    assert text.count("ended with exit code 137; restart 1 of 1") == 2, text
+    assert stopped < 61 and f"stopped after step {stopped}, which is committed" in text
+    assert [line["step"] for line in lines(run_dir)] == list(range(stopped + 1))

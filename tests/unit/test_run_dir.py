@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from small_run import ROOT, arguments
 from or1.cli import main
 from or1.config import Config
 from or1.config_load import dump_config, load_config
+from or1.run_lock import RunLock
 from or1.run_state import RECORD, RunError, prepare_run_dir, recorded_config
 
 
@@ -136,6 +139,21 @@ def test_fresh_moves_a_run_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run"):
         prepare_run_dir(config_of(folder), fresh=True)
     assert (folder / "thesis.tex").is_file()
+
+
+def test_a_folder_where_a_run_is_at_work_is_neither_joined_nor_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_run_dir(config_of(tmp_path / "run"))
+    lock = RunLock(tmp_path / "run")
+    lock.take(make=True)
+    for flags in ([], ["--fresh"]):
+        assert main(arguments(tmp_path / "run", *flags)) == 70
+        said = capsys.readouterr().err
+        assert f"at work ({{\"host\": \"{socket.gethostname()}\", \"pid\": {os.getpid()}}})" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    lock.close()
+    RunLock(tmp_path / "run").take(make=False)
 
 
 def test_an_interrupt_says_whether_there_is_a_checkpoint(
