@@ -44,6 +44,7 @@ _ROWS = (
     _Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0), _Row("completion/len_mean", "length", "count", 0),
     _Row("completion/truncated", "truncated", "percent", -1), _Row("group/kept_share", "groups kept", "percent", 0),
     _Row("perf/tokens_per_s", "tokens/s", "count", 0), _Row("optim/grad_norm", "grad norm", "short", 0),
+    _Row("reward/failed", "crash or timeout", "percent", -1),
 )  # fmt: skip
 class _Phase(NamedTuple):
     name: str
@@ -109,6 +110,10 @@ class RunDisplay:
         if 0 <= self._stage < len(self._stages):
             kept = number(metrics.get("group/kept")) / self._stages[self._stage].prompts_per_step
             metrics = {**metrics, "group/kept_share": kept}
+        failed = sum(number(metrics.get(f"reward/status/{status}"), 0.0) for status in ("crash", "timeout"))
+        # A row from the first failure on.
+        if failed or self._history["reward/failed"]:
+            metrics = {**metrics, "reward/failed": failed}
         self._step_ends.append(time.monotonic())
         self._phase = None
         for key, values in self._history.items():

@@ -123,6 +123,14 @@ def _bare(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+def test_a_row_of_rewards_that_fail_comes_with_the_first_and_stays():
+    fine, bad = {"reward/status/crash": 0.0}, {"reward/status/crash": 0.25, "reward/status/timeout": 0.125}
+    assert "crash or timeout" not in show(terminal(), [{"step": 1, "stage": 0, **fine}])
+    text = _bare(show(terminal(), [{"step": k, "stage": 0, **record} for k, record in enumerate([fine, bad, fine], 1)]))
+    for share in ("37.5", "0.0"):
+        assert re.search(rf"crash or timeout +{share} %", text), share
+
+
 @pytest.mark.parametrize("width", [20, 40, 200])
 def test_any_terminal_width_works(width):
     assert "reward" in _bare(show(terminal(width)))
