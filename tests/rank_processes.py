@@ -10,9 +10,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,36 @@ def or1_command(arguments: list[str], log: str) -> int:
     """`or1 ARGUMENTS` in this process, its output in the file `log` with the rank added; returns the exit code."""
     from or1.cli import main
 
-    with open(f"{log}.{os.environ['RANK']}", "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    _write_to(f"{log}.{os.environ['RANK']}", f"{log}.{os.environ['RANK']}")
     code = main(arguments)
     sys.stdout.flush()
     return code
+
+
+def _write_to(out: str, err: str) -> None:
+    """What this process prints from here on goes into files."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        with open(path, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def start_or1(arguments: Sequence[str], folder: Path, log: Path) -> BaseProcess:
+    """`or1 ARGUMENTS` in a process that starts with torch loaded already, from `folder`; it writes log.out, log.err."""
+    process = FORKS.Process(target=_or1, args=([*arguments], str(folder), f"{log}.out", f"{log}.err"))
+    process.start()
+    return process
+
+
+def _or1(arguments: list[str], folder: str, out: str, err: str) -> None:
+    from or1.cli import main
+
+    os.chdir(folder)
+    _write_to(out, err)
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def exit_codes(ranks: list, timeout: float) -> list[int]:

@@ -127,20 +127,18 @@ def test_a_run_with_restarts_survives_sigkill_by_itself_and_its_launcher_passes_
     settings = {"stage__0__steps": 60, "stage__1__steps": 1}
     command = [sys.executable, "-m", "or1", *arguments(run_dir, "--restarts", "1", **settings)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
-        for _ in range(2):
-            newest = max(committed_steps(run_dir / "checkpoints"), default=0)
-            wait_for_step(run_dir, process, newest + 1)
-            os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
-            while "ended with exit code 137" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-        wait_for_step(run_dir, process, newest + 3)
+        wait_for_step(run_dir, process, 1)
+        os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
+        while "ended with exit code 137; restart 1 of 1" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        newest = max(committed_steps(run_dir / "checkpoints"))
+        wait_for_step(run_dir, process, newest + 1)
         second = subprocess.run([*command, "--fresh"], capture_output=True, text=True, timeout=60, check=False)
         assert second.returncode == 70 and "a run that is at work" in second.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(100) == 0, log.read_text()
     text = log.read_text()
     stopped = max(committed_steps(run_dir / "checkpoints"))
-    assert text.count("ended with exit code 137; restart 1 of 1") == 2, text
     assert stopped < 61 and f"stopped after step {stopped}, which is committed" in text
     assert [line["step"] for line in lines(run_dir)] == list(range(stopped + 1))

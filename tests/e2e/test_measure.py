@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rank_processes import start_or1
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -53,15 +51,16 @@ def write_recipe(folder: Path, name: str, model: Path, files: Sequence[Path], *,
 
 def kill_when_half_done(root: Path, arguments: Sequence[str], parts: Path, at_least: int) -> int:
     """Run until some parts stand, then SIGKILL. Returns how many do."""
-    process = subprocess.Popen([sys.executable, "-m", "or1", *arguments], cwd=root, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    log = parts.parents[1] / "killed.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = start_or1(arguments, root, log)
     deadline = time.monotonic() + 150
     while len(list(parts.rglob("part_*.parquet"))) < at_least:
-        assert process.poll() is None, f"ended early:\n{process.stderr.read()}"
+        assert process.is_alive(), f"ended early:\n{Path(f'{log}.err').read_text()}"
         assert time.monotonic() < deadline, "no part within 150 s"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     return len(list(parts.rglob("part_*.parquet")))
 
 
@@ -113,7 +112,7 @@ def test_a_killed_evaluation_goes_on(root: Path, adder: Path, sums: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_filter_goes_on_and_its_file_chooses_prompts(
-    root: Path, adder: Path, sums: Path, or1: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, adder: Path, sums: Path, quick_or1: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipes = [write_recipe(tmp_path, name, adder, [sums], batch=16, limit=40) for name in ("straight", "killed")]
     rows = check_filter(root, *recipes, 96)
@@ -126,7 +125,7 @@ def test_a_killed_filter_goes_on_and_its_file_chooses_prompts(
         "stage.0.steps=1", "stage.1.steps=1", "stage.0.group_size=2", "stage.1.group_size=2",
         "stage.0.prompts_per_step=4", "stage.1.prompts_per_step=4",
     ]  # fmt: skip
-    trained = or1("train", "examples/quickstart.toml", *(part for s in settings for part in ("--set", s)))
+    trained = quick_or1("train", "examples/quickstart.toml", *(part for s in settings for part in ("--set", s)))
     assert trained.returncode == 0, trained.stderr
     assert f"{kept} kept, 0 over-long" in trained.stdout and "too easy" in trained.stdout
     of_run = ["eval", str(tmp_path / "run"), "--config", str(recipes[0]), "--set"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rank_processes import start_or1
 
 from or1.checkpoint import committed_steps, load_checkpoint
+from or1.cli import main
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (
     "stage.0.steps=6", "stage.1.steps=4", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
     "stage.0.group_size=8", "stage.1.group_size=8", "eval.sets.0.limit=16", "eval.sets.1.limit=4",
@@ -35,17 +36,15 @@ def lines(run_dir: Path) -> list[dict]:
 
 def kill_after_step(root: Path, run_dir: Path, step: int, *more: str) -> None:
     """Start a run and SIGKILL it once the checkpoint of `step` stands."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "or1", *arguments(run_dir, *more)], cwd=root, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    log = run_dir.with_name("killed.log")
+    process = start_or1(arguments(run_dir, *more), root, log)
     deadline = time.monotonic() + 400
     while step not in committed_steps(run_dir / "checkpoints"):
-        assert process.poll() is None, f"ended early:\n{process.stderr.read()}"
+        assert process.is_alive(), f"ended early:\n{Path(f'{log}.err').read_text()}"
         assert time.monotonic() < deadline, f"no checkpoint of step {step} within 400 s"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 VARIANTS = {
@@ -60,20 +59,20 @@ VARIANTS = {
 }
 
 
-MARKS = dict.fromkeys(("entropy bonus", "two updates a rollout"), pytest.mark.slow)
+MARKS = {"entropy bonus": pytest.mark.slow}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.nightly)) for n in VARIANTS])
 def test_ten_steps_equal_five_killed_and_five_resumed(
-    name: str, root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    name: str, root: Path, quick_or1: Run, tmp_path: Path
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    done = or1(*arguments(straight, *VARIANTS[name]))
+    done = quick_or1(*arguments(straight, *VARIANTS[name]))
     assert done.returncode == 0, done.stderr
     kill_after_step(root, killed, 5, *VARIANTS[name])
     assert max(committed_steps(killed / "checkpoints")) < 10
-    resumed = or1(*arguments(killed, *VARIANTS[name]))
+    resumed = quick_or1(*arguments(killed, *VARIANTS[name]))
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step" in resumed.stdout
 
@@ -97,12 +96,11 @@ def test_ten_steps_equal_five_killed_and_five_resumed(
 
 
 @pytest.fixture(scope="module")
-def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(quick_or1: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three steps."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     settings = ("stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true")
-    command = [sys.executable, "-m", "or1", *arguments(run_dir, *settings)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+    done = quick_or1(*arguments(run_dir, *settings))
     assert done.returncode == 0, done.stderr
     (run_dir / "stdout.txt").write_text(done.stdout)
     return run_dir
@@ -140,60 +138,58 @@ def test_rollouts_hold_the_advantages_of_the_equation(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(
-    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+    finished: Path, quick_or1: Run
 ) -> None:
     before = lines(finished)
-    done = or1(*arguments(finished, "stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true"))
+    done = quick_or1(*arguments(finished, "stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true"))
     assert done.returncode == 0, done.stderr
     assert lines(finished) == before and "resumed after step 3" in done.stdout
 
 
 def test_other_settings_in_the_same_folder_are_refused(
-    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+    finished: Path, quick_or1: Run
 ) -> None:
-    done = or1(*arguments(finished, "optim.lr=1e-3", "seed=5"))
+    done = quick_or1(*arguments(finished, "optim.lr=1e-3", "seed=5"))
     assert done.returncode == 70
     assert "optim.lr, seed" in done.stderr and "--fresh" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_report_and_export_of_a_run(
-    finished: Path, tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_report_and_export_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "report.html").unlink()
-    assert or1("report", str(finished)).returncode == 0
+    assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").stat().st_size > 20_000
-    done = or1("export", str(finished), "--out", str(tmp_path / "hf"))
-    assert done.returncode == 0, done.stderr
+    assert main(["export", str(finished), "--out", str(tmp_path / "hf")]) == 0
     exported, final = (d / "model.safetensors" for d in (tmp_path / "hf", finished / "weights" / "step_3"))
     assert exported.read_bytes() == final.read_bytes()
-    refused = or1("export", str(finished), "--step", "77")
-    assert refused.returncode == 70 and "no checkpoint of step 77; it has [1, 2, 3]" in refused.stderr
+    assert main(["export", str(finished), "--step", "77"]) == 70
+    assert "no checkpoint of step 77; it has [1, 2, 3]" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_replay_repeats_a_step_bit_for_bit_and_writes_nothing(
-    finished: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+    finished: Path, quick_or1: Run
 ) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    done = or1("replay", str(finished), "2")
+    done = quick_or1("replay", str(finished), "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("same bits") >= 12 and "differs" not in done.stdout
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    refused = or1("replay", str(finished), "9")
+    refused = quick_or1("replay", str(finished), "9")
     assert refused.returncode == 70 and "past the last of 3 steps" in refused.stderr
 
 
 def test_dry_run_shows_the_plan_and_makes_nothing(
-    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = or1(*arguments(tmp_path / "run"), "--dry-run")
-    assert done.returncode == 0 and "10 steps in 2 stages" in done.stdout
+    monkeypatch.chdir(root)
+    assert main([*arguments(tmp_path / "run"), "--dry-run"]) == 0
+    assert "10 steps in 2 stages" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_bad_rows_are_named_and_too_many_stop_the_run(
-    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, quick_or1: Run
 ) -> None:
     data = tmp_path / "train.jsonl"
     good = [json.dumps({"question": f"{i}+1", "answer": str(i + 1)}).encode() for i in range(20)]
@@ -201,11 +197,11 @@ def test_bad_rows_are_named_and_too_many_stop_the_run(
            b'{"question": "", "answer": "2"}']  # fmt: skip
     data.write_bytes(b"\n".join(good[:10] + bad + good[10:]) + b"\n")
     run = ["stage.0.steps=1", "stage.1.steps=1", "eval.sets=[]", f"data.train={data}"]
-    stopped = or1(*arguments(tmp_path / "a", *run))
+    stopped = quick_or1(*arguments(tmp_path / "a", *run))
     assert stopped.returncode == 65 and "Traceback" not in stopped.stderr
     for number in (11, 12, 13, 14):
         assert f"train.jsonl:{number}: " in stopped.stderr
-    allowed = or1(*arguments(tmp_path / "b", *run, "data.max_bad_fraction=0.2"))
+    allowed = quick_or1(*arguments(tmp_path / "b", *run, "data.max_bad_fraction=0.2"))
     assert allowed.returncode == 0, allowed.stderr
     assert "20 kept" in allowed.stdout and "4 bad" in allowed.stdout
     for number in (11, 12, 13, 14):

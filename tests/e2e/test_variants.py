@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rank_processes import start_or1
 
 from or1.checkpoint import committed_steps
 
@@ -32,16 +32,15 @@ def train(or1: Run, run_dir: Path, *more: str) -> str:
     return done.stdout
 
 
-def kill_after_step(run_dir: Path, step: int) -> None:
+def kill_after_step(root: Path, run_dir: Path, step: int) -> None:
     overrides = [part for o in (*SETTINGS, f"run_dir={run_dir}") for part in ("--set", o)]
-    command = [sys.executable, "-m", "or1", "train", "examples/quickstart.toml", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_or1(["train", "examples/quickstart.toml", *overrides], root, run_dir.with_name("killed.log"))
     deadline = time.monotonic() + 400
     while step not in committed_steps(run_dir / "checkpoints"):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -49,8 +48,8 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_every_variant_in_one_run_and_resumed(or1: Run, tmp_path: Path) -> None:
-    out = train(or1, tmp_path / "straight")
+def test_every_variant_in_one_run_and_resumed(root: Path, quick_or1: Run, tmp_path: Path) -> None:
+    out = train(quick_or1, tmp_path / "straight")
     records = lines(tmp_path / "straight")
     # One evaluation to compare with and one without a gain of 90 points: the stage ends after two steps of nine.
     assert [r["stage"] for r in records] == [0, 0, 0, 1, 1]
@@ -67,9 +66,9 @@ def test_every_variant_in_one_run_and_resumed(or1: Run, tmp_path: Path) -> None:
     assert groups > 8 and rejected >= groups - 8, "rejected groups were replaced once"
 
     killed = tmp_path / "killed"
-    kill_after_step(killed, 2)
+    kill_after_step(root, killed, 2)
     assert max(committed_steps(killed / "checkpoints")) < 4
-    train(or1, killed)
+    train(quick_or1, killed)
     same = ("stage", "reward/mean", "policy/entropy", "optim/loss", "optim/grad_norm", "completion/len_mean")
     assert [r["step"] for r in records] == [r["step"] for r in lines(killed)]
     for ours, theirs in zip(records, lines(killed), strict=True):

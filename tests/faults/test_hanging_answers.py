@@ -29,6 +29,7 @@ def submit(scorer, gold: str, text: str):
     return scorer.submit(prompt, Response(np.array([1]), np.zeros(1), "stop", 0, text))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_32_hanging_answers_among_1000_cost_only_their_own_slots() -> None:
     good = [f"\\boxed{{\\frac{{{i}}}{{997}}}}" for i in range(1, 969)]

@@ -14,7 +14,7 @@ import torch
 from or1_kernels import linear_policy_loss
 
 OBJECTIVES = ("ppo", "clip_higher", "ppo_kl_is", "cispo", "cispo_kl")
-# (V, N, objective, dtype): every vocabulary, row count and objective, in two dtypes; the largest are slow.
+# (V, N, objective, dtype): every vocabulary, row count and objective, in two dtypes.
 GRID = [
     (7, 0, "ppo", torch.float32), (7, 1, "clip_higher", torch.bfloat16), (7, 127, "cispo", torch.float32),
     (7, 4097, "ppo_kl_is", torch.bfloat16), (7, 4097, "cispo_kl", torch.float32),
@@ -23,8 +23,9 @@ GRID = [
     (151936, 127, "clip_higher", torch.float32), (152064, 1, "ppo_kl_is", torch.float32),
     (152064, 0, "cispo", torch.bfloat16),
 ]
-LARGE = [(129920, 127, "ppo", torch.bfloat16), (152064, 127, "cispo_kl", torch.bfloat16),
-         (50257, 4097, "ppo_kl_is", torch.float32)]
+LARGE = [pytest.param(129920, 127, "ppo", torch.bfloat16, marks=pytest.mark.slow),
+         pytest.param(152064, 127, "cispo_kl", torch.bfloat16, marks=pytest.mark.slow),
+         pytest.param(50257, 4097, "ppo_kl_is", torch.float32, marks=pytest.mark.nightly)]
 
 
 def blocks(case, run, size=128):
@@ -50,8 +51,7 @@ def prepared(kit, *key):
 
 
 @pytest.mark.parametrize(
-    ("v", "n", "objective", "dtype"), [*GRID, *(pytest.param(*x, marks=pytest.mark.slow) for x in LARGE)],
-    ids=lambda x: str(x).removeprefix("torch."))
+    ("v", "n", "objective", "dtype"), [*GRID, *LARGE], ids=lambda x: str(x).removeprefix("torch."))
 def test_real_vocabularies(kit, impl, v, n, objective, dtype):
     case, peer, truth = prepared(kit, v, n, objective, dtype)
     kit.assert_as_exact(kit.policy(case, impl=impl), peer, truth)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,29 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90a": ("cuda", 90, 32), "sm_100a": ("c
            "gfx942": ("hip", "gfx942", 64)}
 
 
-def run_interpreted(*args):
-    """pytest in a child with the interpreter on; returns its output, fails the test unless it passes."""
+def run_interpreted(*groups: list[str]) -> list[str]:
+    """pytest in a child for each group of files, at once, with the interpreter on; fails the test unless all pass."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=HERE.parents[1])
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    outputs = []
+    with ExitStack() as stack:
+        children = [stack.enter_context(subprocess.Popen(
+            [*command, *(str(HERE / name) for name in group)], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd=HERE.parents[1])) for group in groups]  # fmt: skip
+        for child in children:
+            outputs.append(child.communicate(timeout=600)[0])
+            assert child.returncode == 0 and "passed" in outputs[-1], outputs[-1][-4000:]
+    return outputs
 
 
 def test_interpreter_runs_both_passes():
-    output = run_interpreted(str(HERE / "test_triton_rows.py"))
-    assert "passed" in output and "skipped" not in output
+    assert "skipped" not in run_interpreted(["test_triton_rows.py"])[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_whole_head():
-    files = ("test_head.py", "test_extremes.py", "test_options.py")
-    assert "passed" in run_interpreted(*(str(HERE / name) for name in files))
+    run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py"])
 
 
 def test_explicit_triton_on_a_cpu_says_why_not():

@@ -146,7 +146,7 @@ def core_of(process: ServerProcess) -> int:
     return next(pid for pid, name in group.items() if "EngineCor" in name)
 
 
-@pytest.mark.parametrize("victim", ["server", "core"])
+@pytest.mark.parametrize("victim", [pytest.param("server", marks=pytest.mark.nightly), "core"])
 def test_a_death_in_the_middle_is_noticed_and_repaired_once(side: Side, victim: str) -> None:
     prompts, process = prompts_of(8), side.engine.process
     next_version(side)
