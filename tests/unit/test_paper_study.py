@@ -80,7 +80,7 @@ def test_the_reward_wants_the_box_at_the_end() -> None:
         assert score(text, "132") == 0.0, text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_arm_runs_and_its_page_shows_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(root / "examples" / "tiny-adder", tmp_path / "base")
     monkeypatch.chdir(root)
