@@ -48,6 +48,8 @@ def launch(config: Config, fresh: bool = False) -> None:
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
             trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
+            # gloo aborts a rank whose peer has gone while it still talks, as in gathering the weights to export.
+            world.barrier()
         if trainer is not None and world.is_main:
             _finish(config, trainer)
 

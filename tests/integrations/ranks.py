@@ -86,4 +86,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     {"fsdp1": fsdp1, "fsdp2": fsdp2}[check](rank)
+    # Neither leaves while the other still talks: gloo aborts a rank whose peer has gone.
+    dist.barrier()
     dist.destroy_process_group()

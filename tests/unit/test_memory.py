@@ -103,7 +103,8 @@ def test_tiles_sum_weight_gradients_no_worse_than_one_product(dtype: torch.dtype
     tiled = gradients(lambda t: tiled_forward(mlp, t, 7, tuple(mlp.parameters())), mlp, dtype)
     plain, truth = gradients(mlp, mlp, dtype), gradients(exact, exact, torch.float64)
     for ours, theirs, right in zip(tiled, plain, truth, strict=True):
-        assert (ours - right).abs().max() <= 2 * (theirs - right).abs().max() + 1e-12 * right.abs().max()
+        # Of all values together: the largest of few errors is a matter of luck, for both.
+        assert (ours - right).norm() <= 2 * (theirs - right).norm() + 1e-12 * right.norm()
 
 
 def test_only_gated_mlps_are_tiled(adder: Path) -> None:
