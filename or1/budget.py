@@ -24,6 +24,10 @@ class MemoryLimitError(ValueError):
     """A sequence that does not fit into memory even in a row of its own; the message names it and the remedy."""
 
 
+class ShorterRowsError(MemoryLimitError):
+    """A row that did not fit in a run that cannot go on in shorter ones; the same command resumes with those."""
+
+
 @dataclass
 class Budget:
     """`max_tokens` a packed row; `out_of_memory` counts the halvings; `tell` shows a person what happened.
@@ -50,8 +54,8 @@ class Budget:
         """`attempt(max_tokens)`, again with half the budget for as long as it runs out of memory.
 
         An attempt must leave nothing behind when it fails, and says with a RowMemoryError that it did. Never goes
-        below `longest`, the tokens of the longest sequence: raises MemoryLimitError if that does not fit, or if the
-        other ranks cannot be told to start again. The smaller budget stays for later calls.
+        below `longest`, the tokens of the longest sequence: raises MemoryLimitError if that does not fit, and
+        ShorterRowsError if the other ranks cannot be told to start again. The smaller budget stays for later calls.
         """
         while True:
             try:
@@ -65,13 +69,14 @@ class Budget:
 
     def _give_up(self, longest: int, reason: str) -> MemoryLimitError:
         smaller = max(longest, self.max_tokens // 2)
-        if self.cap is not None:
+        resumes = self.cap is not None and smaller < self.max_tokens
+        if resumes:
             self.cap(smaller)
-        resume = f"The same command resumes with rows of {smaller}. If" if self.cap is not None else "If"
-        return MemoryLimitError(
+        kind = ShorterRowsError if resumes else MemoryLimitError
+        resume = f"The same command resumes with rows of {smaller}. If that is not enough, set" if resumes else "Set"
+        return kind(
             f"out of memory with packed rows of {self.max_tokens} tokens, and the other ranks cannot be told in the "
-            f"midst of one. {resume} that is not enough, set dist.sequence_parallel = 2 or "
-            f"optim.optimizer = \"offload\" ({reason})"
+            f'midst of one. {resume} dist.sequence_parallel = 2 or optim.optimizer = "offload" ({reason})'
         )
 
     def _halve(self, longest: int, reason: str) -> None:

@@ -264,7 +264,7 @@ def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
     # By name, because their modules import torch.
     codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE,
-             "RewardFunctionError": EXIT_USAGE, "ServerLost": EXIT_RETRY}  # fmt: skip
+             "RewardFunctionError": EXIT_USAGE, "ServerLost": EXIT_RETRY, "ShorterRowsError": EXIT_RETRY}  # fmt: skip
     try:
         action()
     except ConfigError:

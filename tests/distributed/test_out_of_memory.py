@@ -8,6 +8,7 @@ import pytest
 from rank_processes import run_ranks
 
 from or1.config import ModelConfig
+from or1.stand_in import CAN_STAND_IN
 from or1.update import longest_of
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
@@ -19,6 +20,7 @@ FAILURES = [("score", {1: "layer 0 forward 1"}), ("score", {0: "head forward 2"}
 FEW = [FAILURES[0], FAILURES[-2]]
 
 
+@pytest.mark.skipif(not CAN_STAND_IN, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
 @pytest.mark.parametrize(("size", "sequence", "model", "dtype", "checkpointing", "failures"), [
     pytest.param(4, 2, "adder", "float32", True, FEW, marks=pytest.mark.slow),
     pytest.param(2, 2, "adder", "float32", True, FAILURES, marks=pytest.mark.nightly),

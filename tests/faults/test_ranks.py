@@ -14,6 +14,7 @@ from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
 from or1.checkpoint import committed_steps, load_checkpoint
+from or1.stand_in import CAN_STAND_IN
 
 
 def output(log: Path, rank: int) -> str:
@@ -143,6 +144,7 @@ def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_STAND_IN, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
 @pytest.mark.timeout(400)
 def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(two_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -167,11 +169,12 @@ def test_f25_a_rank_that_cannot_even_stand_in_ends_both_and_the_next_start_has_h
                  OR1_FAULT="train.backward:rank1:step2+:oom") as ranks:  # fmt: skip
         ranks[1][0].join(150)
         codes = exit_codes(ranks, 15)
-    assert codes == [75, 70]
+    assert codes == [75, 75]
+    why = "a row of one token does not fit either" if CAN_STAND_IN else "FSDP2 cannot be reset after it before"
     for rank in (0, 1):
         assert "out of memory with packed rows of 96 tokens" in output(log, rank)
         assert "The same command resumes with rows of 48" in output(log, rank)
-        assert "rank 1: out of memory (OR1_FAULT); a row of one token does not fit either" in output(log, rank)
+        assert f"rank 1: out of memory (OR1_FAULT); {why}" in output(log, rank)
     assert committed_steps(run_dir / "checkpoints") == [1]
     assert or1_ranks(2, arguments(run_dir, **settings), log) == [0, 0]
     assert "rows of 48 tokens, since those of 96 ran out of memory" in output(log, 0)

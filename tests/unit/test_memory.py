@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from or1.budget import Budget, MemoryLimitError
+from or1.budget import Budget, MemoryLimitError, RowMemoryError, ShorterRowsError
 from or1.config import ModelConfig, OptimConfig
 from or1.memory import MemoryOptionError, _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
 from or1.model import hidden_states, load_model
@@ -221,3 +221,17 @@ def test_other_errors_are_not_taken_for_out_of_memory(adder: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         with_old_logp(model, SEQUENCES, UpdateSettings(PolicyObjective(), 0.0, 1.0, budget))
     assert budget.out_of_memory == 0
+
+
+def test_a_run_that_cannot_go_on_in_shorter_rows_says_whether_a_resumed_one_would() -> None:
+    caps: list[int] = []
+
+    def attempt(max_tokens: int) -> None:
+        raise RowMemoryError("rank 1: out of memory", here_only=True)
+
+    with pytest.raises(ShorterRowsError, match=r"resumes with rows of 48.*rank 1"):
+        Budget(96, cap=caps.append).run(attempt, 30)
+    with pytest.raises(MemoryLimitError) as caught:
+        Budget(30, cap=caps.append).run(attempt, 30)
+    assert type(caught.value) is MemoryLimitError and "resumes" not in str(caught.value)
+    assert caps == [48]
