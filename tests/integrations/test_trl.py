@@ -26,6 +26,9 @@ if "entropy_coef" in GRPOConfig.__dataclass_fields__:
 def test_five_steps_equal_stock(grpo_run: Callable[..., Any], loss_type: str, accumulated: bool) -> None:
     """Plain and on-policy; then accumulation, two updates a batch (old log-probs), a reference, an entropy bonus."""
     settings = {"loss_type": loss_type} | (OFF_POLICY if accumulated else {})
+    if loss_type == "luspo":
+        # As TRL recommends. With weights a token, TRL before 1.5 lets padding into its mean; or1 never scores padding.
+        settings["importance_sampling_level"] = "sequence"
     try:
         stock = grpo_run(**settings)
     except ValueError as error:
@@ -49,8 +52,10 @@ FEATURES = {
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_equal_stock(grpo_run: Callable[..., Any], name: str) -> None:
     """What TRL refuses beside Liger's loss, and what changes the head's dtype, work as they do in stock."""
-    rel = 2e-2 if name == "bf16 autocast" else 1e-5
-    assert_same_training(grpo_run(patch, **FEATURES[name]), grpo_run(**FEATURES[name]), rel)
+    # One step in bf16: the rounding of its update may change what the next one samples.
+    rel, steps = (2e-2, 1) if name == "bf16 autocast" else (1e-5, 5)
+    ours, stock = grpo_run(patch, steps=steps, **FEATURES[name]), grpo_run(steps=steps, **FEATURES[name])
+    assert_same_training(ours, stock, rel)
 
 
 def test_the_entropy_bonus_changes_the_gradient(grpo_run: Callable[..., Any]) -> None:
@@ -74,7 +79,8 @@ def test_every_pass_takes_the_fused_head(grpo_run: Callable[..., Any], monkeypat
         def apply(*_: Any) -> None:
             raise AssertionError("TRL's own head ran")
 
-    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Raises)
+    # TRL 1.0 has no such function, and a head of logits instead, which `logits` would show.
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Raises, raising=False)
     grpo_run(watch, steps=2, **OFF_POLICY)
     # Two steps on one generation, in two micro-batches: 4 policy passes, and 2 each for old and reference.
     assert len(scored) >= 8 and all(isinstance(out, tuple) for out in scored)
@@ -118,10 +124,20 @@ def test_lora_equals_stock(grpo_run: Callable[..., Any]) -> None:
     assert_same_training(grpo_run(patch, **settings), grpo_run(**settings))
 
 
-def test_lora_on_the_head_is_refused_by_trl_itself(grpo_run: Callable[..., Any]) -> None:
+def test_lora_on_the_head_trains_as_in_stock_or_is_refused_by_trl_itself(grpo_run: Callable[..., Any]) -> None:
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="lm_head"):
-        grpo_run(patch, peft_config=peft.LoraConfig(target_modules=["lm_head"]))
+
+    def run(*patches: Callable[[Any], Any]) -> Any:
+        return grpo_run(*patches, peft_config=peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+
+    try:
+        stock = run()
+    except ValueError as error:
+        assert "lm_head" in str(error)
+        with pytest.raises(ValueError, match="lm_head"):
+            run(patch)
+    else:
+        assert_same_training(run(patch), stock)
 
 
 def test_the_trainer_class_is_patched_when_made(grpo_run: Callable[..., Any]) -> None:
