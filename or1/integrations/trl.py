@@ -40,8 +40,8 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     options are those of or1_kernels.HeadOptions but temperature, which is the trainer's; stash_bytes=2**30 trades
     memory for one GEMM less. Works with PEFT, gradient accumulation, accelerate, DDP, FSDP and DeepSpeed: models run
     through their wrappers. Before TRL 1.15 only text is scored, and padding never: TRL before 1.5 lets padding into the
-    mean of loss_type "luspo" with weights a token, which then differs. use_liger_kernel keeps Liger's layers but not its
-    loss, so what TRL refuses beside that loss works.
+    mean of loss_type "luspo" with weights a token, which then differs. use_liger_kernel keeps Liger's layers but not
+    its loss, so what TRL refuses beside that loss works.
 
     Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST, heads.UnsupportedHeadError and
     transformers.UnsupportedModelError for the model.
