@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def launch(config: Config, fresh: bool = False) -> None:
     """Train, then export the weights and write the report; in every rank that torchrun started.
 
-    Raises RunError, DataError, ModelError, CheckpointError, DistError, DiskError; in all ranks, whichever found it.
+    Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; in all ranks, whichever
+    found it.
     """
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -48,8 +49,6 @@ def launch(config: Config, fresh: bool = False) -> None:
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
             trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
-            # gloo aborts a rank whose peer has gone while it still talks, as in gathering the weights to export.
-            world.barrier()
         if trainer is not None and world.is_main:
             _finish(config, trainer)
 

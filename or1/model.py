@@ -234,6 +234,9 @@ def export_model(
     """
     dtype = model.config.dtype
     state = {name: t.to("cpu", dtype) for name, t in whole_tensors(model)} if world.size > 1 else None
+    # A run ends here: gloo aborts a rank whose peer has gone while it still talks. Not after the main one has written,
+    # which may take longer than a collective waits.
+    world.barrier()
     if not world.is_main:
         return folder
     partial = folder.with_name(f".{folder.name}.partial")

@@ -26,12 +26,16 @@ class RunLock:
 
         make  False: only if a run has locked the folder at some time, since nobody else can be at work in it
 
-        Raises RunError if another process has it, OSError if the folder cannot be written.
+        Raises RunError if another process has it or the file may not be written, OSError if the disk is full.
         """
         self.close()
         if not make and not self._path.exists():
             return
-        file = self._path.open("a+", encoding="utf-8")
+        try:
+            file = self._path.open("a+", encoding="utf-8")
+        except PermissionError as error:
+            raise RunError(f"{self._path} cannot be written ({error}); start as the user who began the run, or choose "
+                           "another folder with --set run_dir=...") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
