@@ -117,7 +117,10 @@ def _train(
     trainer = Trainer(config, display, world, lambda: stop.requested)
     for line in trainer.data.lines():
         display.message(line)
-    if not trainer.run():
+    finished = trainer.run()
+    # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
+    world.barrier()
+    if not finished:
         display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
         return None
     display.phase("export")
