@@ -43,6 +43,7 @@ class CodeTests:
     fn_name      the function under test
     script       Python source with at least one assert statement
     setup        Python source that comes before both the program and the script
+    names        what the script takes from the program; every other name is its own, Python's or the setup's
     """
 
     kind: Literal["stdin", "function", "asserts"]
@@ -51,6 +52,7 @@ class CodeTests:
     fn_name: str = ""
     script: str = ""
     setup: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

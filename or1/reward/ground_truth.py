@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from or1.reward.code.tested import TestedError, complete
 from or1.types import CodeTests
 
 MAX_TEST_BYTES = 256 << 20
@@ -192,7 +193,7 @@ def _script(truth: Mapping[str, Any]) -> CodeTests:
     calls = [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     if entry_point and not calls:
         script = f"{script.rstrip()}\n\ncheck({entry_point})\n"
-    return CodeTests("asserts", script=script, setup=setup)
+    return _asserts(truth, script, setup, entry_point=entry_point, prelude=key != "test")
 
 
 def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
@@ -203,7 +204,20 @@ def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
     script = "\n".join(case.rstrip() for case in cases)
     _parsed(script, key)
     setup = _text(truth, "test_setup_code") if "test_setup_code" in truth else ""
-    return CodeTests("asserts", script=script, setup=setup)
+    entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
+    return _asserts(truth, script, setup, entry_point=entry_point)
+
+
+def _asserts(truth: Mapping[str, Any], script: str, setup: str, *, entry_point: str, prelude: bool = False) -> CodeTests:
+    """Tests of a script whose names under test the row decides, not the program."""
+    texts = [truth.get(key) for key in ("code", "canonical_solution", "prompt")]
+    code, solution, question = (text if isinstance(text, str) else "" for text in texts)
+    try:
+        found = complete(script, setup=setup, entry_point=entry_point, reference=code or solution, question=question,
+                         prelude=prelude)  # fmt: skip
+    except TestedError as error:
+        raise GroundTruthError(str(error)) from error
+    return CodeTests("asserts", script=found.source, setup=setup, names=found.names)
 
 
 def _parsed(script: str, key: str) -> ast.Module:

@@ -9,9 +9,12 @@ Ways to make one, best first; `find_sandbox` takes the first that works on this 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,17 +26,25 @@ from typing import Any, Self
 
 from or1.reward.base import ScorerError
 from or1.reward.code.inside import wire
+from or1.reward.code.protections import PROBE, failures, is_required
 
 START_LIMIT_S = 20.0
-"""For a sandbox to come up on a busy machine."""
+"""For a sandbox to come up on a busy machine, and for a program to compile."""
 GRACE_S = 2.0
 """The runner ends a test at its limit by itself; this much later the whole sandbox is killed."""
 SCRATCH_BYTES = 64 << 20
 """Size of the private /tmp and of /dev/shm."""
+SCRATCH_FILES = 16384
+"""How many files and folders the two may hold. Each costs about 1 KiB of the kernel's memory."""
 
 _INSIDE = Path(__file__).with_name("inside")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/nix/store")
 _POLL_S = 0.05
+_END_S = 1.0
+
+
+class SandboxStartError(Exception):
+    """The sandbox did not come up, or could not start a test: the machine's doing, never the program's."""
 
 
 class SandboxTimeoutError(Exception):
@@ -73,53 +84,32 @@ def find_sandbox(choice: str) -> str:
     )
 
 
-def _problem(kind: str) -> str | None:
-    """Why a kind of sandbox does not work here."""
+def missing_protections(kind: str) -> dict[str, str]:
+    """Try a kind of sandbox; returns each of PROTECTIONS that does not hold here, and why. Raises SandboxStartError."""
     limits = Limits(test_s=10, cpu_s=10, memory_bytes=1 << 30, processes=16, output_bytes=1 << 20)
     try:
-        with Inside(kind, "runner", {"program": _PROBE, "setup": ""}, limits) as runner:
-            answer = runner.ask({"stdin": str(os.getuid())}, limits.test_s)
+        with Inside(kind, "runner", {"program": PROBE, "setup": ""}, limits) as runner:
+            return failures(runner.ask({"stdin": ""}, limits.test_s), runner.opening.get("alone") is True)
     except (OSError, SandboxDiedError, SandboxTimeoutError) as error:
+        raise SandboxStartError(str(error) or "it takes too long") from error
+
+
+def _problem(kind: str) -> str | None:
+    """Why a kind of sandbox does not work here."""
+    try:
+        missing = missing_protections(kind)
+    except SandboxStartError as error:
         return str(error)
-    return None if answer.get("stdout") == "isolated\n" else answer.get("stderr") or str(answer)
-
-
-# Fails, saying why, unless what a sandbox promises holds.
-_PROBE = """
-import os, socket
-assert os.getuid() != 0, "runs as root"
-for path in ("/root", "/home", "/etc/passwd", "/var"):
-    assert not os.path.exists(path) or not os.access(path, os.W_OK), path + " is writable"
-assert not os.path.exists("/etc/passwd"), "sees the files of the host"
-try:
-    open("/usr/or1-probe", "w")
-except OSError:
-    pass
-else:
-    raise AssertionError("can write to /usr")
-assert len(socket.if_nameindex()) <= 1, "sees the network"
-pids = [name for name in os.listdir("/proc") if name.isdigit()]
-assert len(pids) < 6, "sees other processes"
-open("/tmp/probe", "w").write("x")
-children = []
-try:
-    while len(children) < 40:
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.read(os.pipe()[0], 1)
-except OSError:
-    pass
-for child in children:
-    os.kill(child, 9)
-assert len(children) < 40, "can start any number of processes"
-print("isolated")
-"""
+    return next((why for name, why in missing.items() if is_required(name)), None)
 
 
 class Inside:
     """One sandboxed process, "runner" or "checker", and the pipe to it.
 
-    Raises SandboxDiedError or SandboxTimeoutError if it does not come up.
+    opening  what the process said of itself once it was up
+    answer   what it said of `order`
+
+    Raises SandboxStartError if it does not come up; SandboxDiedError or SandboxTimeoutError if `order` ends it.
     """
 
     def __init__(self, kind: str, role: str, order: Mapping[str, Any], limits: Limits):
@@ -127,41 +117,45 @@ class Inside:
         self._scratch = tempfile.TemporaryDirectory(prefix="or1-code-") if kind == "none" else None
         uid = _free_uid() if kind in _DROPS_ROOT and os.geteuid() == 0 else 0
         command = [*_wrapper(kind, uid), _python(), "-I", "-S", "-B", "-c", _script(role)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_ENVIRONMENT,
-            cwd=self._scratch.name if self._scratch else "/",
-            start_new_session=kind == "none",
-        )
-        # The launcher of "namespaces" has dropped to the user already.
-        become = uid if kind == "bwrap-root" else 0
-        paths = [entry for entry in sys.path if _is_packages(entry)]
         try:
-            self.answer = self.ask(
-                {**order, "uid": become, "path": paths, "limits": asdict(limits)}, START_LIMIT_S - GRACE_S
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=_ENVIRONMENT,
+                cwd=self._scratch.name if self._scratch else "/",
+                start_new_session=kind == "none",
             )
+        except OSError as error:
+            raise SandboxStartError(f"{command[0]} cannot be started: {error}") from error
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self.opening = self._open(kind, uid)
+        try:
+            self.answer = self.ask(order, START_LIMIT_S - GRACE_S)
         except (SandboxDiedError, SandboxTimeoutError):
             self.close()
             raise
 
+    def _open(self, kind: str, uid: int) -> dict[str, Any]:
+        """Tell the process its user, paths and limits, before it knows of any program."""
+        opening = {
+            # The launcher of "namespaces" has dropped to the user already.
+            "uid": uid if kind == "bwrap-root" else 0,
+            "path": [entry for entry in sys.path if _is_packages(entry)],
+            "limits": asdict(self._limits),
+            "outside": _process_namespace(),
+        }
+        try:
+            return self.ask(opening, START_LIMIT_S - GRACE_S)
+        except (SandboxDiedError, SandboxTimeoutError) as error:
+            self.close()
+            raise SandboxStartError(f"the sandbox did not come up: {str(error) or 'it takes too long'}") from error
+
     def ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send one message and return the answer. Raises SandboxTimeoutError or SandboxDiedError."""
-        self.tell(message)
-        return self.hear(seconds)
-
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send one message."""
-        try:
-            wire.send(self._process.stdin.fileno(), message)
-        except OSError:
-            raise self._death("closed") from None
-
-    def hear(self, seconds: float) -> dict[str, Any]:
-        """The next message."""
         deadline = time.monotonic() + seconds + GRACE_S
+        self._write(wire.framed(message), deadline)
         size = int.from_bytes(self._read(4, deadline), "big")
         # JSON may write one byte as six.
         if size > 6 * self._limits.output_bytes + 4096:
@@ -182,6 +176,8 @@ class Inside:
             if self._scratch:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, 9)
+            else:
+                self._end_inner()
             process.kill()
             process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -191,11 +187,42 @@ class Inside:
             with contextlib.suppress(OSError):
                 self._scratch.cleanup()
 
+    def _end_inner(self) -> None:
+        """Kill process 1 of the sandbox, so that the outer process reaps it and ends.
+
+        Killed the other way round, process 1 would be left to the machine's, which in many containers never reaps.
+        """
+        for child in _children(self._process.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(child, 9)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A process that the program has stopped reaps nobody until it goes on.
+            self._process.send_signal(signal.SIGCONT)
+            self._process.wait(_END_S)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        """Send bytes. A sandbox that the program has stopped must not hold the grader, so there is a deadline."""
+        stdin, view = self._process.stdin.fileno(), memoryview(data)
+        while view:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.close()
+                raise SandboxTimeoutError
+            try:
+                if select.select([], [stdin], [], min(left, _POLL_S))[1]:
+                    view = view[os.write(stdin, view[: 1 << 16]) :]
+                else:
+                    self._check_use()
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise self._death("closed") from None
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts = []
@@ -206,8 +233,7 @@ class Inside:
                 self.close()
                 raise SandboxTimeoutError
             if not select.select([stdout], [], [], min(left, _POLL_S))[0]:
-                if resident_bytes(self._process.pid) > self._limits.memory_bytes:
-                    raise self._death(f"took more than {self._limits.memory_bytes >> 20} MiB of memory")
+                self._check_use()
                 continue
             part = os.read(stdout, min(size, 1 << 20))
             if not part:
@@ -216,8 +242,15 @@ class Inside:
             size -= len(part)
         return b"".join(parts)
 
+    def _check_use(self) -> None:
+        """Raise SandboxDiedError if the sandbox holds more memory or files than it may."""
+        if resident_bytes(self._process.pid) > self._limits.memory_bytes:
+            raise self._death(f"took more than {self._limits.memory_bytes >> 20} MiB of memory")
+        if not self._scratch and (files := _scratch_files(self._process.pid)) > SCRATCH_FILES:
+            raise self._death(f"made {files} files, of which {SCRATCH_FILES} are allowed")
+
     def _death(self, why: str) -> SandboxDiedError:
-        self._process.kill()
+        self._end_inner()
         last = ""
         with contextlib.suppress(OSError, ValueError):
             os.set_blocking(self._process.stderr.fileno(), False)
@@ -227,22 +260,48 @@ class Inside:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory held by a process and all its descendants, as far as /proc tells."""
+    """Return the memory held by a process and all its descendants, as far as /proc tells."""
     total, waiting = 0, [pid]
     while waiting:
         process = waiting.pop()
-        try:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended
             total += int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            for task in Path(f"/proc/{process}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except (OSError, ValueError, IndexError):  # it ended, or this kernel does not list children
-            continue
+            waiting += _children(process)
     return total * os.sysconf("SC_PAGE_SIZE")
 
 
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started; none where the kernel does not list them."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _scratch_files(outer: int) -> int:
+    """Files and folders in the private folders of a sandbox. bubblewrap cannot limit them when it mounts."""
+    count = 0
+    for inner in _children(outer)[:1]:
+        for folder in ("tmp", "dev/shm"):
+            with contextlib.suppress(OSError):
+                found = os.statvfs(f"/proc/{inner}/root/{folder}")
+                count += found.f_files - found.f_ffree
+    return count
+
+
+def _process_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+@functools.cache
 def _script(role: str) -> str:
     prelude = (_INSIDE / "prelude.py").read_text(encoding="utf-8")
-    parts = [(_INSIDE / f"{name}.py").read_text(encoding="utf-8") for name in ("wire", role)]
+    names = ("wire", "guard", "cleaning", role) if role == "runner" else ("wire", "guard", role)
+    parts = [(_INSIDE / f"{name}.py").read_text(encoding="utf-8") for name in names]
     future = "from __future__ import annotations\n"
     return "\n".join([future, f"PRELUDE = {prelude!r}", *(part.replace(future, "") for part in parts)])
 
@@ -252,7 +311,8 @@ def _wrapper(kind: str, uid: int) -> list[str]:
         return []
     if kind == "namespaces":
         launcher = (_INSIDE / "launcher.py").read_text(encoding="utf-8")
-        return [_python(), "-I", "-S", "-B", "-c", launcher, str(uid), str(SCRATCH_BYTES), os.pathsep.join(_visible())]
+        scratch = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES}"
+        return [_python(), "-I", "-S", "-B", "-c", launcher, str(uid), scratch, os.pathsep.join(_visible())]
     command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--cap-drop", "ALL"]
@@ -291,11 +351,24 @@ def _python() -> str:
 
 
 def _free_uid() -> int:
-    """A user id nobody has, so that limits count for one sandbox alone (systemd keeps this range for such uses)."""
-    return 61184 + os.getpid() % 4336
+    """A user id that no other sandbox has at this time, so that limits count for one sandbox alone."""
+    number = next(_started)
+    if _maps_all_users():
+        # Process ids end at 2^22: no two living processes share a range of 128 numbers.
+        return (1 << 30) + (os.getpid() << 7) + number % 128
+    # Where a container has few ids: the range that systemd keeps for such uses.
+    return 61184 + (os.getpid() * 7 + number) % 4336
 
 
-_KINDS = ("bwrap-root", "bwrap-user", "namespaces") if os.geteuid() == 0 else ("bwrap-user", "namespaces")
+def _maps_all_users() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return any(int(line.split()[2]) >= (1 << 32) - 1 for line in Path("/proc/self/uid_map").open())
+    return False
+
+
+_started = itertools.count()
+# As root, "bwrap-user" would map its user to the host's root.
+_KINDS = ("bwrap-root", "namespaces") if os.geteuid() == 0 else ("bwrap-user", "namespaces")
 _DROPS_ROOT = ("bwrap-root", "namespaces")
 _ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",

@@ -4,12 +4,14 @@ No line of the program runs here. What it returns arrives as plain data, so its 
 patched stay where they are.
 """
 
-# ruff: noqa: F821  joined behind wire.py, which defines send, receive, encode and decode
+# ruff: noqa: F821  joined behind wire.py and guard.py, which define send, receive, encode, decode, Lost, hide_process
+# and refuse_calls
 
 from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import os
 import sys
 
@@ -20,19 +22,21 @@ class Stop(BaseException):
     """A test failed and the rest need not run."""
 
 
+class UnsupportedError(BaseException):
+    """The tests do what cannot be done by value. Not an Exception, so that no test can catch it."""
+
+
 class Cases:
-    """Counts the asserts that ran and passed."""
+    """Which assert statements ran and which of them failed at least once."""
 
     def __init__(self, stop):
-        self.stop, self.passed, self.total, self.why = stop, 0, 0, ""
+        self.stop, self.ran, self.failures, self.why = stop, set(), set(), ""
 
-    def begin(self):
-        self.total += 1
+    def begin(self, number):
+        self.ran.add(number)
 
-    def ok(self):
-        self.passed += 1
-
-    def failed(self, error):
+    def failed(self, number, error):
+        self.failures.add(number)
         self.why = self.why or f"{type(error).__name__}: {error}"[:500]
         if self.stop:
             raise Stop
@@ -55,36 +59,89 @@ class Remote:
         return ask(order, args, kwargs)
 
     def __bool__(self):
-        raise TypeError("an object of the program has no truth value here")
+        return ask({"truth": self._number}) is True
+
+
+class RemoteIterator(Remote):
+    """An iterator of the program, which computes each value when it is asked for."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        answer = exchange({"next": self._number})
+        if "end" in answer:
+            raise StopIteration
+        return inward(answer["value"])
+
+
+class Missing:
+    """Stands for a name that the program lacks."""
+
+    def __init__(self, name):
+        self.__dict__["_name"] = name
+
+    def __getattr__(self, name):
+        raise NameError(f"name {self._name!r} is not defined")
+
+    def __call__(self, *args, **kwargs):
+        raise NameError(f"name {self._name!r} is not defined")
 
 
 def outward(value):
-    """A value for the program."""
+    """Return a value as JSON for the program."""
+    return encode(value, keep)
+
+
+def keep(value):
     if isinstance(value, Remote):
-        return {"h": value._number}
-    kept = []
-    data = encode(value, kept)
-    if kept:
-        raise TypeError(f"{type(kept[0]).__name__} cannot be passed to the program")
-    return data
+        return {"h": {"number": value._number}}
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return {"n": [str(value.dtype), value.tolist()]} if value.ndim else encode(value.item(), keep)
+    raise UnsupportedError(f"the tests pass a {type(value).__name__} to the program, which cannot go by value")
+
+
+def exchange(order):
+    """Return the program's answer to one order. Raises what the program raised if it is an exception of Python's."""
+    send(1, {"ask": order})
+    answer = receive(0, MESSAGE_LIMIT)
+    if "value" not in answer and "end" not in answer:
+        raise raised(answer)
+    return answer
+
+
+def raised(answer):
+    """Return the exception that the program raised, as the nearest class that Python itself has."""
+    text = str(answer.get("raised") or next(iter(answer), "no answer"))
+    for name in answer.get("kinds", ()):
+        kind = getattr(builtins, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, Exception) and name not in UNHEARD:
+            try:
+                return kind(text)
+            except TypeError:  # UnicodeDecodeError and its like want more arguments
+                continue
+    return RuntimeError(text)
 
 
 def ask(order, args=(), kwargs=None):
-    """The program's answer; what it changed of its arguments is changed here too. Raises RuntimeError if it raised."""
-    send(1, {"ask": order})
-    answer = receive(0, MESSAGE_LIMIT)
-    if "value" not in answer:
-        raise RuntimeError(answer.get("raised") or next(iter(answer)))
-    for mine, theirs in zip(args, answer.get("args", ()), strict=False):
-        replace(mine, inward(theirs))
-    for key, theirs in answer.get("kwargs", {}).items():
-        replace((kwargs or {}).get(key), inward(theirs))
-    return inward(answer["value"])
+    """Return the program's value. What it changed of its arguments is changed here too if it returned None."""
+    answer = exchange(order)
+    value = inward(answer.get("value"))
+    if value is None:
+        for mine, theirs in zip(args, answer.get("args", ()), strict=False):
+            replace(mine, inward(theirs))
+        for key, theirs in answer.get("kwargs", {}).items():
+            replace((kwargs or {}).get(key), inward(theirs))
+    return value
 
 
 def inward(data):
-    """A value of the program."""
-    return decode(data, NAMES, Remote)
+    """Return a value of the program."""
+    return decode(data, NAMES, remote)
+
+
+def remote(body):
+    return (RemoteIterator if body.get("iterates") is True else Remote)(body["number"])
 
 
 def replace(mine, theirs):
@@ -101,30 +158,19 @@ def replace(mine, theirs):
 
 
 class Count(ast.NodeTransformer):
-    """Each assert becomes: begin; try it; ok or failed."""
+    """Each assert becomes: begin; try it; note a failure. A statement counts once, however often it runs."""
+
+    def __init__(self):
+        self.statements = 0
 
     def visit_Assert(self, node):
+        number, self.statements = self.statements, self.statements + 1
         wrapped = ast.parse(
-            "_cases_.begin()\ntry:\n    pass\nexcept _Stop_:\n    raise\nexcept Exception as _error_:\n"
-            "    _cases_.failed(_error_)\nelse:\n    _cases_.ok()"
+            f"_cases_.begin({number})\ntry:\n    pass\nexcept Exception as _error_:\n"
+            f"    _cases_.failed({number}, _error_)"
         ).body
         wrapped[1].body = [node]
         return wrapped
-
-
-def free_names(tree):
-    """Names that the script uses and neither defines nor finds: the program must have them."""
-    used, made = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
-        elif isinstance(node, ast.arg):
-            made.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            made.add(node.name)
-        elif isinstance(node, ast.alias):
-            made.add((node.asname or node.name).partition(".")[0])
-    return sorted(used - made - set(NAMES) - set(vars(builtins)))
 
 
 def main():
@@ -134,31 +180,58 @@ def main():
         os.setgroups([])
         os.setresgid(*[order["uid"]] * 3)
         os.setresuid(*[order["uid"]] * 3)
+    hide_process()
+    refuse_calls(call_filter(os.uname().machine))
     sys.path += order["path"]
     sys.setrecursionlimit(50_000)
-    cases = Cases(order["stop"])
-    NAMES.update({"__name__": "tests", "_cases_": cases, "_Stop_": Stop})
     # What the tests print must not stand among the messages.
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    send(1, {})
+    with contextlib.suppress(Lost):
+        order = receive(0, MESSAGE_LIMIT)
+        try:
+            send(1, counts(order, Cases(order["stop"])))
+        except UnsupportedError as error:
+            send(1, {"unsupported": str(error)})
+
+
+def counts(order, cases):
+    """Run the script and return {"passed", "total", "why"}: assert statements that ran and never failed, and all.
+
+    total is what ran if nothing failed: a script may hold statements for cases that do not arise.
+    """
+    NAMES.update({"__name__": "__main__", "_cases_": cases})
+    counter, error = Count(), None
     try:
         exec(compile(PRELUDE, "prelude.py", "exec"), NAMES)
         exec(compile(order["setup"], "setup.py", "exec"), NAMES)
-        tree = ast.fix_missing_locations(Count().visit(ast.parse(order["script"])))
-        for name in free_names(tree):
-            send(1, {"ask": {"name": name}})
-            answer = receive(0, MESSAGE_LIMIT)
-            if "value" in answer:
-                NAMES[name] = inward(answer["value"])
-        exec(compile(tree, "tests.py", "exec"), NAMES)
+        tree = ast.fix_missing_locations(counter.visit(ast.parse(order["script"])))
+        if all([take(name) for name in order["names"]]):
+            exec(compile(tree, "tests.py", "exec"), NAMES)
     except Stop:
         pass
-    except Lost:
-        return
-    except BaseException as error:
-        cases.total += 1
+    except (Lost, UnsupportedError):
+        raise
+    except BaseException as caught:
+        error = caught
         cases.why = cases.why or f"{type(error).__name__}: {error}"[:500]
-    send(1, {"passed": cases.passed, "total": cases.total, "why": cases.why})
+    passed = len(cases.ran - cases.failures)
+    whole = cases.ran and not cases.failures and error is None
+    total = passed if whole else max(counter.statements, passed + 1)
+    return {"passed": passed, "total": total, "why": cases.why}
+
+
+def take(name):
+    """Take a name under test from the program; returns whether the program has it."""
+    try:
+        NAMES[name] = ask({"name": name})
+    except Exception:
+        NAMES[name] = Missing(name)
+        return False
+    return True
 
 
 NAMES = {}
+# These end loops and generators of the tests without a word.
+UNHEARD = ("StopIteration", "StopAsyncIteration")
 main()

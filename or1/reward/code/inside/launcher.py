@@ -1,4 +1,4 @@
-"""Makes the sandbox that bubblewrap would: `launcher UID SCRATCH_BYTES PATHS COMMAND...` then becomes COMMAND.
+"""Makes the sandbox that bubblewrap would: `launcher UID SCRATCH PATHS COMMAND...` then becomes COMMAND.
 
 New user (unless root), mount, process, network, IPC and host name namespaces; a root of its own that holds PATHS
 read-only, a small /tmp, /dev and /proc; no privileges left. Kernel 5.12 or newer. Ends with a traceback and code 1 if
@@ -56,8 +56,8 @@ def bind_read_only(source, target):
          ctypes.c_long(AT_RECURSIVE), attributes, ctypes.c_long(32))  # fmt: skip
 
 
-def make_root(paths, scratch_bytes):
-    """Replace the root of this mount namespace."""
+def make_root(paths, scratch):
+    """Replace the root of this mount namespace. scratch: mount options of /tmp and /dev/shm."""
     sources = [(os.path.realpath(path), path) for path in paths]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
@@ -68,7 +68,7 @@ def make_root(paths, scratch_bytes):
     for folder in ("/new/dev/shm", "/new/proc", "/new/tmp", "/new/gone"):
         os.makedirs(folder)
     for folder in ("/new/tmp", "/new/dev/shm"):
-        mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={scratch_bytes}")
+        mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,{scratch}")
     for source, path in sources:
         bind_read_only(f"/host{source}", f"/new{path}")
     for name in ("null", "zero", "full", "random", "urandom"):
@@ -77,10 +77,19 @@ def make_root(paths, scratch_bytes):
     for i, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{i}", f"/new/dev/{name}")
     os.symlink("/proc/self/fd", "/new/dev/fd")
-    mount("proc", "/new/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount_proc("/new/proc")
     pivot("/new", "/new/gone")
     call(libc.umount2, "/gone", MNT_DETACH)
     mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def mount_proc(target):
+    """Mount /proc, of processes alone where the kernel can: the rest tells of the host and of other sandboxes."""
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    try:
+        mount("proc", target, "proc", flags, "subset=pid")
+    except OSError:
+        mount("proc", target, "proc", flags)
 
 
 def die_with_parent():
@@ -110,7 +119,9 @@ def map_user():
 
 def main():
     """See the module."""
-    uid, scratch_bytes, paths, *command = sys.argv[1:]
+    uid, scratch, paths, *command = sys.argv[1:]
+    # kill(0) reaches the whole process group, through namespaces of process ids too.
+    os.setsid()
     die_with_parent()
     if os.geteuid() != 0:
         map_user()
@@ -118,7 +129,7 @@ def main():
     child = os.fork()
     if child:
         follow(child)
-    make_root(paths.split(os.pathsep), scratch_bytes)
+    make_root(paths.split(os.pathsep), scratch)
     call(libc.sethostname, "sandbox", ctypes.c_size_t(7))
     if int(uid):
         os.setgroups([])

@@ -1,15 +1,18 @@
 """Runs one program of the policy in children of its own, on orders from the grader: `main` after wire and prelude.
 
-This process itself never runs any of the program. Each run with standard input is a new child; calls go to one child
-that has loaded the program and keeps its objects. Inputs come one at a time, answers go back as they are.
+This process itself never runs any of the program. Each run with standard input is a new child, and leaves nothing to
+the next. Calls go to one child that has loaded the program and keeps its objects. Inputs come one at a time, answers
+go back as they are.
 """
 
-# ruff: noqa: F821  joined behind wire.py, which defines send, receive, encode, decode and Lost
+# ruff: noqa: F821  joined behind wire.py, guard.py and cleaning.py, which define send, receive, encode, decode, Lost,
+# hide_process, die_with_parent, call_filter, refuse_calls, own_processes, end_all_others and empty_scratch
 
 from __future__ import annotations
 
 import atexit
 import builtins
+import collections
 import contextlib
 import os
 import resource
@@ -19,57 +22,74 @@ import sys
 import time
 
 MESSAGE_LIMIT = 1 << 30
+# A child that ended this much after its limit may have ended in time, with this process not scheduled.
+SLACK_S = 0.25
 
 
 def main():
-    """Orders on descriptor 0, answers on descriptor 1; ends when the grader closes."""
+    """Orders on descriptor 0, answers on descriptor 1; ends when the grader closes.
+
+    The first answer comes before the program is there, so that a death after it is the program's doing.
+    """
     order = receive(0, MESSAGE_LIMIT)
-    limits = order["limits"]
     if order["uid"]:
         os.setgroups([])
         os.setresgid(*[order["uid"]] * 3)
         os.setresuid(*[order["uid"]] * 3)
+    hide_process()
     sys.path += order["path"]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     names = prelude_names()
-    try:
-        compile(order["setup"], "setup.py", "exec")
-        code = compile(order["program"], "solution.py", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        send(1, {"error": f"{type(error).__name__}: {error}"})
-        return
-    send(1, {"uid": os.getuid()})
-    program = Program(code, order["setup"], names, limits)
+    rules, alone = call_filter(os.uname().machine), own_processes(order["outside"])
+    send(1, {"filter": rules is not None, "alone": alone})
     with contextlib.suppress(Lost):
+        source = receive(0, MESSAGE_LIMIT)
+        try:
+            compile(source["setup"], "setup.py", "exec")
+            code = compile(source["program"], "solution.py", "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            send(1, {"error": f"{type(error).__name__}: {error}"})
+            return
+        send(1, {})
+        program = Program(code, source["setup"], names, order["limits"], rules, alone)
         while True:
             order = receive(0, MESSAGE_LIMIT)
-            send(1, program.run(order["stdin"]) if "stdin" in order else program.call(order))
+            try:
+                answer = program.run(order["stdin"]) if "stdin" in order else program.call(order)
+            except OSError as error:
+                # No child could be made, or what one left could not be removed.
+                answer = {"failed": str(error)}
+            send(1, answer)
 
 
 class Program:
     """The compiled program and the child that has loaded it, if one lives."""
 
-    def __init__(self, code, setup, names, limits):
+    def __init__(self, code, setup, names, limits, rules, alone):
         self.code, self.setup, self.names, self.limits = code, setup, names, limits
+        self.rules, self.alone = rules, alone
         self.pid = self.orders = self.answers = None
 
     def run(self, text):
-        """Run it as a script: {"stdout", "code"} or {"timeout"}."""
+        """Run it as a script: {"stdout", "code"} or {"timeout"}. Raises OSError."""
         stdin, stdout, stderr = (os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
-        view = memoryview(text.encode("utf-8", "surrogatepass"))
-        while view:
-            view = view[os.write(stdin, view) :]
-        os.lseek(stdin, 0, os.SEEK_SET)
-        pid = os.fork()
-        if pid == 0:
-            self.enter(stdin, stdout, stderr, keep=())
-            self.execute("__main__")
-        code = wait(pid, self.limits["test_s"])
-        answer = {"timeout": True} if code is None else {"code": code, "stdout": contents(stdout, self.limits)}
-        if code:
-            answer["stderr"] = contents(stderr, self.limits)[-2000:]
-        for fd in (stdin, stdout, stderr):
-            os.close(fd)
+        try:
+            view = memoryview(text.encode("utf-8", "surrogatepass"))
+            while view:
+                view = view[os.write(stdin, view) :]
+            os.lseek(stdin, 0, os.SEEK_SET)
+            pid = os.fork()
+            if pid == 0:
+                self.enter(stdin, stdout, stderr, keep=())
+                self.execute("__main__")
+            code = wait(pid, self.limits["test_s"])
+            answer = {"timeout": True} if code is None else {"code": code, "stdout": contents(stdout, self.limits)}
+            if code:
+                answer["stderr"] = contents(stderr, self.limits)[-2000:]
+        finally:
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
+        self.clean()
         return answer
 
     def call(self, order):
@@ -81,12 +101,22 @@ class Program:
             send(self.orders, order)
             # A child that sends half a message and stops must not hold this process: see the deadline in the grader.
             if select.select([self.answers], [], [], max(0, deadline - time.monotonic()))[0]:
-                return receive(self.answers, self.limits["output_bytes"])
+                answer = receive(self.answers, self.limits["output_bytes"])
+                if time.monotonic() < deadline + SLACK_S:
+                    # The child is the program: only this process may say that the machine failed.
+                    return answer if isinstance(answer, dict) and "failed" not in answer else {"died": "no answer"}
             answer = {"timeout": True}
         except (Lost, OSError) as error:
             answer = {"died": str(error)}
         self.unload()
+        self.clean()
         return answer
+
+    def clean(self):
+        """Leave no process and no file of this test to the next one. Raises OSError."""
+        if self.alone:
+            end_all_others()
+            empty_scratch()
 
     def load(self):
         theirs, self.orders = os.pipe()
@@ -125,8 +155,15 @@ class Program:
         sys.argv = ["solution.py"]
         # Python without site, which starts faster and sees no .pth files, lacks these two.
         builtins.exit = builtins.quit = sys.exit
+        # Signals to the own process group must not reach the runner.
+        if self.alone:
+            os.setsid()
+        die_with_parent()
+        # Library functions that programs use without an import; what a program defines itself comes before them.
+        vars(builtins).update({name: value for name, value in self.names.items() if name not in vars(builtins)})
         sys.setrecursionlimit(50_000)
         limit_resources(self.limits)
+        refuse_calls(self.rules)
 
     def execute(self, name):
         """In the child: run setup and program under `name`, then leave as a script would. Never returns."""
@@ -149,9 +186,9 @@ class Program:
             os._exit(code & 255)
 
     def namespace(self, name):
-        namespace = dict(self.names) | {"__name__": name, "__builtins__": __builtins__}
+        """Return the globals of a module called `name` in which the setup has run."""
         module = type(sys)(name)
-        module.__dict__.update(namespace)
+        module.__dict__["__builtins__"] = __builtins__
         sys.modules[name] = module
         exec(compile(self.setup, "setup.py", "exec"), module.__dict__)
         return module.__dict__
@@ -161,50 +198,101 @@ def serve(program, orders, answers):
     """In the child: load the program, then look up and call what is asked for. Never returns."""
     try:
         namespace = program.namespace("solution")
+        given = dict(namespace)
         error = None
         try:
             exec(program.code, namespace)
         except BaseException as caught:
             error = caught
-        handles = []
+        objects = Objects(collections.ChainMap(namespace, program.names), given)
         while True:
             order = receive(orders, MESSAGE_LIMIT)
             try:
                 if error is not None:
                     raise error
-                answer = obey(order, namespace, handles)
+                answer = objects.obey(order)
             except BaseException as caught:
-                answer = {"raised": f"{type(caught).__name__}: {caught}"[:1000]}
+                kinds = [kind.__name__ for kind in type(caught).__mro__ if kind.__module__ == "builtins"]
+                answer = {"raised": f"{type(caught).__name__}: {caught}"[:1000], "kinds": kinds}
             send(answers, answer)
     finally:
         os._exit(0)
 
 
-def obey(order, namespace, handles):
-    """One order: a global name, a function or method of Solution, an attribute, or a call of a handle."""
-    if "name" in order:
-        return {"value": encode(namespace[order["name"]], handles)}
-    if "attribute" in order:
-        return {"value": encode(getattr(handles[order["of"]], order["attribute"]), handles)}
-    if "function" in order:
-        target = namespace.get(order["function"])
-        if target is None or ("Solution" in namespace and hasattr(namespace["Solution"], order["function"])):
-            target = getattr(namespace["Solution"](), order["function"])
-    else:
-        target = handles[order["call"]]
+class Objects:
+    """What the program has defined, and the objects that it has handed out by number.
 
-    def local(data):
-        return decode(data, namespace, handles.__getitem__)
+    names  globals of the program, then the prelude
+    given  globals from before the program ran, which are not its own
+    """
 
-    arguments = [local(item) for item in order["args"]]
-    keywords = {key: local(item) for key, item in order["kwargs"].items()}
-    value = target(*arguments, **keywords)
-    answer = {"value": encode(value, handles)}
-    after = [encode(item, handles) for item in arguments]
-    after_keywords = {key: encode(item, handles) for key, item in keywords.items()}
-    if after != order["args"] or after_keywords != order["kwargs"]:
-        answer |= {"args": after, "kwargs": after_keywords}
-    return answer
+    def __init__(self, names, given):
+        self.names, self.given = names, given
+        self.handles, self.numbers = [], {}
+
+    def own(self, name):
+        """Return a global that the program itself has set. Raises NameError."""
+        namespace = self.names.maps[0]
+        if name not in namespace or (name in self.given and self.given[name] is namespace[name]):
+            raise NameError(f"name {name!r} is not defined")
+        return namespace[name]
+
+    def obey(self, order):
+        """Carry out one order: a global name, a method of Solution, an attribute, a truth value or a call."""
+        if "name" in order:
+            return self.value(self.own(order["name"]))
+        if "attribute" in order:
+            return self.value(getattr(self.handles[order["of"]], order["attribute"]))
+        if "truth" in order:
+            return {"value": bool(self.handles[order["truth"]])}
+        if "next" in order:
+            try:
+                return self.value(next(self.handles[order["next"]]))
+            except StopIteration:
+                return {"end": True}
+        if "function" in order:
+            return self.call(self.function(order["function"]), order)
+        return self.call(self.handles[order["call"]], order)
+
+    def function(self, name):
+        """Return the function under test, a method of Solution before a global. Raises NameError."""
+        solution = self.names.maps[0].get("Solution")
+        if solution is not None and hasattr(solution, name):
+            return getattr(solution(), name)
+        return self.own(name)
+
+    def call(self, target, order):
+        """Call a function by value. What it made of its arguments goes back if it returned None, as in-place code."""
+        arguments = [self.local(item) for item in order["args"]]
+        keywords = {key: self.local(item) for key, item in order["kwargs"].items()}
+        value = target(*arguments, **keywords)
+        answer = self.value(value)
+        if value is None:
+            after = [self.data(item) for item in arguments]
+            after_keywords = {key: self.data(item) for key, item in keywords.items()}
+            if after != order["args"] or after_keywords != order["kwargs"]:
+                answer |= {"args": after, "kwargs": after_keywords}
+        return answer
+
+    def value(self, value):
+        return {"value": self.data(value)}
+
+    def data(self, value):
+        return encode(value, self.keep)
+
+    def local(self, data):
+        return decode(data, self.names, lambda body: self.handles[body["number"]])
+
+    def keep(self, value):
+        """Return the JSON of a value that is no plain data: an array as lists, anything else as a number."""
+        if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+            return self.data(value.tolist())
+        if id(value) not in self.numbers:
+            self.handles.append(value)
+            self.numbers[id(value)] = len(self.handles) - 1
+        # Not isinstance, which asks the object's own __class__.
+        iterates = hasattr(type(value), "__next__")
+        return {"h": {"number": self.numbers[id(value)], "iterates": iterates}}
 
 
 def leave_orderly():
@@ -232,13 +320,14 @@ def limit_resources(limits):
 
 
 def wait(pid, seconds):
-    """Exit code of a child, or None after killing it at its limit."""
+    """Exit code of a child, or None if it took longer than its limit, after killing it."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) & 255
         left = deadline - time.monotonic()
+        if done:
+            # A program that stops this process with a signal must not gain time by it.
+            return os.waitstatus_to_exitcode(status) & 255 if left > -SLACK_S else None
         if left <= 0:
             break
         # Wakes at once when a child ends; the cap is for a signal that came between the two calls.
@@ -255,10 +344,10 @@ def contents(fd, limits):
 
 
 def prelude_names():
-    """The prelude's names, as the program shall see them."""
+    """Return the prelude's names, as the program shall see them."""
     names = {}
     exec(compile(PRELUDE, "prelude.py", "exec"), names)
-    return names
+    return {name: value for name, value in names.items() if not name.startswith("__")}
 
 
 main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import struct
@@ -15,10 +16,15 @@ class Lost(Exception):
     """The other side closed, died, or sent something that is no message."""
 
 
+def framed(message):
+    """Return the bytes of one message."""
+    data = json.dumps(message).encode()
+    return struct.pack(">I", len(data)) + data
+
+
 def send(fd, message):
     """Write one message to a descriptor."""
-    data = json.dumps(message).encode()
-    data = struct.pack(">I", len(data)) + data
+    data = framed(message)
     while data:
         data = data[os.write(fd, data) :]
 
@@ -45,8 +51,8 @@ def _read(fd, size):
     return b"".join(parts)
 
 
-def encode(value, handles):
-    """A value as JSON. Objects that are no plain data stay here, in `handles`, and go as a number."""
+def encode(value, keep):
+    """Return a value as JSON. keep: what makes the JSON of objects that are no plain data."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -58,22 +64,26 @@ def encode(value, handles):
         return str.__str__(value)
     for kind, tag in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f"), (deque, "q")):
         if isinstance(value, kind):
-            return {tag: [encode(item, handles) for item in value]}
+            return {tag: [encode(item, keep) for item in value]}
     if isinstance(value, dict):
-        return {"d": [[encode(key, handles), encode(item, handles)] for key, item in value.items()]}
+        return {"d": [[encode(key, keep), encode(item, keep)] for key, item in value.items()]}
     if isinstance(value, bytes | bytearray):
         return {"b": bytes(value).decode("latin-1")}
     if isinstance(value, complex):
         return {"c": [value.real, value.imag]}
+    if isinstance(value, range):
+        return {"r": [encode(item, keep) for item in (value.start, value.stop, value.step)]}
+    if isinstance(value, type) and value in _TYPES:
+        return {"y": value.__name__}
     kind = type(value).__name__
     if kind == "ListNode" and hasattr(value, "next"):
-        return {"L": [encode(item, handles) for item in _chain(value)]}
+        return {"L": [encode(item, keep) for item in _chain(value)]}
     if kind == "TreeNode" and hasattr(value, "left"):
-        return {"T": [encode(item, handles) for item in _levels(value)]}
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return encode(value.tolist(), handles)
-    handles.append(value)
-    return {"h": len(handles) - 1}
+        return {"T": [encode(item, keep) for item in _levels(value)]}
+    if (type(value).__module__, kind) in _STANDARD:
+        parts = _STANDARD[type(value).__module__, kind](value)
+        return {"o": [type(value).__module__, kind, [encode(part, keep) for part in parts]]}
+    return keep(value)
 
 
 def decode(data, names, from_handle):
@@ -95,11 +105,42 @@ def decode(data, names, from_handle):
         return complex(*body)
     if tag == "h":
         return from_handle(body)
+    if tag == "r":
+        return range(*(decode(item, names, from_handle) for item in body))
+    if tag == "y":
+        return {kind.__name__: kind for kind in _TYPES}[body]
+    if tag == "n":
+        return _array(*body)
+    if tag == "o":
+        module, kind, parts = body
+        if (module, kind) not in _STANDARD:
+            raise ValueError(f"{module}.{kind} is no value")
+        return getattr(importlib.import_module(module), kind)(*(decode(part, names, from_handle) for part in parts))
     values = [decode(item, names, from_handle) for item in body]
     return (build_list if tag == "L" else build_tree)(values, names)
 
 
+_TYPES = (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex, type(None), type, object)
+# Classes of the standard library that go by value: how to take one apart into the arguments that make it again.
+_STANDARD = {
+    ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
+    ("decimal", "Decimal"): lambda value: (str(value),),
+    ("datetime", "date"): lambda value: (value.year, value.month, value.day),
+    ("datetime", "datetime"): lambda value: (value.year, value.month, value.day, value.hour, value.minute,
+                                             value.second, value.microsecond),
+    ("datetime", "time"): lambda value: (value.hour, value.minute, value.second, value.microsecond),
+    ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
+}  # fmt: skip
 _CONTAINERS = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
+
+
+def _array(kind, values):
+    """Return a numpy array of numbers, truth values or text."""
+    import numpy
+
+    if numpy.dtype(kind).kind not in "biufcU":
+        raise ValueError(f"an array of {kind} is no value")
+    return numpy.array(values, dtype=kind)
 
 
 def _chain(node):

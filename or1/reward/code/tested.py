@@ -1,0 +1,256 @@
+"""Which names a script of asserts takes from the program: decided from the data row alone, before any program runs.
+
+A name that the program may supply is a name it can cheat with. `assert is_close(solve(3), 9)` without an `is_close` of
+its own would let the program say what close is. So the row decides, in this order:
+  1. its entry point
+  2. those that its reference solution defines
+  3. the names in the asserts that nobody else has; without any, those that only the prelude has, such as `gcd` or
+     `add`; without any, one that Python has, such as `sum`
+Whatever else the script uses must be its own, Python's, or a module that everybody knows. Pure functions of text.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+MODULES = {"np": "numpy", "pd": "pandas", "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "sympy": "sympy"}
+"""Name -> module that tests use without an import, beside the standard library's."""
+
+
+class TestedError(ValueError):
+    """Why no program could be told right by these tests."""
+
+
+class Script(NamedTuple):
+    """A script of asserts that can run: `source` with the imports and helpers it lacked, and the names under test."""
+
+    source: str
+    names: tuple[str, ...]
+
+
+def complete(source: str, *, setup: str = "", entry_point: str = "", reference: str = "", question: str = "",
+             prelude: bool = False) -> Script:  # fmt: skip
+    """Return a script with everything that it uses, and what it takes from the program.
+
+    setup        source that runs before it
+    entry_point  what is under test, such as `add` or `Solution().add`; "" if the row does not say
+    reference    a solution that the row holds; "" if it holds none
+    question     the row's problem: HumanEval's are Python, with helpers that the tests may use
+    prelude      whether the tests expect LeetCode's prelude
+
+    Raises TestedError if the script asserts nothing when it runs, or uses names that nobody defines.
+    """
+    tree = ast.parse(source)
+    _require_asserts(tree)
+    free = _free(tree) - _made(_parsed(setup))
+    stars = prelude or _has_star(tree) or _has_star(_parsed(setup))
+    entry = _root(entry_point)
+    helpers = _helpers(question, free, entry)
+    free -= set(helpers)
+    names = {entry} if entry else free & _made_on_top(_parsed(reference))
+    others = free - names - set(vars(builtins))
+    modules = MODULES.keys() | sys.stdlib_module_names
+    known = {name for name in others & modules if _is_only_looked_into(tree, name)}
+    others -= known
+    if stars or names:
+        others -= prelude_names()
+    if names:
+        # A class under another name than the entry point is the program's if the tests only hand it over.
+        names |= {name for name in others if name[:1].isupper() and _is_handed_over(tree, name, names)}
+    else:
+        names = _guessed(tree, free - known, others)
+    if missing := sorted(others - names - prelude_names()):
+        raise TestedError(f"the tests use {', '.join(missing)}, which neither they nor Python define; define or import "
+                          "it in the tests, or name what is under test as 'entry_point'")
+    _require_values(tree, names)
+    imports = [f"import {MODULES.get(name, name)} as {name}" for name in sorted(known)]
+    return Script("\n".join([*imports, *helpers.values(), source]), tuple(sorted(names)))
+
+
+@functools.cache
+def prelude_names() -> frozenset[str]:
+    """Return the names of inside/prelude.py, those of its star imports included, without Python's own."""
+    tree = ast.parse((Path(__file__).parent / "inside" / "prelude.py").read_text(encoding="utf-8"))
+    names = _made(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            module = importlib.import_module(str(node.module))
+            names |= set(getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")])
+    return frozenset(names - set(vars(builtins)))
+
+
+def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
+    """The names under test where the row names none. Raises TestedError where they are not clear."""
+    prelude = prelude_names()
+    tiers = (others - prelude, others & prelude)
+    tier = next((tier for tier in tiers if tier), None)
+    if tier is None:
+        called = [{n for n in _called(node.test) if n in free} for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        tier = set.intersection(*called) if called else set()
+        if len(tier) != 1:
+            raise TestedError("the tests call no function of the program; name what is under test as 'entry_point'")
+    called = {name for name in tier if name in _called(tree) or _is_argument(tree, name)}
+    functions = {name for name in called if not name[:1].isupper()}
+    tested = functions or called or tier
+    for outer, inner in _nested(tree, tested):
+        raise TestedError(f"the tests call {outer} with what {inner} returned, and neither they nor the row define "
+                          "either; name what is under test as 'entry_point', or define the other in the tests")
+    rest = {name for name in tier - tested if name[:1].isupper() and _is_handed_over(tree, name, tested)}
+    return tested | rest
+
+
+# --- what a script defines and uses
+
+
+def _parsed(source: str) -> ast.Module:
+    """The tree of a source; an empty one for what is no Python."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
+
+
+def _free(tree: ast.Module) -> set[str]:
+    """Names that are read and never set, wherever."""
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return used - _made(tree)
+
+
+def _made(tree: ast.AST) -> set[str]:
+    made: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            made.add(node.id)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            made.add(node.name)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            made.add(node.name)
+        elif isinstance(node, ast.alias):
+            made.add((node.asname or node.name).partition(".")[0])
+    return made - {"*"}
+
+
+def _made_on_top(tree: ast.Module) -> set[str]:
+    """Names that a module has when it has run: without its modules and what its functions set for themselves."""
+    made: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            made.add(node.name)
+        elif not isinstance(node, ast.Import):
+            made |= _made(node)
+    return made
+
+
+def _has_star(tree: ast.Module) -> bool:
+    return any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(tree))
+
+
+def _root(entry_point: str) -> str:
+    """The global that an entry point begins with: `Solution` of `Solution().add`."""
+    nodes = ast.walk(_parsed(entry_point))
+    return next((node.id for node in nodes if isinstance(node, ast.Name)), "")
+
+
+def _helpers(question: str, free: set[str], entry: str) -> Mapping[str, str]:
+    """Functions that the problem itself gives beside the one to write, as far as the tests use them."""
+    found: dict[str, str] = {}
+    tree = _parsed(question)
+    given = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name != entry]
+    wanted = [name for name in free if entry]
+    while wanted:
+        name = wanted.pop()
+        node = next((n for n in given if n.name == name), None)
+        if node is not None and name not in found:
+            found[name] = ast.unparse(node)
+            wanted += _free(ast.Module([node], []))
+    if found:
+        imports = [ast.unparse(n) for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        found = {"": "\n".join(imports)} | found
+    return found
+
+
+# --- calls
+
+
+def _called(tree: ast.AST) -> set[str]:
+    return {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+
+
+def _arguments(node: ast.Call) -> list[ast.expr]:
+    return [*node.args, *(keyword.value for keyword in node.keywords)]
+
+
+def _calls(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
+    """Calls of one of the names, or of a method of what such a call made."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            root = node.func
+            while isinstance(root, ast.Attribute | ast.Call):
+                root = root.value if isinstance(root, ast.Attribute) else root.func
+            if isinstance(root, ast.Name) and root.id in names:
+                yield node
+
+
+def _is_only_looked_into(tree: ast.AST, name: str) -> bool:
+    """Whether every use is `name.attribute`, as of a module."""
+    bases = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    return all(id(n) in bases for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
+
+
+def _is_argument(tree: ast.AST, name: str) -> bool:
+    return any(isinstance(a, ast.Name) and a.id == name for n in ast.walk(tree) if isinstance(n, ast.Call)
+               for a in _arguments(n))  # fmt: skip
+
+
+def _is_handed_over(tree: ast.AST, name: str, tested: set[str]) -> bool:
+    """Whether a name stands only in the arguments of what is under test, or of a function of the tests."""
+    inside = {id(n) for call in ast.walk(tree) if isinstance(call, ast.Call)
+              and (isinstance(call.func, ast.Name) and call.func.id not in vars(builtins) or _is_of(call, tested))
+              for a in _arguments(call) for n in ast.walk(a)}  # fmt: skip
+    return all(id(n) in inside for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
+
+
+def _is_of(call: ast.Call, names: set[str]) -> bool:
+    return next(_calls(ast.Expression(call), names), None) is call
+
+
+def _nested(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of different names of which one is called with a call of the other."""
+    for outer in ast.walk(tree):
+        if isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id in names:
+            for argument in _arguments(outer):
+                for inner in sorted(_called(argument) & names - {outer.func.id}):
+                    yield outer.func.id, inner
+
+
+# --- what no program could pass
+
+
+def _require_asserts(tree: ast.Module) -> None:
+    """Raise TestedError if no assert runs: there is none, or all stand in functions that nobody calls."""
+    on_top = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    if not any(isinstance(n, ast.Assert) for n in ast.walk(tree)):
+        raise TestedError("the tests assert nothing")
+    if not any(isinstance(n, ast.Assert | ast.Call) for top in on_top for n in ast.walk(top)):
+        raise TestedError("the tests assert nothing when they run: their functions are never called; name what is "
+                          "under test as 'entry_point', or call them")
+
+
+def _require_values(tree: ast.Module, names: set[str]) -> None:
+    """Raise TestedError if a function of the tests is an argument of a call: only values reach the program."""
+    functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    for call in _calls(tree, names | {"candidate"}):
+        for argument in _arguments(call):
+            passed = argument.id if isinstance(argument, ast.Name) and argument.id in functions else ""
+            if passed or isinstance(argument, ast.Lambda):
+                raise TestedError(f"the tests pass the function {passed or 'lambda'} to the program, which is in "
+                                  "another process and takes values only; leave the row out")
