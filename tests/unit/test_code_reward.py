@@ -81,12 +81,26 @@ def test_values_are_compared_exactly_with_tuples_as_lists() -> None:
 
 
 def test_values_survive_the_wire() -> None:
-    value = [None, True, 1, 1 << 100, -1.5, "x\ud800", (1, [2]), {3}, frozenset({4}), {(5,): [6]}, b"7", 8j]
+    from datetime import date, datetime, timedelta
+    from decimal import Decimal
+    from fractions import Fraction
+
+    value = [None, True, 1, 1 << 100, -1.5, "x\ud800", (1, [2]), {3}, frozenset({4}), {(5,): [6]}, b"7", 8j, range(2, 9),
+             int, Fraction(1, 3), Decimal("1.50"), date(2024, 2, 29), datetime(2024, 1, 2, 3, 4), timedelta(1, 2)]  # fmt: skip
     handles: list = []
-    data = wire.json.loads(wire.json.dumps(wire.encode(value, handles)))
-    assert wire.decode(data, {}, handles.__getitem__) == value and handles == []
+
+    def keep(thing: object) -> dict:
+        handles.append(thing)
+        return {"h": len(handles) - 1}
+
+    def sent(thing: object) -> object:
+        return wire.decode(wire.json.loads(wire.json.dumps(wire.encode(thing, keep))), {}, handles.__getitem__)
+
+    assert sent(value) == value and handles == []
     marker = object()
-    assert wire.decode(wire.encode([marker], handles), {}, handles.__getitem__) == [marker]
+    assert sent([marker]) == [marker]
+    with pytest.raises(ValueError, match=r"os\.system is no value"):
+        wire.decode({"o": ["os", "system", ["true"]]}, {}, handles.__getitem__)
 
 
 ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n", "0 0\n"], "outputs": ["3\n", "7\n", "11\n", "0\n"]}
@@ -172,8 +186,8 @@ def test_the_fraction_of_asserts(settings: CodeSettings) -> None:
     assert score(program, truth, settings, partial=True) == Score(0.5, Status.WRONG)
 
 
-def test_a_script_that_runs_no_assert_is_an_error_and_no_pass(settings: CodeSettings) -> None:
-    with pytest.raises(ValueError, match="no test ran"):
+def test_tests_that_assert_nothing_are_an_error_and_no_pass(settings: CodeSettings) -> None:
+    with pytest.raises(ValueError, match="assert nothing when they run"):
         score("def f(): pass", {"functional": "def check(f):\n    assert f()\n"}, settings)
     with pytest.raises(ValueError, match="no test to run"):
         grade_job({"program": "1", "tests": asdict(CodeTests("stdin")), "settings": asdict(settings)})

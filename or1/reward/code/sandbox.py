@@ -130,7 +130,10 @@ class Inside:
         except OSError as error:
             raise SandboxStartError(f"{command[0]} cannot be started: {error}") from error
         os.set_blocking(self._process.stdin.fileno(), False)
+        self._counts_files = False
         self.opening = self._open(kind, uid)
+        # Not before: until its root is in place, a sandbox shows the host's /tmp. The launcher's mounts have a limit.
+        self._counts_files = kind.startswith("bwrap")
         try:
             self.answer = self.ask(order, START_LIMIT_S - GRACE_S)
         except (SandboxDiedError, SandboxTimeoutError):
@@ -246,7 +249,7 @@ class Inside:
         """Raise SandboxDiedError if the sandbox holds more memory or files than it may."""
         if resident_bytes(self._process.pid) > self._limits.memory_bytes:
             raise self._death(f"took more than {self._limits.memory_bytes >> 20} MiB of memory")
-        if not self._scratch and (files := _scratch_files(self._process.pid)) > SCRATCH_FILES:
+        if self._counts_files and (files := _scratch_files(self._process.pid)) > SCRATCH_FILES:
             raise self._death(f"made {files} files, of which {SCRATCH_FILES} are allowed")
 
     def _death(self, why: str) -> SandboxDiedError:
@@ -319,7 +322,8 @@ def _wrapper(kind: str, uid: int) -> list[str]:
     if kind == "bwrap-root":
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+        # The program has the user of process 1. bubblewrap's own can be looked into, that of guard.py cannot.
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--as-pid-1"]
     command += ["--dev", "/dev", "--proc", "/proc"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", folder]

@@ -91,6 +91,8 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
     prelude = prelude_names()
     tiers = (others - prelude, others & prelude)
     tier = next((tier for tier in tiers if tier), None)
+    if tiers[0] and tiers[1] and all(n[:1].isupper() and _is_handed_over(tree, n, tiers[1]) for n in tiers[0]):
+        tier = others  # classes alone, and only as arguments of what is named like a library's function
     if tier is None:
         called = [{n for n in _called(node.test) if n in free} for node in ast.walk(tree) if isinstance(node, ast.Assert)]
         tier = set.intersection(*called) if called else set()

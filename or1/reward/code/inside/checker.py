@@ -4,8 +4,8 @@ No line of the program runs here. What it returns arrives as plain data, so its 
 patched stay where they are.
 """
 
-# ruff: noqa: F821  joined behind wire.py and guard.py, which define send, receive, encode, decode, Lost, hide_process
-# and refuse_calls
+# ruff: noqa: F821  joined behind wire.py and guard.py, which define send, receive, encode, decode, Lost, hide_process,
+# leave_process_one, call_filter and refuse_calls
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def outward(value):
 
 
 def keep(value):
+    """Return the JSON of what is no plain data: a number for the program's own, an array. Raises UnsupportedError."""
     if isinstance(value, Remote):
         return {"h": {"number": value._number}}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
@@ -141,6 +142,7 @@ def inward(data):
 
 
 def remote(body):
+    """Return what stands here for an object of the program."""
     return (RemoteIterator if body.get("iterates") is True else Remote)(body["number"])
 
 
@@ -175,6 +177,7 @@ class Count(ast.NodeTransformer):
 
 def main():
     """Script on descriptor 0, questions and at last the counts on descriptor 1."""
+    leave_process_one()
     order = receive(0, MESSAGE_LIMIT)
     if order["uid"]:
         os.setgroups([])

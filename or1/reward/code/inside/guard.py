@@ -11,7 +11,8 @@ import ctypes
 import os
 import struct
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 4, 22, 38, 47
+PR_CAP_AMBIENT_CLEAR_ALL, LINUX_CAPABILITY_VERSION_3 = 4, 0x20080522
 SECCOMP_MODE_FILTER = 2
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 
@@ -56,8 +57,34 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def hide_process():
-    """Deny others of the same user this process's memory and descriptors. Forked children inherit the denial."""
+    """Give up all capabilities, and deny others of this user the process's memory and descriptors. Raises OSError.
+
+    Forked children inherit both.
+    """
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    header, none = struct.pack("@Ii", LINUX_CAPABILITY_VERSION_3, 0), struct.pack("@6I", 0, 0, 0, 0, 0, 0)
+    if libc.capset(header, none):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
     prctl(PR_SET_DUMPABLE, 0)
+
+
+def leave_process_one():
+    """Go on in a child if this is process 1 of the sandbox, which stays behind to reap orphans."""
+    if os.getpid() != 1:
+        return
+    child = os.fork()
+    if child == 0:
+        die_with_parent()
+        return
+    hide_process()
+    # The pipes must close when the child ends.
+    for fd in (0, 1):
+        os.close(fd)
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            os._exit(os.waitstatus_to_exitcode(status) & 255)
 
 
 def die_with_parent():

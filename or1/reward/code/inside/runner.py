@@ -6,7 +6,7 @@ go back as they are.
 """
 
 # ruff: noqa: F821  joined behind wire.py, guard.py and cleaning.py, which define send, receive, encode, decode, Lost,
-# hide_process, die_with_parent, call_filter, refuse_calls, own_processes, end_all_others and empty_scratch
+# hide_process, leave_process_one, die_with_parent, call_filter, refuse_calls, own_processes, end_all_others and empty_scratch
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main():
 
     The first answer comes before the program is there, so that a death after it is the program's doing.
     """
+    leave_process_one()
     order = receive(0, MESSAGE_LIMIT)
     if order["uid"]:
         os.setgroups([])
