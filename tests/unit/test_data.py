@@ -176,6 +176,10 @@ def user(text: str) -> list[dict[str, str]]:
         ({"prompt": user("q"), "reward_model": {"ground_truth": '["\\\\frac12", "0.5"]'}}, "prompt/reward_model",
          (r"\frac12", "0.5")),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2]"}}, "prompt/reward_model", ("[1, 2]",)),
+        ({"problem": "q", "answer": '["1", "2"]'}, "problem/answer", ("1", "2")),
+        ({"question": "q", "answer": '["1", "2"]'}, "question/answer", ("1", "2")),
+        ({"prompt": "q", "answer": '["1", "2"]'}, "prompt/answer", ("1", "2")),
+        ({"question": "q", "answer": 1.5e-5}, "question/answer", ("0.000015",)),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2)"}}, "prompt/reward_model", ("[1, 2)",)),
     ],
 )  # fmt: skip

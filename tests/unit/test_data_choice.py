@@ -232,6 +232,9 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
 # --- files
 
 
+CASES = [{"input": "1\n", "output": "2\n"}]
+
+
 @pytest.mark.parametrize(
     ("row", "schema", "kind"),
     [
@@ -245,11 +248,25 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
         ({"prompt": [{"role": "user", "content": "p"}],
           "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["2"]})}}, "prompt/reward_model",
          "stdin"),
+        ({"prompt": "p", "reward_model": {"ground_truth": CASES}}, "prompt/reward_model", "stdin"),
+        ({"prompt": "p", "reward_model": {"ground_truth": json.dumps(CASES)}}, "prompt/reward_model", "stdin"),
+        ({"prompt": "p", "ground_truth": json.dumps(CASES)}, "prompt/ground_truth", "stdin"),
+        ({"problem": "p", "tests": CASES}, "problem/tests", "stdin"),
+        ({"problem": "p", "tests": json.dumps(CASES)}, "problem/tests", "stdin"),
+        ({"problem": "p", "tests": json.dumps({"inputs": ["1"], "outputs": ["2"]})}, "problem/tests", "stdin"),
+        ({"prompt": "p", "tests": json.dumps(CASES)}, "prompt/tests", "stdin"),
+        ({"question": "p", "tests": CASES}, "question/tests", "stdin"),
     ],
 )  # fmt: skip
 def test_rows_with_tests_become_programming_problems(tmp_path: Path, row: dict, schema: str, kind: str) -> None:
     found = load(write(tmp_path / "x.jsonl", row))
     assert (found.reports[0].schema, found.prompts[0].tests.kind, found.prompts[0].golds) == (schema, kind, ())
+
+
+def test_a_column_of_tests_that_holds_none_is_a_bad_row_with_its_content(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(write(tmp_path / "x.jsonl", {"problem": "p", "tests": "see above"}))
+    assert "x.jsonl:1: tests are 'see above', neither an object nor a list of objects" in str(caught.value)
 
 
 def test_live_code_bench_rows_carry_format_and_packed_tests(tmp_path: Path) -> None:
