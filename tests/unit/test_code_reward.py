@@ -42,10 +42,10 @@ def score(program: str, truth: object, settings: CodeSettings, **changes: object
         ("```python\nx = 1\n```\n```python\nx = 2\n```", "x = 2\n"),
         ("```py\nx = 1\n``` and ```cpp\nint x;\n```", "x = 1\n"),
         ("```Python3 \r\nx = 1\n```", "x = 1\n"),
-        ("```\nx = 1\n```", None),
+        ("```\nx = 1\n```", "x = 1\n"),
         ("```python\nx = 1", None),
         ("```python\n\n```", None),
-        ("```pythonic\nx\n```", None),
+        ("```cpp\nx\n```", None),
         ("x = 1", None),
     ],
 )
