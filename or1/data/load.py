@@ -178,6 +178,6 @@ def _make_prompt(row: Row | RowError, schema: Schema | None, row_id: str, name: 
     encoded = encode(schema.ask(row), schema.prompt)
     source = row.get("data_source")
     source = source if isinstance(source, str) and source else name
-    # A problem of LiveCodeBench can carry hundreds of megabytes of packed tests, which `tests` has already.
+    # A problem of LiveCodeBench can carry many megabytes of packed tests, which `tests` has already.
     kept = {key: value for key, value in row.items() if key != "private_test_cases"}
     return Prompt(row_id, source, encoded.text, encoded.token_ids, golds, tests, kept, encoded.messages)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from or1.config import Config
 from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts, load_run_data
-from or1.data.rows import MAX_LINE_BYTES
+from or1.data import rows as rows_module
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -58,7 +60,8 @@ GOOD = {"question": "1+1=", "answer": "2"}
 # --- broken rows
 
 
-def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> None:
+def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1 << 20)
     path = write(
         tmp_path / "train.jsonl",
         GOOD,
@@ -78,7 +81,7 @@ def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> Non
         {"question": "\ud800", "answer": "3"},
         b'{"question": "q", "answer": NaN}',
         b"[" * 100_000,
-        b'{"question": "' + b"q" * MAX_LINE_BYTES + b'", "answer": "3"}',
+        b'{"question": "' + b"q" * (1 << 20) + b'", "answer": "3"}',
         {"question": "q" * 101, "answer": "3"},
         {"question": "3+4=", "answer": 7},
     )
@@ -105,7 +108,8 @@ def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> Non
         "15: column 'question' holds half a surrogate pair at character 1",
         "16: gold answer is nan",
         "17: JSON nested too deeply",
-        f"18: line of {MAX_LINE_BYTES + 32} bytes is over the limit of {MAX_LINE_BYTES}",
+        "18: line of 1048608 bytes is over the limit of 1048576; leave out columns that are not needed, or write the "
+        "file as parquet",
     ]
     assert report.summary() == f"{path}: 19 rows (question/answer), 2 kept, 1 over-long, 16 bad"
 
@@ -150,6 +154,33 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_errors(tmp_path: Path) -
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(GOOD).encode()] * 2) + b"\r\n\r\n")
     assert len(load(path, max_bad_fraction=0.0).prompts) == 2
+
+
+def test_a_line_over_the_limit_is_passed_over_without_being_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "x.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(good + b"\n" + (b"x" * (1 << 20) + b" ") * 40 + b"\n" + good + b"\n" + b"y" * (3 << 20))
+    tracemalloc.start()
+    found = list(rows_module.read_rows(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(line, isinstance(row, dict)) for line, row in found] == [(1, True), (2, False), (3, True), (4, False)]
+    assert f"line of {40 * ((1 << 20) + 1) + 1} bytes" in str(found[1][1]) and f"{3 << 20} bytes" in str(found[3][1])
+    assert peak < 8 << 20
+
+
+def test_a_key_that_comes_twice_is_found_in_linear_time(tmp_path: Path) -> None:
+    keys = ",".join(f'"k{i}": 1' for i in range(100_000))
+    long = "k" * 999
+    path = write(tmp_path / "x.jsonl", f'{{{keys},"k99999": 2}}'.encode(), f'{{"{long}": 1, "{long}": 2}}'.encode())
+    began = time.process_time()
+    found = [str(row) for _, row in rows_module.read_rows(str(path))]
+    # Counting every key anew takes minutes.
+    assert time.process_time() - began < 10
+    assert found == ["key 'k99999' appears twice", f"key {'k' * 60!r} appears twice"]
 
 
 # --- schemas
@@ -274,6 +305,31 @@ def test_parquet_rows_are_read_and_numbered_from_one(tmp_path: Path) -> None:
         (f"x.parquet:{i + 1}", "s", (str(i),)) for i in (0, 1, 3, 4)
     ]
     assert prompts.reports[0].bad == ((3, "column 'reward_model' is null"),)
+
+
+def test_parquet_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []
+    one_row = rows_module._batch_row
+    monkeypatch.setattr(rows_module, "_batch_row", lambda batch: alone.append(batch.num_rows) or one_row(batch))
+    questions = [f"{i}?".encode() for i in range(3000)]
+    questions[1500] = b"a\xff"
+    path = tmp_path / "x.parquet"
+    table = pa.table({"question": pa.array(questions, pa.binary()).view(pa.string()), "answer": ["1"] * 3000})
+    pq.write_table(table, path)
+    found = list(rows_module.read_rows(str(path)))
+    assert [number for number, _ in found] == list(range(1, 3001))
+    assert isinstance(found[1500][1], rows_module.RowError) and found[1501][1] == {"question": "1501?", "answer": "1"}
+    # Only the batch with the broken row is read row by row.
+    assert alone == [1] * 1024
+
+
+def test_a_parquet_value_that_python_cannot_hold_costs_its_row_only(tmp_path: Path) -> None:
+    when = pa.array([0, 1 << 50, 0], pa.timestamp("ms"))
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"question": ["1?", "2?", "3?"], "answer": ["1", "2", "3"], "when": when}), path)
+    prompts = load(path, max_bad_fraction=0.4)
+    assert golds_of(prompts) == [("1",), ("3",)]
+    assert "a value cannot be read: " in prompts.reports[0].bad[0].reason
 
 
 def test_bad_utf8_in_parquet_costs_its_row_only(tmp_path: Path) -> None:
