@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import time
 import tracemalloc
 from pathlib import Path
@@ -15,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from or1.config import Config
-from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts, load_run_data
+from or1.data import DataError, PromptSet, Sampler, SamplerState, encode, load_prompts, load_run_data, prompt_lines
 from or1.data import rows as rows_module
 
 CHAT = (
@@ -273,6 +275,79 @@ def test_what_the_chat_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", {"prompt": user("q"), "answer": "1"}, tool)
     report = load(path, chat_template=CHAT, max_bad_fraction=0.5).reports[0]
     assert report.bad == ((2, "the chat template refuses it: no tools here"),)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOP, "the chat template of 'the tokenizer' has not put one prompt into tokens after 0 s; it may loop"),
+        ("{% for m in messages %}", "the chat template of 'the tokenizer' is not Jinja: .* in line 1; mend"),
+    ],
+)
+def test_a_chat_template_that_loops_or_is_none_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    monkeypatch.setattr(encode, "TEMPLATE_LIMIT_S", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    one, two = write(tmp_path / "x.jsonl", *[GOOD] * 99), write(tmp_path / "y.jsonl", GOOD)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        load(one, two, chat_template=template, max_bad_fraction=1.0)
+    # Once, not for every row or file.
+    assert time.monotonic() - began < 20 and len(str(caught.value)) < 500
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0]['content'].nothing() }}", "'str object' has no attribute 'nothing'"),
+        ("{{ 'x' * 2 ** 62 }}", "(MemoryError|OverflowError): .*"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: .*"),
+    ],
+)
+def test_however_a_chat_template_fails_it_costs_the_row_only(tmp_path: Path, template: str, reason: str) -> None:
+    tool = {"prompt": [*user("q"), {"role": "tool", "content": "x"}], "answer": "1"}
+    path = write(tmp_path / "x.jsonl", {"prompt": user("q"), "answer": "1"}, tool)
+    broken = "{% if messages|length > 1 %}" + template + "{% endif %}" + CHAT
+    report = load(path, chat_template=broken, max_bad_fraction=0.5).reports[0]
+    assert [line for line, _ in report.bad] == [2]
+    assert re.fullmatch(f"the chat template refuses it: {reason}", report.bad[0].reason)
+
+
+def test_json_text_of_messages_is_read_as_messages(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, *user("1+1=")]
+    path = write(tmp_path / "x.jsonl", {"prompt": json.dumps(messages), "answer": "2"})
+    prompt = load(path, chat_template=CHAT, prompt_suffix="!").prompts[0]
+    assert decoded(prompt.token_ids) == "[system]s[user]1+1=![assistant]" and prompt.text == "s\n\n1+1=!"
+    assert prompt.messages[-1] == {"role": "user", "content": "1+1=!"}
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[{"role": "user"}]', '[{"role": 1', "[]", "[1, 2]", "{}"])
+def test_other_json_text_is_a_question(tmp_path: Path, text: str) -> None:
+    assert load(write(tmp_path / "x.jsonl", {"prompt": text, "answer": "2"})).prompts[0].text == text
+
+
+def test_a_prompt_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"question": "1+1=\n?", "answer": "2"}, GOOD)
+    tokenizer = make_tokenizer("<bos>" + CHAT)
+    found = load_prompts([path], tokenizer, max_prompt_tokens=100).prompts
+    assert prompt_lines(found, tokenizer) == [
+        f"first prompt as the model sees it (x.jsonl:1, {len(found[0].token_ids)} tokens):",
+        "  | <bos>[user]1+1=",
+        "  | ?[assistant]",
+    ]
+    plain = make_tokenizer()
+    lines = prompt_lines(load_prompts([path], plain, max_prompt_tokens=100).prompts, plain)
+    assert lines[1:3] == ["  | 1+1=", "  | ?"] and lines[3].startswith("no chat template: plain text")
+    long = write(tmp_path / "y.jsonl", {"question": "a" + "q" * 9998 + "z", "answer": "2"})
+    shown = prompt_lines(load_prompts([long], plain, max_prompt_tokens=99999).prompts, plain)[1]
+    assert shown.startswith("  | aqq") and shown.endswith("qz") and "(8,000 more characters)" in shown
+    assert prompt_lines([], plain) == []
 
 
 def test_bos_is_kept_and_eos_is_not_added(tmp_path: Path) -> None:
