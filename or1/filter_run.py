@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from or1.config import Config
-from or1.data import load_training_files
+from or1.data import duplicate_lines, load_training_files, times_solved
 from or1.evaluate import Outcome
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
@@ -46,7 +46,7 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
         if fresh and (message := move_aside(parts)):
             bar.message(message)
         loaded = load_training_files(config, source.tokenizer)
-        for line in (line for report in loaded.reports for line in report.lines()):
+        for line in [*(line for report in loaded.reports for line in report.lines()), *duplicate_lines(loaded.prompts)]:
             bar.message(line)
         # A file that is named twice to count twice need be measured once only.
         prompts = list({prompt.id: prompt for prompt in loaded.prompts}.values())
@@ -88,11 +88,14 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
 
 
 def _summarise(config: Config, store: PartStore, out: Path) -> None:
-    columns = ("passes", "truncated", "failed")
+    columns = ("prompt", "passes", "truncated", "failed")
     table = pa.concat_tables(store.tables(columns))
-    passes, truncated, failed = (table[name].to_numpy() for name in columns)
+    texts = table["prompt"].to_pylist()
+    passes, truncated, failed = (table[name].to_numpy() for name in columns[1:])
     samples = config.filter.samples
-    counts = np.bincount(passes, minlength=samples + 1).tolist()
+    # As data.difficulty_file is read, so that what is kept here and in training agrees.
+    solved = times_solved(zip(texts, passes.tolist(), [samples] * len(texts), strict=True))
+    counts = np.bincount([solved[text] for text in texts], minlength=samples + 1).tolist()
     total = len(passes) * samples
     lines = [
         f"  {truncated.sum():,} of {total:,} responses truncated, {failed.sum():,} timed out or crashed the verifier",

@@ -61,11 +61,12 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     changed = [] if fresh else check_run_dir(config)
     quiet_libraries()
     from or1.checkpoint import committed_steps
-    from or1.data import load_run_data
+    from or1.data import load_run_data, prompt_lines
     from or1.model import load_tokenizer
 
-    data = load_run_data(config, load_tokenizer(config.model.path))
-    print_plan(config, data.lines())
+    tokenizer = load_tokenizer(config.model.path)
+    data = load_run_data(config, tokenizer)
+    print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
         print(f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else ""))
     _try_reward_function(config)

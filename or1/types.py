@@ -37,7 +37,7 @@ class CodeTests:
 
     kind         "stdin": the program reads inputs[i] and prints outputs[i]
                  "function": `fn_name`, a function or a method of class Solution, called with the JSON values in the
-                 lines of inputs[i], returns the JSON value outputs[i]
+                 lines of inputs[i], returns one of the JSON values in the lines of outputs[i]
                  "asserts": `script` asserts what the program's names must do
     inputs       one per test; as many outputs; never none
     fn_name      the function under test

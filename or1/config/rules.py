@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,9 +89,20 @@ def _no_endpoint(config: Config) -> Iterator[Problem]:
 def _missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     # A file may be named twice, which doubles its share; it is missing once.
     for path, where in {path: where for where, path in reversed(named)}.items():
-        if not Path(path).is_file():
+        if Path(path).is_dir():
+            yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
+        elif not Path(path).is_file() and glob.has_magic(path):
+            yield Problem(where, f"{path!r} is a pattern, which or1 does not expand; name the files, one by one"
+                          f"{_some(path) or ', of which none is there'}")
+        elif not Path(path).is_file():
             yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
                           'README, "Data", names the formats, and the first lines of a recipe the contents')
+
+
+def _some(pattern: str) -> str:
+    """The first files of a pattern, for a message; empty if there are none."""
+    found = sorted(name for name in glob.glob(pattern) if Path(name).is_file())
+    return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
 
 
 def _files_exist(config: Config) -> Iterator[Problem]:

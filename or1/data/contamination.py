@@ -81,7 +81,7 @@ class EvalIndex:
                 self._contained_sizes.add(len(tokens))
 
 
-def decontamination_lines(overlaps: Sequence[Overlap], n_prompts: int, dropped: bool, listed: int = 20) -> list[str]:
+def decontamination_lines(overlaps: Sequence[Overlap], n_prompts: int, dropped: bool, listed: int = 3) -> list[str]:
     """What a person is told: how many, by set, and the first of them."""
     if not overlaps:
         return [f"decontamination: none of {n_prompts:,} training prompts repeats an evaluation problem"]
@@ -90,7 +90,7 @@ def decontamination_lines(overlaps: Sequence[Overlap], n_prompts: int, dropped: 
     lines = [f"decontamination: {len(overlaps):,} of {n_prompts:,} training prompts repeat an evaluation problem "
              f"({by_set}): {fate}"]
     lines += [f"  {o.prompt_id} ~ {o.eval_set} {o.eval_id}: {o.words[:100]}" for o in overlaps[:listed]]
-    return lines + ([f"  ... and {len(overlaps) - listed:,} more"] if len(overlaps) > listed else [])
+    return lines + ([f"  and {len(overlaps) - listed:,} more"] if len(overlaps) > listed else [])
 
 
 def _words(text: str) -> list[str]:

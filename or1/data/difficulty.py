@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class DifficultyFilter:
     model: str | None = None
     rates: Mapping[str, int] | None = None
     seen_models: set[str] = field(default_factory=set)
-    """Every model that a row names, for the message when the wanted one is not there."""
+    """Every model for which a row has a count, for the message when the wanted one has none."""
 
     def verdict(self, row: Row, text: str) -> str | None:
         """None to keep a prompt, else why it is left out. Raises RowError for a count that is no number."""
@@ -40,7 +40,8 @@ class DifficultyFilter:
         counts = info.get("model_difficulty") if isinstance(info, Mapping) else None
         if not isinstance(counts, Mapping):
             return None
-        self.seen_models.update(counts)
+        # Columnar files give every row the models of all, with null where there is no count.
+        self.seen_models.update(model for model, count in counts.items() if count is not None)
         solved = counts.get(self.model)
         if solved is None:
             return None
@@ -49,10 +50,30 @@ class DifficultyFilter:
         return int(solved)
 
 
+def times_solved(rows: Iterable[tuple[str, int, int]]) -> dict[str, int]:
+    """How often each text was solved, from (text, passes, samples) of every prompt that was measured.
+
+    Prompts with equal text are one problem that was sampled more often: their passes and samples are summed, and the
+    rate is told as a count out of the samples of one. What was solved sometimes stays between never and always.
+    """
+    sums: dict[str, tuple[int, int, int]] = {}
+    for text, passes, samples in rows:
+        before = sums.get(text, (0, 0, 0))
+        sums[text] = (before[0] + passes, before[1] + samples, samples)
+    return {text: _count(*of_text) for text, of_text in sums.items()}
+
+
+def _count(passes: int, total: int, samples: int) -> int:
+    if passes in (0, total) or total == samples:
+        return passes * samples // total if total else 0
+    return min(max((2 * passes * samples + total) // (2 * total), 1), samples - 1)
+
+
 def read_rates(path: str, high: int) -> tuple[dict[str, int], list[str]]:
     """Times solved by whole prompt text from a file of `or1 filter`, and warnings about its use with `high`.
 
-    The text with its suffix is the key, because that is what the model was asked. Raises DataError for another file.
+    The text with its suffix is the key, because that is what the model was asked; see `times_solved` for a text that
+    comes more than once. Raises DataError for another file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -70,4 +91,4 @@ def read_rates(path: str, high: int) -> tuple[dict[str, int], list[str]]:
     if high >= samples:
         warnings.append(f"{Path(path).name} counts out of {samples}, so keep_difficulty up to {high} keeps prompts "
                         f"that were always solved; end at {samples - 1} to leave them out")
-    return {row["prompt"]: row["passes"] for row in rows}, warnings
+    return times_solved((row["prompt"], row["passes"], row["samples"]) for row in rows), warnings

@@ -132,6 +132,8 @@ class _Loader(NamedTuple):
         prompts: list[Prompt] = []
         bad: list[BadRow] = []
         over_long, filtered = 0, Counter()
+        if self.difficulty:
+            self.difficulty.seen_models.clear()
         for line, row in rows:
             try:
                 prompt = _make_prompt(row, schema, f"{name}:{line}", name, self.encode)
@@ -164,10 +166,13 @@ class _Loader(NamedTuple):
         return []
 
     def _known_models(self, report: FileReport) -> str:
-        if not report.filtered.get(UNRATED) or not self.difficulty.seen_models:
+        if not report.filtered.get(UNRATED) or self.difficulty.rates is not None:
             return ""
-        return (f". No row has a count for data.difficulty_model = {self.difficulty.model!r}; they have: "
-                f"{', '.join(sorted(self.difficulty.seen_models))}")
+        wanted, seen = self.difficulty.model, self.difficulty.seen_models
+        if wanted in seen:
+            return ""
+        found = f"; they have: {', '.join(sorted(map(str, seen)))}" if seen else ", nor for any other model"
+        return f". No row has a count for data.difficulty_model = {wanted!r}{found}"
 
 
 def _make_prompt(row: Row | RowError, schema: Schema | None, row_id: str, name: str, encode: Encoder) -> Prompt:
@@ -178,6 +183,6 @@ def _make_prompt(row: Row | RowError, schema: Schema | None, row_id: str, name: 
     encoded = encode(schema.ask(row), schema.prompt)
     source = row.get("data_source")
     source = source if isinstance(source, str) and source else name
-    # A problem of LiveCodeBench can carry hundreds of megabytes of packed tests, which `tests` has already.
+    # A problem of LiveCodeBench can carry many megabytes of packed tests, which `tests` has already.
     kept = {key: value for key, value in row.items() if key != "private_test_cases"}
     return Prompt(row_id, source, encoded.text, encoded.token_ids, golds, tests, kept, encoded.messages)

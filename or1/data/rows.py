@@ -7,8 +7,11 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-MAX_LINE_BYTES = 32 << 20
-"""A longer JSONL line is a bad row."""
+from or1.data.kinds import HEAD_BYTES, foreign_kind
+
+MAX_LINE_BYTES = 256 << 20
+"""A longer JSONL line is a bad row, and is passed over without being held. LiveCodeBench packs the tests of a problem
+into its line; more than this of them is refused as well (or1.reward.ground_truth.MAX_TEST_BYTES)."""
 
 Row = dict[str, Any]
 
@@ -24,31 +27,50 @@ class RowError(ValueError):
 def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:
     """Yield (line or row number from 1, the row or what is wrong with it). Blank lines are left out.
 
-    A file that begins with `[` is one JSON array of rows. Raises DataError if the file as a whole cannot be read.
+    A file that begins with `[` is one JSON array of rows. Raises DataError if the file as a whole cannot be read, or
+    is of a kind that or1 does not read.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(4096)
+            head = file.read(HEAD_BYTES)
             file.seek(0)
+            if foreign := foreign_kind(path, head):
+                raise DataError(f"{path}: {foreign}")
             if head.startswith(b"PAR1") or path.endswith(".parquet"):
                 yield from _read_parquet(path)
             elif head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
                 yield from _read_array(path, file.read())
             else:
                 yield from _read_lines(file)
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder; name the files in it, one by one") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
-    for line, raw in enumerate(file, 1):
-        if raw.strip():
+    line = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_LINE_BYTES:
+            size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(file)
+            yield line, RowError(f"line of {size} bytes is over the limit of {MAX_LINE_BYTES}; leave out columns that "
+                                 "are not needed, or write the file as parquet")
+        elif raw.strip():
             yield line, _parse_line(raw.removeprefix(BOM_UTF8) if line == 1 else raw)
 
 
+def _skip_line(file: BinaryIO) -> int:
+    """Pass over the rest of a line; returns its bytes."""
+    size = 0
+    while part := file.readline(1 << 20):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
 def _parse_line(raw: bytes) -> Row | RowError:
-    if len(raw) > MAX_LINE_BYTES:
-        return RowError(f"line of {len(raw)} bytes is over the limit of {MAX_LINE_BYTES}")
     if b"\0" in raw:
         return RowError(f"NUL byte at byte {raw.index(bytes(1)) + 1} of the line")
     try:
@@ -91,8 +113,11 @@ def _an_object(row: Any) -> Row | RowError:
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key[:60]!r} appears twice")
+            seen.add(key)
     return row
 
 
@@ -111,16 +136,26 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Row | RowError]]:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             count = 0
             for batch in file.iter_batches(batch_size=1024):
-                for i in range(batch.num_rows):
+                for row in _batch_rows(batch):
                     count += 1
-                    yield count, _parquet_row(batch.slice(i, 1))
+                    yield count, row
     except (pyarrow.ArrowException, OSError) as error:
         cause = str(error).partition("\n")[0]
         raise DataError(f"{path}: is not a whole parquet file ({cause}); write it anew") from error
 
 
-def _parquet_row(batch: Any) -> Row | RowError:
+def _batch_rows(batch: Any) -> list[Row | RowError]:
+    """The rows of a record batch, read at once, or one by one if any of them cannot be read."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [_batch_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _batch_row(batch: Any) -> Row | RowError:
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return RowError(f"text is not UTF-8 at byte {error.start + 1}")
+    except (ValueError, OverflowError) as error:
+        return RowError(f"a value cannot be read: {str(error).partition(chr(10))[0][:80]}")

@@ -9,6 +9,7 @@ from typing import Any
 from or1.config import Config, DataConfig
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
 from or1.data.difficulty import DifficultyFilter, read_rates
+from or1.data.duplicates import duplicate_lines
 from or1.data.load import FileReport, PromptSet, load_prompts
 from or1.data.rows import DataError
 from or1.data.sampler import Pool
@@ -25,7 +26,7 @@ class RunData:
     reports       what became of the rows of each training file
     eval_reports  and of each evaluation set
     overlaps      training prompts that repeat an evaluation problem
-    notes         lines for a person about difficulty and contamination
+    notes         lines for a person about difficulty, duplicates and contamination
     """
 
     prompts: list[Prompt]
@@ -66,6 +67,7 @@ def load_run_data(config: Config, tokenizer: Any) -> RunData:
     prompts, pools = _without(loaded, left_out, [part.weight for part in config.data.mix])
     limited = {each.name: evals[each.name][: each.limit] for each in config.eval.sets}
     eval_reports = [report for found in sets.values() for report in found.reports]
+    notes += duplicate_lines(prompts)
     return RunData(prompts, pools, limited, loaded.reports, eval_reports, overlaps, notes + found_lines)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from or1.data.rows import DataError, Row, RowError
-from or1.reward.ground_truth import GroundTruthError, parse_ground_truth, plain_golds
+from or1.reward.ground_truth import GroundTruthError, parse_golds, parse_ground_truth, parse_tests, plain_golds
 from or1.reward.math import last_box
 from or1.types import CodeTests
 
@@ -99,13 +99,13 @@ def clean(text: str, what: str) -> str:
 
 
 def _golds(name: str) -> Callable[[Row], Truth]:
-    return lambda row: plain_golds(row[name])
+    return lambda row: parse_golds(row[name])
 
 
 def _gsm8k(row: Row) -> Truth:
     value = row["answer"]
     if not isinstance(value, str) or "####" not in value:
-        return plain_golds(value)
+        return parse_golds(value)
     gold = value.rpartition("####")[2].strip()
     return plain_golds(gold.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", gold) else gold)
 
@@ -123,13 +123,13 @@ def _verl(row: Row) -> Truth:
     return parse_ground_truth(column(dict(value), "ground_truth"))
 
 
+def _tests_column(row: Row) -> Truth:
+    return parse_tests(row["tests"])
+
+
 def _tests(row: Row) -> Truth:
     """Tests in columns of their own."""
-    nested = row.get("tests") if isinstance(row.get("tests"), Mapping) else row
-    truth = parse_ground_truth({key: value for key, value in nested.items() if key in _TEST_COLUMNS})
-    if not isinstance(truth, CodeTests):
-        raise RowError("holds no tests")
-    return truth
+    return parse_tests({key: value for key, value in row.items() if key in _TEST_COLUMNS})
 
 
 def _live_code_bench_question(row: Row) -> str:
@@ -160,7 +160,7 @@ _QUESTIONS = ("prompt", "question", "problem")
 _SCHEMAS = (
     Schema("prompt", "reward_model", _verl),
     Schema("question_content", "public_test_cases", _tests, _live_code_bench_question),
-    Schema("problem", "tests", _tests),
+    Schema("problem", "tests", _tests_column),
     Schema("question", "input_output", _tests),
     Schema("prompt", "test", _tests),
     Schema("prompt", "test_list", _tests),
@@ -171,4 +171,6 @@ _SCHEMAS = (
     Schema("problem", "answer", _golds("answer")),
     Schema("problem", "solution", _solution),
     Schema("question", "answer", _gsm8k),
+    Schema("prompt", "tests", _tests_column),
+    Schema("question", "tests", _tests_column),
 )

@@ -14,7 +14,8 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from or1.reward.code.tested import TestedError, complete
@@ -38,11 +39,38 @@ def parse_ground_truth(truth: Any) -> tuple[str, ...] | CodeTests:
              assert_case, test_list [, test_setup_code]                                   lists of asserts, MBPP
              public_test_cases [, private_test_cases, metadata]                           LiveCodeBench
              input_output                                                                 any of the first, nested
+           A list of objects, or JSON text of one, is a list of tests as DeepCoder and rllm write them:
+             input, output [, testtype or type, fn_name, metadata]                        one test an object
 
     Raises GroundTruthError for what is empty, of the wrong type, or no test at all.
     """
     value = _decoded(truth)
-    return _code_tests(value) if isinstance(value, Mapping) else plain_golds(value)
+    if isinstance(value, Mapping):
+        return _code_tests(value)
+    return _test_list(value) if _has_objects(value) else plain_golds(value)
+
+
+def parse_tests(truth: Any) -> CodeTests:
+    """The tests in a column that holds nothing else, in any form of `parse_ground_truth`. Raises GroundTruthError."""
+    value = _decoded(truth)
+    if isinstance(value, Mapping):
+        return _code_tests(value)
+    if _has_objects(value):
+        return _test_list(value)
+    raise GroundTruthError(f"tests are {_shown(value)}, neither an object nor a list of objects")
+
+
+def parse_golds(value: Any) -> tuple[str, ...]:
+    """Gold answers from a column of answers: as `plain_golds`, or JSON text of a list of strings.
+
+    Raises GroundTruthError.
+    """
+    found = _decoded(value)
+    if not isinstance(value, str) or isinstance(found, Mapping):
+        return plain_golds(value)
+    if _has_objects(found):
+        raise GroundTruthError("answer is a list of objects; tests of a program belong in a column 'ground_truth'")
+    return plain_golds(found)
 
 
 def plain_golds(value: Any) -> tuple[str, ...]:
@@ -54,7 +82,9 @@ def plain_golds(value: Any) -> tuple[str, ...]:
             raise GroundTruthError(f"gold answer is a {type(item).__name__}, not text or a number")
         if isinstance(item, float) and not math.isfinite(item):
             raise GroundTruthError(f"gold answer is {item}")
-        golds.append(_clean(str(item)).strip())
+        # str(1.5e-05) is "1.5e-05", which the verifier does not read as a number.
+        text = format(Decimal(repr(item)), "f") if isinstance(item, float) else str(item)
+        golds.append(_clean(text).strip())
         if not golds[-1]:
             raise GroundTruthError("gold answer is empty")
     if not golds:
@@ -71,7 +101,16 @@ def _decoded(truth: Any) -> Any:
         return truth
     # Only a list of strings is a list of golds: "[1, 2]" is an interval or a vector, and "{1, 2}" is a set.
     is_golds = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-    return value if is_golds or isinstance(value, dict) else truth
+    return value if is_golds or isinstance(value, dict) or _has_objects(value) else truth
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _clean(text: str) -> str:
@@ -123,32 +162,78 @@ def _joined(text: Any) -> str:
 
 
 def _call(given: Any, expected: Any) -> tuple[str, str]:
-    """Arguments as JSON lines and the result as JSON. APPS gives real lists and puts the result in a list of one."""
+    """Arguments as JSON lines, and the equally good results as JSON lines."""
     if not isinstance(given, str):
         if not isinstance(given, list):
             raise GroundTruthError("arguments of a call are neither JSON lines nor a list")
-        unwrapped = expected[0] if isinstance(expected, list) and len(expected) == 1 else expected
-        return "\n".join(map(json.dumps, given)), json.dumps(unwrapped)
+        # APPS gives real lists and mostly puts the result in a list of one. Whether it did cannot be seen, since a
+        # function may return a list of one. Its own checker takes the element and the list; so does this.
+        wrapped = isinstance(expected, list) and len(expected) == 1
+        try:
+            results = [json.dumps(value) for value in ([expected[0], expected] if wrapped else [expected])]
+            return "\n".join(map(json.dumps, given)), "\n".join(results)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GroundTruthError(f"argument or result of a call is not JSON: {str(error)[:60]}") from None
     for line in [*given.split("\n"), expected]:
         try:
             json.loads(line)
         except (TypeError, ValueError, RecursionError):
             raise GroundTruthError(f"argument or result of a call is not JSON: {str(line)[:60]!r}") from None
-    return given, expected
+    # A result over several lines must not be read as several results.
+    return given, json.dumps(json.loads(expected)) if "\n" in expected else expected
 
 
 def _live_code_bench(truth: Mapping[str, Any]) -> CodeTests:
     cases = [*_cases(truth["public_test_cases"]), *_cases(truth.get("private_test_cases", []))]
-    pairs = {
+    return _tests_of_cases(cases, truth.get("metadata"))
+
+
+def _test_list(cases: Sequence[Any]) -> CodeTests:
+    """DeepCoder and rllm: a list of objects, each one test."""
+    for number, case in enumerate(cases, 1):
+        if not isinstance(case, Mapping):
+            raise GroundTruthError(f"list of tests holds an object and, as item {number}, {_shown(case)}; "
+                                   "write one object for each test")
+        missing = [key for key in ("input", "output") if case.get(key) is None]
+        if missing:
+            keys = ", ".join(sorted(map(str, case))[:8]) or "none"
+            raise GroundTruthError(f"list of objects, of which item {number} lacks {' and '.join(map(repr, missing))}; "
+                                   f"a test needs both, and the item has the keys: {keys}")
+    return _tests_of_cases(cases, None)
+
+
+def _tests_of_cases(cases: Sequence[Mapping[str, Any]], metadata: Any) -> CodeTests:
+    """Objects with input and output. metadata: of the whole row, where LiveCodeBench names the function."""
+    pairs: dict[str, Any] = {
         "inputs": [case.get("input") for case in cases],
         "outputs": [case.get("output") for case in cases],
     }
-    if any(case.get("testtype") == "functional" for case in cases):
-        metadata = _decoded(truth.get("metadata", {}))
-        pairs["fn_name"] = metadata.get("func_name") if isinstance(metadata, Mapping) else None
-        if not pairs["fn_name"]:
-            raise GroundTruthError("functional test cases without metadata.func_name")
+    names = {_function_of(case) for case in cases}
+    if names - {""} or any(map(_is_call, cases)):
+        names = names - {""} or {_name_in(metadata)}
+        if names == {""}:
+            raise GroundTruthError("functional test cases without metadata.func_name or fn_name")
+        if len(names) > 1 or not all(_function_of(case) or _is_call(case) for case in cases):
+            raise GroundTruthError("tests of one row call different functions, or some call none: "
+                                   f"{', '.join(sorted(names))[:60]}")
+        pairs["fn_name"] = names.pop()
     return _pairs(pairs)
+
+
+def _is_call(case: Mapping[str, Any]) -> bool:
+    return case.get("testtype") == "functional" or case.get("type") == "function_call"
+
+
+def _function_of(case: Mapping[str, Any]) -> str:
+    """The function that one test names itself; "" if it names none."""
+    name = case.get("fn_name")
+    return name if isinstance(name, str) and name else _name_in(case.get("metadata"))
+
+
+def _name_in(metadata: Any) -> str:
+    metadata = _decoded(metadata)
+    name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _cases(value: Any) -> list[Mapping[str, Any]]:

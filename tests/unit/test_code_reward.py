@@ -42,10 +42,10 @@ def score(program: str, truth: object, settings: CodeSettings, **changes: object
         ("```python\nx = 1\n```\n```python\nx = 2\n```", "x = 2\n"),
         ("```py\nx = 1\n``` and ```cpp\nint x;\n```", "x = 1\n"),
         ("```Python3 \r\nx = 1\n```", "x = 1\n"),
-        ("```\nx = 1\n```", None),
+        ("```\nx = 1\n```", "x = 1\n"),
         ("```python\nx = 1", None),
         ("```python\n\n```", None),
-        ("```pythonic\nx\n```", None),
+        ("```cpp\nx\n```", None),
         ("x = 1", None),
     ],
 )
@@ -69,6 +69,12 @@ def test_the_program_is_the_last_python_block(text: str, program: str | None) ->
         ("sNaN", "1", False),
         ("Infinity", "inf", False),
         ("1\n2\n3", "1\n2", False),
+        ("1_0", "10", False),
+        ("10", "1_0", False),
+        ("\uff11\uff10", "10", False),
+        ("\u0661", "1", False),
+        ("1_0", "1_0", True),
+        ("1\u00a02", "1 2.0", True),
     ],
 )
 def test_outputs_are_compared_by_line_and_number(actual: str, expected: str, same: bool) -> None:
@@ -78,6 +84,42 @@ def test_outputs_are_compared_by_line_and_number(actual: str, expected: str, sam
 def test_values_are_compared_exactly_with_tuples_as_lists() -> None:
     assert same_value((1, (2, 3)), [1, [2, 3]]) and same_value({"a": (1,)}, {"a": [1]})
     assert not same_value(0.1 + 0.2, 0.3) and not same_value("1", 1) and not same_value({1}, [1])
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
+        ({1: 2}, {"1": 2}, True),
+        ([{-1: {2: (3,)}}], [{"-1": {"2": [3]}}], True),
+        ({1: 2, "1": 2}, {"1": 2}, False),
+        ({1: 2}, {"2": 2}, False),
+        ({True: 2}, {"True": 2}, False),
+        ({1.0: 2}, {"1": 2}, False),
+        ({10**5000: 2}, {"1": 2}, False),
+    ],
+)
+def test_whole_numbers_as_keys_are_what_json_writes(actual: object, expected: object, same: bool) -> None:
+    assert same_value(actual, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("outputs", "program", "reward"),
+    [
+        ([[0, 0], [0]], "def f(a): return [0] * len(a)", 1.0),
+        ([[0, 0], [0]], "def f(a): return 0", 0.0),
+        ([[3], [4]], "def f(a): return 5 - len(a)", 1.0),
+        ([[3], [4]], "def f(a): return [5 - len(a)]", 1.0),
+        ([[3], [4]], "def f(a): return [[5 - len(a)]]", 0.0),
+        ([[3], [4]], "def f(a): return [3, 4]", 0.0),
+        ([[[3]], [[4]]], "def f(a): return [5 - len(a)]", 1.0),
+        ([[[3]], [[4]]], "def f(a): return 5 - len(a)", 0.0),
+        ([{"2": 0}, [{"1": 0}]], "def f(a): return {len(a): 0}", 1.0),
+    ],
+)
+def test_a_result_in_a_list_of_one_is_the_list_or_its_element(
+    outputs: list, program: str, reward: float, settings: CodeSettings
+) -> None:
+    assert score(program, {"fn_name": "f", "inputs": [[[5, 6]], [[5]]], "outputs": outputs}, settings).reward == reward
 
 
 def test_values_survive_the_wire() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from or1.config import Config
-from or1.data import DataError, PromptSet, Sampler, SamplerState, load_prompts, load_run_data
-from or1.data.rows import MAX_LINE_BYTES
+from or1.data import DataError, PromptSet, Sampler, SamplerState, encode, load_prompts, load_run_data, prompt_lines
+from or1.data import rows as rows_module
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -58,7 +62,8 @@ GOOD = {"question": "1+1=", "answer": "2"}
 # --- broken rows
 
 
-def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> None:
+def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1 << 20)
     path = write(
         tmp_path / "train.jsonl",
         GOOD,
@@ -78,7 +83,7 @@ def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> Non
         {"question": "\ud800", "answer": "3"},
         b'{"question": "q", "answer": NaN}',
         b"[" * 100_000,
-        b'{"question": "' + b"q" * MAX_LINE_BYTES + b'", "answer": "3"}',
+        b'{"question": "' + b"q" * (1 << 20) + b'", "answer": "3"}',
         {"question": "q" * 101, "answer": "3"},
         {"question": "3+4=", "answer": 7},
     )
@@ -105,7 +110,8 @@ def test_every_broken_line_is_named_and_costs_itself_only(tmp_path: Path) -> Non
         "15: column 'question' holds half a surrogate pair at character 1",
         "16: gold answer is nan",
         "17: JSON nested too deeply",
-        f"18: line of {MAX_LINE_BYTES + 32} bytes is over the limit of {MAX_LINE_BYTES}",
+        "18: line of 1048608 bytes is over the limit of 1048576; leave out columns that are not needed, or write the "
+        "file as parquet",
     ]
     assert report.summary() == f"{path}: 19 rows (question/answer), 2 kept, 1 over-long, 16 bad"
 
@@ -152,6 +158,33 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_errors(tmp_path: Path) -
     assert len(load(path, max_bad_fraction=0.0).prompts) == 2
 
 
+def test_a_line_over_the_limit_is_passed_over_without_being_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "x.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(good + b"\n" + (b"x" * (1 << 20) + b" ") * 40 + b"\n" + good + b"\n" + b"y" * (3 << 20))
+    tracemalloc.start()
+    found = list(rows_module.read_rows(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(line, isinstance(row, dict)) for line, row in found] == [(1, True), (2, False), (3, True), (4, False)]
+    assert f"line of {40 * ((1 << 20) + 1) + 1} bytes" in str(found[1][1]) and f"{3 << 20} bytes" in str(found[3][1])
+    assert peak < 8 << 20
+
+
+def test_a_key_that_comes_twice_is_found_in_linear_time(tmp_path: Path) -> None:
+    keys = ",".join(f'"k{i}": 1' for i in range(100_000))
+    long = "k" * 999
+    path = write(tmp_path / "x.jsonl", f'{{{keys},"k99999": 2}}'.encode(), f'{{"{long}": 1, "{long}": 2}}'.encode())
+    began = time.process_time()
+    found = [str(row) for _, row in rows_module.read_rows(str(path))]
+    # Counting every key anew takes minutes.
+    assert time.process_time() - began < 10
+    assert found == ["key 'k99999' appears twice", f"key {'k' * 60!r} appears twice"]
+
+
 # --- schemas
 
 
@@ -176,6 +209,10 @@ def user(text: str) -> list[dict[str, str]]:
         ({"prompt": user("q"), "reward_model": {"ground_truth": '["\\\\frac12", "0.5"]'}}, "prompt/reward_model",
          (r"\frac12", "0.5")),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2]"}}, "prompt/reward_model", ("[1, 2]",)),
+        ({"problem": "q", "answer": '["1", "2"]'}, "problem/answer", ("1", "2")),
+        ({"question": "q", "answer": '["1", "2"]'}, "question/answer", ("1", "2")),
+        ({"prompt": "q", "answer": '["1", "2"]'}, "prompt/answer", ("1", "2")),
+        ({"question": "q", "answer": 1.5e-5}, "question/answer", ("0.000015",)),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2)"}}, "prompt/reward_model", ("[1, 2)",)),
     ],
 )  # fmt: skip
@@ -240,6 +277,79 @@ def test_what_the_chat_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     assert report.bad == ((2, "the chat template refuses it: no tools here"),)
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOP, "the chat template of 'the tokenizer' has not put one prompt into tokens after 0 s; it may loop"),
+        ("{% for m in messages %}", "the chat template of 'the tokenizer' is not Jinja: .* in line 1; mend"),
+    ],
+)
+def test_a_chat_template_that_loops_or_is_none_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    monkeypatch.setattr(encode, "TEMPLATE_LIMIT_S", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    one, two = write(tmp_path / "x.jsonl", *[GOOD] * 99), write(tmp_path / "y.jsonl", GOOD)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        load(one, two, chat_template=template, max_bad_fraction=1.0)
+    # Once, not for every row or file.
+    assert time.monotonic() - began < 20 and len(str(caught.value)) < 500
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0]['content'].nothing() }}", "'str object' has no attribute 'nothing'"),
+        ("{{ 'x' * 2 ** 62 }}", "(MemoryError|OverflowError): .*"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: .*"),
+    ],
+)
+def test_however_a_chat_template_fails_it_costs_the_row_only(tmp_path: Path, template: str, reason: str) -> None:
+    tool = {"prompt": [*user("q"), {"role": "tool", "content": "x"}], "answer": "1"}
+    path = write(tmp_path / "x.jsonl", {"prompt": user("q"), "answer": "1"}, tool)
+    broken = "{% if messages|length > 1 %}" + template + "{% endif %}" + CHAT
+    report = load(path, chat_template=broken, max_bad_fraction=0.5).reports[0]
+    assert [line for line, _ in report.bad] == [2]
+    assert re.fullmatch(f"the chat template refuses it: {reason}", report.bad[0].reason)
+
+
+def test_json_text_of_messages_is_read_as_messages(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, *user("1+1=")]
+    path = write(tmp_path / "x.jsonl", {"prompt": json.dumps(messages), "answer": "2"})
+    prompt = load(path, chat_template=CHAT, prompt_suffix="!").prompts[0]
+    assert decoded(prompt.token_ids) == "[system]s[user]1+1=![assistant]" and prompt.text == "s\n\n1+1=!"
+    assert prompt.messages[-1] == {"role": "user", "content": "1+1=!"}
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[{"role": "user"}]', '[{"role": 1', "[]", "[1, 2]", "{}"])
+def test_other_json_text_is_a_question(tmp_path: Path, text: str) -> None:
+    assert load(write(tmp_path / "x.jsonl", {"prompt": text, "answer": "2"})).prompts[0].text == text
+
+
+def test_a_prompt_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"question": "1+1=\n?", "answer": "2"}, GOOD)
+    tokenizer = make_tokenizer("<bos>" + CHAT)
+    found = load_prompts([path], tokenizer, max_prompt_tokens=100).prompts
+    assert prompt_lines(found, tokenizer) == [
+        f"first prompt as the model sees it (x.jsonl:1, {len(found[0].token_ids)} tokens):",
+        "  | <bos>[user]1+1=",
+        "  | ?[assistant]",
+    ]
+    plain = make_tokenizer()
+    lines = prompt_lines(load_prompts([path], plain, max_prompt_tokens=100).prompts, plain)
+    assert lines[1:3] == ["  | 1+1=", "  | ?"] and lines[3].startswith("no chat template: plain text")
+    long = write(tmp_path / "y.jsonl", {"question": "a" + "q" * 9998 + "z", "answer": "2"})
+    shown = prompt_lines(load_prompts([long], plain, max_prompt_tokens=99999).prompts, plain)[1]
+    assert shown.startswith("  | aqq") and shown.endswith("qz") and "(8,000 more characters)" in shown
+    assert prompt_lines([], plain) == []
+
+
 def test_bos_is_kept_and_eos_is_not_added(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -270,6 +380,31 @@ def test_parquet_rows_are_read_and_numbered_from_one(tmp_path: Path) -> None:
         (f"x.parquet:{i + 1}", "s", (str(i),)) for i in (0, 1, 3, 4)
     ]
     assert prompts.reports[0].bad == ((3, "column 'reward_model' is null"),)
+
+
+def test_parquet_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []
+    one_row = rows_module._batch_row
+    monkeypatch.setattr(rows_module, "_batch_row", lambda batch: alone.append(batch.num_rows) or one_row(batch))
+    questions = [f"{i}?".encode() for i in range(3000)]
+    questions[1500] = b"a\xff"
+    path = tmp_path / "x.parquet"
+    table = pa.table({"question": pa.array(questions, pa.binary()).view(pa.string()), "answer": ["1"] * 3000})
+    pq.write_table(table, path)
+    found = list(rows_module.read_rows(str(path)))
+    assert [number for number, _ in found] == list(range(1, 3001))
+    assert isinstance(found[1500][1], rows_module.RowError) and found[1501][1] == {"question": "1501?", "answer": "1"}
+    # Only the batch with the broken row is read row by row.
+    assert alone == [1] * 1024
+
+
+def test_a_parquet_value_that_python_cannot_hold_costs_its_row_only(tmp_path: Path) -> None:
+    when = pa.array([0, 1 << 50, 0], pa.timestamp("ms"))
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"question": ["1?", "2?", "3?"], "answer": ["1", "2", "3"], "when": when}), path)
+    prompts = load(path, max_bad_fraction=0.4)
+    assert golds_of(prompts) == [("1",), ("3",)]
+    assert "a value cannot be read: " in prompts.reports[0].bad[0].reason
 
 
 def test_bad_utf8_in_parquet_costs_its_row_only(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from or1 import filter_run
 from or1.config import Config
 from or1.data import (
     DataError,
@@ -23,8 +25,9 @@ from or1.data import (
     SolvedPrompts,
     load_prompts,
     load_run_data,
+    times_solved,
 )
-from or1.data.contamination import EvalIndex
+from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
 from or1.types import Group, Prompt, Response, Score, Status
 
 NO_IDS = np.empty(0, np.int32)
@@ -120,7 +123,7 @@ def test_a_stage_drops_what_the_one_before_solved_every_time_it_came() -> None:
 # --- difficulty
 
 
-def rated(name: str, **counts: int | str) -> dict:
+def rated(name: str, **counts: int | str | None) -> dict:
     return {"prompt": [{"role": "user", "content": name}], "reward_model": {"ground_truth": "1"},
             "extra_info": {"index": 0, "model_difficulty": counts}}  # fmt: skip
 
@@ -157,6 +160,72 @@ def test_difficulty_of_a_file_goes_by_the_whole_prompt(tmp_path: Path) -> None:
     rates.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="is not a file of `or1 filter`"):
         load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
+
+
+def test_a_model_with_nothing_but_null_counts_is_not_listed_as_one_that_has_some(tmp_path: Path) -> None:
+    rows = [rated(f"q{n}", **{"32B": None, "7B": n}) for n in range(3)]
+    path = write(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(DataError, match=r"No row has a count for data.difficulty_model = '32B'; they have: 7B$"):
+        load(path, difficulty=DifficultyFilter(1, 15, model="32B"))
+    bare = write(tmp_path / "y.jsonl", rated("q", **{"32B": None}))
+    with pytest.raises(DataError, match=r"No row has a count for .* = '32B', nor for any other model$"):
+        load(bare, difficulty=DifficultyFilter(1, 15, model="32B"))
+    # Some of the rows have one, so nothing may say that none has.
+    mixed = write(tmp_path / "z.jsonl", rated("a", **{"32B": 16}), rated("b", **{"32B": None}))
+    with pytest.raises(DataError, match=r"1 are too easy, 1 are without a difficulty, 0 are bad; [^.]*$"):
+        load(mixed, difficulty=DifficultyFilter(1, 15, model="32B"))
+    # What another file has is no count of this one.
+    with pytest.raises(DataError) as caught:
+        load_prompts([mixed, path], None, max_prompt_tokens=9, difficulty=DifficultyFilter(1, 16, model="32B"))
+    assert "= '32B'; they have: 7B" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("passes", "solved"),
+    [([5, 6, 5], 5), ([5, 6, 6], 6), ([8, 8, 8], 8), ([8, 8, 7], 7), ([0, 0, 1], 1), ([0, 0, 0], 0), ([3], 3)],
+)
+def test_prompts_with_equal_text_have_one_count(passes: list[int], solved: int) -> None:
+    rows = [("q", each, 8) for each in passes]
+    assert times_solved([*rows, ("other", 2, 8)]) == {"q": solved, "other": 2}
+    assert times_solved(reversed(rows)) == {"q": solved}
+
+
+@pytest.mark.parametrize("passes", [[5, 6, 5], [6, 5, 5], [5, 5, 6], [6, 6, 5], [8, 8, 7], [0, 1, 0]])
+def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
+    tmp_path: Path, passes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = ["1+2", "1+2", "1+2", "a", "b", "c"]
+    path = write(tmp_path / "train.jsonl", *({"question": q, "answer": "3"} for q in questions))
+    rates = tmp_path / "difficulty.parquet"
+    counts = {"prompt": questions, "samples": [8] * 6, "passes": [*passes, 0, 5, 8], "truncated": [0] * 6,
+              "failed": [0] * 6}  # fmt: skip
+    pq.write_table(pa.table(counts), rates)
+
+    class Counted:
+        def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+            yield pq.read_table(rates).select(list(columns))
+
+    for keep in ((1, 5), (1, 7), (0, 5), (6, 8)):
+        base = config(tmp_path, train=str(path), difficulty_file=str(rates), keep_difficulty=keep)
+        settings = base.model_copy(update={"filter": base.filter.model_copy(update={"samples": 8})})
+        filter_run._summarise(settings, Counted(), rates)
+        kept = [p.text for p in load_run_data(settings, None).prompts]
+        assert f"keeps {len(kept)} of 6 prompts" in capsys.readouterr().out
+        assert kept.count("1+2") in (0, 3)
+
+
+def test_prompts_with_equal_text_are_told(tmp_path: Path) -> None:
+    rows = [("1+2", "3"), ("a", "1"), ("1+2", "3"), ("1+2", "4"), ("b", "1")]
+    path = write(tmp_path / "train.jsonl", *({"question": q, "answer": a} for q, a in rows))
+    assert load_run_data(config(tmp_path, train=str(path)), None).notes == [
+        "duplicates: 2 of 5 training prompts have the text of an earlier one (train.jsonl:3 that of train.jsonl:1); "
+        "kept, so they are trained on more often",
+        "  1 of them with another answer, so one of the two is wrong: train.jsonl:4 has '4', train.jsonl:1 has '3'",
+    ]
+    one = write(tmp_path / "one.jsonl", {"question": "a", "answer": "1"}, {"question": "b", "answer": "1"})
+    # A file that is named twice is meant to count twice.
+    twice = load_run_data(config(tmp_path, train=[str(one), str(one)]), None)
+    assert len(twice.prompts) == 4 and twice.notes == []
 
 
 # --- decontamination
@@ -218,6 +287,14 @@ def test_contamination_is_listed_and_dropped_as_asked(tmp_path: Path, mode: str)
         assert "train.jsonl:2 ~ aime held.jsonl:1: every morning aya" in found.notes[1]
 
 
+def test_three_repeats_are_listed_and_the_others_counted() -> None:
+    overlaps = [Overlap(f"train.jsonl:{n}", "aime", f"held.jsonl:{n}", "w") for n in range(1, 29)]
+    lines = decontamination_lines(overlaps, 100, dropped=False)
+    assert [line.split(" ~ ")[0] for line in lines[1:4]] == [f"  train.jsonl:{n}" for n in (1, 2, 3)]
+    assert "28 of 100 training prompts" in lines[0] and lines[4:] == ["  and 25 more"]
+    assert len(decontamination_lines(overlaps[:3], 100, dropped=True)) == 4
+
+
 def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", *({"question": q, "answer": "1"} for q in ("a", HELD_OUT[0], "b")))
     two = write(tmp_path / "two.jsonl", *({"question": q, "answer": "1"} for q in "cdef"))
@@ -230,6 +307,9 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
 
 
 # --- files
+
+
+CASES = [{"input": "1\n", "output": "2\n"}]
 
 
 @pytest.mark.parametrize(
@@ -245,11 +325,25 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
         ({"prompt": [{"role": "user", "content": "p"}],
           "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["2"]})}}, "prompt/reward_model",
          "stdin"),
+        ({"prompt": "p", "reward_model": {"ground_truth": CASES}}, "prompt/reward_model", "stdin"),
+        ({"prompt": "p", "reward_model": {"ground_truth": json.dumps(CASES)}}, "prompt/reward_model", "stdin"),
+        ({"prompt": "p", "ground_truth": json.dumps(CASES)}, "prompt/ground_truth", "stdin"),
+        ({"problem": "p", "tests": CASES}, "problem/tests", "stdin"),
+        ({"problem": "p", "tests": json.dumps(CASES)}, "problem/tests", "stdin"),
+        ({"problem": "p", "tests": json.dumps({"inputs": ["1"], "outputs": ["2"]})}, "problem/tests", "stdin"),
+        ({"prompt": "p", "tests": json.dumps(CASES)}, "prompt/tests", "stdin"),
+        ({"question": "p", "tests": CASES}, "question/tests", "stdin"),
     ],
 )  # fmt: skip
 def test_rows_with_tests_become_programming_problems(tmp_path: Path, row: dict, schema: str, kind: str) -> None:
     found = load(write(tmp_path / "x.jsonl", row))
     assert (found.reports[0].schema, found.prompts[0].tests.kind, found.prompts[0].golds) == (schema, kind, ())
+
+
+def test_a_column_of_tests_that_holds_none_is_a_bad_row_with_its_content(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(write(tmp_path / "x.jsonl", {"problem": "p", "tests": "see above"}))
+    assert "x.jsonl:1: tests are 'see above', neither an object nor a list of objects" in str(caught.value)
 
 
 def test_live_code_bench_rows_carry_format_and_packed_tests(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
     data.write_text('{"question": "1+1", "answer": "2"}\n')
     settings = {"data__train": data, "model__path": ROOT / "examples/tiny-adder"}
     assert main(arguments(run_dir, "--dry-run", **settings)) == 0
-    assert "1 rows" in capsys.readouterr().out and not run_dir.exists()
+    shown = capsys.readouterr().out
+    assert "1 rows" in shown and "| 1+1=<think>" in shown and not run_dir.exists()
     data.write_text('{"ask": "1+1"}\n')
     assert main(arguments(run_dir, "--dry-run", **settings)) == 65
     commit(run_dir, 3, 0, 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from or1.reward.code.compare import same_output, same_value
+from or1.reward.code.compare import same_output, same_result
 from or1.reward.code.inside import wire
 from or1.reward.code.sandbox import Inside, Limits, SandboxDiedError, SandboxStartError, SandboxTimeoutError
 from or1.types import CodeTests, Score, Status
@@ -132,8 +132,7 @@ def _judge_call(runner: Inside, fn_name: str, given: str, expected: str, seconds
         return Status.TIMEOUT
     if "value" not in answer:
         return Status.WRONG
-    value = _plain(answer["value"])
-    return Status.OK if same_value(value, json.loads(expected)) else Status.WRONG
+    return Status.OK if same_result(_plain(answer["value"]), expected) else Status.WRONG
 
 
 def _plain(data: Any) -> Any:

@@ -1,0 +1,40 @@
+"""Training prompts that have the text of another: kept, since a file may repeat what it wants more of, but told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from or1.types import Prompt
+
+
+def duplicate_lines(prompts: Sequence[Prompt]) -> list[str]:
+    """What a person is told of prompts with equal text; nothing where there are none.
+
+    A file that is named twice has its prompts, by their ids, once.
+    """
+    first: dict[str, Prompt] = {}
+    unlike: list[tuple[Prompt, Prompt]] = []
+    repeats: list[tuple[Prompt, Prompt]] = []
+    by_id = {prompt.id: prompt for prompt in prompts}
+    for prompt in by_id.values():
+        one = first.setdefault(prompt.text, prompt)
+        if one is prompt:
+            continue
+        repeats.append((prompt, one))
+        if (prompt.golds, prompt.tests) != (one.golds, one.tests):
+            unlike.append((prompt, one))
+    if not repeats:
+        return []
+    again, one = repeats[0]
+    lines = [f"duplicates: {len(repeats):,} of {len(by_id):,} training prompts have the text of an earlier one "
+             f"({again.id} that of {one.id}); kept, so they are trained on more often"]  # fmt: skip
+    if unlike:
+        again, one = unlike[0]
+        lines.append(f"  {len(unlike):,} of them with another answer, so one of the two is wrong: {again.id} has "
+                     f"{_answer(again)}, {one.id} has {_answer(one)}")  # fmt: skip
+    return lines
+
+
+def _answer(prompt: Prompt) -> str:
+    text = " or ".join(map(repr, prompt.golds)) if prompt.tests is None else "tests"
+    return text if len(text) <= 60 else f"{text[:60]}..."

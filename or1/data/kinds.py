@@ -1,0 +1,79 @@
+"""Files that or1 does not read, recognised by how they begin.
+
+One line then says what is wrong with all of their rows.
+"""
+
+from __future__ import annotations
+
+import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_LE
+
+HEAD_BYTES = 4096
+"""How much of a file's beginning `foreign_kind` needs."""
+
+_READS = "or1 reads JSONL, one JSON array or parquet"
+_ARROW = f"{_READS}; convert the file, for example with datasets: Dataset.from_file(FILE).to_parquet(NEW)"
+_UTF16 = f"{_READS} in UTF-8; convert the file with iconv -f UTF-16 -t UTF-8"
+_STARTS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a pointer of git-lfs; the file itself was not fetched", "fetch it with git lfs pull"),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it with gunzip"),
+    (b"BZh", "compressed with bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ\0", "compressed with xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with unzstd"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it with unlz4"),
+    (b"PK\x03\x04", "a zip archive or a workbook of Excel", f"unpack or export it; {_READS}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", f"unpack it; {_READS}"),
+    (b"ARROW1", "an Arrow or Feather file", f"{_READS}; convert the file, for example with pandas: "
+     "pandas.read_feather(FILE).to_parquet(NEW)"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", _ARROW),
+    (b"FEA1", "a Feather file of version 1", f"{_READS}; convert the file with pyarrow.feather.read_table"),
+    (b"SQLite format 3\0", "an SQLite database", f"{_READS}; export the table"),
+    (b"\x89HDF", "an HDF5 file", f"{_READS}; convert the file"),
+    (b"%PDF", "a PDF document", _READS),
+    (BOM_UTF32_LE, "UTF-32 text", _UTF16.replace("16", "32")),
+    (BOM_UTF16_LE, "UTF-16 text", _UTF16),
+    (BOM_UTF16_BE, "UTF-16 text", _UTF16),
+    *((start, "UTF-16 text", _UTF16) for start in (b"{\0", b"[\0", b"\0{", b"\0[")),
+)  # fmt: skip
+_MARKUP = re.compile(rb"\s*<[!?a-zA-Z]")
+# The first line opens an object that goes on in the second: with a key, or with the first row of {"data": [ ...
+_PRETTY = re.compile(
+    rb"\s*\{[^\n]{0,999}\n\s*\"|\s*\{[^\n]{0,999}\[[ \t\r]*\n(?:[ \t]+[{\]]|\{[^\n]*,[ \t\r]*\n)"
+)
+_CELL = re.compile(rb"\s*\"?[A-Za-z_][\w .-]{0,60}\"?\s*")
+_SEPARATORS = {b",": "CSV", b"\t": "TSV", b";": "CSV"}
+
+
+def foreign_kind(path: str, head: bytes) -> str | None:
+    """What a file is that or1 does not read, and the remedy; None if the file is to be tried.
+
+    head  the first HEAD_BYTES of the file
+    """
+    for start, what, remedy in _STARTS:
+        if head.startswith(start):
+            return f"is {what}; {remedy}"
+    if head[257:262] == b"ustar":
+        return f"is a tar archive; unpack it; {_READS}"
+    head = head.removeprefix(BOM_UTF8)
+    if _MARKUP.match(head):
+        return ("is HTML or XML, mostly a web page saved in place of the file; download the file itself "
+                f"(of a hub the /resolve/ address, not /blob/); {_READS}")  # fmt: skip
+    if head.startswith(b"PAR1") or path.endswith(".parquet"):
+        return None
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    if _PRETTY.match(head) and lines[0] != lines[0].rstrip(b"{[,:"):
+        return (f"is pretty-printed JSON, an object over several lines; {_READS}: "
+                "write one object a line (jq -c), or all objects as one array")  # fmt: skip
+    return _table_kind(path, lines)
+
+
+def _table_kind(path: str, lines: list[bytes]) -> str | None:
+    """CSV and TSV, by the file's name or by a first line of nothing but names of columns."""
+    if not lines or any(line.startswith((b"{", b"[")) for line in lines):
+        return None
+    name = path.lower().rpartition(".")[2]
+    kind = name.upper() if name in ("csv", "tsv") else next(
+        (kind for separator, kind in _SEPARATORS.items()
+         if separator in lines[0] and all(map(_CELL.fullmatch, lines[0].split(separator)))), None)  # fmt: skip
+    return kind and (f"is {kind}; {_READS}; convert the file, for example with pandas: "
+                     f"pandas.read_csv(FILE).to_parquet(NEW)")  # fmt: skip
