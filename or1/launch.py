@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.config import Config
-from or1.display import RunDisplay, print_plan, print_summary
+from or1.display import RunDisplay, print_plan
 from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
@@ -131,6 +131,7 @@ def _train(
 def _finish(config: Config, trainer: Trainer) -> None:
     from or1.report import write_report
     from or1.summary import summarise
+    from or1.summary_text import print_summary
 
     report = write_report(config.run_path)
     bad_rows = sum(len(r.bad) for r in trainer.data.reports)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from or1.display import RunDisplay
@@ -29,6 +29,11 @@ class RankDisplay:
         """See RunDisplay.step."""
         if self._shown is not None:
             self._shown.step(metrics)
+
+    def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """See RunDisplay.recall."""
+        if self._shown is not None:
+            self._shown.recall(records)
 
     def message(self, text: str) -> None:
         """See RunDisplay.message."""

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from or1.config import Config, OptimConfig, RewardConfig, StageConfig
-from or1.display import RunDisplay, Summary, print_plan, print_summary
+from or1.display import RunDisplay, print_plan
 from or1.humanize import duration, sparkline, value_text, visible
 from or1.records import EvalHistory, EvalPoint
+from or1.summary_text import Summary, print_summary
 
 STAGES = (
     StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),

@@ -11,6 +11,7 @@ import pytest
 LAYERS = {
     "or1": 0,
     "or1.types": 1, "or1.config": 1, "or1.config_load": 1, "or1.humanize": 1, "or1.records": 1,
+    "or1.reward_terms": 1,
     "or1.advantage": 2, "or1.filters": 2, "or1.entropy": 2, "or1.stages": 2, "or1.balance": 2, "or1.pack": 2,
     "or1.faults": 2, "or1.engine_logp": 2, "or1.wire": 2, "or1.survival": 2,
     "or1.dist": 3, "or1.fsdp": 3, "or1.sequence_parallel": 3, "or1.checkpoint_writer": 3, "or1.watchdog": 4,
@@ -22,7 +23,7 @@ LAYERS = {
     "or1.normalise": 2, "or1.shaping": 2, "or1.alarms": 2, "or1.batches": 2,
     "or1.checkpoint": 3, "or1.metrics": 3, "or1.integrations": 3,
     "or1.rollout_log": 3, "or1.reward": 3, "or1.reward.code": 3, "or1.reward.code.inside": 3,
-    "or1.rollout": 3, "or1.display": 3,
+    "or1.rollout": 3, "or1.display": 3, "or1.console": 2, "or1.panel": 3, "or1.summary_text": 3, "or1.run_log": 3,
     "or1.rollout_state": 3, "or1.feed": 4, "or1.parity": 4, "or1.doctor": 6, "or1.environment": 1, "or1.files": 1,
     "or1.run_state": 4, "or1.step_metrics": 4, "or1.evaluate": 4, "or1.report": 4, "or1.report_data": 4,
     "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
