@@ -36,6 +36,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     from or1.dist import join
     from or1.model import resolve_device
     from or1.rank_display import RankDisplay
+    from or1.run_log import RunLog, logged
     from or1.watchdog import watched
 
     with (
@@ -48,7 +49,9 @@ def launch(config: Config, fresh: bool = False) -> None:
             messages = _prepare_together(world, config, fresh, lock)
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
-            trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
+            log = RunLog(config.run_path) if world.is_main else None
+            stack.enter_context(logged(log))
+            trainer = _train(config, messages, RankDisplay(watchdog, shown, log), world, stop)
         if trainer is not None and world.is_main:
             _finish(config, trainer)
 

@@ -26,7 +26,7 @@ LAYERS = {
     "or1.rollout": 3, "or1.display": 3, "or1.console": 2, "or1.panel": 3, "or1.summary_text": 3, "or1.run_log": 3,
     "or1.rollout_state": 3, "or1.feed": 4, "or1.parity": 4, "or1.doctor": 6, "or1.environment": 1, "or1.files": 1,
     "or1.run_state": 4, "or1.step_metrics": 4, "or1.evaluate": 4, "or1.report": 4, "or1.report_data": 4,
-    "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
+    "or1.report_charts": 4, "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
     "or1.summary": 4, "or1.plan": 4,
     "or1.offline": 5, "or1.inputs": 5, "or1.offline.target": 6, "or1.eval_run": 6, "or1.filter_run": 6,
     "or1.update": 4, "or1.trainer": 5, "or1.launch": 6, "or1.cli": 7, "or1.__main__": 8,

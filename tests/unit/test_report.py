@@ -213,7 +213,7 @@ def test_transcripts_show_each_kind_with_its_facts_and_shaded_tokens(full):
     html, page = full
     for kind in ("solved", "failed", "truncated"):
         assert html.count(f'class="tag {kind}"') == 3
-    assert "First add the ones" in page.text and "\\boxed{82}" in page.text and "reward 1 \u00b7 ok" in page.text
+    assert "First add the ones" in page.text and "\\boxed{82}" in page.text and "reward 1 \u00b7 rewarded" in page.text
     assert "<eos>" in page.text and re.search(r'<i class="p[1-4]" title="p 0\.\d+">', html)
 
 
