@@ -71,7 +71,7 @@ def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
         step, path = todo[0]
         try:
             steps[step] = SampleStep(step, tuple(_samples(path, tokenizer)))
-        except (ValueError, OSError, ArrowException) as error:
+        except (ValueError, OSError, OverflowError, ArrowException) as error:
             files.remove((step, path))
             why = (str(error).splitlines() or [type(error).__name__])[0]
             notes.append(f"rollouts/{path.name} cannot be read: {why}")

@@ -45,7 +45,7 @@ p { margin: 0; }
 .track .loss { background: var(--bad); border-radius: 0 7px 7px 0; }
 .track .ci { top: 6px; bottom: 6px; background: var(--ink); border-radius: 1px; opacity: .75; }
 .scale { display: flex; justify-content: space-between; color: var(--muted); font-size: 11.5px; margin-top: 4px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin-top: 16px;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); margin-top: 16px;
   padding: 0; overflow: hidden; }
 .facts div { box-shadow: 1px 1px 0 var(--line); padding: 13px 18px; }
 .facts b { display: block; font-size: 20px; font-weight: 620; letter-spacing: -.01em; white-space: nowrap; }
