@@ -17,22 +17,24 @@ _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class RunLog:
-    """Appends messages to the log of a run; `step` is the step that is at work.
+    """Appends messages to the log of a run; `step` is the step that is at work, None before the first of a start.
 
     A disk that is full or a log that cannot be opened loses the line, which was shown as well, and never the run.
     """
 
     def __init__(self, run_dir: Path):
-        self._path, self.step = run_dir / NAME, 0
+        self._path = run_dir / NAME
+        self.step: int | None = None
 
     def write(self, text: str) -> None:
         """Append one message; its further lines are indented."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        where = "start" if self.step is None else f"step {self.step}"
         lines = visible(text).rstrip().replace("\n", "\n    ")
         with contextlib.suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFE, 0o666)
             with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{stamp} step {self.step}: {lines}\n")
+                file.write(f"{stamp} {where}: {lines}\n")
 
 
 @contextlib.contextmanager

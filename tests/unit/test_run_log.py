@@ -45,7 +45,7 @@ def test_crashes_of_rewards_and_the_end_of_a_run_are_kept(
         crash.warning("grading %s crashed: %s", "p", "KeyError in mine.py:3")
         raise ValueError("no more")
     crash.warning("after the run")
-    assert [line.partition(" step 0: ")[2] for line in lines(tmp_path)] == [
+    assert [line.partition(" start: ")[2] for line in lines(tmp_path)] == [
         "grading p crashed: KeyError in mine.py:3", "ended by ValueError: no more",
     ]  # fmt: skip
     # As before it is also shown, once.

@@ -102,7 +102,7 @@ def test_a_resumed_trainer_gives_the_former_records_to_the_display(tmp_path: Pat
         assert Trainer(config, RankDisplay(Watchdog(SINGLE, 60.0), shown, log)).run()
     means = [record["reward/mean"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
     assert list(shown._history["reward/mean"]) == means and len(means) == 2 and means[0] == former[1]["reward/mean"]
-    assert "step 0: resumed after step 1\n" in (tmp_path / "run" / "log.txt").read_text()
+    assert " start: resumed after step 1\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
