@@ -145,6 +145,9 @@ def _add_train(verbs: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    # Before the seconds that libraries take to load. Ranks that or1 starts, or torchrun, leave this line to others.
+    if "RANK" not in os.environ:
+        print(f"or1 {__version__}: reading {arguments.config}", flush=True)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from or1.launch import rehearse

@@ -16,7 +16,7 @@ from or1.checkpoint import committed_steps
 from or1.config import Config, EvalSet
 from or1.config_load import dump_config
 from or1.data import load_eval_sets
-from or1.evaluate import RIGHT, EvalResult, Outcome, best_reward, by_source, mean_reward, pass_ks, summarise_set
+from or1.evaluate import EvalResult, Outcome, best_reward, by_source, mean_reward, pass_ks, summarise_set
 from or1.files import write_whole
 from or1.launch import quiet_libraries
 from or1.offline.progress import Bar
@@ -27,9 +27,10 @@ from or1.offline.tables import print_evaluation
 from or1.offline.target import Target
 from or1.reward import make_scorer
 from or1.reward.base import Scorer
+from or1.reward_terms import is_graded, is_solved
 from or1.rollout.base import Sampling
 from or1.run_state import checkpoints_of
-from or1.types import Group, Prompt
+from or1.types import Group, Prompt, Status
 
 TRANSCRIPTS = pa.schema({
     "set": pa.string(), "prompt_id": pa.string(), "source": pa.string(), "prompt": pa.string(),
@@ -143,12 +144,14 @@ def _outcomes(rows: Sequence[dict[str, Any]], samples: int) -> Iterator[Outcome]
         yield Outcome(
             source=group[0]["source"],
             samples=samples,
-            correct=sum(row["reward"] >= RIGHT for row in group),
+            correct=sum(is_solved(row["reward"]) for row in group),
             reward=mean_reward([row["reward"] for row in group]),
             tokens=float(np.mean([row["tokens"] for row in group])),
             truncated=sum(row["finish"] != "stop" for row in group),
             statuses=Counter(row["status"] for row in group),
             best=best_reward(row["reward"] for row in group),
+            graded=sum(is_graded(row["reward"]) for row in group),
+            unclosed=sum(row["status"] == Status.TRUNCATED and row["finish"] == "stop" for row in group),
         )
 
 
@@ -171,9 +174,12 @@ def _plain(result: EvalResult) -> dict[str, Any]:
         f"avg@{result.samples}_ci95": result.avg.ci95,
         **{f"pass@{k}": estimate.value for k, estimate in result.pass_at.items()},
         **{f"pass@{k}_ci95": estimate.ci95 for k, estimate in result.pass_at.items()},
-        "reward_mean": result.reward,
+        "reward_mean": result.reward.value,
+        "reward_mean_ci95": result.reward.ci95,
+        "graded": result.graded,
         "len_mean": result.length,
         "truncated": result.truncated,
+        "no_think_close": result.unclosed,
         "statuses": dict(result.statuses),
     }
 

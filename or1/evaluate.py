@@ -12,13 +12,11 @@ import numpy as np
 from or1.config import EvalSet
 from or1.dist import SINGLE, World
 from or1.reward.base import Scorer
+from or1.reward_terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.base import Engine, Sampling
 from or1.rollout.collect import Progress, no_progress
 from or1.rollout.spread import collect_spread
 from or1.types import Group, Prompt, Status
-
-RIGHT = 1.0
-"""A response counts as right from this reward on, so that a program that passes half of its tests is not."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Outcome:
     tokens     mean length
     truncated  how many were cut at the limit
     statuses   how many have each `Status`, by its value
+    graded     how many have a reward that is neither 0 nor 1
+    unclosed   how many ended by themselves and were scored 0 for want of `</think>`
     """
 
     source: str
@@ -41,6 +41,8 @@ class Outcome:
     truncated: int
     statuses: Mapping[str, int]
     best: float = math.nan
+    graded: int = 0
+    unclosed: int = 0
 
     @classmethod
     def of(cls, group: Group) -> Outcome:
@@ -54,6 +56,8 @@ class Outcome:
             sum(r.truncated for r in group.responses),
             Counter(score.status.value for score in group.scores),
             best_reward(group.rewards),
+            sum(map(is_graded, group.rewards)),
+            sum(map(is_unclosed, group.responses, group.scores)),
         )
 
 
@@ -80,7 +84,9 @@ class Estimate:
 
     @classmethod
     def of(cls, values_P: Sequence[float]) -> Estimate:
-        """From one value per problem."""
+        """From one value per problem; NaN from none."""
+        if not values_P:
+            return cls(math.nan, math.nan)
         spread = float(np.std(values_P, ddof=1)) if len(values_P) > 1 else math.nan
         return cls(float(np.mean(values_P)), 1.96 * spread / math.sqrt(len(values_P)))
 
@@ -89,8 +95,11 @@ class Estimate:
 class EvalResult:
     """One set, or one source of a set.
 
-    avg      mean correctness over `samples` responses (avg@k)
-    pass_at  k -> unbiased chance that one of k responses is right
+    avg       mean correctness over `samples` responses (avg@k)
+    pass_at   k -> unbiased chance that one of k responses is right
+    reward    mean over problems of the mean reward of their responses; NaN if no response has a reward
+    graded    share of responses whose reward is neither 0 nor 1
+    unclosed  share of responses that ended without `</think>` and were scored 0 for that
     """
 
     name: str
@@ -98,11 +107,13 @@ class EvalResult:
     problems: int
     avg: Estimate
     pass_at: Mapping[int, Estimate]
-    reward: float
+    reward: Estimate
     length: float
     truncated: float
     statuses: Mapping[str, int]
     best: float = math.nan
+    graded: float = 0.0
+    unclosed: float = 0.0
 
     def count(self, status: Status) -> int:
         """Responses of one status."""
@@ -113,20 +124,23 @@ class EvalResult:
         if not 0 < self.best < RIGHT:
             return ""
         return (f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
-                f"from {RIGHT:g} on, so they say nothing here; scale the rewards, or look at their mean")
+                f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards")
 
     def metrics(self) -> dict[str, float]:
         """As metric names."""
         total = self.problems * self.samples
-        failed = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
+        some = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
+        some |= {"graded": self.graded, "no_think_close": self.unclosed}
         prefix, avg = f"eval/{self.name}", f"eval/{self.name}/avg@{self.samples}"
         return {
             avg: self.avg.value,
             f"{avg}_ci95": self.avg.ci95,
             **{f"{prefix}/pass@{k}": estimate.value for k, estimate in self.pass_at.items()},
+            f"{prefix}/reward_mean": self.reward.value,
+            f"{prefix}/reward_mean_ci95": self.reward.ci95,
             f"{prefix}/len_mean": self.length,
             f"{prefix}/truncated": self.truncated,
-            **{f"{prefix}/{name}": share for name, share in failed.items() if share},
+            **{f"{prefix}/{name}": share for name, share in some.items() if share},
         }
 
 
@@ -155,11 +169,13 @@ def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> 
         problems=len(outcomes),
         avg=Estimate.of([outcome.correct / samples for outcome in outcomes]),
         pass_at={k: Estimate.of([pass_at_k(samples, outcome.correct, k) for outcome in outcomes]) for k in ks},
-        reward=mean_reward([outcome.reward for outcome in outcomes]),
+        reward=Estimate.of([outcome.reward for outcome in outcomes if not math.isnan(outcome.reward)]),
         length=float(np.mean([outcome.tokens for outcome in outcomes])),
         truncated=sum(outcome.truncated for outcome in outcomes) / total,
         statuses=sum((Counter(outcome.statuses) for outcome in outcomes), Counter()),
         best=best_reward(outcome.best for outcome in outcomes),
+        graded=sum(outcome.graded for outcome in outcomes) / total,
+        unclosed=sum(outcome.unclosed for outcome in outcomes) / total,
     )
 
 

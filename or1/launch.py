@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.config import Config
-from or1.display import RunDisplay, print_plan, print_summary
+from or1.display import RunDisplay, print_plan
 from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
@@ -36,6 +36,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     from or1.dist import join
     from or1.model import resolve_device
     from or1.rank_display import RankDisplay
+    from or1.run_log import RunLog, logged
     from or1.watchdog import watched
 
     with (
@@ -48,7 +49,9 @@ def launch(config: Config, fresh: bool = False) -> None:
             messages = _prepare_together(world, config, fresh, lock)
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
-            trainer = _train(config, messages, RankDisplay(watchdog, shown), world, stop)
+            log = RunLog(config.run_path) if world.is_main else None
+            stack.enter_context(logged(log))
+            trainer = _train(config, messages, RankDisplay(watchdog, shown, log), world, stop)
         if trainer is not None and world.is_main:
             _finish(config, trainer)
 
@@ -132,6 +135,7 @@ def _train(
 def _finish(config: Config, trainer: Trainer) -> None:
     from or1.report import write_report
     from or1.summary import summarise
+    from or1.summary_text import print_summary
 
     report = write_report(config.run_path)
     bad_rows = sum(len(r.bad) for r in trainer.data.reports)

@@ -54,9 +54,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again."""
+def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after `step`, which a resumed run writes again. Returns those that stay."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
+    return kept

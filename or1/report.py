@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from or1.humanize import count_text, duration, visible
-from or1.records import EvalHistory, EvalPoint, eval_histories, number
+from or1.humanize import count_text, duration, value_text, visible
+from or1.records import Course, EvalHistory, EvalPoint, eval_histories, number
 from or1.report_data import ReportError, RunData, load_run
 from or1.report_plots import Plot, render_plots
 from or1.report_samples import Sample, SampleStep, load_samples
 from or1.report_style import STYLE
+from or1.reward_terms import NO_THINK_CLOSE, status_word
+from or1.run_log import read_log
 
 __all__ = ["ReportError", "write_report"]
 
@@ -28,6 +30,8 @@ _HEAD_TOKENS, _TAIL_TOKENS = 2500, 1000
 _CHARS_PER_TOKEN = 4
 _SHADES = ((0.9, ""), (0.5, "p1"), (0.2, "p2"), (0.05, "p3"), (0.0, "p4"))
 _DOT = " \u00b7 "
+_MESSAGES = 300
+_DEEPEST = 20  # levels of a config that are shown; or1's own has four
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -59,7 +63,7 @@ def _page(run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: 
     yield '<meta name=viewport content="width=device-width, initial-scale=1">'
     yield f"<title>{name} - or1 report</title><style>{STYLE}</style></head>\n<body><main>"
     yield from _header(run, name)
-    yield from _eval_cards(eval_histories(run.records))
+    yield from _eval_cards(eval_histories(run.records), run.graded)
     yield _facts(_key_facts(run))
     yield _facts(_health_facts(run))
     if notes:
@@ -69,8 +73,9 @@ def _page(run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: 
     yield "</div>"
     if missing:
         yield f'<p class="caption" style="margin-top:12px">Not recorded in this run: {", ".join(missing)}.</p>'
-    yield from _eval_table(eval_histories(run.records))
+    yield from _eval_table(eval_histories(run.records), run.graded)
     yield from _samples(samples)
+    yield from _messages(run.path)
     yield from _config(run.raw_config)
     yield f"<footer>Written by or1 report, {_clock(time.time())}.</footer></main></body></html>\n"
 
@@ -85,7 +90,10 @@ def _run_name(run: RunData) -> str:
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "-"
 
 
 def _percent(fraction: float) -> str:
@@ -111,36 +119,41 @@ def _header(run: RunData, name: str) -> Iterator[str]:
     yield f'<p class="sub">{_text(_DOT.join(words))}</p></header>'
 
 
-def _eval_cards(histories: Sequence[EvalHistory]) -> Iterator[str]:
+def _eval_cards(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]:
     if not histories:
         return
     yield '<section class="evals">'
     for history in histories:
-        yield f'<div class="card"><h3>{_text(history.name)} <span class="caption">avg@{history.k}</span></h3>'
-        yield _score(history)
-        yield f'{_track(history)}<div class="scale"><span>0 %</span><span>50 %</span><span>100 %</span></div></div>'
+        lead, *others = history.courses(graded)
+        what = f"avg@{history.k}" if lead.kind == "percent" else "mean reward"
+        yield f'<div class="card"><h3>{_text(history.name)} <span class="caption">{what}</span></h3>{_score(lead)}'
+        if lead.kind == "percent":
+            yield f'{_track(lead)}<div class="scale"><span>0 %</span><span>50 %</span><span>100 %</span></div>'
+        for course in others:
+            change = "so far" if course.change is None else f"&rarr; {course.last}, {course.change_text}"
+            yield f'<p class="caption">accuracy avg@{history.k}: {course.first} {change}</p>'
+        yield "</div>"
     yield "</section>"
 
 
-def _score(history: EvalHistory) -> str:
-    before, after, change = history.before, history.after, history.change_points
-    if after is None or change is None:
-        return f'<p class="score"><span class="to">{_percent(before.avg)}</span><span class="by">so far</span></p>'
-    way = "up" if change > 0 else "down" if change < 0 else ""
-    return (f'<p class="score"><span class="from">{_percent(before.avg)} &rarr;</span>'
-            f'<span class="to">{_percent(after.avg)}</span><span class="by {way}">{change:+.1f} points'
+def _score(course: Course) -> str:
+    if course.change is None:
+        return f'<p class="score"><span class="to">{course.first}</span><span class="by">so far</span></p>'
+    way = "up" if course.change > 0 else "down" if course.change < 0 else ""
+    return (f'<p class="score"><span class="from">{course.first} &rarr;</span>'
+            f'<span class="to">{course.last}</span><span class="by {way}">{course.change_text}'
             "</span></p>")  # fmt: skip
 
 
-def _track(history: EvalHistory) -> str:
+def _track(course: Course) -> str:
     """A bar of 0-100 %: grey up to the lower of before and after, coloured for the change; a line for the 95 % CI."""
-    before, last = history.before, history.after or history.before
-    low, high = sorted((100 * before.avg, 100 * last.avg))
-    kind = "gain" if last.avg >= before.avg else "loss"
+    before, last = course.values[0], course.values[-1]
+    low, high = sorted((100 * before, 100 * last))
+    kind = "gain" if last >= before else "loss"
     bar = f'<i class="was" style="width:{low:.2f}%"></i>'
     bar += f'<i class="{kind}" style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
-    if math.isfinite(last.ci95):
-        left, right = max(0, 100 * (last.avg - last.ci95)), min(100, 100 * (last.avg + last.ci95))
+    if math.isfinite(course.ci95):
+        left, right = max(0, 100 * (last - course.ci95)), min(100, 100 * (last + course.ci95))
         bar += f'<i class="ci" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
     return f'<div class="track">{bar}</div>'
 
@@ -170,7 +183,7 @@ def _key_facts(run: RunData) -> list[tuple[str, str, bool]]:
 
 def _health_facts(run: RunData) -> list[tuple[str, str, bool]]:
     """Counts of what went wrong; those that should be 0 stand out when they are not."""
-    usual = ("truncated responses", "without an answer")
+    usual = ("truncated responses", "without an answer", NO_THINK_CLOSE)
     return [(count_text(n), label, n > 0 and label not in usual) for label, n in run.health_counts().items()]
 
 
@@ -185,21 +198,23 @@ def _plot_card(plot: Plot) -> str:
             f'<p class="caption">{_text(plot.caption)}</p>{legend}{plot.svg}</section>\n')  # fmt: skip
 
 
-def _eval_table(histories: Sequence[EvalHistory]) -> Iterator[str]:
+def _eval_table(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]:
     if not histories:
         return
-    yield '<h2>Evaluations</h2><div class="card scroll"><table><tr><th>set</th><th>step</th><th>accuracy</th>'
+    reward = "<th>mean reward</th>" if graded else ""
+    yield f'<h2>Evaluations</h2><div class="card scroll"><table><tr><th>set</th><th>step</th>{reward}<th>accuracy</th>'
     yield "<th>95 % interval</th><th>pass@k</th><th>mean tokens</th><th>truncated</th></tr>"
     for history in histories:
         for point in history.points:
-            yield _eval_row(history, point)
+            yield _eval_row(history, point, graded)
     yield "</table></div>"
 
 
-def _eval_row(history: EvalHistory, point: EvalPoint) -> str:
+def _eval_row(history: EvalHistory, point: EvalPoint, graded: bool) -> str:
     interval = "-" if math.isnan(point.ci95) else f"&plusmn; {100 * point.ci95:.1f}"
     length = "-" if math.isnan(point.len_mean) else f"{point.len_mean:,.1f}"
-    cells = [str(point.step), _percent(point.avg), interval, _percent(point.pass_at_k), length]
+    reward = [value_text(point.reward, "fixed3")] if graded else []
+    cells = [str(point.step), *reward, _percent(point.avg), interval, _percent(point.pass_at_k), length]
     cells.append(_percent(point.truncated))
     return f"<tr><td>{_text(history.name)} avg@{history.k}</td><td>{'</td><td>'.join(cells)}</td></tr>"
 
@@ -221,7 +236,7 @@ def _samples(steps: Sequence[SampleStep]) -> Iterator[str]:
 def _sample_card(sample: Sample) -> str:
     row = sample.row
     golds = ", ".join(row.get("golds") or ()) or "-"
-    words = [f"reward {_plain(row.get('reward'))}", str(row["status"])]
+    words = [f"reward {_plain(row.get('reward'))}", status_word(row["status"], row["finish"])]
     words += [f"{len(row['token_ids']):,} tokens"] if row.get("token_ids") else []
     if row.get("advantage") is not None:
         words.append(f"advantage {row['advantage']:+.2f}")
@@ -259,6 +274,15 @@ def _shaded(pieces: Sequence[tuple[str, float]]) -> str:
     return "".join(parts)
 
 
+def _messages(run_dir: Path) -> Iterator[str]:
+    """The end of the run's log: warnings, alarms, crashes of rewards."""
+    lines, more = read_log(run_dir, _MESSAGES)
+    if lines:
+        what = f"The last {len(lines):,} lines of log.txt." if more else "All of log.txt."
+        yield f'<h2>Messages</h2><div class="card"><p class="caption">{what}</p>'
+        yield f'<pre>{_text(chr(10).join(lines))}</pre></div>'
+
+
 def _config(raw: Mapping[str, Any]) -> Iterator[str]:
     if not raw:
         return
@@ -279,18 +303,22 @@ def _config_card(title: str, values: Mapping[str, Any]) -> str:
     return f'<section class="card"><h3>{_text(title)}</h3><table>{rows}</table></section>'
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+        if depth == _DEEPEST and isinstance(value, dict | list):
+            yield prefix + key, "..."
+        elif isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.", depth + 1)
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for index, item in enumerate(value, 1):
-                yield from _flat(item, f"{prefix}{key}.{index}.")
+                yield from _flat(item, f"{prefix}{key}.{index}.", depth + 1)
         else:
             yield prefix + key, value
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, depth: int = 0) -> str:
+    if depth == _DEEPEST:
+        return "..."
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -298,5 +326,7 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "-"
+        return ", ".join(_plain(item, depth + 1) for item in value) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item, depth + 1)}" for key, item in value.items()) or "-"
     return value if isinstance(value, str) else json.dumps(value)

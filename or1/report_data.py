@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from or1.config import Config, StageConfig
-from or1.records import PHASES, Record, number, other_seconds, step_seconds
+from or1.records import PHASES, Record, number, other_seconds, sampled, step_seconds
+from or1.reward_terms import NO_THINK_CLOSE, graded_run, no_think_close
 
+_LARGEST = 1e100
+"""A number beyond this is none that a run measures, and sums of such numbers overflow."""
 KEPT_SHARE = "group/kept_share"  # of the step's groups; not in the file
 
 
@@ -67,15 +71,19 @@ class RunData:
                 starts.append((record["step"], index))
         return starts
 
-    def responses(self, record: Record) -> int:
-        """Responses sampled for training in a step; 0 if the config does not tell."""
-        stage = self.stage_of(record)
-        return 0 if stage is None or record["step"] == 0 else stage.prompts_per_step * stage.group_size
+    @cached_property
+    def graded(self) -> bool:
+        """Whether any reward was neither 0 nor 1; see `or1.reward_terms`."""
+        return graded_run(self.records)
 
-    def count(self, key: str) -> int:
-        """Training responses behind a per-step fraction, over the whole run."""
-        total = sum(number(record.get(key), 0.0) * self.responses(record) for record in self.records)
-        return round(total) if math.isfinite(total) else 0
+    def responses(self, record: Record) -> int:
+        """Responses sampled for training in a step; 0 if neither the record nor the config tells."""
+        return sampled(record, () if self.config is None else self.config.stage)
+
+    def count(self, shares: Sequence[float]) -> int:
+        """Training responses behind a share of every record, over the whole run."""
+        pairs = zip(self.records, shares, strict=True)
+        return round(math.fsum(number(share, 0.0) * self.responses(record) for record, share in pairs))
 
     def total(self, key: str) -> float:
         """Sum of a metric over the steps that recorded a finite value."""
@@ -86,7 +94,10 @@ class RunData:
         shares = {"truncated responses": "completion/truncated", "without an answer": "reward/status/no_answer"}
         shares |= {"verifier timeouts": "reward/status/timeout", "verifier crashes": "reward/status/crash"}
         shares |= {"rewards that were None": "reward/status/skipped"}
-        counts = {label: self.count(key) for label, key in shares.items() if self.series(key)[0]}
+        counts = {label: self.count([number(record.get(key)) for record in self.records])
+                  for label, key in shares.items() if self.series(key)[0]}  # fmt: skip
+        if unclosed := self.count([no_think_close(record) for record in self.records]):
+            counts[NO_THINK_CLOSE] = unclosed
         if self.series("optim/skipped")[0]:
             counts["skipped updates"] = round(self.total("optim/skipped"))
         if self.series("group/kept")[0]:
@@ -162,14 +173,16 @@ def _parse(lines: list[bytes]) -> tuple[list[Record], list[str]]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if _is_count(step) else None
+    if not isinstance(record, dict) or not _is_count(record.get("step")):
+        return None
+    return {key: value for key, value in record.items() if not abs(number(value, 0.0)) > _LARGEST}
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether this may be a step or the index of a stage; plots cannot place numbers without bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**9
 
 
 def _load_config(path: Path) -> tuple[dict[str, Any], Config | None, list[str]]:
@@ -177,10 +190,11 @@ def _load_config(path: Path) -> tuple[dict[str, Any], Config | None, list[str]]:
         raw = json.loads(path.read_bytes())
     except OSError:
         return {}, None, ["config.resolved.json is missing: no limits, targets or token counts below."]
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}, None, ["config.resolved.json is not valid JSON: no limits, targets or token counts below."]
     try:
         return raw, Config.model_validate(raw), []
-    except ValidationError as error:
-        note = f"config.resolved.json does not fit this version of or1 ({error.error_count()} problems)."
+    except (ValidationError, RecursionError) as error:
+        problems = f"{error.error_count()} problems" if isinstance(error, ValidationError) else "nested too deeply"
+        note = f"config.resolved.json does not fit this version of or1 ({problems})."
         return (raw if isinstance(raw, dict) else {}), None, [note]

@@ -12,7 +12,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from or1.records import PHASES, EvalHistory, eval_histories, number, other_seconds
-from or1.report_data import KEPT_SHARE, RunData
+from or1.report_charts import Chart, Panel, charts
+from or1.report_data import RunData
+from or1.reward_terms import NO_THINK_CLOSE, no_think_close, status_word
+from or1.types import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,37 +64,6 @@ class Plot:
     wide: bool = False
 
 
-@dataclass(frozen=True)
-class Line:
-    """One metric drawn as a line."""
-
-    key: str
-    label: str
-    color: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: lines on a common scale. `reference` adds a dashed line of (steps, values)."""
-
-    lines: tuple[Line, ...]
-    unit: str = ""
-    height: float = 1.0
-    top: float | None = None
-    zero: bool = True
-    log: bool = False
-    reference: tuple[str, Sequence[float], Sequence[float]] | None = None
-    exact: bool = False
-
-
-@dataclass(frozen=True)
-class _Chart:
-    title: str
-    caption: str
-    panels: tuple[Panel, ...]
-
-
 def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
     """All plots the run has values for, and the titles of those it has none for."""
     import matplotlib
@@ -108,8 +80,10 @@ def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
 
 
 def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
+    if run.graded:
+        yield "Held-out reward", lambda: _mean_rewards(run)
     yield "Held-out accuracy", lambda: _evaluations(run)
-    reward, *rest = _charts(run)
+    reward, *rest = charts(run)
     yield reward.title, lambda: _lines(run, reward)
     yield "Outcomes", lambda: _outcomes(run)
     for chart in rest:
@@ -117,49 +91,7 @@ def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
     yield "Time per step", lambda: _time(run)
 
 
-def _charts(run: RunData) -> tuple[_Chart, ...]:
-    return (
-        _Chart("Reward", "Share of sampled responses that earn the reward, before groups are rejected.",
-               (Panel((Line("reward/mean", "mean reward", "s1"),), top=1.0),)),
-        _Chart("Entropy", "Nats per token of the sampled responses; below, the bonus coefficient in the loss.",
-               (Panel((Line("policy/entropy", "entropy", "s1"),), height=2.4, reference=_entropy_target(run)),
-                Panel((Line("policy/entropy_coef", "coefficient", "s8"),), exact=True))),
-        _Chart("Response length", "Tokens per response and the stage's limit; below, the share cut at the limit.",
-               (Panel((Line("completion/len_mean", "mean", "s1"), Line("completion/len_max", "longest", "s3")),
-                      height=2.4, reference=_limits(run)),
-                Panel((Line("completion/truncated", "truncated", "s8", 100),), unit="%"))),
-        _Chart("Groups", "Groups whose answers are all right or all wrong teach nothing and are left out.",
-               (Panel((Line("group/solved", "all right", "s2", 100), Line("group/failed", "all wrong", "s6", 100),
-                       Line(KEPT_SHARE, "kept for training", "s1", 100)), unit="%", top=100.0),)),
-        _Chart("Gradient norm and loss", "Gradient norm before clipping; below, the loss, whose level means little.",
-               (Panel((Line("optim/grad_norm", "gradient norm", "s1"),), height=1.6, log=True),
-                Panel((Line("optim/loss", "loss", "s5"),), zero=False))),
-        _Chart("Mismatch and clipping", "KL between the engine's and the trainer's policy; below, the clipped share.",
-               (Panel((Line("mismatch/kl", "mismatch KL", "s1"),), height=1.6, log=True),
-                Panel((Line("policy/clip_frac", "clipped tokens", "s8", 100),), unit="%"))),
-        _Chart("Throughput and memory", "Tokens per second; below, peak memory in GiB.",
-               (Panel((Line("perf/tokens_per_s", "tokens/s", "s1"),), height=1.6),
-                Panel((Line("perf/peak_mem_gib", "peak GiB", "s5"),)))),
-    )  # fmt: skip
-
-
-def _entropy_target(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
-    if run.config is None or run.config.loss.entropy.control != "adaptive":
-        return None
-    target = run.config.loss.entropy.target
-    steps = run.series("policy/entropy")[0]
-    return (f"target {target:g}", [steps[0] - 0.5, steps[-1] + 0.5], [target, target]) if steps else None
-
-
-def _limits(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
-    found = [(r["step"], stage.max_response_tokens) for r in run.records if r["step"] and (stage := run.stage_of(r))]
-    if not found:
-        return None
-    xs = [x for step, _ in found for x in (step - 0.5, step + 0.5)]
-    return "limit", xs, [limit for _, limit in found for _ in range(2)]
-
-
-def _lines(run: RunData, chart: _Chart) -> Plot | None:
+def _lines(run: RunData, chart: Chart) -> Plot | None:
     panels = [panel for panel in chart.panels if any(run.series(line.key)[0] for line in panel.lines)]
     if not panels:
         return None
@@ -306,22 +238,48 @@ def _evaluations(run: RunData) -> Plot | None:
 
 
 def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
-    steps = [point.step for point in history.points]
-    avg = [100 * point.avg for point in history.points]
-    error = [100 * number(point.ci95, 0.0) for point in history.points]
-    size = 5 if len(steps) <= 40 else 2.5
-    ax.errorbar(steps, avg, yerr=error, color=color, linewidth=2, elinewidth=1.1, marker="o", markersize=size)
+    points = [(point.step, 100 * point.avg, 100 * number(point.ci95, 0.0)) for point in history.points]
+    _draw_points(ax, points, color)
     passed = [(point.step, 100 * point.pass_at_k) for point in history.points if math.isfinite(point.pass_at_k)]
     if history.k > 1 and passed:
         ax.plot(*zip(*passed, strict=True), color=color, linewidth=1.2, linestyle=(0, (4, 3)))
 
 
+def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
+    """Measured (step, value, half width of its interval)."""
+    steps, values, errors = zip(*points, strict=True)
+    size = 5 if len(steps) <= 40 else 2.5
+    # matplotlib refuses a negative width, which only a file written by hand has.
+    errors = [max(error, 0.0) for error in errors]
+    ax.errorbar(steps, values, yerr=errors, color=color, linewidth=2, elinewidth=1.1, marker="o", markersize=size)
+
+
+def _mean_rewards(run: RunData) -> Plot | None:
+    histories = [history for history in eval_histories(run.records) if history.mean_reward is not None][:8]
+    if not histories:
+        return None
+    figure, (ax,) = _figure(run, [1], wide=True)
+    for order, history in enumerate(histories):
+        points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
+        _draw_points(ax, points, COLORS[f"s{order + 1}"])
+    _format_y(ax, "")
+    legend = tuple(Legend(history.mean_reward.label, f"s{order + 1}") for order, history in enumerate(histories))
+    caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
+    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), legend, wide=True)
+
+
 def _outcomes(run: RunData) -> Plot | None:
-    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", "timeout": "s5", "crash": "s6",
-             "skipped": "s7"}
+    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", NO_THINK_CLOSE: "s1", "timeout": "s5",
+             "crash": "s6", "skipped": "s7"}  # fmt: skip
     layers = {name: [number(r.get(f"reward/status/{name}"), 0.0) * 100 for r in run.records] for name in names}
-    labels = {name: name.replace("_", " ") for name in names}
+    # On disk one status holds both.
+    layers[NO_THINK_CLOSE] = [100 * no_think_close(record) for record in run.records]
+    pairs = zip(layers[Status.TRUNCATED], layers[NO_THINK_CLOSE], strict=True)
+    layers[Status.TRUNCATED] = [max(both - unclosed, 0.0) for both, unclosed in pairs]
+    labels = {name: status_word(name) for name in names}
     caption = "What became of the responses; timeout and crash are the verifier's."
+    if run.graded:
+        caption += " Rewarded is a reward above 0."
     return _stack(run, ("Outcomes", caption, "%"), layers, names, labels)
 
 
@@ -355,7 +313,11 @@ def _stack(run: RunData, words: tuple[str, str, str], layers: dict[str, list[flo
     else:
         size = math.ceil(len(steps) / _BINS)
         fills = [COLORS[colors[name]] for name in stacks]
-        ax.stackplot(_binned(steps, size), *(_binned(v, size) for v in stacks.values()), colors=fills, linewidth=0)
+        xs = _binned(steps, size)
+        # Each bin is a step of its own: a slope would spread the time of one evaluation over its neighbours.
+        xs = [steps[0] - 0.5, *xs, steps[-1] + 0.5]
+        ys = [[means[0], *means, means[-1]] for means in (_binned(v, size) for v in stacks.values())]
+        ax.stackplot(xs, *ys, colors=fills, linewidth=0, step="mid")
     if unit == "%":
         ax.set_ylim(0, 100)
     _format_y(ax, unit)

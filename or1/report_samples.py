@@ -1,15 +1,17 @@
-"""Example transcripts for the report: a solved, a failed and a truncated response of a saved rollout."""
+"""Example transcripts for the report: a solved, a partial, a failed and a truncated response of a saved rollout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from or1.records import number
 from or1.report_data import RunData
-from or1.types import Status
+from or1.reward_terms import RIGHT
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -18,12 +20,24 @@ if TYPE_CHECKING:
 _COLUMNS = ("step", "stage", "prompt_id", "prompt", "golds", "response", "token_ids", "logp", "reward", "status")
 _COLUMNS += ("finish", "version", "advantage", "kept")
 
-# By finish, not status: `reward.require_think_close` calls a response truncated that ended by itself without </think>.
-_KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "solved": lambda row: row["status"] == Status.OK,
-    "failed": lambda row: row["status"] != Status.OK and row["finish"] != "length",
-    "truncated": lambda row: row["status"] != Status.OK and row["finish"] == "length",
-}
+_KINDS = ("solved", "partial", "failed", "truncated")
+# What a column may hold, and what a list in it.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "status": (str,), "finish": (str,), "prompt_id": (str, NoneType), "prompt": (str, NoneType),
+    "response": (str, NoneType), "reward": (int, float, NoneType), "advantage": (int, float, NoneType),
+    "kept": (bool, NoneType), "golds": (list, NoneType), "token_ids": (list, NoneType), "logp": (list, NoneType),
+}  # fmt: skip
+_ITEM_TYPES: dict[str, tuple[type, ...]] = {"golds": (str,), "token_ids": (int,), "logp": (int, float)}
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """The tag of a response, by reward and finish, not status; see `or1.reward_terms`. No reward counts as failed."""
+    reward = number(row["reward"])
+    if reward >= RIGHT:
+        return "solved"
+    if row["finish"] != "stop":
+        return "truncated"
+    return "partial" if reward > 0 else "failed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,8 @@ class SampleStep:
 
 def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
     """Transcripts of the first, middle and last readable rollout, and notes on files left out."""
+    from pyarrow import ArrowException
+
     tokenizer = _tokenizer(run)
     files = [(int(path.stem[5:]), path) for path in (run.path / "rollouts").glob("step_*.parquet")
              if path.stem[5:].isdecimal()]
@@ -55,9 +71,10 @@ def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
         step, path = todo[0]
         try:
             steps[step] = SampleStep(step, tuple(_samples(path, tokenizer)))
-        except (ValueError, OSError) as error:  # pyarrow raises ArrowInvalid, a ValueError, for a cut file
+        except (ValueError, OSError, OverflowError, ArrowException) as error:
             files.remove((step, path))
-            notes.append(f"rollouts/{path.name} cannot be read: {str(error).splitlines()[0]}")
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            notes.append(f"rollouts/{path.name} cannot be read: {why}")
     return [steps[step] for step, _ in _spread(files)], notes
 
 
@@ -71,18 +88,31 @@ def _samples(path: Path, tokenizer: Tokenizer | None) -> Iterator[Sample]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        missing = {"status", "finish", "response", "prompt"} - set(file.schema_arrow.names)
+        missing = {"status", "finish", "response", "prompt", "reward"} - set(file.schema_arrow.names)
         if missing:
             raise ValueError(f"missing columns {', '.join(sorted(missing))}")
-        labels = file.read(columns=["status", "finish"]).to_pylist()
+        labels = [_kind(row) for row in file.read(columns=["reward", "finish"]).to_pylist()]
         picks = {}
-        for kind, matches in _KINDS.items():
-            rows = [index for index, row in enumerate(labels) if matches(row)]
+        for kind in _KINDS:
+            rows = [index for index, label in enumerate(labels) if label == kind]
             if rows:
                 picks[kind] = rows[len(rows) // 2]
         found = _rows(file, set(picks.values()))
     for kind, index in picks.items():
+        _check(found[index])
         yield Sample(kind, found[index], _pieces(found[index], tokenizer))
+
+
+def _check(row: dict[str, Any]) -> None:
+    """Raise ValueError if a column holds what the page cannot show."""
+    for name, wanted in _TYPES.items():
+        values = [row.get(name)]
+        if type(values[0]) is list and name in _ITEM_TYPES:
+            values, wanted = values[0], _ITEM_TYPES[name]
+        for value in values:
+            if type(value) not in wanted:
+                names = " or ".join(each.__name__ for each in wanted if each is not NoneType)
+                raise ValueError(f"column {name} holds {type(value).__name__} instead of {names}")
 
 
 def _rows(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
@@ -107,21 +137,24 @@ def _tokenizer(run: RunData) -> Tokenizer | None:
         if _is_json(file):
             from tokenizers import Tokenizer
 
-            return Tokenizer.from_file(str(file))
+            try:
+                return Tokenizer.from_file(str(file))
+            except Exception:  # noqa: BLE001 - the library raises plain Exception for JSON that is no tokenizer
+                continue
     return None
 
 
 def _is_json(file: Path) -> bool:
     try:
         return isinstance(json.loads(file.read_bytes()), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
 def _pieces(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[tuple[str, float], ...] | None:
     """The response split at its tokens, or None where the split does not give back the saved text."""
     ids, logp, response = row.get("token_ids") or [], row.get("logp") or [], row["response"] or ""
-    if tokenizer is None or not ids or len(ids) != len(logp) or min(ids) < 0:
+    if tokenizer is None or not ids or len(ids) != len(logp) or not 0 <= min(ids) <= max(ids) < 2**32:
         return None
     whole = tokenizer.decode(ids, skip_special_tokens=False)
     plain = tokenizer.decode(ids, skip_special_tokens=True)

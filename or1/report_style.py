@@ -45,10 +45,10 @@ p { margin: 0; }
 .track .loss { background: var(--bad); border-radius: 0 7px 7px 0; }
 .track .ci { top: 6px; bottom: 6px; background: var(--ink); border-radius: 1px; opacity: .75; }
 .scale { display: flex; justify-content: space-between; color: var(--muted); font-size: 11.5px; margin-top: 4px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 1px; margin-top: 16px;
-  padding: 0; overflow: hidden; background: var(--line); }
-.facts div { background: var(--card); padding: 13px 18px; }
-.facts b { display: block; font-size: 20px; font-weight: 620; letter-spacing: -.01em; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); margin-top: 16px;
+  padding: 0; overflow: hidden; }
+.facts div { box-shadow: 1px 1px 0 var(--line); padding: 13px 18px; }
+.facts b { display: block; font-size: 20px; font-weight: 620; letter-spacing: -.01em; white-space: nowrap; }
 .facts span { color: var(--muted); font-size: 12.5px; }
 .facts .alert b { color: var(--bad); }
 .notes { margin: 16px 0 0; padding: 12px 20px 12px 36px; color: var(--soft); font-size: 14px; }
@@ -75,6 +75,7 @@ tr:last-child td { border-bottom: 0; }
 .tag { font-size: 12.5px; font-weight: 650; }
 .tag::before { content: "\\25CF"; margin-right: 6px; }
 .tag.solved { color: var(--good); }
+.tag.partial { color: var(--accent); }
 .tag.failed { color: var(--bad); }
 .tag.truncated { color: var(--s8); }
 .meta { color: var(--muted); font-size: 12.5px; overflow-wrap: anywhere; }

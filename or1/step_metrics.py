@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from or1.dist import World
 from or1.filters import has_advantage
 from or1.optim import UpdateResult
 from or1.pack import Microbatch
+from or1.reward_terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.collect import Rollout
 from or1.types import Group, Status
 from or1_kernels.head import PolicyStats
@@ -31,7 +31,14 @@ def rollout_entropy(groups: Sequence[Group]) -> float:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, statuses and lengths over all groups of a step, before rejection; empty if no group is complete."""
+    """Rewards, statuses and lengths over all groups of a step, before rejection; empty if no group is complete.
+
+    reward/graded              share of rewards that are neither 0 nor 1; see `or1.reward_terms`
+    completion/truncated       share of responses that were cut
+    completion/no_think_close  share of responses that ended without `</think>` and were scored 0 for that
+    reward/status/truncated    share of responses scored 0 for either
+    group/solved, failed       share of groups whose rewards are all equal, and at least 1, or at most 0
+    """
     if not groups:
         return {}
     rewards = np.stack([group.rewards for group in groups])
@@ -44,14 +51,20 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         rewards.sum(axis=1, where=scored), scored.sum(axis=1), out=np.full(len(groups), np.nan),
         where=scored.any(axis=1),
     )  # fmt: skip
+    given = rewards[scored] if scored.any() else np.array([np.nan])
+    pairs = [pair for group in groups for pair in zip(group.responses, group.scores, strict=True)]
     return {
-        "reward/mean": float(rewards[scored].mean()) if scored.any() else math.nan,
+        "reward/mean": float(given.mean()),
+        **{f"reward/p{q}": float(np.percentile(given, q)) for q in (10, 50, 90)},
+        "reward/graded": float(np.mean([is_graded(reward) for reward in rewards.flat])),
         "group/frac_zero_std": float(constant.mean()),
-        "group/solved": float((constant & (mean > 0)).mean()),
+        "group/solved": float((constant & (mean >= RIGHT)).mean()),
         "group/failed": float((constant & (mean <= 0)).mean()),
         "completion/len_mean": float(lengths.mean()),
         "completion/len_max": float(lengths.max()),
-        "completion/truncated": float(np.mean([r.truncated for group in groups for r in group.responses])),
+        "completion/count": float(rewards.size),
+        "completion/truncated": float(np.mean([response.truncated for response, _ in pairs])),
+        "completion/no_think_close": float(np.mean([is_unclosed(*pair) for pair in pairs])),
         **{f"reward/status/{status.value}": statuses[status] / rewards.size for status in Status},
     }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from or1.config import Config
-from or1.display import Summary
 from or1.metrics import read_metrics
-from or1.records import PHASES, eval_histories, number, other_seconds, step_seconds
+from or1.records import PHASES, Course, Record, eval_histories, number, other_seconds, sampled, step_seconds
+from or1.reward_terms import NO_THINK_CLOSE, graded_run, no_think_close
 from or1.run_state import TrainState
+from or1.summary_text import Summary
 from or1.types import Status
 
 
@@ -20,7 +22,7 @@ def summarise(
     phases = {phase: math.fsum(number(r.get(f"time/{phase}"), 0.0) for r in records) for phase in PHASES}
     phases["other"] = math.fsum(other_seconds(r) for r in records)
     counts = {
-        "truncated responses": state.totals[Status.TRUNCATED.value] + state.totals["graded_truncated"],
+        "truncated responses": _count([(record, record.get("completion/truncated")) for record in records], config),
         "aborted at the deadline": state.totals["stragglers"],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
@@ -30,6 +32,8 @@ def summarise(
         "bad data rows": bad_rows,
         "solved prompts dropped": len(state.solved.dropped),
     }
+    if unclosed := _count([(record, no_think_close(record)) for record in records], config):
+        counts[f"responses with {NO_THINK_CLOSE}"] = unclosed
     in_evaluations = {"crashes in evaluations": "eval_crashes", "timeouts in evaluations": "eval_timeouts"}
     counts |= {name: state.totals[key] for name, key in in_evaluations.items() if state.totals[key]}
     if state.totals["graded_truncated"]:
@@ -47,4 +51,19 @@ def summarise(
         counts=counts,
         report_path=report,
         weights_path=weights,
+        graded=graded_run(records),
+        reward=_training_reward(records),
     )
+
+
+def _count(shares: Sequence[tuple[Record, object]], config: Config) -> int:
+    """Training responses behind a share of each step, over the whole run; `or1 report` counts them alike."""
+    return round(math.fsum(number(share, 0.0) * sampled(record, config.stage) for record, share in shares))
+
+
+def _training_reward(records: Sequence[Record]) -> Course | None:
+    given = [(record["step"], mean) for record in records if math.isfinite(mean := number(record.get("reward/mean")))]
+    if not given:
+        return None
+    steps, means = zip(*given, strict=True)
+    return Course("training reward", "fixed3", steps, means)

@@ -119,7 +119,8 @@ class Trainer:
         if not self.world.is_main:
             yield None
             return
-        rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
+        kept = rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
+        self.display.recall(kept)
         writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
         with closing(writer):
             yield writer

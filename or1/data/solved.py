@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from or1.reward_terms import RIGHT
 from or1.types import Group, Prompt
 
 
@@ -35,7 +36,7 @@ class SolvedPrompts:
     def note(self, groups: Iterable[Group]) -> None:
         """Remember what became of the prompts of a step."""
         for group in groups:
-            right = bool(group.rewards.min() >= 1.0)
+            right = bool(group.rewards.min() >= RIGHT)
             self.always[group.prompt.id] = self.always.get(group.prompt.id, True) and right
 
     def mask(self, prompts: Sequence[Prompt]) -> np.ndarray | None:

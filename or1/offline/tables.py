@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from or1.display import default_console
+from or1.console import default_console
 from or1.evaluate import Estimate, EvalResult
-from or1.humanize import visible
+from or1.humanize import value_text, visible
+from or1.reward_terms import NO_THINK_CLOSE
 from or1.types import Status
 
 if TYPE_CHECKING:
@@ -20,19 +21,22 @@ _BAR = 40
 
 def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequence[EvalResult]],
                      lines: Sequence[str], console: Console | None = None) -> None:  # fmt: skip
-    """Accuracy of every set and its sources, pass@k, and where the results are.
+    """Accuracy of every set and its sources, pass@k, and where the results are; graded rewards lead with their mean.
 
     sources  the results of each source of a set by the set's name; shown where there is more than one
     """
     from rich.text import Text
 
     console = console or default_console()
-    table = _table("set", "problems", "avg@k, %", "k", "tokens", "truncated", "no answer", "timeout, crash")
+    graded, unclosed = any(result.graded for result in results), any(result.unclosed for result in results)
+    more = [NO_THINK_CLOSE] * unclosed
+    table = _table("set", "problems", *["reward"] * graded, "avg@k, %", "k", "tokens", "truncated", *more, "no answer",
+                   "timeout, crash")  # fmt: skip
     for result in results:
-        table.add_row(*_row(result, visible(result.name)), style="bold")
+        table.add_row(*_row(result, visible(result.name), graded, unclosed), style="bold")
         of_set = sources.get(result.name, ())
         for each in of_set if len(of_set) > 1 else ():
-            table.add_row(*_row(each, f"  {visible(each.name)}"), style="dim")
+            table.add_row(*_row(each, f"  {visible(each.name)}", graded, unclosed), style="dim")
     console.print()
     console.print(table)
     ks = sorted({k for result in results for k in result.pass_at})
@@ -81,13 +85,19 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _row(result: EvalResult, name: str) -> list[str]:
+def _row(result: EvalResult, name: str, graded: bool, unclosed: bool) -> list[str]:
     total = result.problems * result.samples
     failed = [result.statuses.get(status.value, 0) for status in (Status.TIMEOUT, Status.CRASH)]
     none = result.statuses.get(Status.NO_ANSWER.value, 0)
-    return [name, f"{result.problems:,}", _percent(result.avg), str(result.samples), f"{result.length:,.0f}",
-            f"{100 * result.truncated:.1f} %", f"{100 * none / total:.1f} %",
+    reward, no_close = [_reward(result.reward)] * graded, [f"{100 * result.unclosed:.1f} %"] * unclosed
+    return [name, f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples), f"{result.length:,.0f}",
+            f"{100 * result.truncated:.1f} %", *no_close, f"{100 * none / total:.1f} %",
             ", ".join(map(str, failed)) if any(failed) else "-"]  # fmt: skip
+
+
+def _reward(estimate: Estimate) -> str:
+    value = value_text(estimate.value, "fixed3")
+    return value if math.isnan(estimate.ci95) else f"{value} +- {value_text(estimate.ci95, 'fixed3')}"
 
 
 def _percent(estimate: Estimate) -> str:

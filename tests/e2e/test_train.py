@@ -107,7 +107,7 @@ def finished(quick_or1: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_the_readme_names(finished: Path) -> None:
-    for name in ("config.resolved.json", "metrics.jsonl", "report.html", "rollouts/step_1.parquet",
+    for name in ("config.resolved.json", "metrics.jsonl", "log.txt", "report.html", "rollouts/step_1.parquet",
                  "checkpoints/step_3/manifest.json", "weights/step_3/model.safetensors"):  # fmt: skip
         assert (finished / name).is_file(), name
     assert list((finished / "tensorboard").glob("events.*"))

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from or1.config import Config, OptimConfig, RewardConfig, StageConfig
-from or1.display import RunDisplay, Summary, print_plan, print_summary
-from or1.humanize import duration, sparkline, value_text, visible
-from or1.records import EvalHistory, EvalPoint
+from or1.display import RunDisplay, print_plan
+from or1.humanize import clock, duration, sparkline, value_text, visible
+from or1.records import Course, EvalHistory, EvalPoint
+from or1.summary_text import Summary, print_summary
 
 STAGES = (
     StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),
@@ -163,6 +164,118 @@ def test_time_left_comes_from_recent_steps(monkeypatch):
     assert "left 1min10s" in output(console).splitlines()[-1]
 
 
+FORMER = (
+    {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.495}, RECORDS[1] | {"reward/mean": 0.1},
+    {"step": 2, "stage": 0, "reward/mean": 0.2, "eval/heldout/avg@1": 0.7},
+    {"step": 3, "stage": 1, "reward/mean": 0.3},
+)  # fmt: skip
+NEXT = {"step": 4, "stage": 1, "reward/mean": 0.4, "eval/heldout/avg@1": 0.86}
+
+
+def resumed(console: Console, former=FORMER, after=(NEXT,)) -> str:
+    with RunDisplay(4, STAGES, console) as display:
+        display.recall(former)
+        display.phase("rollout", 3, 64)
+        for record in after:
+            display.step(record)
+    return output(console)
+
+
+def test_a_resumed_run_is_measured_from_its_true_start():
+    text = resumed(plain_console())
+    assert "eval step 4: heldout avg@1 86.0 %, was 49.5 % (+36.5 points)" in text
+    assert len(text.splitlines()) == 2 and "began at step" not in text  # what was shown before is not shown again
+    text = _bare(resumed(terminal()))
+    assert re.search(r"heldout avg@1 +86.0 % +\+36.5 pts +from 49.5 %", text)
+    before = _bare(resumed(terminal(), after=()))
+    assert "step 3/4" in before and "stage 2/2" in before and "70.0 %" in before
+    assert re.findall(r"reward +0.300 +\S+ +(\S+)", before)[-1] == sparkline([0.1, 0.2, 0.3], 32)
+
+
+def test_only_step_0_is_before_training():
+    first = {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.495}
+    assert "before training" in show(terminal(), [first])
+    late = _bare(show(terminal(), [first | {"step": 2}]))
+    assert "before training" not in late and re.search(r"heldout avg@1 +49.5 % +at step 2", late)
+    text = show(plain_console(), [first | {"step": 2}, NEXT])
+    assert "heldout avg@1 86.0 %, was 49.5 % at step 2 (+36.5 points)" in text
+
+
+STAGE_TEXTS = (STAGES, tuple(STAGES[0].model_copy(update={"max_response_tokens": 131_072}) for _ in range(12)))
+LONG_NAME = "eval a-set-with-a-name-that-is-longer-than-most-names-are"
+PHASES = (("rollout", 3, 64), (LONG_NAME, 1023, 2048), ("export", 0, None))
+
+
+@pytest.mark.parametrize("width", [60, 80, 99, 100, 110, 140])
+@pytest.mark.parametrize("elapsed_s", [3, 153, 3753, 36_000, 360_153])
+@pytest.mark.parametrize("stages", STAGE_TEXTS)
+def test_the_header_is_shown_whole(width, elapsed_s, stages, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("or1.display.time.monotonic", lambda: now[0])
+    stage = f"stage {len(stages)}/{len(stages)}, limit {stages[-1].max_response_tokens:,} tokens"
+    for name, done, total in PHASES:
+        console, now[0] = terminal(width), 0.0
+        display = RunDisplay(12_000, stages, console)
+        now[0] = float(elapsed_s)
+        for step in (1, 2):
+            display.step({"step": step, "stage": len(stages) - 1})
+            now[0] += 0.01 * elapsed_s
+        display.phase(name, done, total)
+        with console.capture() as captured:
+            console.print(display._render())
+        lines = [line.rstrip() for line in _bare(captured.get()).splitlines()]
+        first, *rest = lines[: 1 + next(i for i, line in enumerate(lines) if line.startswith(name[:8]))]
+        assert max(map(len, lines)) <= width and "\u2026" not in "".join([first, *rest])
+        assert re.search(rf"step 2/12000 .*elapsed {clock(now[0])}  left \d+:\d\d(:\d\d)?( |$)", first), first
+        assert first.endswith(stage) and len(rest) == 1 if width == 140 else rest[0] == stage or width >= 100
+        assert total is None or f"{done}/{total}" in rest[-1]
+
+
+def test_the_panel_says_what_its_change_is_measured_over():
+    text = _bare(show(terminal()))
+    assert "over last 5" in text and "= unchanged" in text and "trend" not in text
+
+
+GRADED = (
+    {"step": 0, "stage": 0, "eval/held/avg@1": 0.0, "eval/held/reward_mean": -0.1, "eval/held/graded": 1.0},
+    {"step": 1, "stage": 0, "reward/mean": -0.105, "reward/graded": 0.9},
+    {"step": 4, "stage": 1, "reward/mean": 0.48, "reward/graded": 1.0, "eval/held/avg@1": 0.025,
+     "eval/held/reward_mean": 0.49},
+)  # fmt: skip
+
+
+def test_graded_rewards_lead_with_their_mean():
+    lines = show(plain_console(), GRADED).splitlines()
+    evaluations = [line for line in lines if line.startswith("eval")]
+    assert evaluations == ["eval step 0: held reward -0.100", "eval step 0: held avg@1 0.0 %",
+                           "eval step 4: held reward 0.490, was -0.100 (+0.590)",
+                           "eval step 4: held avg@1 2.5 %, was 0.0 % (+2.5 points)"]  # fmt: skip
+    text = _bare(show(terminal(), GRADED))
+    reward, accuracy = text.rindex("held reward"), text.rindex("held avg@1")
+    assert reward < accuracy and re.search(r"held reward +0.490 +\+0.590 +from -0.100", text)
+
+
+@pytest.mark.parametrize("changes", [{"eval/held/graded": 0.0}, {"reward/graded": 0.0}, {"eval/held/reward_mean": 0.3}])
+def test_rewards_of_0_and_1_lead_with_accuracy(changes):
+    records = [{"step": 0, "stage": 0, "eval/held/avg@1": 0.3, "eval/held/reward_mean": 0.3} | changes]
+    for console in (plain_console(), terminal()):
+        assert "held reward" not in show(console, records)
+
+
+def test_the_summary_of_graded_rewards_leads_with_their_mean():
+    held = EvalHistory("held", 1, (EvalPoint(0, 0.0, reward=-0.1), EvalPoint(4, 0.025, reward=0.49)))
+    reward = Course("training reward", "fixed3", (1, 4), (-0.105, 0.48))
+    console = plain_console()
+    print_summary(make_summary(evals=(held,), graded=True, reward=reward), console)
+    lines = output(console).splitlines()
+    assert [line.split("  ")[1] for line in lines[2:5]] == ["held reward", "held avg@1", "training reward"]
+    assert "-0.100 -> 0.490  +0.590" in lines[2] and "0.0 % -> 2.5 %  +2.5 points" in lines[3]
+    assert "-0.105 -> 0.480  +0.585" in lines[4] and "steps 1 to 4" in lines[4]
+    console = plain_console()
+    print_summary(make_summary(evals=(held,), reward=reward), console)
+    assert "held reward" not in output(console) and "training reward" in output(console)
+
+
 def test_the_plan_names_what_the_run_will_do():
     console = plain_console()
     print_plan(make_config(), ["a.jsonl: 4,000 problems", "b.jsonl: 10 problems"], console)
@@ -224,6 +337,7 @@ def test_an_ascii_console_gets_ascii():
 def test_numbers_for_people():
     assert [duration(s) for s in (0.4, 42, 59.7)] == ["0.4 s", "42 s", "1 min 00 s"]
     assert [duration(s) for s in (192, 18420)] == ["3 min 12 s", "5 h 07 min"]
+    assert [clock(s) for s in (0.4, 153, 3753, 360_000)] == ["0:00", "2:33", "1:02:33", "100:00:00"]
     kinds = ("fixed3", "fixed4", "short", "tokens", "count", "percent", "percent0")
     assert [value_text(0.1234567, k) for k in kinds] == ["0.123", "0.1235", "0.123", "0", "0.123", "12.3 %", "12%"]
     assert value_text(math.nan, "count") == "-" and value_text(24_500, "count") == "24.5 k"

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from or1.config import Config
+from or1.data import SolvedPrompts
 from or1.evaluate import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
+from or1.report_samples import _kind
+from or1.reward_terms import is_solved
 from or1.run_state import TrainState
+from or1.step_metrics import rollout_metrics
 from or1.summary import summarise
 from or1.types import Group, Prompt, Response, Score, Status
 
@@ -73,6 +77,53 @@ def test_half_of_the_tests_is_not_right() -> None:
     scores = (Score(0.5, Status.WRONG), Score(1.0, Status.OK), Score(0.0, Status.TRUNCATED))
     found = Outcome.of(Group(Prompt("i", "s", "q", np.arange(2), ("1",)), (response,) * 3, scores))
     assert (found.correct, found.samples, found.reward, found.tokens, found.truncated) == (1, 3, 0.5, 3.0, 3)
+
+
+def of(*pairs: tuple[float, Status, str]) -> Group:
+    responses = [Response(np.arange(3, dtype=np.int32), np.zeros(3, np.float32), end, 0, "") for _, _, end in pairs]
+    scores = tuple(Score(reward, status) for reward, status, _ in pairs)
+    return Group(Prompt("i", "s", "q", np.arange(2), ("1",)), tuple(responses), scores)
+
+
+def test_evaluations_record_the_mean_reward_and_whether_rewards_are_graded() -> None:
+    wrong, right = (0.0, Status.WRONG, "stop"), (1.0, Status.OK, "stop")
+    half, none = (0.5, Status.OK, "stop"), (math.nan, Status.CRASH, "stop")
+    graded = summarise_set("x", [Outcome.of(of(half, wrong)), Outcome.of(of(right, none))], [1])
+    metrics = graded.metrics()
+    assert metrics["eval/x/reward_mean"] == 0.625 and metrics["eval/x/graded"] == 0.25
+    assert metrics["eval/x/reward_mean_ci95"] == pytest.approx(1.96 * np.std([0.25, 1.0], ddof=1) / math.sqrt(2))
+    plain = summarise_set("x", [Outcome.of(of(right, wrong)), Outcome.of(of(right, none))], [1]).metrics()
+    assert plain["eval/x/reward_mean"] == 0.75 and "eval/x/graded" not in plain
+    assert math.isnan(summarise_set("x", [Outcome.of(of(none, none))], [1]).metrics()["eval/x/reward_mean"])
+
+
+def test_a_response_without_think_close_is_not_a_truncated_one() -> None:
+    cut, unclosed = (0.0, Status.TRUNCATED, "length"), (0.0, Status.TRUNCATED, "stop")
+    metrics = summarise_set("x", [Outcome.of(of(cut, unclosed, unclosed, (1.0, Status.OK, "stop")))], [1]).metrics()
+    assert metrics["eval/x/truncated"] == 0.25 and metrics["eval/x/no_think_close"] == 0.5
+    step = rollout_metrics([of(cut, unclosed, unclosed, (1.0, Status.OK, "stop"))])
+    assert (step["completion/truncated"], step["completion/no_think_close"], step["completion/count"]) == (0.25, 0.5, 4)
+    assert step["reward/status/truncated"] == 0.75
+
+
+def test_a_step_records_the_spread_of_its_rewards() -> None:
+    group = of(*((n / 10, Status.OK, "stop") for n in range(11)))
+    metrics = rollout_metrics([group])
+    assert [metrics[f"reward/p{q}"] for q in (10, 50, 90)] == pytest.approx([0.1, 0.5, 0.9])
+    assert metrics["reward/graded"] == pytest.approx(9 / 11)
+    assert rollout_metrics([of((1.0, Status.OK, "stop"), (0.0, Status.WRONG, "stop"))])["reward/graded"] == 0
+
+
+@pytest.mark.parametrize(("reward", "solved"), [(0.0, False), (0.5, False), (0.999, False), (1.0, True), (1.5, True)])
+def test_solved_means_the_same_everywhere(reward: float, solved: bool) -> None:
+    group = of(*[(reward, Status.OK if reward else Status.WRONG, "stop")] * 2)
+    outcome = Outcome.of(group)
+    prompts = SolvedPrompts()
+    prompts.note([group])
+    row = {"reward": reward, "finish": "stop"}
+    found = (outcome.correct == 2, pass_at_k(2, outcome.correct, 1) == 1, prompts.always["i"], is_solved(reward),
+             rollout_metrics([group])["group/solved"] == 1, _kind(row) == "solved")  # fmt: skip
+    assert found == (solved,) * 6
 
 
 def test_crashes_and_timeouts_of_an_evaluation_are_recorded_where_there_are_some() -> None:

@@ -212,12 +212,13 @@ def test_a_server_is_evaluated_and_filtered_with(
     ]
     assert report["avg@4"] == pytest.approx(np.mean([row["reward"] for row in rows])) and 0 < report["avg@4"] < 1
     assert report["statuses"]["truncated"] == 4 and report["truncated"] == pytest.approx(1 / 9)
+    assert report["graded"] == report["no_think_close"] == 0 and report["reward_mean"] == report["avg@4"]
     assert set(report["by_source"]) == {"odd", "even"} and report["by_source"]["even"]["problems"] == 5
     assert {"pass@1", "pass@2", "pass@4"} <= report.keys() and report["pass@1"] == pytest.approx(report["avg@4"])
     asked = len(server.asked)
     assert run_evaluation(target)["sets"]["sums"] == report and len(server.asked) == asked
     out = capsys.readouterr().out
-    assert "pass@k" in out and "odd" in out and str(target.out / "eval.json") in out
+    assert "reward" not in out and "pass@k" in out and "odd" in out and str(target.out / "eval.json") in out
 
     config = load_config(recipe, [f'endpoint.url="{server.url}"', "reward.workers=1"], "filter")
     counts = pq.read_table(run_filter(config)).to_pylist()
@@ -256,6 +257,18 @@ def test_scores_of_a_changed_function_or_column_are_not_used_again(
     with pytest.raises(StoreError, match=r"other settings \(problems\)"):
         average("points[0]")
     assert average("points[0]", fresh=True) == 1.0
+
+
+def test_a_graded_reward_leads_the_table_with_its_mean(
+    server: Server, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text("def reward(completions, **kwargs):\n    return [0.25]\n")
+    overrides = [f'reward.kind="{tmp_path / "rewards.py"}:reward"', "reward.require_think_close=false"]
+    target = resolve_target(server.url, str(recipe), [*overrides, "reward.workers=1"], None)
+    report = run_evaluation(target)["sets"]["sums"]
+    assert (report["reward_mean"], report["reward_mean_ci95"], report["graded"], report["avg@4"]) == (0.25, 0, 1, 0)
+    (title,) = [line for line in capsys.readouterr().out.splitlines() if "problems" in line and "avg@k" in line]
+    assert title.split()[1:4] == ["problems", "reward", "avg@k,"]
 
 
 def test_a_function_is_found_in_its_file_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,9 @@ from or1.records import eval_histories
 from or1.report import ReportError, write_report
 from or1.report_data import load_run
 from or1.report_plots import smooth, tick_label
+from or1.reward_terms import graded_run
+from or1.run_state import TrainState
+from or1.summary import summarise
 
 STAGES = ({"steps": 24, "max_response_tokens": 96, "prompts_per_step": 16, "group_size": 8},
           {"steps": 36, "max_response_tokens": 192, "prompts_per_step": 16, "group_size": 8})  # fmt: skip
@@ -213,7 +217,7 @@ def test_transcripts_show_each_kind_with_its_facts_and_shaded_tokens(full):
     html, page = full
     for kind in ("solved", "failed", "truncated"):
         assert html.count(f'class="tag {kind}"') == 3
-    assert "First add the ones" in page.text and "\\boxed{82}" in page.text and "reward 1 \u00b7 ok" in page.text
+    assert "First add the ones" in page.text and "\\boxed{82}" in page.text and "reward 1 \u00b7 rewarded" in page.text
     assert "<eos>" in page.text and re.search(r'<i class="p[1-4]" title="p 0\.\d+">', html)
 
 
@@ -316,6 +320,177 @@ def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path, make, message):
     with pytest.raises(ReportError, match=message) as caught:
         write_report(tmp_path / "r")
     assert str(tmp_path / "r") in str(caught.value)
+
+
+# --- graded rewards
+
+
+def make_graded(run_dir: Path, steps: int = 24) -> Path:
+    """A run whose rewards lie between -0.1 and 0.6, so that hardly any response is solved."""
+    make_run(run_dir, steps=steps, rollouts=(1,))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        mean = -0.1 + 0.5 * line["step"] / steps
+        if line["step"]:
+            line |= {"reward/mean": mean, "reward/graded": 0.9, "reward/p10": mean - 0.1, "reward/p90": mean + 0.2}
+            line |= {"reward/status/ok": 0.8, "group/solved": 0.0}
+        for name in ("heldout", "hard"):
+            if f"eval/{name}/avg@4" in line:
+                line |= {f"eval/{name}/avg@4": 0.025, f"eval/{name}/reward_mean": mean,
+                         f"eval/{name}/reward_mean_ci95": 0.02}  # fmt: skip
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = run_dir / "rollouts" / "step_1.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= {"reward": 0.183, "status": "ok"}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return run_dir
+
+
+def test_graded_rewards_lead_with_their_mean(tmp_path):
+    html, page = read(make_graded(tmp_path / "r"))
+    assert html.count('<span class="to">0.400</span>') == 2 and html.count("-0.100 &rarr;") == 2
+    assert "accuracy avg@4: 2.5 % → 2.5 %, +0.0 points" in page.text and 'class="track"' not in html
+    assert page.text.index("Held-out reward") < page.text.index("Held-out accuracy")
+    assert "<th>mean reward</th><th>accuracy</th>" in html
+    assert "Share of sampled responses that earn" not in page.text and "Mean reward of the sampled" in page.text
+    assert "p10" in page.text and "p90" in page.text and "all equal" in page.text
+
+
+def test_a_reward_below_1_is_partial_and_never_solved(tmp_path):
+    html, page = read(make_graded(tmp_path / "r"))
+    assert 'class="tag solved"' not in html and 'class="tag partial"' in html
+    assert "reward 0.183 · rewarded" in page.text
+
+
+def test_rewards_of_0_and_1_lead_with_accuracy(full):
+    html, page = full
+    assert 'caption">mean reward' not in html and html.count('class="track"') == 2
+    assert "Held-out reward" not in page.text and "Held-out accuracy" in page.text
+    assert "Share of sampled responses that earn the reward" in page.text
+
+
+def test_runs_from_before_reward_graded_are_told_by_mean_and_status():
+    record = {"step": 1, "reward/mean": 0.25, "reward/status/ok": 0.25, "reward/status/crash": 0.0}
+    assert not graded_run([record, {"step": 0}]) and graded_run([record, record | {"reward/mean": 0.3}])
+    assert not graded_run([record | {"reward/mean": 0.3, "reward/status/crash": 0.1}])  # left out of the mean
+
+
+# --- one meaning for truncated
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_summary_and_report_count_truncated_responses_alike(tmp_path, old):
+    run_dir = make_run(tmp_path / "r", steps=2, rollouts=(1,))
+    cut, both = {"completion/truncated": 0.25}, {"reward/status/truncated": 0.375}
+    new = {} if old else {"completion/no_think_close": 0.125, "completion/count": 64.0}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | (cut | both | new if line["step"] else {}) for line in lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = run_dir / "rollouts" / "step_1.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[1] |= {"status": "truncated"}
+    pq.write_table(pa.Table.from_pylist(rows[1:2]), path)
+    config = load_run(run_dir).config
+    counts = summarise(config, TrainState.start(config), 0).counts
+    found = load_run(run_dir).health_counts()
+    size = 2 * (128 if old else 64)
+    assert counts["truncated responses"] == found["truncated responses"] == size // 4
+    assert counts["responses with no </think>"] == found["no </think>"] == size // 8
+    _, page = read(run_dir)
+    assert "reward 0 · no </think>" in page.text and "no </think>truncated" not in page.text
+
+
+def test_the_summary_has_the_training_reward_and_says_whether_rewards_are_graded(tmp_path):
+    run_dir = make_graded(tmp_path / "r")
+    config = load_run(run_dir).config
+    summary = summarise(config, TrainState.start(config), 0)
+    assert summary.graded and (summary.reward.steps[0], summary.reward.steps[-1]) == (1, 24)
+    assert summary.reward.values[-1] == pytest.approx(0.4)
+
+
+# --- hostile files
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = ", ".join(f'"{key}": 1e308' for key in ("time", "time/step", "time/rollout", "reward/mean", "optim/grad_norm",
+                 "completion/len_mean", "completion/count", "eval/a/avg@1", "eval/a/reward_mean"))  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [
+    f'{{"step": 4, "x": {DEEP}}}', f'{{"step": 4, "eval/x/avg@{"9" * 5000}": 0.5}}', f'{{"step": {"9" * 300}}}',
+    f'{{"step": 4, {HUGE}}}\n{{"step": 5, {HUGE}}}', '{"step": 4, "time": 1e90}',
+    '{"step": 4, "eval/a/avg@1": 0.5, "eval/a/avg@1_ci95": -1, "eval/a/reward_mean_ci95": -1}',
+], ids=["deep", "digits", "step", "huge", "time", "interval"])  # fmt: skip
+def test_hostile_metrics_are_left_out(tmp_path, line):
+    run_dir = make_run(tmp_path / "r", steps=3, rollouts=())
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    _, page = read(run_dir)
+    assert "avg@99" not in page.text and "Curves" in page.text
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (f'{{"a": {DEEP}}}', "is not valid JSON"),
+    ('{"a": ' + "[" * 400 + "]" * 400 + ', "b": [' + '{"a":' * 400 + "1" + "}" * 400 + "]}", "does not fit"),
+], ids=["too deep to parse", "deep"])  # fmt: skip
+def test_a_deep_config_is_a_note(tmp_path, text, said):
+    run_dir = make_run(tmp_path / "r", steps=1, rollouts=())
+    (run_dir / "config.resolved.json").write_text(text)
+    _, page = read(run_dir)
+    assert said in page.text
+
+
+@pytest.mark.parametrize(("column", "values"), [
+    ("advantage", pa.array(["text"] * 4)), ("advantage", pa.array([2**62] * 4, pa.duration("s"))),
+    ("golds", pa.array([[1.5]] * 4)), ("token_ids", pa.array([["x"]] * 4)), ("logp", pa.array([[None]] * 4)),
+    ("status", pa.array([1] * 4)), ("reward", pa.array([b"\xff"] * 4)), ("response", pa.array([{"a": 1}] * 4)),
+])  # fmt: skip
+def test_columns_of_other_types_are_a_note(tmp_path, column, values):
+    run_dir = make_run(tmp_path / "r", steps=1, rollouts=(1,))
+    path = run_dir / "rollouts" / "step_1.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+    _, page = read(run_dir)
+    assert "rollouts/step_1.parquet cannot be read: " in page.text and "Transcripts" not in page.text
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', f'{{"a": {DEEP}}}'], ids=["no tokenizer", "deep"])
+def test_a_hostile_tokenizer_leaves_transcripts_plain(tmp_path, text):
+    run_dir = make_run(tmp_path / "r", steps=1, rollouts=(1,))
+    (run_dir / "model" / "tokenizer.json").write_text(text)
+    _, page = read(run_dir)
+    assert "Shading" not in page.text and "First add the ones" in page.text
+
+
+def test_messages_of_the_run_are_listed_as_text(tmp_path):
+    run_dir = make_run(tmp_path / "r", steps=1, rollouts=())
+    (run_dir / "log.txt").write_bytes(b"t step 1: " + ATTACK.encode() + b"\x1b[2J \xff\n")
+    _, page = read(run_dir)
+    assert ATTACK + "<U+001B>[2J \ufffd" in page.text and "Messages" in page.text and "script" not in page.tags
+    (run_dir / "log.txt").write_text("".join(f"line {n}\n" for n in range(1000)))
+    _, page = read(run_dir)
+    assert "line 699" not in page.text and "line 700\n" in page.text and "The last 300 lines" in page.text
+
+
+# --- shapes
+
+
+def test_one_slow_step_of_a_long_run_is_no_slope(tmp_path):
+    """Areas are steps: the time of one evaluation is not spread over its neighbours."""
+    run_dir = make_run(tmp_path / "r", steps=0, rollouts=())
+    lines = [{"step": n, "stage": 0, "time/train": 1.0, "time/eval": 50.0 if n == 50 else 0.0} for n in range(1, 101)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html, _ = read(run_dir)
+    svg = html[html.index('aria-label="Time per step"') :]
+    paths = [re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", path) for path in re.findall(r'd="([^"]*)"', svg)]
+    areas = [path for path in paths if len(path) > 100]
+    corners = [(a, b) for area in areas for a, b in pairwise(area) if a[1] != b[1]]
+    assert len(areas) == 2 and corners and all(a[0] == b[0] for a, b in corners)  # every change of height is upright
+
+
+def test_facts_leave_no_empty_block(full):
+    html, _ = full
+    rule = re.search(r"\.facts \{[^}]*\}", html)[0]
+    assert "background" not in rule and "nowrap" in re.search(r"\.facts b \{[^}]*\}", html)[0]
 
 
 def test_smooth_averages_but_never_across_a_stage_boundary():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -11,19 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
+from rich.console import Console
 
 from or1.batches import choose, minibatches
 from or1.config import EvalSet, ModelConfig, OptimConfig
+from or1.display import RunDisplay
 from or1.dist import SINGLE
 from or1.evaluate import evaluate_set
 from or1.inputs import inputs_of
 from or1.metrics import read_metrics
 from or1.model import ModelError, load_model, load_tokenizer
 from or1.optim import MasterAdamW, OptimizerError
+from or1.rank_display import RankDisplay
 from or1.reward import make_scorer
 from or1.reward.base import ScorerError
+from or1.run_log import RunLog
 from or1.run_state import TrainState
+from or1.trainer import Trainer
 from or1.types import Score, Status
+from or1.watchdog import Watchdog
 
 
 def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Path) -> None:
@@ -78,6 +85,24 @@ def test_a_finished_run_trains_on_where_it_is_given_more_steps(tmp_path: Path) -
     trainer = trainer_of(config_of(tmp_path, [{"steps": 2}], **one))
     assert trainer.run() and trainer.state.step == 2
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_resumed_trainer_gives_the_former_records_to_the_display(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    sections = {"reward": {"workers": 1}}
+    assert trainer_of(config_of(tmp_path, **sections)).run()
+    former = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    console = Console(file=io.StringIO(), width=200)
+    config = config_of(tmp_path, [{"steps": 2}], **sections)
+    with RunDisplay(config.total_steps, config.stage, console) as shown:
+        # What a run wrote after its newest checkpoint belongs to the steps that are done again.
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 9, "stage": 0, "reward/mean": 77.0}) + "\n")
+        log = RunLog(tmp_path / "run")
+        assert Trainer(config, RankDisplay(Watchdog(SINGLE, 60.0), shown, log)).run()
+    means = [record["reward/mean"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    assert list(shown._history["reward/mean"]) == means and len(means) == 2 and means[0] == former[1]["reward/mean"]
+    assert " start: resumed after step 1\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
