@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from or1.dist import open_store
 from or1.model import named_weights, weight_forms
 from or1.rollout.memory_folder import MemoryFolder
-from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, broadcast, make_group
+from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, address_towards, broadcast, make_group
 
 Rpc = Callable[..., list[dict[str, Any]]]
 """rpc(method, **kwargs): run a method of every worker of the server; its replies."""
@@ -112,9 +112,9 @@ class BroadcastPush:
 
     def _join(self, rpc: Rpc) -> Any:
         rpc("or1_version")  # Nobody would come to a group with a dead server.
-        address = _address_towards(self._host)
+        address = address_towards(self._host)
         if self._store is None:
-            self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            self._store = open_store(address)
         session, size = secrets.token_hex(4), 1 + self._workers
         where = {"host": address, "port": self._store.port}
         joined = self._caller.submit(rpc, "or1_join", **where, session=session, size=size, backend=self._backend)
@@ -122,9 +122,3 @@ class BroadcastPush:
         joined.result(timeout=GROUP_TIMEOUT_S)
         return group
 
-
-def _address_towards(host: str) -> str:
-    """This machine's address as `host` sees it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # UDP: nothing is sent.
-        return probe.getsockname()[0]

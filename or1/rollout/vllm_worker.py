@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -74,7 +75,18 @@ def make_group(address: tuple[str, int] | dist.TCPStore, session: str, rank: int
     prefixed = dist.PrefixStore(session, store)
     if backend == "nccl":
         return dist.ProcessGroupNCCL(prefixed, rank, size, limit)
-    return dist.ProcessGroupGloo(prefixed, rank, size, limit)
+    # By itself gloo listens on the address of the host's name, which may be any network, or loopback by mistake.
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(store.host))]
+    options._timeout = limit
+    return dist.ProcessGroupGloo(prefixed, rank, size, options)
+
+
+def address_towards(host: str) -> str:
+    """Return this machine's address as `host` sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # UDP: nothing is sent.
+        return probe.getsockname()[0]
 
 
 def broadcast(group: Any, tensor: torch.Tensor) -> None:
