@@ -30,7 +30,8 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc),
-        **_gloo_on_loopback(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+        **_gloo_on_loopback(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }  # fmt: skip
     ranks = start_processes(
         name="or1",

@@ -1,4 +1,4 @@
-"""Stores and groups listen where their members are, and on no other interface: nothing asks a stranger for a password."""
+"""Stores and groups listen where their members are and on no other interface, since they ask for no password."""
 
 from __future__ import annotations
 
