@@ -7,7 +7,6 @@ import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
 import urllib.error
@@ -19,8 +18,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
-from or1.humanize import visible
 from or1.rollout.base import Finished, Sampling, Slot
+from or1.terminal import tell
 from or1.types import Prompt, Response
 
 _MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -160,7 +159,7 @@ class EndpointEngine:
             now = time.monotonic()
             if now - self._told >= 1:
                 self._told = now
-                print(f"or1: {visible(text)}", file=sys.stderr)
+                tell(f"or1: {text}")
 
 
 def _asked_pause(headers: email.message.Message) -> float | None:
