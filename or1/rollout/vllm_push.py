@@ -26,6 +26,9 @@ Rpc = Callable[..., list[dict[str, Any]]]
 class Push(Protocol):
     """A way to bring weights to the workers."""
 
+    folder: Path | None
+    """Where the files of weights are that a server must be allowed to read; None if there are none."""
+
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
         """Bring the present weights, in one call; returns the workers' replies."""
         ...
@@ -47,6 +50,7 @@ class FilePush:
         self._own = MemoryFolder("or1-pushed-") if folder is None else None
         folder = self._own.path if self._own else folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
         self.path = folder / "weights.safetensors"
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
@@ -54,6 +58,8 @@ class FilePush:
         # clone: safetensors refuses tensors that share memory, as tied embeddings do.
         tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
         partial = self.path.with_suffix(".partial")
+        # Anew, since save_file would write through a symbolic link of that name.
+        partial.unlink(missing_ok=True)
         save_file(tensors, partial)
         partial.replace(self.path)
         return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
@@ -72,6 +78,8 @@ class FilePush:
 
 class BroadcastPush:
     """Trainer and workers in one process group; nothing is written, and the server may be on another machine."""
+
+    folder = None
 
     def __init__(self, url: str, workers: int, backend: str):
         self._host, self._workers, self._backend = urlsplit(url).hostname, workers, backend
