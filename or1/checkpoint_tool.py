@@ -36,7 +36,8 @@ def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
             table.add_row(str(step), written, "", "", "", Text(visible(error)))
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())
-        table.add_row(str(step), written, str(manifest["world_size"]), str(len(manifest["files"])), f"{size:,}", "")
+        ranks = visible(manifest.get("world_size", "?"))
+        table.add_row(str(step), written, Text(ranks), str(len(manifest["files"])), f"{size:,}", "")
     (console or default_console()).print(table)
 
 
