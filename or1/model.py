@@ -171,18 +171,18 @@ def _indexes(path: str) -> list[Path]:
     with _reading(path):
         # transformers looks for the weights under this name alone where a config has it.
         named = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "transformers_weights", None)
-    if named is not None and not str(named).endswith((".safetensors", _INDEX)):
+    if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", _INDEX))):
         raise ModelError(
             f"the config.json of {path!r} takes weights from {named!r} (transformers_weights), which is no safetensors "
             "file; or1 reads no pickled weights. Remove that key"
         )
+    also = [named] if named is not None and named.endswith(_INDEX) else []
     if Path(path).is_dir():
-        return sorted(Path(path).rglob(f"*{_INDEX}"))
+        return sorted({*Path(path).glob(f"*{_INDEX}"), *(Path(path) / name for name in also)})
     absent = ("missing_entries", "connection_errors", "gated_repo")
     options = {f"_raise_exceptions_for_{what}": False for what in absent}
-    names = {SAFE_WEIGHTS_INDEX_NAME, *([named] if named is not None and named.endswith(_INDEX) else [])}
     with _reading(path):
-        found = [cached_file(path, name, **options) for name in sorted(names)]
+        found = [cached_file(path, name, **options) for name in sorted({SAFE_WEIGHTS_INDEX_NAME, *also})]
     return [Path(file) for file in found if file is not None]
 
 

@@ -59,6 +59,9 @@ def test_an_index_leads_to_safetensors_beside_it_only(name: object, index: str, 
     save_file(weights, folder / "sub" / "x.safetensors", metadata={"format": "pt"})
     listed[first] = name
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    if index != INDEX:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": index}))
     with pytest.raises(ModelError, match=r"takes weights from|does not say which file") as caught:
         load(folder)
     assert index in str(caught.value)
