@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from or1.dist import SINGLE, World, split_evenly
 FORMAT = 2
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+# What a file that is no JSON of ours, or JSON of another shape, makes its reader raise.
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
 
 
 class CheckpointError(ValueError):
@@ -34,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 class ForeignFileError(CheckpointError):
-    """A file in a checkpoint that or1 did not write; nothing there is opened."""
+    """A file or link in a checkpoint, or a name in its manifest, that or1 did not write; nothing there is opened."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def remove_partials(folder: Path) -> None:
     """Remove what a crash left half-written or half-removed."""
     if folder.is_dir():
         for path in folder.glob(".step_*"):
-            shutil.rmtree(path)
+            # rmtree refuses a symbolic link, which goes without what it leads to.
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 def remove_step(folder: Path, step: int) -> None:
@@ -122,7 +127,7 @@ def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
     if problem is None:
         try:
             found = _read(path, manifest, world)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (*_MALFORMED, OSError, SafetensorError) as error:
             problem = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
         problem = _agree_on(problem, world)
     if problem is not None or found is None:
@@ -142,19 +147,45 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, and nothing else opened. Raises CheckpointError, or ForeignFileError if a file is not listed."""
     try:
+        # Before the manifest is opened, which may be a link or a pipe itself.
+        found = _files_below(path)
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']}, this or1 reads {FORMAT}")
-        listed = set(manifest["files"]) | {MANIFEST}
-        found = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        files = {name: entry["sha256"] + f" {entry['bytes']:d}" for name, entry in manifest["files"].items()}
+        parts = {part[0] for tensor in manifest.get("tensors", {}).values() for part in tensor["parts"]}
+    except CheckpointError:
+        raise
+    except (*_MALFORMED, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if foreign := sorted(found - listed):
+    if foreign := sorted(found - files.keys() - {MANIFEST}):
         raise ForeignFileError(
             f"{path / foreign[0]} is not in the manifest: or1 did not write it and opens nothing in that folder; find "
             "out where it comes from, and remove it to use the checkpoint"
         )
+    # A listed file lies in this folder and is verified by its hash; a part that is none of them would not be.
+    outside = [name for name in files if not _PLAIN.fullmatch(name)]
+    if outside or (outside := sorted(map(str, parts - files.keys()))):
+        raise ForeignFileError(
+            f"{path / MANIFEST} takes data from {outside[0]!r}, which is no file of that checkpoint: or1 did not write "
+            "this and opens nothing in that folder; restore the manifest, or remove the folder to use an older one"
+        )
     return manifest
+
+
+def _files_below(path: Path) -> set[str]:
+    """Return the names of all files below a folder. Raises ForeignFileError for what is neither file nor folder."""
+    found = set()
+    for each in path.rglob("*"):
+        mode = each.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ForeignFileError(
+                f"{each} is a {'symbolic link' if stat.S_ISLNK(mode) else 'special file'}: or1 did not write it and "
+                "opens nothing in that folder; remove it, or put the file itself there, to use the checkpoint"
+            )
+        if stat.S_ISREG(mode):
+            found.add(each.relative_to(path).as_posix())
+    return found
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -173,7 +204,7 @@ def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> Ch
                 return CheckpointError(
                     f"{path / name} does not have the sha256 of its manifest; it was altered or the disk is faulty"
                 )
-    except (OSError, KeyError, TypeError) as error:
+    except (*_MALFORMED, OSError) as error:
         return CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
     return None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from or1.checkpoint import (
     MANIFEST,
@@ -18,6 +19,7 @@ from or1.checkpoint import (
     verify_checkpoint,
 )
 from or1.display import default_console
+from or1.humanize import visible
 from or1.run_state import RunError, checkpoints_of
 
 
@@ -31,10 +33,11 @@ def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
-            table.add_row(str(step), written, "", "", "", str(error))
+            table.add_row(str(step), written, "", "", "", Text(visible(error)))
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())
-        table.add_row(str(step), written, str(manifest["world_size"]), str(len(manifest["files"])), f"{size:,}", "")
+        ranks = visible(manifest.get("world_size", "?"))
+        table.add_row(str(step), written, Text(ranks), str(len(manifest["files"])), f"{size:,}", "")
     (console or default_console()).print(table)
 
 

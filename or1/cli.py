@@ -6,7 +6,6 @@ import argparse
 import errno
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from typing import Any
 from or1 import __version__
 from or1.config import Config
 from or1.config_load import ConfigError, load_config
+from or1.terminal import guard_terminal, tell
 
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    if argv is None:
+        guard_terminal()  # The process is or1's own, and so are its hooks.
     arguments = _parser().parse_args(argv)
     # OpenMP reads this once, when torch loads it. Threads that spin at barriers made a small model 30 times slower as
     # soon as another process wanted one of its cores.
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
-        print("\nor1: interrupted", file=sys.stderr)
+        tell("\nor1: interrupted")
         return EXIT_INTERRUPTED
 
 
@@ -165,7 +167,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         manifests = any(config.run_path.glob("checkpoints/step_*/manifest.json"))
         what = "resumes from the newest checkpoint" if manifests else "starts anew, since there is no checkpoint yet"
-        print(f"\nor1: interrupted; the same command {what}", file=sys.stderr)
+        tell(f"\nor1: interrupted; the same command {what}")
         return EXIT_INTERRUPTED
 
 
@@ -287,5 +289,6 @@ def _guarded(action: Callable[[], object]) -> int:
 def _fail(error: Exception | str, code: int) -> int:
     # What all ranks found alike is said once, in full; the watchdog passes on what only one found.
     rank, text = os.environ.get("RANK", "0"), str(error)
-    print(f"or1: {text}" if rank == "0" else f"or1: rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
+    first = text.partition("\n")[0]
+    tell(f"or1: {text}" if rank == "0" else f"or1: rank {rank}: {first}")
     return code

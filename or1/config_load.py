@@ -59,7 +59,7 @@ def dump_config(config: Config) -> str:
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(str(path), [Problem("file", f"cannot be read ({error.strerror}); check the path")]) from error
     except UnicodeDecodeError as error:
@@ -69,6 +69,16 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [Problem("file", f"is not TOML: {error}")]) from error
     except json.JSONDecodeError as error:
         raise ConfigError(str(path), [Problem("file", f"is not JSON: {error}")]) from error
+    except RecursionError as error:
+        problem = Problem("file", "nests too deeply to be read; no setting needs more than three levels")
+        raise ConfigError(str(path), [problem]) from error
+    except ValueError as error:
+        # Such as a number of more digits than Python turns into an integer.
+        raise ConfigError(str(path), [Problem("file", f"cannot be read ({error}); correct that value")]) from error
+    if not isinstance(data, dict):
+        problem = Problem("file", f"holds a {type(data).__name__} where a table of settings is expected")
+        raise ConfigError(str(path), [problem])
+    return data
 
 
 def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
@@ -80,6 +90,8 @@ def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
+    except (ValueError, RecursionError) as error:
+        return Problem(f"--set {key.strip()}", f"has a value that cannot be read ({type(error).__name__}: {error})")
     *parents, last = key.strip().split(".")
     node: Any = data
     for part in parents:

@@ -7,6 +7,7 @@ choices go through `World.all_agree` and `World.any`, which name what they do wh
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,19 @@ def world_of(device_type: str, sequence_size: int) -> World:
     size = dist.get_world_size()
     mesh = init_device_mesh(device_type, (size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence"))
     return World(dist.get_rank(), size, sequence_size, mesh)
+
+
+def open_store(address: str) -> dist.TCPStore:
+    """Return a key-value store that listens on this one address, at a free port.
+
+    Whoever reaches the port of a store may read and change all that is in it: a store asks for no password.
+    """
+    # Without a socket of our own, TCPStore listens on every interface, whatever address the caller names.
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def split_evenly(count: int, parts: int) -> Sequence[range]:

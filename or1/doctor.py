@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from or1.config import Config
 from or1.display import RunDisplay, default_console
 from or1.environment import Line, machine_lines, package_lines
+from or1.humanize import visible
 from or1.launch import quiet_libraries
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def diagnose(config: Config | None, console: Console | None = None) -> bool:
     console = console or default_console()
     problems = 0
     for title, lines in _sections(config):
-        console.print(Text(title, style="bold"))
+        console.print(Text(visible(title), style="bold"))
         for line in lines:
             mark = f"  {_MARK[line.state]:<3}"
-            console.print(Text.assemble((mark, _STYLE[line.state]), f"{line.name:<14} ", line.text), soft_wrap=True)
+            text = visible(f"{line.name:<14} {line.text}")
+            console.print(Text.assemble((mark, _STYLE[line.state]), text), soft_wrap=True)
             problems += line.state == "problem"
     verdict = "everything works" if not problems else f"{problems} problem{'s' * (problems > 1)}"
     console.print(Text(f"{verdict}", style="bold green" if not problems else "bold red"))

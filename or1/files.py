@@ -1,7 +1,8 @@
-"""Files that a crash leaves whole or absent."""
+"""Files that a crash leaves whole or absent, and that no symbolic link leads elsewhere."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,10 +16,27 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def without_links(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=without_links)`. Raises OSError if its name is a symbolic link.
+
+    Others can guess the names of lock files and of half-written ones, and put a link to a file of the user's there.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        text = "a symbolic link, which or1 does not write through; remove it"
+        raise OSError(errno.ELOOP, text, str(path)) from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file; whatever happens meanwhile, its name holds the old content or the new, and the new is on disk."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    # What a crash left half-written, or a link that somebody has put there.
+    partial.unlink(missing_ok=True)
+    with open(partial, "w", encoding="utf-8", opener=without_links) as file:
+        file.write(text)
     fsync(partial)
     os.replace(partial, path)
     fsync(path.parent)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan
+from or1.humanize import visible
 from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
@@ -71,7 +72,8 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     data = load_run_data(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
-        print(f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else ""))
+        print(visible(f"would resume after step {steps[-1]}"
+                      + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
     _try_reward_function(config)
 
 

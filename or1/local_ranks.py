@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -20,14 +21,16 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
 
     When one fails, the others are told (SIGTERM) and, should they not end within 30 s, killed.
     """
-    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+    from or1.dist import open_store
+
     # This process holds the store, so that the ranks can still tell each other what happened when one is gone.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store("127.0.0.1")
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc),
+        **_gloo_on_loopback(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }  # fmt: skip
     ranks = start_processes(
@@ -52,6 +55,16 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+def _gloo_on_loopback() -> dict[str, str]:
+    """Return the variable that keeps gloo's ports off the network; what the user has set stays.
+
+    By itself gloo listens on the address of the host's name. NCCL stays as it is: its ports ask for a secret that ranks
+    hand each other through the store, and a server on another node may take part in a broadcast.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", names[0])} if names else {}
 
 
 def _pass_on(number: int, pids: Iterable[int]) -> None:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from or1.files import write_whole
+
 
 class MetricsWriter:
     """Appends to `run_dir/metrics.jsonl`; floats are written so that they read back bit for bit."""
@@ -57,7 +59,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines after `step`, which a resumed run writes again. Returns those that stay."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept

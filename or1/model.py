@@ -8,12 +8,14 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import (
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from or1 import attention
 from or1.config import ModelConfig
@@ -37,6 +40,12 @@ from or1_kernels.lm_head import LMHead
 
 class ModelError(ValueError):
     """A checkpoint that cannot be trained; the message names it and the remedy."""
+
+
+# What files of another shape than transformers expects make it raise; running out of memory is none of these.
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError)
+_INDEX = ".safetensors.index.json"
+_PLAIN_WEIGHTS = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -64,12 +73,18 @@ def _reading(path: str) -> Iterator[None]:
     """A folder that lacks a file, and a hub id that is unknown or out of reach, as a ModelError."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # tokenizers raises nothing more special than Exception.
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
+        cause = str(error).partition("\n")[0]
+        if not cause or not isinstance(error, OSError | ValueError):
+            cause = f"{type(error).__name__}: {cause}"
         where = "a folder here" if Path(path).is_dir() else f"no folder here (looked in {Path.cwd()}), so a hub id"
         raise ModelError(
-            f"the model {path!r}, {where}, cannot be read: {str(error).splitlines()[0]}; correct the path, or download "
+            f"the model {path!r}, {where}, cannot be read: {cause}; correct the path, or download "
             "the checkpoint and name its folder"
         ) from error
 
@@ -108,7 +123,7 @@ def _without_values(path: str, options: dict[str, Any]) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options).eval()
     # As from_pretrained does; without the file, what the model's config implies stands.
-    with contextlib.suppress(OSError):
+    with _reading(path), contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
@@ -143,6 +158,47 @@ def _require_safetensors(path: str) -> None:
         raise ModelError(
             f"{path!r} has no *.safetensors; or1 reads no pickled weights. Convert them with transformers' "
             "save_pretrained"
+        )
+    for index in _indexes(path):
+        _require_plain_names(index)
+
+
+def _indexes(path: str) -> list[Path]:
+    """Return the files that name the shards of a checkpoint; those of a hub id are fetched if need be.
+
+    Raises ModelError for a config that names pickled weights, which transformers would read instead.
+    """
+    with _reading(path):
+        # transformers looks for the weights under this name alone where a config has it.
+        named = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "transformers_weights", None)
+    if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", _INDEX))):
+        raise ModelError(
+            f"the config.json of {path!r} takes weights from {named!r} (transformers_weights), which is no safetensors "
+            "file; or1 reads no pickled weights. Remove that key"
+        )
+    also = [named] if named is not None and named.endswith(_INDEX) else []
+    if Path(path).is_dir():
+        return sorted({*Path(path).glob(f"*{_INDEX}"), *(Path(path) / name for name in also)})
+    absent = ("missing_entries", "connection_errors", "gated_repo")
+    options = {f"_raise_exceptions_for_{what}": False for what in absent}
+    with _reading(path):
+        found = [cached_file(path, name, **options) for name in sorted({SAFE_WEIGHTS_INDEX_NAME, *also})]
+    return [Path(file) for file in found if file is not None]
+
+
+def _require_plain_names(index: Path) -> None:
+    """Raise ModelError for an index through which transformers would read pickled weights, or a file elsewhere."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        bad = sorted(str(name) for name in names if not _PLAIN_WEIGHTS.fullmatch(name))
+    except _UNREADABLE as error:
+        raise ModelError(
+            f"{index} does not say which file holds which weight ({type(error).__name__}: {error}); download it again"
+        ) from error
+    if bad:
+        raise ModelError(
+            f"{index} takes weights from {bad[0]!r}; or1 reads *.safetensors beside the index, and nothing pickled or "
+            "in other folders. Convert the checkpoint with transformers' save_pretrained"
         )
 
 
@@ -240,6 +296,8 @@ def export_model(
     if not world.is_main:
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
+    if partial.is_symlink():
+        partial.unlink()
     partial.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)

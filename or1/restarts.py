@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from or1.checkpoint import committed_steps
+from or1.terminal import tell
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
 _RETRY, _UNFORESEEN = 75, 1
@@ -36,14 +36,10 @@ def keep_running(start: Callable[[bool], int], checkpoints: Path, restarts: int)
         if newest > reached:
             failures, reached = 0, newest
         if failures == restarts:
-            _say(f"exit code {code} again, and no new checkpoint in {restarts} restarts; giving up")
+            tell(f"or1: exit code {code} again, and no new checkpoint in {restarts} restarts; giving up")
             break
         failures += 1
         pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
-        _say(f"ended with exit code {code}; restart {failures} of {restarts} since step {reached}, in {pause:g} s")
+        tell(f"or1: ended with exit code {code}; restart {failures} of {restarts} since step {reached}, in {pause:g} s")
         time.sleep(pause)
     return code
-
-
-def _say(text: str) -> None:
-    print(f"or1: {text}", file=sys.stderr, flush=True)

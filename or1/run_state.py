@@ -21,7 +21,7 @@ from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.engine_logp import unknown_tokens
 from or1.entropy import EntropyController
-from or1.files import write_whole
+from or1.files import without_links, write_whole
 from or1.metrics import read_metrics
 from or1.rollout_state import InFlight
 from or1.run_changes import changed_keys, fixed_keys
@@ -230,7 +230,7 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
         settings = json.loads(record.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"it holds a {type(settings).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{record} does not hold a run's settings ({error}); put it back as it was, or remove it and repeat the "
             "`or1 train` command that began the run: it resumes, and writes the file anew"
@@ -255,14 +255,21 @@ def recorded_run(run_dir: Path) -> Config:
 def cap_rows(run_dir: Path, max_tokens: int) -> None:
     """Let the next start of the run pack rows of at most `max_tokens`, whatever its checkpoint says."""
     partial = run_dir / f".{_ROW_CAP}.{os.getpid()}"
-    partial.write_text(json.dumps({"max_tokens": max_tokens}) + "\n", encoding="utf-8")
+    with open(partial, "w", encoding="utf-8", opener=without_links) as file:
+        file.write(json.dumps({"max_tokens": max_tokens}) + "\n")
     os.replace(partial, run_dir / _ROW_CAP)
 
 
 def row_cap(run_dir: Path) -> int | None:
-    """What `cap_rows` left, None if it was never called."""
+    """What `cap_rows` left, None if it was never called. Raises RunError if the file holds anything else."""
     path = run_dir / _ROW_CAP
-    return json.loads(path.read_text(encoding="utf-8"))["max_tokens"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["max_tokens"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise RunError(f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and "
+                       "rows have optim.max_tokens_per_rank until memory runs out again") from error
 
 
 def checkpoints_of(run_dir: Path) -> Path:

@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from or1.dist import World
+from or1.terminal import tell, tell_traceback
 
 EXIT_LOST_RANK = 75
 _PERIOD_S = 1.0
@@ -67,7 +67,7 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """This rank ends with an error. If that is a collective's, wait for the watch to name the rank that is gone."""
         if self._thread is not None and is_collective_error(error):
-            traceback.print_exception(error)
+            tell_traceback(error)
             self.timeout_s = min(self.timeout_s, 3 * self._period)
             self._thread.join(self.timeout_s + _DIAGNOSIS_S)
             self._give_up(f"a collective failed here, and {self._table()}")
@@ -118,11 +118,10 @@ class Watchdog:
         return "; ".join(lines) or "no other rank was heard of"
 
     def _give_up(self, reason: str) -> None:
-        print(
+        tell(
             f"\nor1: {reason}.\nThis is {_describe(self.world.rank, self._mine)}; it ends too, since no step can be "
-            "finished without the other. The same command resumes from the newest checkpoint. Stacks of this rank:",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            "finished without the other. The same command resumes from the newest checkpoint. Stacks of this rank:"
+        )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         # Not sys.exit: the main thread sits in a collective that never returns.
         os._exit(EXIT_LOST_RANK)

@@ -14,8 +14,9 @@ class VllmConfig(Section):
 
     placement: Literal["colocate", "server"] = "colocate"
     """colocate: inside the trainer, one per rank under torchrun. server: a process of its own."""
-    url: str | None = Field(None, pattern=r"^http://[^/]+$")
-    """With placement = "server": a server started with `or1 serve`, as http://host:port. Absent: or1 starts one."""
+    url: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
+    """With placement = "server": a server started with `or1 serve`, as http://host:port, or as https://host:port behind
+    a proxy that speaks TLS. Absent: or1 starts one."""
     transport: Literal["auto", "file", "broadcast"] = "auto"
     """How weights reach a server. file: safetensors in a shared folder. broadcast: NCCL, or gloo on a CPU. auto: file
     to a server that or1 started, else broadcast."""

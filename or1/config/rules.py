@@ -158,8 +158,8 @@ def _positions_reach(config: Config) -> Iterator[Problem]:
         # Scaled positions reach farther, each kind of them in its own way.
         if not isinstance(positions, int) or (rope and rope.get("rope_type", "default") != "default"):
             return
-    except (ValueError, AttributeError, KeyError):
-        return
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        return  # What reads the folder in earnest says what is wrong with the file.
     limits = [(f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)]
     limits += [("eval.max_response_tokens", config.eval.max_response_tokens),
                ("filter.max_response_tokens", config.filter.max_response_tokens)]

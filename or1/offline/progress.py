@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from or1.display import default_console
-from or1.humanize import duration
+from or1.humanize import duration, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,13 +44,16 @@ class Bar:
         """A line that stays."""
         from rich.text import Text
 
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def show(self, name: str, done: int, total: int) -> None:
         """`done` of `total` responses of `name` are there."""
         if self._progress is not None:
+            from rich.markup import escape
+
             if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=total, completed=done)
+                # Or rich would read a name such as "[/b]" as markup.
+                self._tasks[name] = self._progress.add_task(escape(visible(name)), total=total, completed=done)
             self._progress.update(self._tasks[name], completed=done)
             return
         now = time.monotonic()

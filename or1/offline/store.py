@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from or1.files import write_whole
+
 
 class StoreError(ValueError):
     """A folder of results that belongs to something else; the message names it and the remedy."""
@@ -32,7 +34,7 @@ class PartStore:
         self._settings = dict(settings)
         self._merged = False
         if self._record.is_file():
-            self._go_on(json.loads(self._record.read_text(encoding="utf-8")))
+            self._go_on(self._read_record())
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_record()
@@ -69,6 +71,8 @@ class PartStore:
             return
         self.final.parent.mkdir(parents=True, exist_ok=True)
         partial = self.final.with_name(f".{self.final.name}.partial")
+        # Anew, since the writer would follow a symbolic link of that name.
+        partial.unlink(missing_ok=True)
         with pq.ParquetWriter(partial, self.schema, compression="zstd") as writer:
             for table in self.tables():
                 writer.write_table(table)
@@ -82,9 +86,19 @@ class PartStore:
     def _record(self) -> Path:
         return self.folder / "settings.json"
 
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            before = json.loads(self._record.read_text(encoding="utf-8"))
+            if not isinstance(before["part_size"], int) or not isinstance(before["merged"], bool):
+                raise ValueError("part_size or merged is missing")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise StoreError(f"{self._record} does not say how its parts were made ({type(error).__name__}: {error}); "
+                             "start anew with --fresh, which moves these aside") from error
+        return before
+
     def _write_record(self) -> None:
         own = {"part_size": self.size, "merged": self._merged}
-        _commit(self._record, json.dumps({**self._settings, **own}, indent=1).encode())
+        write_whole(self._record, json.dumps({**self._settings, **own}, indent=1))
 
     def _go_on(self, before: dict[str, Any]) -> None:
         self.size, merged = before.pop("part_size"), before.pop("merged")
@@ -124,13 +138,6 @@ def move_aside(path: Path) -> str | None:
     aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     shutil.move(path, aside)
     return f"moved the former results to {aside}"
-
-
-def _commit(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
 
 
 def _sync(path: Path) -> None:

@@ -15,6 +15,7 @@ from or1.types import Status
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 _BAR = 40
 
@@ -33,10 +34,10 @@ def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequen
     table = _table("set", "problems", *["reward"] * graded, "avg@k, %", "k", "tokens", "truncated", *more, "no answer",
                    "timeout, crash")  # fmt: skip
     for result in results:
-        table.add_row(*_row(result, visible(result.name), graded, unclosed), style="bold")
+        table.add_row(*_row(result, result.name, graded, unclosed), style="bold")
         of_set = sources.get(result.name, ())
         for each in of_set if len(of_set) > 1 else ():
-            table.add_row(*_row(each, f"  {visible(each.name)}", graded, unclosed), style="dim")
+            table.add_row(*_row(each, f"  {each.name}", graded, unclosed), style="dim")
     console.print()
     console.print(table)
     ks = sorted({k for result in results for k in result.pass_at})
@@ -44,7 +45,7 @@ def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequen
         passes = _table("pass@k, %", *(f"k = {k}" for k in ks))
         for result in results:
             cells = [_percent(result.pass_at[k]) if k in result.pass_at else "" for k in ks]
-            passes.add_row(visible(result.name), *cells)
+            passes.add_row(Text(visible(result.name)), *cells)
         console.print()
         console.print(passes)
     console.print(Text("+- 95 % interval of the mean over problems, normal approximation", style="dim"))
@@ -85,12 +86,14 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _row(result: EvalResult, name: str, graded: bool, unclosed: bool) -> list[str]:
+def _row(result: EvalResult, name: str, graded: bool, unclosed: bool) -> list[str | Text]:
+    from rich.text import Text
+
     total = result.problems * result.samples
     failed = [result.statuses.get(status.value, 0) for status in (Status.TIMEOUT, Status.CRASH)]
     none = result.statuses.get(Status.NO_ANSWER.value, 0)
     reward, no_close = [_reward(result.reward)] * graded, [f"{100 * result.unclosed:.1f} %"] * unclosed
-    return [name, f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples), f"{result.length:,.0f}",
+    return [Text(visible(name)), f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples), f"{result.length:,.0f}",
             f"{100 * result.truncated:.1f} %", *no_close, f"{100 * none / total:.1f} %",
             ", ".join(map(str, failed)) if any(failed) else "-"]  # fmt: skip
 

@@ -99,13 +99,23 @@ def shape_of(path: str) -> ModelShape:
     """
     for folder in (Path(path).expanduser(), *_cached(path)):
         if (folder / "config.json").is_file():
-            return parse_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), path)
+            return _read_shape(folder / "config.json", path)
     if path.lower() in (names := {name.lower(): name for name in KNOWN}):
         return parse_shape(KNOWN[names[path.lower()]], path)
     raise PlanError(
         f"no config.json for model.path = {path!r}: it is no folder here, not in the Hugging Face cache, and no model "
         f"that or1 knows by name ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
     )
+
+
+def _read_shape(file: Path, name: str) -> ModelShape:
+    try:
+        return parse_shape(json.loads(file.read_text(encoding="utf-8")), name)
+    except PlanError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise PlanError(f"{file} does not describe a model ({type(error).__name__}: {error}); take the file of the "
+                        "checkpoint") from error  # fmt: skip
 
 
 def _cached(hub_id: str) -> list[Path]:

@@ -68,9 +68,10 @@ def serve(config: Config, host: str, port: int) -> None:
     import torch
     from transformers import AutoConfig
 
-    from or1.rollout.vllm_process import server_arguments, server_environment
+    from or1.rollout.vllm_process import server_arguments, server_environment, shared_folder
 
     positions = getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", None)
     setup = VllmSetup.of(config, torch.cuda.is_available() and config.model.device != "cpu", positions)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(setup, host, port)]
-    os.execvpe(sys.executable, command, server_environment(setup, os.environ[TOKEN_VARIABLE]))
+    environment = server_environment(setup, os.environ[TOKEN_VARIABLE], shared_folder(config.run_path))
+    os.execvpe(sys.executable, command, environment)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import email.message
+import http.client
 import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
 import urllib.error
@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
-from or1.humanize import visible
 from or1.rollout.base import Finished, Sampling, Slot
+from or1.terminal import tell
 from or1.types import Prompt, Response
 
 _MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -43,7 +43,7 @@ class EndpointEngine:
         self._url = (config.url or "").rstrip("/")
         local = urlsplit(self._url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = urllib.request.build_opener(_SameOrigin, *handlers)
         self._telling, self._told = threading.Lock(), -math.inf
         self.version = 0
         self.model = config.model or self._only_model()
@@ -139,12 +139,14 @@ class EndpointEngine:
             try:
                 with self._opener.open(request, timeout=self._config.timeout_s) as reply:
                     return json.load(reply)
+            except EndpointError:
+                raise
             except urllib.error.HTTPError as error:
                 cause = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
                 pause = _asked_pause(error.headers)
                 if error.code not in _MAY_PASS:
                     break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
                 cause, pause = f"{type(error).__name__}: {error}", None
             if attempt < self._config.retries:
                 pause = min(pause if pause is not None else 2.0**attempt, _LONGEST_PAUSE_S)
@@ -160,7 +162,24 @@ class EndpointEngine:
             now = time.monotonic()
             if now - self._told >= 1:
                 self._told = now
-                print(f"or1: {visible(text)}", file=sys.stderr)
+                tell(f"or1: {text}")
+
+
+class _SameOrigin(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect within one server only: urllib would send the API key along to any other."""
+
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
+                         newurl: str) -> urllib.request.Request | None:  # fmt: skip
+        """Return the request that follows. Raises EndpointError if it is for another scheme, host or port."""
+        if _origin(req.full_url) != _origin(newurl):
+            raise EndpointError(f"{req.full_url} redirects to {newurl}, another server, which does not get the API "
+                                "key; if that is the right one, set endpoint.url to its address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _asked_pause(headers: email.message.Message) -> float | None:

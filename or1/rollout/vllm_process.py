@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from or1.rollout.base import EngineError
 from or1.rollout.vllm_setup import STREAM_TOKENS, VllmSetup, vllm_environment
-from or1.rollout.vllm_worker import TOKEN_VARIABLE
+from or1.rollout.vllm_worker import TOKEN_VARIABLE, WEIGHTS_VARIABLE
 
 START_LIMIT_S = 900.0
 """A server that does not answer by then is given up; loading 32B weights from a cold disk takes minutes."""
@@ -42,12 +43,21 @@ def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
     return arguments
 
 
-def server_environment(setup: VllmSetup, token: str) -> dict[str, str]:
-    """The trainer's environment without torchrun's part, with what the server needs."""
+def shared_folder(run_path: Path) -> Path:
+    """Return where a run's weights are for a server on another machine, with transport = "file"."""
+    return run_path / "pushed"
+
+
+def server_environment(setup: VllmSetup, token: str, weights: Path | None = None) -> dict[str, str]:
+    """The trainer's environment without torchrun's part, with what the server needs.
+
+    weights  the folder below which it may read files of weights; None: it reads none
+    """
     inherited = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     # The development mode is what opens /collective_rpc and /reset_prefix_cache, both behind the token.
     own = {"VLLM_SERVER_DEV_MODE": "1", TOKEN_VARIABLE: token, "PYTHONPATH": path}
+    own[WEIGHTS_VARIABLE] = "" if weights is None else str(weights.absolute())
     return inherited | vllm_environment(setup.on_gpu) | own
 
 
@@ -57,10 +67,10 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 class ServerProcess:
     """A server on loopback. `start` may be called again after it died."""
 
-    def __init__(self, setup: VllmSetup, devices: str | None, log: Path):
+    def __init__(self, setup: VllmSetup, devices: str | None, log: Path, weights: Path | None = None):
         self.token = secrets.token_hex(16)
         self.url = ""
-        self._setup, self._devices, self._log = setup, devices, log
+        self._setup, self._devices, self._log, self._weights = setup, devices, log, weights
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -68,7 +78,7 @@ class ServerProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        environment = server_environment(self._setup, self.token)
+        environment = server_environment(self._setup, self.token, self._weights)
         if self._devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices
         arguments = server_arguments(self._setup, "127.0.0.1", port)
@@ -95,7 +105,7 @@ class ServerProcess:
         deadline = time.monotonic() + START_LIMIT_S
         while self.alive() and time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
-                reply = httpx.get(f"{self.url}/health", headers=bearer(self.token), timeout=5)
+                reply = httpx.get(f"{self.url}/health", headers=bearer(self.token), timeout=5, trust_env=False)
                 if reply.status_code == 200:
                     return
             time.sleep(0.2)
@@ -112,6 +122,11 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdin.close()
+
+
+def may_take_proxy(url: str) -> bool:
+    """Return whether HTTP_PROXY and its like count: a proxy sees the token, and cannot reach loopback."""
+    return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from or1.dist import open_store
 from or1.model import named_weights, weight_forms
 from or1.rollout.memory_folder import MemoryFolder
-from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, broadcast, make_group
+from or1.rollout.vllm_worker import GROUP_TIMEOUT_S, address_towards, broadcast, make_group
 
 Rpc = Callable[..., list[dict[str, Any]]]
 """rpc(method, **kwargs): run a method of every worker of the server; its replies."""
@@ -25,6 +25,9 @@ Rpc = Callable[..., list[dict[str, Any]]]
 
 class Push(Protocol):
     """A way to bring weights to the workers."""
+
+    folder: Path | None
+    """Where the files of weights are that a server must be allowed to read; None if there are none."""
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
         """Bring the present weights, in one call; returns the workers' replies."""
@@ -47,6 +50,7 @@ class FilePush:
         self._own = MemoryFolder("or1-pushed-") if folder is None else None
         folder = self._own.path if self._own else folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
         self.path = folder / "weights.safetensors"
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
@@ -54,6 +58,8 @@ class FilePush:
         # clone: safetensors refuses tensors that share memory, as tied embeddings do.
         tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
         partial = self.path.with_suffix(".partial")
+        # Anew, since save_file would write through a symbolic link of that name.
+        partial.unlink(missing_ok=True)
         save_file(tensors, partial)
         partial.replace(self.path)
         return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
@@ -72,6 +78,8 @@ class FilePush:
 
 class BroadcastPush:
     """Trainer and workers in one process group; nothing is written, and the server may be on another machine."""
+
+    folder = None
 
     def __init__(self, url: str, workers: int, backend: str):
         self._host, self._workers, self._backend = urlsplit(url).hostname, workers, backend
@@ -112,9 +120,9 @@ class BroadcastPush:
 
     def _join(self, rpc: Rpc) -> Any:
         rpc("or1_version")  # Nobody would come to a group with a dead server.
-        address = _address_towards(self._host)
+        address = address_towards(self._host)
         if self._store is None:
-            self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            self._store = open_store(address)
         session, size = secrets.token_hex(4), 1 + self._workers
         where = {"host": address, "port": self._store.port}
         joined = self._caller.submit(rpc, "or1_join", **where, session=session, size=size, backend=self._backend)
@@ -122,9 +130,3 @@ class BroadcastPush:
         joined.result(timeout=GROUP_TIMEOUT_S)
         return group
 
-
-def _address_towards(host: str) -> str:
-    """This machine's address as `host` sees it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # UDP: nothing is sent.
-        return probe.getsockname()[0]

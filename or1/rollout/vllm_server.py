@@ -15,7 +15,7 @@ import numpy as np
 
 from or1.config import VllmConfig
 from or1.rollout.base import EngineError, Finished, Job, Sampling, Slot, continued, jobs_of
-from or1.rollout.vllm_process import MODEL_NAME, ServerProcess, bearer
+from or1.rollout.vllm_process import MODEL_NAME, ServerProcess, bearer, may_take_proxy, shared_folder
 from or1.rollout.vllm_push import BroadcastPush, FilePush, Push
 from or1.rollout.vllm_setup import VllmSetup
 from or1.rollout.vllm_streams import Failed, Part, Streams
@@ -65,16 +65,15 @@ class ServerEngine:
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self.process: ServerProcess | None = None
         self._own = config.url is None
+        self._push = _make_push(setup, config, run_path)
         if self._own:
-            self.process = ServerProcess(setup, config.devices, run_path / "vllm_server.log")
+            log = run_path / "vllm_server.log"
+            self.process = ServerProcess(setup, config.devices, log, self._push.folder)
             self.process.start()
             self._token = self.process.token
         else:
             self._url, self._token = config.url, _token_of_another_server(config.url)
-        # No connection is kept: the server closes it after an error, and the next request would find it dead.
-        once = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S, limits=once)
-        self._push = _make_push(setup, config, run_path)
+        self._http = http_client(self.url, self._token)
         self._whole = False
         if self.process is not None:
             self.process.await_ready()
@@ -240,6 +239,13 @@ class ServerEngine:
         return reply.json()
 
 
+def http_client(url: str, token: str) -> httpx.Client:
+    """Return what asks a server for everything but completions, which are streamed."""
+    # No connection is kept: the server closes it after an error, and the next request would find it dead.
+    once = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(headers=bearer(token), timeout=RPC_LIMIT_S, limits=once, trust_env=may_take_proxy(url))
+
+
 def _token_of_another_server(url: str) -> str:
     if TOKEN_VARIABLE not in os.environ:
         raise EngineError(f"rollout.vllm.url = {url!r}, but {TOKEN_VARIABLE} is not set; set it to the token that "
@@ -250,6 +256,6 @@ def _token_of_another_server(url: str) -> str:
 def _make_push(setup: VllmSetup, config: VllmConfig, run_path: Path) -> Push:
     own = config.url is None
     if config.transport == "file" or (own and config.transport == "auto"):
-        return FilePush(None if own else run_path / "pushed")
+        return FilePush(None if own else shared_folder(run_path))
     url = "http://127.0.0.1" if own else config.url
     return BroadcastPush(url, setup.tensor_parallel, "nccl" if setup.on_gpu else "gloo")

@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from or1.dist import World
 from or1.model import named_weights
-from or1.rollout.vllm_process import bearer
-from or1.rollout.vllm_server import RPC_LIMIT_S, ServerEngine
+from or1.rollout.vllm_server import ServerEngine, http_client
 from or1.rollout.vllm_setup import VllmSetup
 
 if TYPE_CHECKING:
@@ -52,8 +49,7 @@ class FollowingEngine(ServerEngine):
         self._world, self._setup, self._model, self._tokenizer = world, setup, model, tokenizer
         self.process = None
         self.update_weights(0)
-        once = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(headers=bearer(self._token), timeout=RPC_LIMIT_S, limits=once)
+        self._http = http_client(self.url, self._token)
 
     def update_weights(self, version: int) -> None:
         """See `Engine.update_weights`. Collective."""

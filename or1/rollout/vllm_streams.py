@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from or1.rollout.base import Slot
-from or1.rollout.vllm_process import bearer
+from or1.rollout.vllm_process import bearer, may_take_proxy
 
 CONNECT_S = 30.0
 
@@ -71,7 +71,8 @@ class Streams:
     async def _all(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=CONNECT_S)
-        async with httpx.AsyncClient(headers=bearer(self._token), limits=limits, timeout=timeout) as client:
+        options = {"limits": limits, "timeout": timeout, "trust_env": may_take_proxy(self._url)}
+        async with httpx.AsyncClient(headers=bearer(self._token), **options) as client:
             await asyncio.gather(*(self._one(client, slots, body) for slots, body in self._bodies))
 
     async def _one(self, client: httpx.AsyncClient, slots: list[Slot], body: dict[str, Any]) -> None:

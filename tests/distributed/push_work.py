@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -46,8 +47,10 @@ class Loopback:
 
     token = "none"
 
-    def __init__(self, *_: Any):
+    def __init__(self, setup: VllmSetup, devices: str | None, log: Path, weights: Path | None):
         self.starts = 0
+        # As in the server's own environment.
+        os.environ[vllm_worker.WEIGHTS_VARIABLE] = str(weights)
 
     def start(self) -> None:
         self.starts += 1

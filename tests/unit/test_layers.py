@@ -11,7 +11,7 @@ import pytest
 LAYERS = {
     "or1": 0,
     "or1.types": 1, "or1.config": 1, "or1.config_load": 1, "or1.humanize": 1, "or1.records": 1,
-    "or1.reward_terms": 1,
+    "or1.reward_terms": 1, "or1.terminal": 1,
     "or1.advantage": 2, "or1.filters": 2, "or1.entropy": 2, "or1.stages": 2, "or1.balance": 2, "or1.pack": 2,
     "or1.faults": 2, "or1.engine_logp": 2, "or1.wire": 2, "or1.survival": 2,
     "or1.dist": 3, "or1.fsdp": 3, "or1.sequence_parallel": 3, "or1.checkpoint_writer": 3, "or1.watchdog": 4,
@@ -33,7 +33,7 @@ LAYERS = {
 }  # fmt: skip
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
 NO_TORCH = {"or1", "or1.types", "or1.files", "or1.config", "or1.config.rules", "or1.config_load", "or1.cli",
-            "or1.__main__", "or1.reward.worker"}
+            "or1.terminal", "or1.__main__", "or1.reward.worker"}
 
 
 def modules(root: Path) -> dict[str, Path]:

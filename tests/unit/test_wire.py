@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
-from or1 import wire
+from or1 import types, wire
 from or1.types import Group, Prompt, Response, Score, Status
 
 
@@ -37,3 +39,26 @@ def test_a_group_comes_back_bit_for_bit() -> None:
 def test_what_could_not_come_back_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="cannot travel"):
         wire.dumps((1, value))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{"enum": "__delattr__", "value": "Score"}, {"enum": "Score", "value": "ok"}, {"type": "Status", "value": "ok"},
+     {"type": "np"}, {"type": "dataclass", "cls": None}, {"type": "field", "default": 1}, {"type": ["Score"]},
+     {"enum": "StrEnum", "value": "x"}, {"type": "Score"}, {"array": "0", "more": 1}, {"array": "none"}, {"dict": [1]},
+     {"other": 1}, {}, {"array": "tree"}],
+)  # fmt: skip
+def test_what_dumps_never_writes_is_refused_and_changes_nothing(tree: object) -> None:
+    before = dict(vars(types))
+    data = save({"tree": np.frombuffer(json.dumps([tree]).encode(), np.uint8), "0": np.zeros(1)})
+    with pytest.raises(wire.WireError, match="run the same or1 on every rank"):
+        wire.loads(data)
+    assert dict(vars(types)) == before
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[" * 100_000, b"9" * 5000, b"\xff"])
+def test_bytes_that_are_no_tree_are_one_error(text: bytes) -> None:
+    with pytest.raises(wire.WireError):
+        wire.loads(save({"tree": np.frombuffer(text, np.uint8)}))
+    with pytest.raises(wire.WireError):
+        wire.loads(text)

@@ -1,0 +1,100 @@
+"""A key is for the server that it was meant for: no redirect and no proxy takes it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from or1.config import EndpointConfig, VllmConfig
+from or1.rollout.endpoint import EndpointEngine, EndpointError
+
+KEY = "sk-secret"
+
+
+@contextmanager
+def server(answer: Callable[[str], tuple[int, dict[str, str], Any]]) -> Iterator[tuple[str, list]]:
+    """A server that gives `answer(path)`: status, headers, body. Yields its address and the (path, key) it was sent."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization")))
+            status, headers, body = answer(self.path)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", seen
+        running.shutdown()
+
+
+MODELS = (200, {}, {"data": [{"id": "m"}]})
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_never_follows_a_redirect_to_another_server(status: int) -> None:
+    with (
+        server(lambda _: MODELS) as (other, given),
+        server(lambda path: (status, {"Location": f"{other}{path}"}, b"")) as (url, asked),
+        pytest.raises(EndpointError, match=rf"redirects to {other}/models, another server.*set endpoint.url"),
+    ):
+        EndpointEngine(EndpointConfig(url=url, retries=3))
+    assert given == [] and asked == [("/models", f"Bearer {KEY}")], "asked once, since no retry would change it"
+
+
+@pytest.mark.parametrize("change", ["host", "scheme"])
+def test_another_name_or_scheme_is_another_server(change: str) -> None:
+    def answer(path: str) -> tuple[int, dict[str, str], Any]:
+        return 302, {"Location": elsewhere + path}, b""
+
+    with server(answer) as (url, _):
+        elsewhere = url.replace("127.0.0.1", "localhost") if change == "host" else url.replace("http:", "https:")
+        with pytest.raises(EndpointError, match="another server"):
+            EndpointEngine(EndpointConfig(url=url, retries=0))
+
+
+def test_a_redirect_within_the_server_is_followed() -> None:
+    def answer(path: str) -> tuple[int, dict[str, str], Any]:
+        return MODELS if path == "/v2/models" else (302, {"Location": "/v2/models"}, b"")
+
+    with server(answer) as (url, seen):
+        assert EndpointEngine(EndpointConfig(url=url)).model == "m"
+    assert seen == [("/models", f"Bearer {KEY}"), ("/v2/models", f"Bearer {KEY}")]
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"9" * 5000])
+def test_an_answer_that_no_parser_reads_is_an_error_with_a_remedy(body: bytes) -> None:
+    with server(lambda _: (200, {}, body)) as (url, _), pytest.raises(EndpointError, match="look at the server"):
+        EndpointEngine(EndpointConfig(url=url, retries=0))
+
+
+@pytest.mark.parametrize("url", ["http://node:8000", "https://node:8000", "https://node"])
+def test_a_vllm_server_may_stand_behind_tls(url: str) -> None:
+    assert VllmConfig(placement="server", url=url).url == url
+
+
+@pytest.mark.parametrize("url", ["ftp://node", "https://node/v1", "node:8000", "https://no de", "http://node:8000\n"])
+def test_other_addresses_of_a_vllm_server_are_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="url"):
+        VllmConfig(placement="server", url=url)
