@@ -253,7 +253,8 @@ def _trend(values: Sequence[float], row: _Row) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `print_summary` shows after a run. `phase_s` holds seconds, `counts` what went wrong by name."""
+    """What `print_summary` shows after a run. `phase_s` holds seconds, `counts` what went wrong by name, `remark` what
+    a person must know first."""
 
     evals: tuple[EvalHistory, ...]
     steps_done: int
@@ -264,6 +265,7 @@ class Summary:
     counts: Mapping[str, int] = field(default_factory=dict)
     report_path: str | None = None
     weights_path: str | None = None
+    remark: str = ""
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -274,6 +276,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     done = f"{summary.steps_done} of {summary.total_steps} steps in {duration(summary.wall_s)}"
     head = "Run finished" if summary.steps_done >= summary.total_steps else "Run stopped"
     console.print(Text(f"\n{head}: {done}", style="bold"), soft_wrap=True)
+    if summary.remark:
+        console.print(_safe(summary.remark, console, "bold red"), soft_wrap=True)
     width = max((len(f"{history.name} avg@{history.k}") for history in summary.evals), default=0)
     for history in summary.evals:
         console.print(_eval_line(history, width, console), soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 
 from or1.config import Config
 from or1.display import Summary
+from or1.empty_steps import nothing_trained
 from or1.metrics import read_metrics
 from or1.records import PHASES, eval_histories, number, other_seconds, step_seconds
 from or1.run_state import TrainState
@@ -47,4 +48,5 @@ def summarise(
         counts=counts,
         report_path=report,
         weights_path=weights,
+        remark=nothing_trained(records),
     )

@@ -61,9 +61,8 @@ def live(pipe: socket.socket, worker: int, output: int | None, work: Work) -> No
     try:
         die_with(worker)
         _print_to(output)
-        _grade_jobs(pipe, own, work)
-        code = 0
-    except (EOFError, OSError):
+        with contextlib.suppress(EOFError, OSError):
+            _grade_jobs(pipe, own, work)
         code = 0
     finally:
         if code and os.getpid() == own:
@@ -110,9 +109,11 @@ def _print_to(output: int | None) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    # New ones: a stream that was opened on a file does not get along with the pipe that takes its descriptor.
+    sys.stdout, sys.stderr = (
+        open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        for descriptor in (1, 2)
+    )
 
 
 def _prepared(prepare: Callable[[], Any]) -> tuple[bool, bytes]:
