@@ -53,12 +53,16 @@ class OutputLog:
                 elif not self._full:
                     self._take(data)
 
-    def close(self) -> None:
-        """Take over the rest, an unfinished line included, and close the pipe, whoever else still holds its end."""
+    def end_line(self) -> None:
+        """Take over all that has been written, an unfinished line as a whole one: a job's text ends with the job."""
         self.drain()
         if self._rest:
             self._append(self._rest + b"\n")
             self._rest = b""
+
+    def close(self) -> None:
+        """Take over the rest and close the pipe, whoever else still holds its end."""
+        self.end_line()
         if self._read is not None:
             os.close(self._read)
             self._read = None

@@ -158,7 +158,7 @@ class _Children:
         if said[:1] == OVER:
             self.end()
         elif self._log is not None:
-            self._log.drain()
+            self._log.end_line()
         return said[1:]
 
     def _fork(self) -> tuple[str, bytes]:
@@ -264,10 +264,10 @@ def _reply_in(got: bytearray, number: bytes) -> bytes | None:
     """The reply under `number` if all of it has come. Raises _ChildLost for anything else."""
     if len(got) < 4:
         return None
-    size = int.from_bytes(got[:4], "big")
-    if size <= _MAX_REPLY and len(got) < 4 + size:
+    size, found = int.from_bytes(got[:4], "big"), bytes(got[4 : 4 + NUMBER_BYTES])
+    if size <= _MAX_REPLY and len(got) < 4 + size and number.startswith(found):
         return None
-    if len(got) != 4 + size or got[4 : 4 + NUMBER_BYTES] != number:
+    if len(got) != 4 + size or found != number:
         raise _ChildLost("crash", "wrote into the pipe on which its process replies, so no reply of it is taken; leave "
                          "descriptors alone that the function did not open")
     return bytes(got[4 + NUMBER_BYTES :])
