@@ -41,14 +41,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _free_mib() -> int | None:
+def _free_mib(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the machine has free, or the container if its limit is lower; None where neither is told."""
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) >> 10 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(limit - used, 0) >> 20)
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files count as used, and are given back when memory is needed.
+        files = int(counts["active_file"]) + int(counts["inactive_file"])
+        found.append(max(limit - used + files, 0) >> 20)
     return min(found, default=None)

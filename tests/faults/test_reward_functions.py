@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from or1.reward import output, pool
+from or1.reward import capacity, output, pool
 from or1.reward.base import RewardFunctionError, ScorerError
 from or1.reward.capacity import WORKER_MIB, WORKERS_PER_CORE, check_workers
 from or1.reward.child import MAX_CAUSE
@@ -512,3 +512,12 @@ def test_more_workers_than_the_machine_can_hold_are_refused_with_a_number_that_f
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ScorerError, match=r"in each of 4 ranks: too many .* at most 16"):
         check_workers(17, cores=2)
+
+
+def test_the_memory_of_a_container_counts_without_its_cache_of_files(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{95 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\nactive_file {30 << 20}\ninactive_file {15 << 20}\n")
+    assert capacity._free_mib(tmp_path) == 50
+    (tmp_path / "memory.max").write_text("max\n")
+    assert capacity._free_mib(tmp_path) != 50
