@@ -27,6 +27,7 @@ from or1.offline.tables import print_evaluation
 from or1.offline.target import Target
 from or1.reward import make_scorer
 from or1.reward.base import Scorer
+from or1.reward.scorers import remarks_of
 from or1.reward_terms import is_graded, is_solved
 from or1.rollout.base import Sampling
 from or1.run_state import checkpoints_of
@@ -57,7 +58,10 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
         for line in (line for found in loaded.values() for report in found.reports for line in report.lines()):
             bar.message(line)
         problems = {each.name: loaded[each.name].prompts[: each.limit] for each in config.eval.sets}
-        with make_scorer(config.reward, chain.from_iterable(problems.values())) as scorer:
+        out.mkdir(parents=True, exist_ok=True)
+        with make_scorer(config.reward, chain.from_iterable(problems.values()), out) as scorer:
+            for remark in remarks_of(scorer, out):
+                bar.message(remark)
             outcomes = {
                 each.name: _evaluate(config, each, problems[each.name], (source, scorer), (out, bar))
                 for each in config.eval.sets

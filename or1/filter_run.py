@@ -19,6 +19,7 @@ from or1.offline.source import open_source
 from or1.offline.store import PartStore, move_aside
 from or1.offline.tables import print_difficulty
 from or1.reward import make_scorer
+from or1.reward.scorers import remarks_of
 from or1.rollout.base import Sampling
 from or1.types import Group, Status
 
@@ -66,7 +67,9 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
         def progress(done: int, total: int) -> None:
             bar.show("filter", done, total)
 
-        with make_scorer(config.reward, prompts) as scorer:
+        with make_scorer(config.reward, prompts, out.parent) as scorer:
+            for remark in remarks_of(scorer, out.parent):
+                bar.message(remark)
             there = sample_parts(source.engine, scorer, prompts, sampling, store, rows_of=_rows, progress=progress)
         if line := there_already("filter", there, len(prompts) * settings.samples):
             bar.message(line)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan
 from or1.humanize import visible
+from or1.reward.output import LOG_NAME
 from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
 
 if TYPE_CHECKING:
+    from or1.data import RunData
     from or1.dist import World
     from or1.rank_display import RankDisplay
     from or1.trainer import Trainer
@@ -74,18 +78,24 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
         print(visible(f"would resume after step {steps[-1]}"
                       + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
-    _try_reward_function(config)
+    _try_rewards(config, data, lambda line: print(visible(line)))
 
 
-def _try_reward_function(config: Config) -> None:
-    """Load a function of the user's own once, before minutes go into a model; other rewards are known to be there.
+def _try_rewards(config: Config, data: RunData, tell: Callable[[str], None]) -> None:
+    """Find what is wrong with the workers or a function of the user's own before minutes go into a model.
 
-    Raises RewardFunctionError.
+    The function is loaded once and not called: a call may cost money or depend on what it was given before. Raises
+    ScorerError, RewardFunctionError.
     """
-    if config.reward.is_function:
-        from or1.reward import make_scorer
+    from or1.reward import make_scorer
+    from or1.reward.capacity import check_workers
 
-        make_scorer(config.reward.model_copy(update={"workers": 1})).close()
+    check_workers(config.reward.workers)
+    if config.reward.is_function:
+        prompts = chain(data.prompts, *data.eval_prompts.values())
+        with make_scorer(config.reward.model_copy(update={"workers": 1}), prompts) as scorer:
+            for remark in scorer.remarks:
+                tell(remark)
 
 
 def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
@@ -119,8 +129,11 @@ def _train(
 
     for message in messages:
         display.message(message)
-    _try_reward_function(config)
-    trainer = Trainer(config, display, world, lambda: stop.requested)
+    trainer = Trainer(
+        config, display, world, lambda: stop.requested, check=lambda data: _try_rewards(config, data, display.message)
+    )
+    if config.reward.is_function:
+        display.message(f"what the reward function prints goes to {config.run_path / LOG_NAME}")
     for line in trainer.data.lines():
         display.message(line)
     finished = trainer.run()

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Sections that steer what is watched and kept, where the engine runs, and how the ranks share the work.
-_FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_every")
+# What steers what is watched and kept, where the engine runs, how the ranks share the work, and what graders may take.
+_FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_every", "reward.workers",
+         "reward.memory_mib")  # fmt: skip
 # How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
 _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
 _STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from or1.config import Config
+from or1.empty_steps import nothing_trained
 from or1.metrics import read_metrics
 from or1.records import PHASES, Course, Record, eval_histories, number, other_seconds, sampled, step_seconds
 from or1.reward_terms import NO_THINK_CLOSE, graded_run, no_think_close
@@ -53,6 +54,7 @@ def summarise(
         weights_path=weights,
         graded=graded_run(records),
         reward=_training_reward(records),
+        remark=nothing_trained(records),
     )
 
 

@@ -24,6 +24,7 @@ class Summary:
 
     graded  see `or1.reward_terms`
     reward  mean training reward over the steps that recorded one; None if no step did
+    remark  what a person must know first; empty if nothing
     """
 
     evals: tuple[EvalHistory, ...]
@@ -37,6 +38,7 @@ class Summary:
     weights_path: str | None = None
     graded: bool = False
     reward: Course | None = None
+    remark: str = ""
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -47,6 +49,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     done = f"{summary.steps_done} of {summary.total_steps} steps in {duration(summary.wall_s)}"
     head = "Run finished" if summary.steps_done >= summary.total_steps else "Run stopped"
     console.print(Text(f"\n{head}: {done}", style="bold"), soft_wrap=True)
+    if summary.remark:
+        console.print(safe(summary.remark, console, "bold red"), soft_wrap=True)
     courses = [course for history in summary.evals for course in history.courses(summary.graded)]
     reward = [] if summary.reward is None else [summary.reward]
     width = max((len(course.label) for course in courses + reward), default=0)

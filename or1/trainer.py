@@ -29,8 +29,9 @@ from or1.budget import Budget
 from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
-from or1.data import Sampler, load_run_data
+from or1.data import RunData, Sampler, load_run_data
 from or1.dist import SINGLE, World
+from or1.empty_steps import note_step
 from or1.engine_logp import is_known, unknown_tokens
 from or1.evaluate import evaluate_set
 from or1.feed import RolloutFeed, step_seed
@@ -70,11 +71,14 @@ class Trainer:
         world: World = SINGLE,
         stop: Callable[[], bool] = lambda: False,
         resume: int | None = None,
+        check: Callable[[RunData], None] = lambda data: None,
     ):
-        """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest."""
+        """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest.
+        `check` sees the data before the model is loaded."""
         self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
         self.data = load_run_data(config, self.tokenizer)
+        check(self.data)
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()
         self.reference = self._load_reference()
@@ -101,7 +105,7 @@ class Trainer:
             closing(self.engine),
             closing(self.feed),
             self._metrics() as writer,
-            make_scorer(self.config.reward, self._all_prompts()) as self.scorer,
+            make_scorer(self.config.reward, self._all_prompts(), self.config.run_path) as self.scorer,
         ):
             if self.state.step == 0:
                 self._report(writer, 0, self.evaluate())
@@ -195,7 +199,8 @@ class Trainer:
             if warning := self.state.watch.note(number, entropy, self.config, stage):
                 self.state.totals["entropy_alarms"] += 1
                 self.display.message(warning)
-        self.state.totals["empty_steps"] += not chosen.kept
+        if said := note_step(self.state.totals, rollout.groups, bool(chosen.kept), self.config):
+            self.display.message(f"step {number}: {said}")
         trained = time.perf_counter()
 
         self.feed.settle()

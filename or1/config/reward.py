@@ -37,8 +37,11 @@ class RewardConfig(Section):
     counts as solved, in accuracy and pass@k, from a reward of 1 on."""
     timeout_s: float = Field(5.0, gt=0)
     """Limit for grading one response in math or by your function; then it counts as a timeout."""
-    workers: int = Field(2, ge=1)
+    workers: int = Field(2, ge=1, le=1024)
     """Processes of each verifier in use: responses graded at once."""
+    memory_mib: int = Field(8192, ge=0)
+    """Memory that one process of a function of your own can fill, what it imports included; 0: no limit. More is a
+    crash of that response."""
     require_think_close: bool = False
     """Score a response without `</think>` as truncated (0) instead of grading all of it."""
     grade_truncated: bool | None = None

@@ -93,8 +93,8 @@ def _row(result: EvalResult, name: str, graded: bool, unclosed: bool) -> list[st
     failed = [result.statuses.get(status.value, 0) for status in (Status.TIMEOUT, Status.CRASH)]
     none = result.statuses.get(Status.NO_ANSWER.value, 0)
     reward, no_close = [_reward(result.reward)] * graded, [f"{100 * result.unclosed:.1f} %"] * unclosed
-    return [Text(visible(name)), f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples), f"{result.length:,.0f}",
-            f"{100 * result.truncated:.1f} %", *no_close, f"{100 * none / total:.1f} %",
+    return [Text(visible(name)), f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples),
+            f"{result.length:,.0f}", f"{100 * result.truncated:.1f} %", *no_close, f"{100 * none / total:.1f} %",
             ", ".join(map(str, failed)) if any(failed) else "-"]  # fmt: skip
 
 

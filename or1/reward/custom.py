@@ -32,9 +32,14 @@ from or1.types import Score, Status
 Job = Mapping[str, Any]
 
 
-def begin(options: Mapping[str, Any]) -> None:
-    """Load the function options["path"] for `grade_job`. Raises RewardFunctionError."""
+MAX_REWARD = 1e30
+"""Of a size beyond this the deviation of a group would overflow, and nothing would be trained without a word."""
+
+
+def begin(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the function options["path"] for `grade_job`; returns what it needs. Raises RewardFunctionError."""
     _loaded[:] = [load(options["path"])]
+    return needs_of(*_loaded[0])
 
 
 def grade_job(job: Job) -> Score:
@@ -44,7 +49,30 @@ def grade_job(job: Job) -> Score:
     result = function(**_accepted(function, arguments))
     if inspect.isawaitable(result):
         result = asyncio.run(_awaited(result))
-    return _score(result)
+    return _score(result, form)
+
+
+def needs_of(function: Callable[..., Any], form: str) -> dict[str, Any]:
+    """Return what a function must be given beside what its form gives: its name, form and `columns` of the rows.
+
+    Raises RewardFunctionError for a parameter that its form never gives.
+    """
+    name = getattr(function, "__name__", str(function))
+    required = [p for p in inspect.signature(function).parameters.values()
+                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+    if unnamed := [p.name for p in required if p.kind is p.POSITIONAL_ONLY]:
+        raise RewardFunctionError(f"{name}() takes {', '.join(unnamed)} by position only; remove the / from its "
+                                  "parameters, which are given by name")
+    nothing = {"row": {}, "source": "", "prompt": "", "prompt_ids": [], "golds": [], "completion": "",
+               "completion_ids": []}  # fmt: skip
+    given = _ARGUMENTS[form](nothing)
+    missing = [p.name for p in required if p.name not in given]
+    # These are in the data, and the form has its own use for them.
+    never = [each for each in missing if form not in _WITH_COLUMNS or each not in _columns({"row": {each: None}})]
+    if never:
+        raise RewardFunctionError(f"{name}() needs {', '.join(map(repr, never))}, which its form ({form}) does not "
+                                  f"give; it gives {', '.join(given)}. Give the parameter a default, or rename it")
+    return {"name": name, "form": form, "columns": missing}
 
 
 def load(path: str) -> tuple[Callable[..., Any], str]:
@@ -88,6 +116,8 @@ def form_of(function: Callable[..., Any]) -> str:
 
 
 _loaded: list[tuple[Callable[..., Any], str]] = []
+_WITH_COLUMNS = ("trl", "areal")
+_BATCHES = ("trl", "verl_batch", "openrlhf")
 _SIGNS = (
     ("areal", {"prompt", "completions"}),
     ("trl", {"completions"}),
@@ -249,30 +279,40 @@ _ARGUMENTS: dict[str, Callable[[Job], dict[str, Any]]] = {
 # --- results
 
 
-def _score(result: Any) -> Score:
-    reward = _reward(result)
+def _score(result: Any, form: str) -> Score:
+    reward = _reward(result, form in _BATCHES)
     if reward is None:
         return Score(math.nan, Status.SKIPPED)
     if not math.isfinite(reward):
         raise ValueError(f"the reward is {reward}; return a finite number, or None for none")
+    if abs(reward) > MAX_REWARD:
+        raise ValueError(f"the reward is {reward:g}, larger than {MAX_REWARD:g}; return a number of ordinary size")
     return Score(reward, Status.OK if reward > 0 else Status.WRONG)
 
 
-def _reward(result: Any) -> float | None:
-    """The number in what a function returned: itself, `score` or `rewards` of an object, or the first of a list."""
+def _reward(result: Any, batch: bool) -> float | None:
+    """The number in what a function returned: itself, `score` or `rewards` of an object, or the one of a list.
+
+    batch  a tuple is a list of rewards too; else it is verl's pair of a reward and what explains it
+    """
     if isinstance(result, Mapping):
         key = next((k for k in ("score", "rewards", "reward", "scores") if k in result), None)
         if key is None:
             raise ValueError(f"the function returned {sorted(map(str, result))}; it must have 'score' or 'rewards'")
-        return _reward(result[key])
+        return _reward(result[key], batch)
     if hasattr(result, "tolist"):
         result = result.tolist()
     if isinstance(result, list | tuple):
         if not result:
             raise ValueError("the function returned no reward for its one response")
-        return _reward(result[0])
+        if len(result) > 1 and (batch or isinstance(result, list)):
+            raise ValueError(f"the function returned {len(result)} rewards for 1 response; return one for each")
+        return _reward(result[0], False)
     if result is None or isinstance(result, float):
         return result
+    if isinstance(result, int) and abs(result) > MAX_REWARD:
+        raise ValueError(f"the reward is a number of {result.bit_length()} bits, larger than {MAX_REWARD:g}; return a "
+                         "number of ordinary size")
     if isinstance(result, bool | int):
         return float(result)
     raise ValueError(f"the function returned a {type(result).__name__}, not a number")

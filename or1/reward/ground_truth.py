@@ -293,7 +293,9 @@ def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
     return _asserts(truth, script, setup, entry_point=entry_point)
 
 
-def _asserts(truth: Mapping[str, Any], script: str, setup: str, *, entry_point: str, prelude: bool = False) -> CodeTests:
+def _asserts(
+    truth: Mapping[str, Any], script: str, setup: str, *, entry_point: str, prelude: bool = False
+) -> CodeTests:
     """Tests of a script whose names under test the row decides, not the program."""
     texts = [truth.get(key) for key in ("code", "canonical_solution", "prompt")]
     code, solution, question = (text if isinstance(text, str) else "" for text in texts)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from or1.humanize import visible
 from or1.reward.base import RewardFunctionError, ScorerError
-from or1.reward.worker import READY
+from or1.reward.child import NUMBER_BYTES
+from or1.reward.processes import kill_descendants
+from or1.reward.worker import READY, WAIT
 from or1.types import Score, Status
 
 START_LIMIT_S = 120.0
@@ -35,6 +39,14 @@ GRACE_S = 10.0
 
 _log = logging.getLogger(__name__)
 _LOGGED_CRASHES = 5
+_SHOWN_CAUSE = 2000
+# What the maths verifier may need to find programs, libraries, folders and its language, and no token of the user's.
+_PLAIN = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8",
+    "PYTHONIOENCODING", "PYTHONCOERCECLOCALE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONNOUSERSITE",
+    "PYTHONUSERBASE",
+)  # fmt: skip
 
 
 class WorkerPool:
@@ -45,12 +57,16 @@ class WorkerPool:
                         forked child before its first job; neither is charged to a job
     workers             processes
     options             for `begin`; plain JSON
-    memory_limit_bytes  address space of a child; 0 is no limit
+    memory_limit_bytes  of a child; 0 is no limit
+    memory_kind         what is limited: AS, the address space, or DATA, the memory that a process can fill. Libraries
+                        for GPUs reserve far more addresses than memory
     memo_size           scores remembered, those of timeouts and crashes excepted; equal jobs that wait together are
                         then graded once. 0 grades every job
     unscored_faults     a job that times out or crashes has no reward (NaN) instead of 0
+    log                 file for what graders print; None: only their errors are shown, in the terminal
+    plain_environment   keep variables that may hold tokens from the workers
 
-    Raises ScorerError if a worker cannot start, RewardFunctionError if `begin` fails.
+    `about` is what `begin` returned. Raises ScorerError if a worker cannot start, RewardFunctionError if `begin` fails.
     """
 
     def __init__(
@@ -60,8 +76,11 @@ class WorkerPool:
         workers: int,
         options: Mapping[str, Any] | None = None,
         memory_limit_bytes: int = 0,
+        memory_kind: str = "AS",
         memo_size: int = 0,
         unscored_faults: bool = False,
+        log: str | os.PathLike[str] | None = None,
+        plain_environment: bool = False,
     ):
         self._memo_size, self._fault_reward = memo_size, math.nan if unscored_faults else 0.0
         self._lock = threading.Lock()
@@ -70,14 +89,16 @@ class WorkerPool:
         self._jobs: queue.SimpleQueue[tuple[bytes, float, str, Future[Score]] | None] = queue.SimpleQueue()
         self._closed = False
         self._crashes = 0
-        arguments = [grader, json.dumps(dict(options or {})), str(memory_limit_bytes)]
-        self._workers = [_Worker(arguments) for _ in range(workers)]
+        place = "" if log is None else os.path.abspath(log)
+        arguments = [grader, json.dumps(dict(options or {})), f"{memory_limit_bytes} {memory_kind}", place]
+        self._workers = [_Worker(arguments, plain_environment) for _ in range(workers)]
+        self.about: Any = None
         self._threads: list[threading.Thread] = []
         try:
             for worker in self._workers:
                 worker.launch()
             for worker in self._workers:
-                worker.await_ready()
+                self.about = worker.await_ready()
         except ScorerError:
             self.close()
             raise
@@ -150,20 +171,22 @@ class WorkerPool:
             self._crashes += score.status is Status.CRASH
             report = score.status is Status.CRASH and self._crashes <= _LOGGED_CRASHES and not self._closed
         if report:
-            _log.warning("grading %.300s crashed: %s", name or message.decode(), score.cause)
+            _log.warning("grading %.300s crashed: %.*s", visible(name or message.decode()), _SHOWN_CAUSE, score.cause)
         future.set_result(score)
 
 
 class _Worker:
     """One `or1.reward.worker` process and the socket to it. Used by one thread, except for `kill`."""
 
-    def __init__(self, arguments: list[str]):
-        self._arguments = arguments
+    def __init__(self, arguments: list[str], plain_environment: bool):
+        self._arguments, self._plain_environment = arguments, plain_environment
         self._process: subprocess.Popen | None = None
         self._socket: Connection | None = None
 
     def launch(self) -> None:
         """Start the process, which takes about a second to be ready. Raises ScorerError if it cannot be started."""
+        if self._socket is not None:
+            self._socket.close()
         self._socket, theirs = Pipe()
         command = [sys.executable, "-P", "-m", "or1.reward.worker"]
         command += [str(theirs.fileno()), *self._arguments]
@@ -174,25 +197,27 @@ class _Worker:
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_worker_environment(),
+                env=_worker_environment(self._plain_environment),
             )
         except OSError as error:
             raise ScorerError(f"reward worker cannot be started ({error}): {' '.join(command)}") from error
         finally:
             theirs.close()
 
-    def await_ready(self) -> None:
-        """Wait until the process takes jobs.
+    def await_ready(self) -> Any:
+        """Wait until the process takes jobs; returns what `begin` told.
 
         Raises ScorerError if it ends before or takes over START_LIMIT_S, RewardFunctionError with what `begin` raised.
         """
         try:
             if self._socket.poll(START_LIMIT_S):
-                if (said := self._socket.recv_bytes()) == READY:
-                    return
-                raise RewardFunctionError(f"reward.kind: {said.decode()}")
+                if (said := self._socket.recv_bytes()).startswith(READY):
+                    return json.loads(said.removeprefix(READY))
+                raise RewardFunctionError(f"reward.kind: {visible(said.decode())}")
             self.kill()
             fate = f"was not ready after {START_LIMIT_S:.0f} s"
+            if path := json.loads(self._arguments[1]).get("path"):
+                raise RewardFunctionError(f"reward.kind: {path} {fate}; its module must be imported in that time")
         except (EOFError, OSError):
             fate = f"ended with code {self._process.wait()} before it was ready"
         raise ScorerError(f"reward worker {fate}; its own message stands above. `{sys.executable} -c "
@@ -200,36 +225,61 @@ class _Worker:
 
     def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
         """Status and reward of one job, and the cause of a crash. Replaces a dead worker first; never raises."""
+        number = secrets.token_bytes(NUMBER_BYTES)
         try:
-            if self._process.poll() is not None:
+            if self._has_ended():
+                self.kill()
                 self.launch()
                 self.await_ready()
-            self._socket.send_bytes(str(limit_s).encode() + b" " + message)
-            if not self._socket.poll(limit_s + GRACE_S):
-                self.kill()
-                return Status.TIMEOUT, None, ""
-            status, reward, cause = json.loads(self._socket.recv_bytes())
-            return Status(status), reward, cause
-        except (EOFError, OSError, ValueError) as error:  # ValueError: half a reply
+            self._socket.send_bytes(number + str(limit_s).encode() + b" " + message)
+            said, patience_s = number + WAIT, limit_s + GRACE_S
+            while said == number + WAIT:
+                if not self._socket.poll(patience_s):
+                    self.kill()
+                    return Status.TIMEOUT, None, ""
+                said, patience_s = self._socket.recv_bytes(), START_LIMIT_S + limit_s + GRACE_S
+            if not said.startswith(number):
+                raise ValueError("a reply to another job")
+            status, reward, cause = json.loads(said.removeprefix(number))
+            return Status(status), reward, visible(cause)
+        except (EOFError, OSError, ValueError, TypeError) as error:  # the last two: half a reply, or none to this job
             self.kill()
             return Status.CRASH, None, f"the worker died ({type(error).__name__})"
         except ScorerError as error:
             return Status.CRASH, None, str(error)
 
     def kill(self) -> None:
-        """Kill the process and its child, if they live."""
+        """Kill the process and all that it started, if they live."""
         process = self._process
-        if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended just now
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process is None or process.returncode is not None:
+            return
+        # Those in other sessions first: once the worker is gone nobody knows whose they were.
+        killed = kill_descendants(process.pid)
+        # A dead worker that has not been waited for still holds its number, so the group cannot be another's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended just now
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pid in killed:
+            # Where this process is the first of a container, orphans are its own to reap.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    def _has_ended(self) -> bool:
+        if self._process.returncode is not None:
+            return True
+        if not hasattr(os, "waitid"):
+            return self._process.poll() is not None
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return self._process.poll() is not None
 
 
-def _worker_environment() -> dict[str, str]:
+def _worker_environment(plain: bool) -> dict[str, str]:
     """The trainer's import path, and one thread per library: a worker must be single-threaded to fork."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return os.environ | threads | {"PYTHONPATH": path}
+    kept = {n: v for n, v in os.environ.items() if not plain or n in _PLAIN or n.startswith("LC_")}
+    return kept | threads | {"PYTHONPATH": path}
 
 
 def done(score: Score) -> Future[Score]:

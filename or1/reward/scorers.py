@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from typing import Self
 
 from or1.reward import math
-from or1.reward.base import Scorer
+from or1.reward.base import Scorer, ScorerError
 from or1.reward.code.extract import last_python_block
 from or1.reward.code.grade import CodeSettings
 from or1.reward.code.sandbox import START_LIMIT_S
+from or1.reward.columns import check_columns
+from or1.reward.output import LOG_NAME
 from or1.reward.pool import WorkerPool, done
 from or1.types import Prompt, Response, Score, Status
 
@@ -48,6 +52,7 @@ class MathScorer(_PoolScorer):
     require_think_close  a response without `</think>` is Status.TRUNCATED
     grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
     grader, memo_size    as for WorkerPool; a job is {"box", "golds"}
+    log                  as for WorkerPool
 
     Raises ScorerError if a worker cannot start.
     """
@@ -61,10 +66,14 @@ class MathScorer(_PoolScorer):
         grade_truncated: bool = False,
         grader: str = "or1.reward.math:equivalent_job",
         memo_size: int = 100_000,
+        log: str | os.PathLike[str] | None = None,
     ):
         self._timeout_s, self._require_think_close = timeout_s, require_think_close
         self._grade_truncated = grade_truncated
-        self._pool = WorkerPool(grader, workers=workers, memory_limit_bytes=MATH_MEMORY_BYTES, memo_size=memo_size)
+        self._pool = WorkerPool(
+            grader, workers=workers, memory_limit_bytes=MATH_MEMORY_BYTES, memo_size=memo_size, log=log,
+            plain_environment=True,
+        )  # fmt: skip
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`. Raises RuntimeError after `close`."""
@@ -84,16 +93,23 @@ class CodeScorer(_PoolScorer):
     settings             limits; `settings.sandbox` is what `find_sandbox` returned
     require_think_close  a response without `</think>` is Status.TRUNCATED
     grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
+    log                  as for WorkerPool
 
     Raises ScorerError if a worker cannot start.
     """
 
     def __init__(
-        self, *, workers: int, settings: CodeSettings, require_think_close: bool = False, grade_truncated: bool = False
+        self,
+        *,
+        workers: int,
+        settings: CodeSettings,
+        require_think_close: bool = False,
+        grade_truncated: bool = False,
+        log: str | os.PathLike[str] | None = None,
     ):
         self._settings, self._require_think_close = settings, require_think_close
         self._grade_truncated = grade_truncated
-        self._pool = WorkerPool("or1.reward.code.grade:grade_job", workers=workers)
+        self._pool = WorkerPool("or1.reward.code.grade:grade_job", workers=workers, log=log)
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`. Raises RuntimeError after `close`."""
@@ -118,17 +134,37 @@ class CustomScorer(_PoolScorer):
     workers          processes, each with the function loaded
     timeout_s        limit for one response; then Status.TIMEOUT
     grade_truncated  False: a response that was cut is Status.TRUNCATED, 0, without a call
+    memory_bytes     that one process can fill; 0 is no limit
+    prompts          what will be scored: their rows must have what the function needs
+    log              as for WorkerPool
 
     None from the function is Status.SKIPPED, an exception Status.CRASH; like a timeout these have no reward, so the
-    response is left out instead of being taught as wrong. Raises RewardFunctionError if the function cannot be loaded
-    or its signature is not recognised.
+    response is left out instead of being taught as wrong. `remarks` are warnings for a person. Raises
+    RewardFunctionError if the function cannot be loaded, its signature is not recognised, or no row has a column that
+    it needs.
     """
 
-    def __init__(self, path: str, *, workers: int, timeout_s: float, grade_truncated: bool = True):
+    def __init__(
+        self,
+        path: str,
+        *,
+        workers: int,
+        timeout_s: float,
+        grade_truncated: bool = True,
+        memory_bytes: int = 0,
+        prompts: Iterable[Prompt] = (),
+        log: str | os.PathLike[str] | None = None,
+    ):
         self._timeout_s, self._grade_truncated = timeout_s, grade_truncated
         self._pool = WorkerPool(
-            "or1.reward.custom:grade_job", workers=workers, options={"path": path}, unscored_faults=True
-        )
+            "or1.reward.custom:grade_job", workers=workers, options={"path": path}, unscored_faults=True, log=log,
+            memory_limit_bytes=memory_bytes, memory_kind="DATA",
+        )  # fmt: skip
+        try:
+            self.remarks = check_columns(self._pool.about, prompts)
+        except ScorerError:
+            self.close()
+            raise
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`."""
@@ -187,6 +223,13 @@ def _name(prompt: Prompt, answer: str) -> str:
     """What a person needs to find a response again: its prompt, and how it begins and ends."""
     shown = answer if len(answer) <= 2 * _SHOWN else f"{answer[:_SHOWN]} ... {answer[-_SHOWN:]}"
     return f"{prompt.id} {shown!r}"
+
+
+def remarks_of(scorer: Scorer, folder: Path) -> list[str]:
+    """Return what a person should know of a function of their own: its warnings, and where its prints go."""
+    if not isinstance(scorer, CustomScorer):
+        return []
+    return [*scorer.remarks, f"what the reward function prints goes to {folder / LOG_NAME}"]
 
 
 def kind_of(prompt: Prompt) -> str:

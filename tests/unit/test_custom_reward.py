@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import arguments
 
 from or1.advantage import group_advantages
 from or1.cli import main
 from or1.config import RewardConfig
 from or1.filters import has_advantage
 from or1.reward import custom, make_scorer
-from or1.reward.base import ScorerError, require_rewards
+from or1.reward.base import RewardFunctionError, ScorerError, require_rewards
+from or1.reward.output import LOG_NAME
 from or1.step_metrics import rollout_metrics
 from or1.types import Group, Prompt, Response, Score, Status
 
@@ -69,7 +72,22 @@ def orders(completions, **kwargs):
     if order == "raise": raise KeyError("apples")
     if order == "exit": os._exit(0)
     if order == "hang": time.sleep(99)
-    return [{"none": None, "nan": float("nan"), "text": "1", "list": [], "minus": -2.5}.get(order, 1.0)]
+    return {"two": [1.0, 0.0], "pair": (1.0, 0.0), "array": np.ones(2), "mapping": {"rewards": [1.0, 0.0]},
+            "inner": [[1.0, 0.0]], "huge": [1e200], "minus huge": [-1.7e308], "long": [10 ** 400],
+            "np": np.float32(0.5), "np1": np.array([0.5]), "pair in a list": [(0.5, "why")], "large": [1e30]}.get(
+            order, [{"none": None, "nan": float("nan"), "text": "1", "list": [], "minus": -2.5}.get(order, 1.0)])
+
+def needs_level(completions, level, hint, other=0, *, answer, **kwargs):
+    return [float(level[0])]
+
+def needs_more(solution_str, ground_truth, difficulty):
+    return 1.0
+
+def needs_prompt(prompt, prompts, completions, completion):
+    return 1.0
+
+def by_position(completions, answer, /):
+    return [1.0]
 """
 
 ROW = {
@@ -113,6 +131,9 @@ def test_other_results_are_numbers_too(functions: Path) -> None:
     assert grade(f"{functions}:verl_tuple", "x") == Score(0.25, Status.OK)
     assert grade(f"{functions}:orders", "minus") == Score(-2.5, Status.WRONG)
     assert grade(f"{functions}:orders", "none").status is Status.SKIPPED
+    for order in ("np", "np1", "pair in a list"):
+        assert grade(f"{functions}:orders", order) == Score(0.5, Status.OK)
+    assert grade(f"{functions}:orders", "large") == Score(1e30, Status.OK)
 
 
 def test_conversations_stay_conversations(functions: Path) -> None:
@@ -121,8 +142,14 @@ def test_conversations_stay_conversations(functions: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "message"), [("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward")]
-)
+    ("order", "message"),
+    [
+        ("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward"),
+        ("two", "returned 2 rewards for 1 response"), ("pair", "returned 2 rewards"), ("array", "returned 2 rewards"),
+        ("mapping", "returned 2 rewards for 1 response"), ("inner", "returned 2 rewards"),
+        ("huge", r"the reward is 1e\+200, larger than 1e\+30"), ("minus huge", "larger than"), ("long", "1329 bits"),
+    ],
+)  # fmt: skip
 def test_what_is_no_reward_is_an_error(order: str, message: str, functions: Path) -> None:
     with pytest.raises(ValueError, match=message):
         grade(f"{functions}:orders", order)
@@ -192,20 +219,93 @@ def test_cut_responses_go_to_the_function_unless_told_otherwise(
         ("{file}:absent", "has no function 'absent'; it has trl, trl_chat,"),
         ("no_such_module.at_all:f", "no module 'no_such_module'; install it"),
         ("{file.parent}/broken.py:f", "KeyError: 'pears' ({file.parent}/broken.py:2, in <module>)"),
+        ("{file.parent}/leaves.py:f", "SystemExit: 3 ({file.parent}/leaves.py:2, in <module>)"),
+        ("{file}:needs_level", "no row has 'level', 'hint', which needs_level() needs; rows have question, answer. "),
+        ("{file}:needs_more", "needs_more() needs 'difficulty', which its form (verl) does not give; it gives data_so"),
+        ("{file}:needs_prompt", "needs_prompt() needs 'prompts', 'completion', which its form (areal) does not give"),
+        ("{file}:by_position", "by_position() takes completions, answer by position only; remove the /"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_one_message_before_training(
-    kind: str, message: str, functions: Path, root: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, message: str, functions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (functions.parent / "broken.py").write_text("\n{}['pears']\n")
+    (functions.parent / "leaves.py").write_text("import sys\nsys.exit(3)\n")
     named = kind.format(file=functions)
-    command = ["train", str(root / "examples/quickstart.toml"), "--dry-run", "--set", f"reward.kind={named}",
-               "--set", "reward.require_think_close=false"]  # fmt: skip
-    model, data = root / "examples/tiny-adder", root / "examples/tiny-adder/train.jsonl"
-    assert main([*command, "--set", f"model.path={model}", "--set", f"data.train={data}", "--set", "eval.sets=[]"]) == 2
+    settings = {"reward__kind": named, "reward__require_think_close": "false"}
+    assert main(arguments(tmp_path / "run", "--dry-run", **settings)) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("or1: reward.kind: "), said
     assert message.format(file=functions) in said[0]
+
+
+def test_a_column_that_no_row_has_ends_the_start_before_a_model_is_loaded(
+    functions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("or1.trainer.load_model", lambda *_: pytest.fail("loaded the model"))
+    settings = {"reward__kind": f"{functions}:needs_level", "reward__require_think_close": "false"}
+    assert main(arguments(tmp_path / "run", **settings)) == 2
+    assert "or1: reward.kind: no row has 'level', 'hint'" in capfd.readouterr().err
+
+
+def test_a_column_that_some_rows_lack_is_a_warning_with_their_count(functions: Path) -> None:
+    rows = [{"level": 1, "hint": "", "answer": "1"}, {"hint": "", "answer": "2"}, {"answer": "3"}]
+    prompts = [replace(PROMPT, id=f"t:{i}", row=row) for i, row in enumerate(rows)]
+    config = RewardConfig(kind=f"{functions}:needs_level", workers=1)
+    with make_scorer(config, prompts) as scorer:
+        assert [remark.partition(", which")[0] for remark in scorer.remarks] == [
+            "2 of 3 rows have no 'level'", "1 of 3 rows have no 'hint'"
+        ]
+        assert "the first is t:1" in scorer.remarks[0] and "the first is t:2" in scorer.remarks[1]
+        assert scorer.submit(prompts[0], response("x")).result(timeout=60).reward == 1.0
+    with make_scorer(config, prompts[:1]) as scorer:
+        assert scorer.remarks == []
+    with pytest.raises(RewardFunctionError, match=r"no row has 'level', .* rows have answer, hint"):
+        make_scorer(config, [replace(PROMPT, row={"answer": "", "hint": ""})])
+    with make_scorer(config) as scorer:
+        assert scorer.remarks == [], "nothing is known of the rows"
+
+
+def test_a_dry_run_warns_of_rows_without_a_column_and_never_calls_the_function(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(f"def reward(completions, level):\n    open({str(tmp_path / 'called')!r}, 'w')\n")
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2", "level": 1}\n{"question": "1+2", "answer": "3"}\n')
+    settings = {"reward__kind": f"{tmp_path}/own.py:reward", "reward__require_think_close": "false",
+                "data__train": data}  # fmt: skip
+    assert main(arguments(tmp_path / "run", "--dry-run", **settings)) == 0
+    assert "1 of 2 rows have no 'level', which reward() needs (the first is rows.jsonl:2)" in capsys.readouterr().out
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_run_keeps_what_a_function_prints_and_says_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def reward(completions):\n    print('hello', completions)\n    return [0.5]\n")
+    settings = {"reward__kind": f"{tmp_path}/own.py:reward", "reward__require_think_close": "false",
+                "stage__0__steps": 2, "stage__1__steps": 2, "eval__every_steps": 9}  # fmt: skip
+    assert main(arguments(tmp_path / "run", **settings)) == 0
+    lines = (tmp_path / "run" / LOG_NAME).read_text().splitlines()
+    assert len(lines) == 4 * 16 and all(line.startswith("hello [") for line in lines)
+    said = capfd.readouterr().out
+    assert said.count(f"what the reward function prints goes to {tmp_path}/run/{LOG_NAME}") == 1
+    # All rewards are equal, so the run also says why nothing is learnt.
+    assert "step 3: nothing is trained, 3 steps in a row: every response of every group has reward 0.5" in said
+    assert "nothing was trained: in none of 4 steps was a group kept (100 % ok, mean reward 0.5)" in said
+
+
+def test_numbers_of_workers_and_memory_have_bounds() -> None:
+    assert RewardConfig(workers=1024).workers == 1024 and RewardConfig(memory_mib=0).memory_mib == 0
+    for bad in ({"workers": 1025}, {"workers": 0}, {"memory_mib": -1}):
+        with pytest.raises(ValueError, match=r"workers|memory_mib"):
+            RewardConfig(**bad)
+
+
+def test_more_workers_than_the_machine_can_hold_end_a_dry_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("or1.reward.capacity._cores", lambda: 2)
+    assert main(arguments(tmp_path / "run", "--dry-run", reward__workers=1000)) == 70
+    assert "or1: reward.workers = 1000: too many for 2 cores" in capsys.readouterr().err
 
 
 def test_a_step_whose_every_reward_fails_stops_the_run(functions: Path) -> None:

@@ -83,6 +83,15 @@ def test_a_start_that_trained_nothing_leaves_its_folder_free(tmp_path: Path) -> 
         prepare_run_dir(config_of(tmp_path, "seed=1"))
 
 
+def test_what_reward_processes_may_take_can_change_with_the_machine(tmp_path: Path) -> None:
+    prepare_run_dir(config_of(tmp_path))
+    commit(tmp_path, 1, 0, 0)
+    said = prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0"))
+    assert said == ["continues with changed settings: reward.memory_mib, reward.workers"]
+    with pytest.raises(RunError, match=r"other settings \(reward.timeout_s\)"):
+        prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9"))
+
+
 LIMIT, STEPS, FLAT = "stage.{}.max_response_tokens=30", "stage.{}.steps=60", "stage.{}.until=plateau"
 
 

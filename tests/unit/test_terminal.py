@@ -111,7 +111,7 @@ def test_a_rank_passes_on_what_another_said_without_its_escapes(
 
 def result(name: str) -> EvalResult:
     estimate = Estimate(0.5, 0.1)
-    return EvalResult(name, 2, 2, estimate, {1: estimate, 2: estimate}, 0.5, 10.0, 0.0, {})
+    return EvalResult(name, 2, 2, estimate, {1: estimate, 2: estimate}, estimate, 10.0, 0.0, {})
 
 
 def test_tables_show_names_as_they_are(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
     if tiers[0] and tiers[1] and all(n[:1].isupper() and _is_handed_over(tree, n, tiers[1]) for n in tiers[0]):
         tier = others  # classes alone, and only as arguments of what is named like a library's function
     if tier is None:
-        called = [{n for n in _called(node.test) if n in free} for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        called = [_called(node.test) & free for node in ast.walk(tree) if isinstance(node, ast.Assert)]
         tier = set.intersection(*called) if called else set()
         if len(tier) != 1:
             raise TestedError("the tests call no function of the program; name what is under test as 'entry_point'")
@@ -132,13 +132,11 @@ def _made(tree: ast.AST) -> set[str]:
             made.add(node.id)
         elif isinstance(node, ast.arg):
             made.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            made.add(node.name)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            made.add(node.name)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.ExceptHandler):
+            made.add(node.name or "")
         elif isinstance(node, ast.alias):
             made.add((node.asname or node.name).partition(".")[0])
-    return made - {"*"}
+    return made - {"*", ""}
 
 
 def _made_on_top(tree: ast.Module) -> set[str]:
@@ -216,7 +214,7 @@ def _is_argument(tree: ast.AST, name: str) -> bool:
 def _is_handed_over(tree: ast.AST, name: str, tested: set[str]) -> bool:
     """Whether a name stands only in the arguments of what is under test, or of a function of the tests."""
     inside = {id(n) for call in ast.walk(tree) if isinstance(call, ast.Call)
-              and (isinstance(call.func, ast.Name) and call.func.id not in vars(builtins) or _is_of(call, tested))
+              and ((isinstance(call.func, ast.Name) and call.func.id not in vars(builtins)) or _is_of(call, tested))
               for a in _arguments(call) for n in ast.walk(a)}  # fmt: skip
     return all(id(n) in inside for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
 

@@ -209,7 +209,8 @@ def counts(order, cases):
         exec(compile(PRELUDE, "prelude.py", "exec"), NAMES)
         exec(compile(order["setup"], "setup.py", "exec"), NAMES)
         tree = ast.fix_missing_locations(counter.visit(ast.parse(order["script"])))
-        if all([take(name) for name in order["names"]]):
+        found = [take(name) for name in order["names"]]
+        if all(found):
             exec(compile(tree, "tests.py", "exec"), NAMES)
     except Stop:
         pass

@@ -5,8 +5,9 @@ the next. Calls go to one child that has loaded the program and keeps its object
 go back as they are.
 """
 
-# ruff: noqa: F821  joined behind wire.py, guard.py and cleaning.py, which define send, receive, encode, decode, Lost,
-# hide_process, leave_process_one, die_with_parent, call_filter, refuse_calls, own_processes, end_all_others and empty_scratch
+# ruff: noqa: F821  joined behind wire.py (send, receive, encode, decode, Lost), guard.py (hide_process,
+# leave_process_one, die_with_parent, call_filter, refuse_calls) and cleaning.py (own_processes, end_all_others,
+# empty_scratch)
 
 from __future__ import annotations
 
