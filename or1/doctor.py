@@ -40,6 +40,7 @@ def diagnose(config: Config | None, console: Console | None = None) -> bool:
 def _sections(config: Config | None) -> Iterator[tuple[str, Sequence[Line]]]:
     yield "Machine", [*machine_lines(), *_gpu_lines()]
     yield "Packages", [*package_lines(), _vllm_line(config)]
+    yield "Sandbox of the code reward", _sandbox_lines()
     if config is None:
         yield "Engine", [Line("canary", "absent", "not run; `or1 doctor CONFIG` compares its engine with its trainer")]
     else:
@@ -55,6 +56,24 @@ def _gpu_lines() -> list[Line]:
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [Line(f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
             for i, p in enumerate(found)]  # fmt: skip
+
+
+def _sandbox_lines() -> list[Line]:
+    """Which sandbox programs would run in here, and each protection that was tried in it."""
+    from or1.reward.base import ScorerError
+    from or1.reward.code.protections import PROTECTIONS
+    from or1.reward.code.sandbox import find_sandbox, missing_protections
+
+    try:
+        kind = find_sandbox("auto")
+    except ScorerError as error:
+        return [Line("sandbox", "absent", str(error))]
+    missing = missing_protections(kind)
+    held = [name for name in PROTECTIONS if name not in missing]
+    lines = [Line("sandbox", "ok", f"{kind}; {len(held)} of {len(PROTECTIONS)} protections tried and held")]
+    lines += [Line(name, "ok", PROTECTIONS[name]) for name in held]
+    # What a sandbox must have, `find_sandbox` has required; the rest this type of machine cannot have.
+    return lines + [Line(name, "absent", f"does not hold: {why}") for name, why in missing.items()]
 
 
 def _vllm_line(config: Config | None) -> Line:

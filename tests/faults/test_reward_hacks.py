@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from sandboxes import kind_or_skip, score
 
+from or1.reward.code.sandbox import Inside
 from or1.types import Score, Status
 
 pytestmark = pytest.mark.timeout(60)
@@ -213,21 +216,38 @@ def test_all_hacks_in_every_format(truth: str, partial: bool, sandbox: str) -> N
         assert score(program, FORMATS[truth], sandbox, partial=partial).reward == 0, hack
 
 
-def test_input_of_a_later_test_is_not_there_before_its_turn(sandbox: str) -> None:
+def test_input_of_a_later_test_is_not_there_before_its_turn(sandbox: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    ask = Inside.ask
+
+    def recorded(inside: Inside, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        heard.append(json.dumps(message))
+        return ask(inside, message, seconds)
+
+    monkeypatch.setattr(Inside, "ask", recorded)
+    truth = {"inputs": ["1\n", "secret-input\n"], "outputs": ["1\n", "2\n"]}
+    assert score("print(1)", truth, sandbox, partial=True).reward == 0.5
+    turns = [i for i, message in enumerate(heard) if '"stdin"' in message]
+    assert len(turns) == 2
+    assert ["secret-input" in message for message in heard] == [i == turns[1] for i in range(len(heard))]
+
+
+def test_no_process_of_the_sandbox_can_be_searched_for_inputs(sandbox: str) -> None:
     truth = {"inputs": ["1\n", "secret-input\n"], "outputs": ["1\n", "2\n"]}
     program = (
-        "import glob, os\ntext = ''\n"
-        "for pid in [p for p in os.listdir('/proc') if p.isdigit()]:\n"
+        # Made at run time: the compiler would fold two constants into the secret, in the memory of the program itself.
+        "import os\ntext, secret = '', b'secret-' + bytes(reversed(b'tupni'))\n"
+        "for pid in [p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]:\n"
         "    try:\n"
         "        for line in open(f'/proc/{pid}/maps'):\n"
         "            low, high = (int(x, 16) for x in line.split()[0].split('-'))\n"
         "            if 'heap' in line or 'rw' in line.split()[1]:\n"
         "                fd = os.open(f'/proc/{pid}/mem', os.O_RDONLY)\n"
+        "                text += 'looked'\n"
         "                data = os.pread(fd, min(high - low, 1 << 24), low)\n"
         "                os.close(fd)\n"
-        "                text += 'leak' if b'secret-' + b'input' in data else ''\n"
+        "                text += 'leak' if secret in data else ''\n"
         "    except (OSError, ValueError): pass\n"
         "print(text or 1)"
     )
-    found = score(program, truth, sandbox, partial=True)
-    assert found.reward == 0.5  # the first test is passed: there was nothing to find
+    assert score(program, truth, sandbox, partial=True).reward == 0.5  # the first test is passed: nothing was found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 from sandboxes import MEMORY_MIB, census, kind_or_skip, output, score
 
-from or1.reward.code.sandbox import find_sandbox
+from or1.reward.code.sandbox import SandboxStartError, find_sandbox
 from or1.types import Score, Status
 
 pytestmark = pytest.mark.timeout(60)
@@ -195,3 +198,73 @@ def test_without_isolation_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ScorerError, match=r'apt-get install bubblewrap.*reward.code.sandbox = "none"'):
         find_sandbox("auto")
     assert find_sandbox("none") == "none"
+
+
+# --- D2: what the machine lacks is a crash, and no program's fault
+
+
+def test_a_sandbox_that_does_not_come_up_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: fork: Resource temporarily unavailable' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("or1.reward.code.sandbox.shutil.which", lambda name: str(broken))
+    kind = "bwrap-root" if os.geteuid() == 0 else "bwrap-user"
+    for truth in (THREE, {"test_list": ["assert f(1) == 1"]}):
+        with pytest.raises(SandboxStartError, match=r"did not come up: .*Resource temporarily unavailable"):
+            score("print(1)", truth, kind)
+    with pytest.raises(SandboxStartError, match="cannot be started"):
+        monkeypatch.setattr("or1.reward.code.sandbox.shutil.which", lambda name: str(tmp_path / "gone"))
+        score("print(1)", THREE, kind)
+
+
+def test_a_test_that_finds_no_room_for_a_process_is_a_crash(sandbox: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the limit of a plain user's processes counts all that the user has")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    # Root itself is exempt; the runner inherits the limit and then becomes another user.
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
+    try:
+        with pytest.raises(SandboxStartError, match="could not be started|did not come up"):
+            score("print(1)", THREE, sandbox)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+
+
+ZOMBIES = """
+import ctypes, os, sys, time
+from sandboxes import score
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process, which, as in many containers, reaps none
+for _ in range(5):
+    score("print(1)", {"inputs": ["1\\n"], "outputs": ["1\\n"]}, sys.argv[1])
+    score("def f(x): return x", {"test_list": ["assert f(1) == 1"]}, sys.argv[1])
+time.sleep(0.2)
+left = 0
+try:
+    while os.waitpid(-1, os.WNOHANG) != (0, 0):
+        left += 1
+except ChildProcessError:
+    pass
+print(left)
+"""
+
+
+def test_sandboxes_leave_no_zombies_to_a_process_1_that_does_not_reap(sandbox: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", ZOMBIES, sandbox], capture_output=True, text=True, env=environment)
+    assert found.stdout.strip() == "0", found.stdout + found.stderr
+
+
+def test_a_program_may_be_in_the_prime_of_its_limit(sandbox: str) -> None:
+    """A test that ends just before its limit is right, however the runner is scheduled."""
+    found = score("import time\ntime.sleep(0.7)\nprint(1)", THREE, sandbox, test_timeout_s=1.5)
+    assert found == Score(1.0, Status.OK)
+
+
+def test_two_sandboxes_at_once_have_different_users(sandbox: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a plain user's sandboxes have user namespaces of their own")
+    from or1.reward.code.sandbox import _free_uid
+
+    users = {_free_uid() for _ in range(100)}
+    assert len(users) == 100 and min(users) >= 61184
+    assert output("import os; print(os.getuid())", sandbox) != output("import os; print(os.getuid())", sandbox)
