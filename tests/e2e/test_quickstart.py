@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 
+# CI trains the quickstart by README's own command.
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (2, 3))])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_quickstart_gains_25_points_in_5_minutes(
     seed: int, tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

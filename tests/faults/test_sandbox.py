@@ -224,7 +224,7 @@ def test_a_test_that_finds_no_room_for_a_process_is_a_crash(sandbox: str) -> Non
     # Root itself is exempt; the runner inherits the limit and then becomes another user.
     resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
     try:
-        with pytest.raises(SandboxStartError, match="could not be started|did not come up"):
+        with pytest.raises(SandboxStartError, match=r"could not be started|did not come up"):
             score("print(1)", THREE, sandbox)
     finally:
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
