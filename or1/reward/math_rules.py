@@ -221,6 +221,8 @@ def _relations_agree(gold: Any, answer: Any, accepts: Accepts) -> bool:
 def _relation_agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
     if not isinstance(gold, Relational) or not isinstance(answer, Relational):
         return True
+    if gold.lhs == answer.lhs and _is_number(gold.rhs) and _is_number(answer.rhs):
+        return _numbers_agree(gold.rhs, answer.rhs)
     if _sides_agree(gold, answer, accepts):
         return True
     differences = [_difference(relation) for relation in (gold, answer)]

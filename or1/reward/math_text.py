@@ -22,7 +22,7 @@ _GROUPED = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_THIN}\s*\d{{3}})+(?!\d)")
 _GROUPED_BY_SPACES = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _THIN_SPACE = re.compile(r"(?<!\\)\\[,;: ]")
 _MIXED = re.compile(r"([+-]?\d+)\s+(\d+)\s*/\s*(\d+)")
-_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")
+_DELIMITER = re.compile(r"(?<!\\)(?<!\\left)(?<!\\right)(?:\\[()\[\]]|\$)")
 # Not the stop of \right., of an ellipsis, or of p.m.
 _FINAL_STOP = re.compile(r"(?<!\\left)(?<!\\right)(?<!\.)(?<!\.[A-Za-z])(?<!\\)[.,;]$")
 _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.^{])")
@@ -31,11 +31,11 @@ _MAX_DIGITS = 400
 
 
 def tidy(text: str) -> str:
-    r"""Write an answer as math-verify reads it: without a final full stop, thin spaces and several \(...\)."""
+    r"""Write an answer without what carries no meaning: $...$, \(...\), thin spaces, a final full stop."""
     text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = _THIN_SPACE.sub(" ", text)
-    if len(_DELIMITER.findall(text)) > 2:
-        text = _DELIMITER.sub(" ", text)
+    # A space, for the numbers of \(8\)\(7\) must not grow together.
+    text = _DELIMITER.sub(" ", text)
     text = _FINAL_STOP.sub("", text.strip()).strip()
     if mixed := _MIXED.fullmatch(text):
         return f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
@@ -123,12 +123,16 @@ _BASE_NAMES = {
 
 def _based(text: str) -> tuple[str, int] | None:
     """Digits and base of a number such as 1011_2."""
-    text = _TEXT_GROUP.sub(r"\1", split_top(text, "=")[-1])
+    text = _TEXT_GROUP.sub(_upper_digits, split_top(text, "=")[-1])
     found = _BASED.fullmatch(re.sub(r"\\!|[\s,{}()]", "", text))
     if not found or not any(digit.isdigit() for digit in found[1]):
         return None
     base = int(found[2]) if found[2].isdigit() else _BASE_NAMES.get(found[2])
     return (found[1].lstrip("0"), base) if base else None
+
+
+def _upper_digits(group: re.Match[str]) -> str:
+    return group[1].upper() if re.fullmatch("[0-9A-Fa-f ]+", group[1]) else group[1]
 
 
 _DOUBT = frozenset((
@@ -156,14 +160,21 @@ def _adds_words(answer: str, gold: str) -> bool:
     return not set(_NUMBER_IN_WORDS.findall(text)) <= set(re.findall(r"\d+", gold))
 
 
-_NUMBERS = re.compile(r"(?<![\d.\w}])\d[\d.]*\s+\d[\d.]*(?!\s*/|[\d.]|\s*\\frac)")
+# \frac 1 2 takes its two numbers; behind ^ and _ stands an exponent or an index.
+_NUMBERS = re.compile(r"(\\[dtc]?(?:frac|binom)\s*)?(?<![\w.^}])\d[\d.]*\s+\d[\d.]*(?!\s*/|[\d.])")
+_WIDE_SPACE = re.compile(r"\\(?:q?quad|enspace|hspace\{[^{}]*\})(?![A-Za-z])")
 
 
 def _numbers_side_by_side(answer: str, gold: str) -> bool:
     """Whether the answer holds two numbers with nothing between, whose sum math-verify takes; `2 1/2` is one number."""
-    outside = [_TEXT_GROUP.sub(" ", text) for text in (answer, gold)]
-    # \frac 1 2 takes its two numbers.
-    return "\\" not in outside[0] and bool(_NUMBERS.search(outside[0])) and not _NUMBERS.search(outside[1])
+    return _has_numbers_side_by_side(answer) and not _has_numbers_side_by_side(gold)
+
+
+def _has_numbers_side_by_side(text: str) -> bool:
+    text = _WIDE_SPACE.sub(" ", _TEXT_GROUP.sub(" ", text))
+    if not any(sign in text for sign in "\\^_"):
+        text = text.replace("{", " ").replace("}", " ")
+    return any(not found[1] for found in _NUMBERS.finditer(text))
 
 
 _UNITS = {
