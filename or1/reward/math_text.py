@@ -43,10 +43,14 @@ def tidy(text: str) -> str:
 
 
 def readings(text: str) -> tuple[str, ...]:
-    """What a text may stand for. `2e-3` is 0.002, or two times Euler's number minus 3."""
+    """What a text may stand for. `1e3` is 1000; `2e-3` is 0.002, or two times Euler's number minus 3."""
     decimal = _E_NOTATION.sub(_as_decimal, text)
+    if decimal == text:
+        return (text,)
     # Both spellings, for math-verify holds 6.02\times10^{23} and the written-out integer apart.
-    return (text,) if decimal == text else (decimal, _E_NOTATION.sub(r"\1\\times10^{\2}", text), text)
+    numbers = decimal, _E_NOTATION.sub(r"\1\\times10^{\2}", text)
+    signed = any(not found[2].isdigit() for found in _E_NOTATION.finditer(text))
+    return (*numbers, text) if signed else numbers
 
 
 def _as_decimal(found: re.Match[str]) -> str:
