@@ -24,8 +24,8 @@ SMALL = 1e-6
 """math-verify compares decimals to 6 places. Below this only their ratio can tell two of them apart."""
 _SIGNIFICANT = 5e-6
 """Two small decimals may differ by this share: a rounding to 6 digits."""
-_ROUNDED = 1e-2
-"""A decimal in a chain of equations may be rounded to 3 digits: x = 22/7 = 3.14."""
+_ROUNDED = 5e-2
+"""A decimal in a chain of equations may be rounded: x = 22/7 = 3.14."""
 _HUGE = 10_000
 """Numbers with larger exponents or factorials are compared by their ratio, not digit by digit."""
 
@@ -59,8 +59,11 @@ def agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
 
 
 def chain_holds(parsed: Sequence[Any]) -> bool:
-    """Whether the numbers among the members of a chain, `x = 3+4 = 7`, all equal the last of them."""
-    numbers = [value for value in parsed if _is_number(value)]
+    """Whether the numbers among the members of a chain, `x = 3+4 = 7`, all equal the last of them.
+
+    Values of functions are left out: \\log and \\sin may mean another base and degrees.
+    """
+    numbers = [value for value in parsed if _is_number(value) and not value.has(sympy.Function, *_UNDONE)]
     return all(_close(number, numbers[-1], _ROUNDED) for number in numbers[:-1])
 
 
@@ -222,10 +225,13 @@ def _relation_agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
     if not isinstance(gold, Relational) or not isinstance(answer, Relational):
         return True
     if gold.lhs == answer.lhs and _is_number(gold.rhs) and _is_number(answer.rhs):
-        return _numbers_agree(gold.rhs, answer.rhs)
-    if _sides_agree(gold, answer, accepts):
-        return True
+        return accepts(gold.rhs, answer.rhs) and _numbers_agree(gold.rhs, answer.rhs)
     differences = [_difference(relation) for relation in (gold, answer)]
+    # Two identities, 2+3=5 and 1=1, differ in their form only.
+    if differences[0] is not None and _always_zero(differences[0]):
+        return _sides_agree(gold, answer, lambda one, other: _form(one) == _form(other))
+    if _sides_agree(gold, answer, lambda one, other: accepts(one, other) and agrees(one, other, accepts)):
+        return True
     if None in differences:
         return False
     proportional = _proportional(*differences)
@@ -251,25 +257,15 @@ def _solution_agrees(gold: dict[Any, Any], answer: dict[Any, Any], accepts: Acce
     return all(accepts(value, answer[name]) and agrees(value, answer[name], accepts) for name, value in gold.items())
 
 
-def _sides_agree(gold: Relational, answer: Relational, accepts: Accepts) -> bool:
-    """Whether the relations have the same two sides, in either order.
-
-    Two identities, 2+3=5 and 1=1, differ in their form only, so numbers must be written alike.
-    """
+def _sides_agree(gold: Relational, answer: Relational, equal: Accepts) -> bool:
+    """Whether the relations have the same two sides, in either order."""
     for left, right in ((answer.lhs, answer.rhs), (answer.rhs, answer.lhs)):
-        pairs = ((gold.lhs, left), (gold.rhs, right))
         try:
-            if all(_form(one) == _form(other) or _equal_side(one, other, accepts) for one, other in pairs):
+            if equal(gold.lhs, left) and equal(gold.rhs, right):
                 return True
         except _ERRORS:
             continue
     return False
-
-
-def _equal_side(gold: Any, answer: Any, accepts: Accepts) -> bool:
-    if isinstance(gold, Expr) and not gold.free_symbols and not isinstance(gold, sympy.Number):
-        return False
-    return accepts(gold, answer) and agrees(gold, answer, accepts)
 
 
 def _form(value: Any) -> Any:
@@ -301,13 +297,13 @@ def _proportional(gold: Expr, answer: Expr) -> bool | None:
     relations are told apart by their sides.
     """
     rounded = gold.has(Float) or answer.has(Float)
-    names = sorted({symbol.name for symbol in gold.free_symbols | answer.free_symbols})
+    names = [symbol.name for symbol in gold.free_symbols | answer.free_symbols]
     ratios = []
     for point in _points(names):
         values = [_at(expression, point) for expression in (gold, answer)]
         if None in values:
             return None
-        zero = [bool(abs(value) < (1e-12 if rounded else 1e-50)) for value in values]
+        zero = [_is_zero(value, rounded) for value in values]
         if zero[0] != zero[1]:
             return False
         if not zero[0]:
@@ -318,10 +314,20 @@ def _proportional(gold: Expr, answer: Expr) -> bool | None:
     return all(bool(abs(ratio - ratios[0]) <= share * abs(ratios[0])) for ratio in ratios)
 
 
+def _always_zero(difference: Expr) -> bool:
+    """Whether a relation says nothing of a variable: its sides are numbers, or differ by 0 at every point."""
+    names = [symbol.name for symbol in difference.free_symbols]
+    return all(_is_zero(_at(difference, point), difference.has(Float)) for point in _points(names)) if names else True
+
+
+def _is_zero(value: Expr | None, rounded: bool) -> bool:
+    return value is not None and bool(abs(value) < (1e-12 if rounded else 1e-50))
+
+
 def _points(names: Iterable[str]) -> Iterator[dict[str, Rational]]:
-    names = list(names)
+    """Three values for each name, the same for the same names."""
     for start in (5, 7, 11):
-        yield {name: Rational(start * (index + 2) + 3, 7 + index) for index, name in enumerate(names)}
+        yield {name: Rational(start * (index + 2) + 3, 7 + index) for index, name in enumerate(sorted(set(names)))}
 
 
 def _at(expression: Expr, point: dict[str, Rational]) -> Expr | None:

@@ -267,9 +267,13 @@ def _members(text: str) -> list[str]:
     return split_top(_AND.sub(",", wrapped[1] if wrapped else text).replace(";", ","), ",")
 
 
+# 60^\circ = \pi/3, 1.5\text{ h} = 90\text{ min} and 11_{10} = 1011_2 hold, though their numbers differ.
+_MEASURED = re.compile(rf"\\circ|[_:%]|\\\$|{_TEXT}\{{|\d\s*[A-Za-z]+$")
+
+
 def chain(text: str) -> list[str]:
-    """The members of a chain of equations, `6=7`; none where the text is no chain, or a list of them."""
-    if "=" not in text or ";" in text or len(split_top(text, ",")) > 1:
+    """The members without a unit of a chain of equations, `6=7`; none where the text is no chain, or a list of them."""
+    if "=" not in text or ";" in text or "mod" in text or len(split_top(text, ",")) > 1:
         return []
-    parts = [part.strip() for part in split_top(text, "=")]
-    return [part for part in parts if part] if len(parts) > 1 else []
+    parts = [tidy(part) for part in split_top(text, "=")]
+    return [part for part in parts if part and not _MEASURED.search(part)]

@@ -44,11 +44,14 @@ def test_equations_without_real_solutions_are_not_all_equal() -> None:
         *right("x^2-2x+10=0", "x^2+10=2x", "(x-1)^2+9=0", "2x^2-4x+20=0", "-x^2+2x-10=0", "0=x^2-2x+10"),
         *wrong("x^2+y^2=-25", "x^2+y^2=-16", "1=2"),
         *right("x^2+y^2=-25", "x^2+y^2+25=0"),
+        *wrong("x^2=-1.5", "x^2=-2.5", "x^2=-1.6"),
+        *right("x^2=-1.5", "2x^2=-3", "x^2=-1.50"),
         *wrong("|x|=-1", "1=2", r"\sqrt{x}=-2"),
     ])  # fmt: skip
 
 
-IDENTITIES = [r"\log_3(27)=3", r"\log_2(32)=5", r"\ln(e^5)=5", "2+3=5", r"0.56 = 56\%", "(x+1)^2=x^2+2x+1"]
+IDENTITIES = [r"\log_3(27)=3", r"\log_2(32)=5", r"\ln(e^5)=5", "2+3=5", r"0.56 = 56\%", "(x+1)^2=x^2+2x+1",
+              r"\sin^2 x+\cos^2 x=1"]
 
 
 @pytest.mark.parametrize("gold", IDENTITIES)
@@ -56,6 +59,7 @@ def test_identities_are_told_apart_by_their_form(gold: str) -> None:
     left, _, right_side = gold.partition("=")
     check([
         *wrong(gold, "1=2", "x=x", "1=1", "5=5", "3=3", r"\log_2(32)=6", "2^5=32", r"\emptyset", "0=0"),
+        *wrong(r"\log_2(32)=5.0", r"\log_2(32)=6.0"),
         *right(gold, gold + r"\,", f"{right_side}={left}"),
     ])  # fmt: skip
 
@@ -254,6 +258,10 @@ def test_a_chain_is_right_only_if_its_equalities_hold() -> None:
         *right("7", "x=7", "x=3+4=7", "3+4=7", "f(2)=7", r"\frac{14}{2}=7", "x+y=7"),
         *wrong("x=7", "x=6=7"),
         *right("3.14", r"x=\frac{22}{7}=3.14", r"\pi=3.14"),
+        *right(r"\frac{\pi}{3}", r"60^\circ=\frac{\pi}{3}"),
+        *right("90", r"\$0.90=90\text{ cents}"),
+        *right("2", r"\log 100=2"), *right("4", r"1024=4\pmod{10}"), *right("1011", "11_{10}=1011_2"),
+        *right("2.5", "2 1/2=2.5"),
     ])  # fmt: skip
 
 
