@@ -119,7 +119,8 @@ def _equals(answer: str, gold: str) -> bool:
     return math_rules.chain_holds([value for member in chain for value in _values(member)[:1]])
 
 
-def _values(text: str) -> list[Any]:
+@lru_cache(maxsize=4)
+def _values(text: str) -> tuple[Any, ...]:
     """What math-verify reads, and the text itself.
 
     The text is wrapped in \\boxed{}, without which math-verify misreads many answers (Skywork-OR1 report, 7.1).
@@ -128,13 +129,13 @@ def _values(text: str) -> list[Any]:
     from math_verify import parse
 
     readings = math_text.readings(text)
-    return [value for reading in readings for value in parse(f"\\boxed{{{reading}}}", parsing_timeout=None)]
+    return tuple(value for reading in readings for value in parse(f"\\boxed{{{reading}}}", parsing_timeout=None))
 
 
 @lru_cache(maxsize=_KEPT_GOLDS)
 def _gold_values(gold: str) -> tuple[Any, ...]:
     """The values of a gold, read once for all its responses. Nothing may change them."""
-    return tuple(_values(gold))
+    return _values(gold)
 
 
 def _verify(gold: Any, answer: Any) -> bool:
@@ -174,4 +175,5 @@ _WARM_UP = (
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"),
     ("x<3", "x>4"),
     ("50\\%", "0.4"),
+    ("x^2+1=0", "x^2+2=0"),
 )
