@@ -9,13 +9,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
+from or1.reward import math_text
 from or1.types import Score, Status
 
 MAX_BOX_CHARS = 2000
 """A longer \\boxed{} is WRONG unless it is a gold answer letter for letter; it is never parsed."""
 
+_KEPT_GOLDS = 1024
+"""A worker keeps this many golds as parsed values; the memory of a larger count would not be bounded well."""
 _THINK_CLOSE = "</think>"
 # `\\.` eats escaped braces, so that the set \{1,2\} does not count as nesting.
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -85,19 +90,58 @@ def last_box(text: str) -> str | None:
 
 
 def equivalent(box: str, golds: Sequence[str]) -> bool:
-    """Whether math-verify holds `box` equal to one of `golds`. May run for ever or exhaust memory.
+    """Whether `box` is equal to one of `golds`, by math-verify and the rules of `math_text` and `math_rules`.
 
-    Both sides are wrapped in \\boxed{}, without which math-verify misreads many golds (Skywork-OR1 report, 7.1).
-    Its own timeouts are off: they use SIGALRM, which works in main threads only.
+    May run for ever or exhaust memory.
     """
-    from math_verify import parse, verify
-
     # At WARNING it says once per process that its timeouts are off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    answer = parse(f"\\boxed{{{box}}}", parsing_timeout=None)
-    return any(
-        verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), answer, timeout_seconds=None) for gold in golds
-    )
+    answer = math_text.tidy(box)
+    return any(_equals(answer, math_text.tidy(gold)) for gold in golds)
+
+
+def _equals(answer: str, gold: str) -> bool:
+    decided = math_text.verdict(answer, gold)
+    if decided is not None:
+        return decided
+    from or1.reward import math_rules  # sympy, which the trainer need not load
+
+    parsed = _values(answer)
+    pairs = product(_gold_values(gold), parsed)
+    if not any(_verify(one, other) and math_rules.agrees(one, other, _verify) for one, other in pairs):
+        return False
+    if not all(_equals(part, of_gold) for part, of_gold in math_text.parts_to_match(answer, gold)):
+        return False
+    # 7,7 and [7,7] are sets of one number to sympy.
+    if math_text.is_list(answer) and math_rules.is_number_for_set(_gold_values(gold), parsed):
+        return False
+    chain = math_text.chain(answer) if answer.count("=") > gold.count("=") else []
+    return math_rules.chain_holds([value for member in chain for value in _values(member)[:1]])
+
+
+@lru_cache(maxsize=4)
+def _values(text: str) -> tuple[Any, ...]:
+    """What math-verify reads, and the text itself.
+
+    The text is wrapped in \\boxed{}, without which math-verify misreads many answers (Skywork-OR1 report, 7.1).
+    Its own timeouts are off: they use SIGALRM, which works in main threads only.
+    """
+    from math_verify import parse
+
+    readings = math_text.readings(text)
+    return tuple(value for reading in readings for value in parse(f"\\boxed{{{reading}}}", parsing_timeout=None))
+
+
+@lru_cache(maxsize=_KEPT_GOLDS)
+def _gold_values(gold: str) -> tuple[Any, ...]:
+    """The values of a gold, read once for all its responses. Nothing may change them."""
+    return _values(gold)
+
+
+def _verify(gold: Any, answer: Any) -> bool:
+    from math_verify import verify
+
+    return verify(gold, answer, timeout_seconds=None)
 
 
 def equivalent_job(job: Mapping[str, Any]) -> bool:
@@ -131,4 +175,5 @@ _WARM_UP = (
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"),
     ("x<3", "x>4"),
     ("50\\%", "0.4"),
+    ("x^2+1=0", "x^2+2=0"),
 )
