@@ -28,7 +28,8 @@ SHARES = {"trainer": 0.35, "one rank": 0.2, "all ranks": 0.2, "launcher": 0.1, "
 STEPS = 12
 SETTINGS = {"stage__0__steps": STEPS - 2, "stage__1__steps": 2, "stage__0__max_response_tokens": 16,
             "stage__1__max_response_tokens": 20, "reward__workers": 2}  # fmt: skip
-LONGEST_LIFE_S = 6.0
+EARLY = 0.25
+"""Share of kills at a time that knows nothing of the run, mostly while it starts."""
 
 
 def children(pid: int) -> list[int]:
@@ -64,14 +65,35 @@ def all_end(pids: list[int]) -> Iterator[None]:
         time.sleep(0.05)
 
 
+def await_moment(run_dir: Path, dice: random.Random, over: Callable[[], bool]) -> bool:
+    """Wait for a random moment, most often one to three steps from here; returns False if the run ends first."""
+    if dice.random() < EARLY:
+        deadline, wanted = time.monotonic() + dice.uniform(0.2, 5.0), None
+    else:
+        deadline, wanted = time.monotonic() + 300, step_of(run_dir) + dice.randint(1, 3)
+    while time.monotonic() < deadline and not over():
+        if wanted is not None and step_of(run_dir) >= wanted:
+            time.sleep(dice.uniform(0, 0.3))
+            break
+        time.sleep(0.01)
+    return not over()
+
+
+def step_of(run_dir: Path) -> int:
+    """Lines of metrics.jsonl; a number that grows with the run."""
+    try:
+        return (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 Attempt = Callable[[Path, Path, random.Random], tuple[bool, int]]
 """Starts a run and kills; returns whether the run is finished and how many kills there were."""
 
 
 def kill_trainer(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, int]:
     process = start_or1(arguments(run_dir, **SETTINGS), ROOT, log)
-    process.join(dice.uniform(0.5, LONGEST_LIFE_S))
-    if process.exitcode is not None:
+    if not await_moment(run_dir, dice, lambda: process.exitcode is not None):
         return finished(process.exitcode, log)
     with all_end(children(process.pid)):
         process.kill()
@@ -82,8 +104,7 @@ def kill_trainer(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, i
 def kill_worker(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, int]:
     process, kills = start_or1(arguments(run_dir, **SETTINGS), ROOT, log), 0
     while True:
-        process.join(dice.uniform(0.3, 2.0))
-        if process.exitcode is not None:
+        if not await_moment(run_dir, dice, lambda: process.exitcode is not None):
             return finished(process.exitcode, log)[0], kills
         workers = [pid for pid in children(process.pid) if "or1.reward.worker" in command_of(pid)]
         if workers:
@@ -101,9 +122,7 @@ def command_of(pid: int) -> str:
 def kill_ranks(how_many: int, run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, int]:
     with started(or1_command, 2, arguments(run_dir, **SETTINGS), str(log)) as ranks:
         processes = [process for process, _ in ranks]
-        deadline = time.monotonic() + dice.uniform(1.0, LONGEST_LIFE_S)
-        while time.monotonic() < deadline and any(process.exitcode is None for process in processes):
-            time.sleep(0.02)
+        await_moment(run_dir, dice, lambda: all(process.exitcode is not None for process in processes))
         victims = [p for p in dice.sample(processes, how_many) if p.exitcode is None]
         for process in victims:
             process.kill()
@@ -116,11 +135,10 @@ def kill_ranks(how_many: int, run_dir: Path, log: Path, dice: random.Random) -> 
 def kill_launcher(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, int]:
     command = [sys.executable, "-m", "or1", *arguments(run_dir, "--nproc", "2", **SETTINGS)]
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT) as process:
-        try:
-            return finished(process.wait(dice.uniform(6.0, 14.0)), log)
-        except subprocess.TimeoutExpired:
-            with all_end(children(process.pid)):
-                process.kill()
+        if not await_moment(run_dir, dice, lambda: process.poll() is not None):
+            return finished(process.wait(), log)
+        with all_end(children(process.pid)):
+            process.kill()
     return False, 1
 
 
@@ -142,7 +160,7 @@ ATTEMPTS: dict[str, tuple[int, Attempt]] = {
 
 def kept(line: dict) -> dict:
     """A record without what depends on the clock and the machine."""
-    return {key: value for key, value in line.items() if not key.startswith(("time/", "perf/"))}
+    return {key: value for key, value in line.items() if key != "time" and not key.startswith(("time/", "perf/"))}
 
 
 def assert_same(straight: Path, killed: Path) -> None:
