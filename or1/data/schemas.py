@@ -151,7 +151,8 @@ def _live_code_bench_question(row: Row) -> str:
 
 _TEST_COLUMNS = frozenset({
     "inputs", "outputs", "fn_name", "test_code", "import_prefix", "entry_point", "functional", "test", "assert_case",
-    "test_list", "test_setup_code", "public_test_cases", "private_test_cases", "metadata", "input_output",
+    "test_list", "test_setup_code", "test_imports",
+    "public_test_cases", "private_test_cases", "metadata", "input_output",
     # What tells which names of a script of asserts are the program's.
     "code", "canonical_solution", "prompt",
 })  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Self
 
-from or1.display import default_console
+from or1.console import default_console
 from or1.humanize import duration, visible
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from or1.display import default_console
+from or1.console import default_console
 from or1.humanize import count_text, duration, visible
 from or1.plan.devices import GIB
 from or1.plan.estimate import Plan

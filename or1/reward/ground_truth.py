@@ -13,6 +13,7 @@ import json
 import math
 import re
 import struct
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -275,9 +276,15 @@ def _script(truth: Mapping[str, Any]) -> CodeTests:
     script, setup = _text(truth, key), _text(truth, "import_prefix") if "import_prefix" in truth else ""
     entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
     tree = _parsed(script, key)
-    calls = [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
-    if entry_point and not calls:
+    if entry_point and re.fullmatch(r"[A-Z]\w*\.\w+", entry_point):
+        entry_point = entry_point.replace(".", "().")  # a method needs an object
+    on_top = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    used = {n.id for node in on_top for n in ast.walk(node) if isinstance(n, ast.Name)}
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    if entry_point and "check" in defined and "check" not in used:
         script = f"{script.rstrip()}\n\ncheck({entry_point})\n"
+    elif entry_point and "candidate" in used and "check" not in defined:
+        script = f"candidate = {entry_point}\n{script}"
     return _asserts(truth, script, setup, entry_point=entry_point, prelude=key != "test")
 
 
@@ -286,9 +293,11 @@ def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
     cases = _list_of(truth, key)
     if not cases or not all(isinstance(case, str) for case in cases):
         raise GroundTruthError("list of tests is empty" if not cases else f"'{key}' holds something other than text")
-    script = "\n".join(case.rstrip() for case in cases)
+    script = "\n".join(textwrap.dedent(case).strip() for case in cases)
     _parsed(script, key)
     setup = _text(truth, "test_setup_code") if "test_setup_code" in truth else ""
+    if "test_imports" in truth:
+        setup = "\n".join([*map(str, _list_of(truth, "test_imports")), setup])
     entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
     return _asserts(truth, script, setup, entry_point=entry_point)
 

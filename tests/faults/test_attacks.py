@@ -240,6 +240,42 @@ def test_no_memory_outside_the_limit_by_memfd_or_mounts(form: Form) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["mapping", "zero", "socket", "pipe"])
+def test_no_memory_that_is_charged_to_nobody(form: Form, how: str) -> None:
+    nothing_won(form, f"""
+        import fcntl, mmap
+        if "{how}" == "mapping":
+            attempt("shared", lambda: mmap.mmap(-1, 1 << 20))
+            attempt("private", lambda: mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE) and None)
+        if "{how}" == "zero":
+            attempt("zero", lambda: mmap.mmap(os.open("/dev/zero", os.O_RDWR), 1 << 20, flags=mmap.MAP_SHARED))
+        if "{how}" == "socket":
+            for family in (socket.AF_INET, socket.AF_INET6):
+                attempt(f"family {{family}}", lambda: socket.socket(family))
+            attempt("many", lambda: [socket.socketpair() for _ in range(60)])
+        if "{how}" == "pipe":
+            attempt("vmsplice", lambda: libc.syscall(278 if X86 else 75, 1, None, 0, 0) != -1)
+            attempt("aio", lambda: libc.syscall(206 if X86 else 0, 1, ctypes.byref(ctypes.c_ulong())) != -1)
+            attempt("inotify", lambda: libc.inotify_init1(0))
+            attempt("lock", lambda: fcntl.flock(open("/usr/bin/env", "rb"), fcntl.LOCK_EX) or True)
+    """)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1, 1))\nprint(1)",
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NPROC, (0, 0))\nprint(1)",
+        "import os\nfor path in ('/tmp', '/dev/shm'):\n    try: os.chmod(path, 0)\n    except OSError: pass\nprint(1)",
+    ],
+)
+def test_a_program_cannot_make_grading_fail(form: Form, attack: str) -> None:
+    _, status = form.score(attack, [""] * 3, ["1"] * 3)
+    assert status in ("ok", "wrong"), status
+    assert form.score("print(1)", [""], ["1"]) == (1.0, "ok")
+
+
+@pytest.mark.slow
 def test_files_are_limited_in_number(form: Form) -> None:
     program = """
         for i in range(200_000):

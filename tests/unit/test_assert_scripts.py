@@ -193,3 +193,91 @@ def test_a_call_that_ends_an_iteration_early_wins_nothing(settings: CodeSettings
                             "assert len(list(map(solve, [1, 2]))) == 2"}  # fmt: skip
     assert score("def solve(x): raise StopIteration", script, settings).reward == 0
     assert score("def solve(x): return 2 * x", script, settings).reward == 1
+
+
+# --- what a row may leave open, and what it may not
+
+
+@pytest.mark.parametrize("start", ["random.seed(0)", "print('start')", "import sys\nsys.setrecursionlimit(5000)"])
+def test_a_call_before_the_check_does_not_replace_it(start: str, settings: CodeSettings) -> None:
+    test = f"import random\n{start}\ndef check(candidate):\n    assert candidate(3) == 9\n"
+    truth = {"test": test, "entry_point": "solve"}
+    assert score("def solve(x): return x * x", truth, settings) == Score(1.0, Status.OK)
+    assert score("def solve(x): return x", truth, settings) == Score(0.0, Status.WRONG)
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        {"test_code": "def check(candidate):\n    assert candidate(3) == 9\n", "entry_point": "Solution.solve"},
+        {"test": "assert candidate(3) == 9", "entry_point": "solve"},
+        {"test_list": ["  assert solve(3) == 9"]},
+        {"test_list": ["assert c.Counter([solve(3)]) == c.Counter([9])"], "test_imports": ["import collections as c"]},
+    ],
+)
+def test_rows_as_people_write_them(truth: dict, settings: CodeSettings) -> None:
+    program = "class Solution:\n    def solve(self, x): return x * x\ndef solve(x): return x * x"
+    assert score(program, truth, settings) == Score(1.0, Status.OK)
+    assert score(program.replace("x * x", "x"), truth, settings) == Score(0.0, Status.WRONG)
+
+
+def test_constants_of_the_reference_are_not_the_programs(settings: CodeSettings) -> None:
+    truth = asserts("assert solve(10) == 2**10 % MOD", code="MOD = 1000\ndef solve(x): return pow(2, x, MOD)")
+    assert score("MOD = 1\ndef solve(x): return 0", truth, settings) == Score(0.0, Status.WRONG)
+    assert score("def solve(x): return pow(2, x, 1000)", truth, settings) == Score(1.0, Status.OK)
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        asserts("assert my_sub(3, 2) == 1", "assert add(1, 2) == 3"),
+        asserts("assert count(flatten([1])) == 2"),
+        asserts("assert solve(1) == 1", test_setup_code="x = ("),
+        {"functional": "def check(f):\n    assert f(1)\nprint('nothing is checked')"},
+    ],
+)
+def test_rows_that_leave_open_what_is_tested_are_refused(truth: dict) -> None:
+    with pytest.raises(GroundTruthError):
+        parse_ground_truth(truth)
+
+
+def test_a_row_whose_imports_or_setup_fail_is_a_crash_and_no_wrong_answer(settings: CodeSettings) -> None:
+    for truth, cause in (
+        (asserts("import nosuchmodule\nassert solve(1) == 1"), "nosuchmodule, which is not installed"),
+        (asserts("assert solve(1) == 1", test_setup_code="x = 1 / 0"), "ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            score("def solve(x): return 1", truth, settings)
+    # What the program raises is its own.
+    found = score("def solve(x): raise ImportError('numpy')", asserts("assert solve(1) == 1"), settings)
+    assert found == Score(0.0, Status.WRONG)
+
+
+def test_an_empty_answer_is_close_to_nothing(settings: CodeSettings) -> None:
+    truth = asserts("import numpy as np\nassert np.allclose(solve(13, 7), 91)")
+    empty = "import numpy\ndef solve(a, b): return numpy.array([])"
+    assert score(empty, truth, settings, test_timeout_s=20.0) == Score(0.0, Status.WRONG)
+    right = "import numpy\ndef solve(a, b): return numpy.array([a * b * 1.0])"
+    assert score(right, truth, settings, test_timeout_s=20.0) == Score(1.0, Status.OK)
+
+
+@pytest.mark.parametrize(
+    ("program", "script"),
+    [
+        ("def f(): return {1: 2}.keys()", "assert list(f()) == [1]"),
+        ("import array\ndef f(): return array.array('i', [1, 2])", "assert list(f()) == [1, 2]"),
+        ("class Bag:\n    def __init__(self): self.a = [3, 4]\n    def __len__(self): return 2\n"
+         "    def __getitem__(self, i): return self.a[i]\n    def __iter__(self): return iter(self.a)",
+         "b = Bag()\nassert len(b) == 2 and b[1] == 4 and list(b) == [3, 4]"),
+        ("class P:\n    def __init__(self, x): self.x = x\n    def double(self): return 2 * self.x",
+         "p = P(1)\np.x = 5\nassert p.double() == 10"),
+    ],
+)  # fmt: skip
+def test_objects_of_the_program_can_be_looked_into(program: str, script: str, settings: CodeSettings) -> None:
+    assert score(program, asserts(script), settings) == Score(1.0, Status.OK)
+
+
+def test_values_that_are_too_much_for_the_checker_are_wrong_and_no_crash(settings: CodeSettings) -> None:
+    script = asserts("assert sorted(solve(3)) == [9]")
+    found = score("def solve(x): return range(10 ** 9)", script, settings, memory_mib=512)
+    assert found.reward == 0 and found.status in (Status.WRONG, Status.TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from or1.reward.code.compare import same_output, same_value
 from or1.reward.code.extract import last_python_block
 from or1.reward.code.grade import CodeSettings, grade_job
 from or1.reward.code.inside import wire
-from or1.reward.code.sandbox import find_sandbox
+from or1.reward.code.sandbox import Inside, Limits, find_sandbox
 from or1.reward.ground_truth import parse_ground_truth
 from or1.types import CodeTests, Prompt, Response, Score, Status
 
@@ -28,6 +29,13 @@ def settings() -> CodeSettings:
         return CodeSettings(find_sandbox("auto"), 2.0, 20.0, 1024, 16, 4, False)
     except ScorerError as error:
         pytest.skip(str(error))
+
+
+def output(program: str, sandbox: str) -> str:
+    """Return what a program prints."""
+    limits = Limits(5.0, 10.0, 1 << 30, 16, 4 << 20)
+    with Inside(sandbox, "runner", {"program": program, "setup": ""}, limits) as runner:
+        return runner.ask({"stdin": ""}, 5.0)["stdout"]
 
 
 def score(program: str, truth: object, settings: CodeSettings, **changes: object) -> Score:
@@ -238,6 +246,77 @@ def test_tests_that_assert_nothing_are_an_error_and_no_pass(settings: CodeSettin
 def test_installed_packages_can_be_used(settings: CodeSettings) -> None:
     program = "import numpy as np\na, b = map(int, input().split())\nprint(np.array([a, b]).sum())"
     assert score(program, ADD, settings, test_timeout_s=20.0) == Score(1.0, Status.OK)
+
+
+# --- programs as Python itself runs them
+
+LIKE_PYTHON = [
+    ("def f(x: int): pass\nprint(f.__annotations__['x'](3.7))", "3"),
+    ("import dataclasses\n@dataclasses.dataclass\nclass P:\n    a: int\n"
+     "print(dataclasses.fields(P)[0].type('1'))", "1"),
+    ("out = open(1, 'w')\nout.write('hi')", "hi"),
+    ("import os\nout = os.fdopen(1, 'w', 1 << 16)\nprint('hi', file=out)", "hi"),
+    ("import io, sys\nprint('hi')\nsys.stdout = io.StringIO()\nprint('no')", "hi"),
+    ("import io, sys\nprint('a')\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf8')\n"
+     "print('b')", "a\nb"),
+    ("import multiprocessing as mp\ndef f(x): return x * x\nif __name__ == '__main__':\n"
+     "    with mp.Pool(2) as pool: print(sum(pool.map(f, range(4))))", "14"),
+    ("import asyncio\nasync def f(): await asyncio.sleep(0); print(1)\nasyncio.run(f())", "1"),
+    ("import subprocess, sys\nprint(subprocess.check_output([sys.executable, '-c', 'print(7)']).decode())", "7"),
+    ("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x'); print(f.tell())", "1"),
+    ("import threading\nt = [threading.Thread(target=print, args=(i,)) for i in range(3)]\n"
+     "for x in t: x.start(); x.join()", "0\n1\n2"),
+    ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)", "A"),
+    ("\ufeffprint(1)", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "printed"), LIKE_PYTHON)
+def test_programs_run_as_in_python(program: str, printed: str, settings: CodeSettings) -> None:
+    truth = {"inputs": [""], "outputs": [printed]}
+    assert score(program, truth, settings, test_timeout_s=20.0) == Score(1.0, Status.OK)
+
+
+def test_a_name_that_python_would_not_find_is_an_error(settings: CodeSettings) -> None:
+    program = "def f(x: Foo): return 1\nprint(f(1))"
+    assert score(program, {"inputs": [""], "outputs": ["1"]}, settings) == Score(0.0, Status.WRONG)
+
+
+def test_sets_of_text_have_the_same_order_in_every_run(settings: CodeSettings) -> None:
+    program = "print(hash('or1'))"
+    assert len({output(program, settings.sandbox) for _ in range(3)}) == 1
+
+
+FORGED = "import json, os, struct, time\ndef f(x):\n    d = json.dumps({}).encode()\n" \
+         "    os.write(201, struct.pack('>I', len(d)) + d)\n    time.sleep(9)"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"value": {"o": ["fractions", "Fraction", ["1e200000000"]]}}',
+        '{"value": {"s": [{"i": hex(k * (2**61 - 1))} for k in range(40_000)]}}',
+        '{"value": {"d": [[{"i": hex(k * (2**61 - 1))}, 1] for k in range(40_000)]}}',
+        '{"value": {"n": ["U90000000", ["a"] * 3]}}',
+        '{"value": {"h": {"array": ["U90000000", ["a"] * 3]}}}',
+        '{"value": {"r": [0, 10**18, 1]}}',
+        '{"timeout": True}',
+        '{"failed": "no room"}',
+        '["value", 1]',
+    ],
+)
+def test_what_a_program_forges_is_wrong_at_once(message: str, settings: CodeSettings) -> None:
+    program = FORGED.replace("json.dumps({})", f"json.dumps({message})")
+    began = time.monotonic()
+    found = score(program, {"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, settings, output_mib=16)
+    assert found == Score(0.0, Status.WRONG)
+    assert time.monotonic() - began < 8
+
+
+def test_json_values_come_back_from_a_function(settings: CodeSettings) -> None:
+    program = "def f(x): return {1: (2, None, True), 'a': [1 << 70, 1.5, 'x']}"
+    truth = {"inputs": ["1"], "outputs": [f'{{"1": [2, null, true], "a": [{1 << 70}, 1.5, "x"]}}'], "fn_name": "f"}
+    assert score(program, truth, settings) == Score(1.0, Status.OK)
 
 
 # --- the scorer

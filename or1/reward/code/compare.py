@@ -51,11 +51,12 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
-        as_text = {_key(key): _as_json(item) for key, item in value.items()}
+        as_text = {key_text(key): _as_json(item) for key, item in value.items()}
         # {1: 2, "1": 2} is no object of JSON: under either key the other value would be lost.
         return as_text if len(as_text) == len(value) else value
     return value
 
 
-def _key(key: Any) -> Any:
+def key_text(key: Any) -> Any:
+    """Return a key as JSON writes it: whole numbers as text."""
     return str(key) if isinstance(key, int) and not isinstance(key, bool) else key

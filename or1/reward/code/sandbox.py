@@ -27,6 +27,7 @@ from typing import Any, Self
 from or1.reward.base import ScorerError
 from or1.reward.code.inside import wire
 from or1.reward.code.protections import PROBE, failures, is_required
+from or1.reward.code.usage import children_of, resident_bytes, scratch_files
 
 START_LIMIT_S = 20.0
 """For a sandbox to come up on a busy machine, and for a program to compile."""
@@ -116,7 +117,7 @@ class Inside:
         self._limits = limits
         self._scratch = tempfile.TemporaryDirectory(prefix="or1-code-") if kind == "none" else None
         uid = _free_uid() if kind in _DROPS_ROOT and os.geteuid() == 0 else 0
-        command = [*_wrapper(kind, uid), _python(), "-I", "-S", "-B", "-c", _script(role)]
+        command = [*_wrapper(kind, uid), _python(), *_FLAGS, "-c", _script(role)]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -195,7 +196,7 @@ class Inside:
 
         Killed the other way round, process 1 would be left to the machine's, which in many containers never reaps.
         """
-        for child in _children(self._process.pid):
+        for child in children_of(self._process.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, 9)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -247,9 +248,11 @@ class Inside:
 
     def _check_use(self) -> None:
         """Raise SandboxDiedError if the sandbox holds more memory or files than it may."""
-        if resident_bytes(self._process.pid) > self._limits.memory_bytes:
+        limit, outer = self._limits.memory_bytes, self._process.pid
+        # Shares of pages cost more to read, so only where the plain sum, which counts a shared page often, is too much.
+        if resident_bytes(outer) > limit and resident_bytes(outer, shares=True) > limit:
             raise self._death(f"took more than {self._limits.memory_bytes >> 20} MiB of memory")
-        if self._counts_files and (files := _scratch_files(self._process.pid)) > SCRATCH_FILES:
+        if self._counts_files and (files := scratch_files(self._process.pid)) > SCRATCH_FILES:
             raise self._death(f"made {files} files, of which {SCRATCH_FILES} are allowed")
 
     def _death(self, why: str) -> SandboxDiedError:
@@ -260,37 +263,6 @@ class Inside:
             last = (self._process.stderr.read(2000) or b"").decode("utf-8", "replace").strip()
         self.close()
         return SandboxDiedError(f"{why}: {last}" if last else why)
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the memory held by a process and all its descendants, as far as /proc tells."""
-    total, waiting = 0, [pid]
-    while waiting:
-        process = waiting.pop()
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended
-            total += int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            waiting += _children(process)
-    return total * os.sysconf("SC_PAGE_SIZE")
-
-
-def _children(pid: int) -> list[int]:
-    """The processes that a process has started; none where the kernel does not list them."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def _scratch_files(outer: int) -> int:
-    """Files and folders in the private folders of a sandbox. bubblewrap cannot limit them when it mounts."""
-    count = 0
-    for inner in _children(outer)[:1]:
-        for folder in ("tmp", "dev/shm"):
-            with contextlib.suppress(OSError):
-                found = os.statvfs(f"/proc/{inner}/root/{folder}")
-                count += found.f_files - found.f_ffree
-    return count
 
 
 def _process_namespace() -> str:
@@ -315,7 +287,7 @@ def _wrapper(kind: str, uid: int) -> list[str]:
     if kind == "namespaces":
         launcher = (_INSIDE / "launcher.py").read_text(encoding="utf-8")
         scratch = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES}"
-        return [_python(), "-I", "-S", "-B", "-c", launcher, str(uid), scratch, os.pathsep.join(_visible())]
+        return [_python(), *_FLAGS, "-c", launcher, str(uid), scratch, os.pathsep.join(_visible())]
     command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--cap-drop", "ALL"]
@@ -324,7 +296,8 @@ def _wrapper(kind: str, uid: int) -> list[str]:
     else:
         # The program has the user of process 1. bubblewrap's own can be looked into, that of guard.py cannot.
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--as-pid-1"]
-    command += ["--dev", "/dev", "--proc", "/proc"]
+    # A shared mapping of /dev/zero is memory that no process is charged with.
+    command += ["--dev", "/dev", "--ro-bind", "/dev/null", "/dev/zero", "--proc", "/proc"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", folder]
     for path in _visible():
@@ -371,6 +344,8 @@ def _maps_all_users() -> bool:
 
 
 _started = itertools.count()
+# Not -I, which would ignore PYTHONHASHSEED: sets of text must have the same order in every run.
+_FLAGS = ("-P", "-s", "-S", "-B")
 # As root, "bwrap-user" would map its user to the host's root.
 _KINDS = ("bwrap-root", "namespaces") if os.geteuid() == 0 else ("bwrap-user", "namespaces")
 _DROPS_ROOT = ("bwrap-root", "namespaces")

@@ -24,6 +24,13 @@ MODULES = {"np": "numpy", "pd": "pandas", "numpy": "numpy", "pandas": "pandas", 
 """Name -> module that tests use without an import, beside the standard library's."""
 
 
+COMPARING = frozenset({
+    "isclose", "Counter", "OrderedDict", "defaultdict", "deque", "fabs", "sqrt", "floor", "ceil", "pi", "inf", "nan",
+    "reduce", "chain", "partial", "ListNode", "TreeNode", "list_node", "tree_node", "is_same_list", "is_same_tree",
+})  # fmt: skip
+"""Names of the prelude that tests use to compare, beside a function of the program with a name of its own."""
+
+
 class TestedError(ValueError):
     """Why no program could be told right by these tests."""
 
@@ -48,12 +55,19 @@ def complete(source: str, *, setup: str = "", entry_point: str = "", reference: 
     Raises TestedError if the script asserts nothing when it runs, or uses names that nobody defines.
     """
     tree = ast.parse(source)
+    try:
+        ast.parse(setup)
+    except SyntaxError as error:
+        raise TestedError(f"the setup of the tests is not Python: {error}") from error
     _require_asserts(tree)
     free = _free(tree) - _made(_parsed(setup))
     stars = prelude or _has_star(tree) or _has_star(_parsed(setup))
     entry = _root(entry_point)
     helpers = _helpers(question, free, entry)
     free -= set(helpers)
+    constants = _constants(_parsed(reference), free)
+    helpers = {**helpers, **constants}
+    free -= set(constants)
     names = {entry} if entry else free & _made_on_top(_parsed(reference))
     others = free - names - set(vars(builtins))
     modules = MODULES.keys() | sys.stdlib_module_names
@@ -91,6 +105,8 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
     prelude = prelude_names()
     tiers = (others - prelude, others & prelude)
     tier = next((tier for tier in tiers if tier), None)
+    if tiers[0] and tiers[1]:
+        _refuse_mixtures(tree, *tiers)
     if tiers[0] and tiers[1] and all(n[:1].isupper() and _is_handed_over(tree, n, tiers[1]) for n in tiers[0]):
         tier = others  # classes alone, and only as arguments of what is named like a library's function
     if tier is None:
@@ -106,6 +122,17 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
                           "either; name what is under test as 'entry_point', or define the other in the tests")
     rest = {name for name in tier - tested if name[:1].isupper() and _is_handed_over(tree, name, tested)}
     return tested | rest
+
+
+def _refuse_mixtures(tree: ast.Module, own: set[str], library: set[str]) -> None:
+    """Raise TestedError if an assert tests what is named like a library's function beside names that nobody has."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assert):
+            continue
+        mixed = _called(node.test) & library - COMPARING
+        if mixed and not all(name[:1].isupper() for name in own):
+            raise TestedError(f"the tests call {sorted(mixed)[0]}, which may be the program's or a library's; name "
+                              "what is under test as 'entry_point', or import the other in the tests")
 
 
 # --- what a script defines and uses
@@ -178,6 +205,17 @@ def _helpers(question: str, free: set[str], entry: str) -> Mapping[str, str]:
     return found
 
 
+def _constants(tree: ast.Module, free: set[str]) -> dict[str, str]:
+    """Constants of a reference solution that the tests use: the row's, since a program could choose others."""
+    found: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            plain = not any(isinstance(n, ast.Name | ast.Call | ast.Lambda) for n in ast.walk(node.value))
+            if plain and node.targets[0].id in free:
+                found[node.targets[0].id] = ast.unparse(node)
+    return found
+
+
 # --- calls
 
 
@@ -237,12 +275,19 @@ def _nested(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, str]]:
 
 def _require_asserts(tree: ast.Module) -> None:
     """Raise TestedError if no assert runs: there is none, or all stand in functions that nobody calls."""
-    on_top = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
     if not any(isinstance(n, ast.Assert) for n in ast.walk(tree)):
         raise TestedError("the tests assert nothing")
-    if not any(isinstance(n, ast.Assert | ast.Call) for top in on_top for n in ast.walk(top)):
-        raise TestedError("the tests assert nothing when they run: their functions are never called; name what is "
-                          "under test as 'entry_point', or call them")
+    definitions = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    defined = {n.name: n for n in tree.body if isinstance(n, definitions)}
+    waiting: list[ast.AST] = [n for n in tree.body if not isinstance(n, definitions)]
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            if isinstance(node, ast.Assert):
+                return
+            if isinstance(node, ast.Name) and node.id in defined:
+                waiting.append(defined.pop(node.id))
+    raise TestedError("the tests assert nothing when they run: their functions are never called; name what is under "
+                      "test as 'entry_point', or call them")
 
 
 def _require_values(tree: ast.Module, names: set[str]) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
+import importlib.util
 import os
 import sys
 
@@ -61,6 +63,22 @@ class Remote:
     def __bool__(self):
         return ask({"truth": self._number}) is True
 
+    def __len__(self):
+        return ask({"length": self._number})
+
+    def __getitem__(self, item):
+        return ask({"item": outward(item), "of": self._number})
+
+    def __setattr__(self, name, value):
+        ask({"set": name, "of": self._number, "to": outward(value)})
+
+
+class RemoteIterable(Remote):
+    """An object of the program that can be iterated over."""
+
+    def __iter__(self):
+        return ask({"iterate": self._number})
+
 
 class RemoteIterator(Remote):
     """An iterator of the program, which computes each value when it is asked for."""
@@ -98,7 +116,7 @@ def keep(value):
     if isinstance(value, Remote):
         return {"h": {"number": value._number}}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return {"n": [str(value.dtype), value.tolist()]} if value.ndim else encode(value.item(), keep)
+        return {"h": {"array": [str(value.dtype), value.tolist()]}} if value.ndim else encode(value.item(), keep)
     raise UnsupportedError(f"the tests pass a {type(value).__name__} to the program, which cannot go by value")
 
 
@@ -143,7 +161,7 @@ def inward(data):
 
 def remote(body):
     """Return what stands here for an object of the program."""
-    return (RemoteIterator if body.get("iterates") is True else Remote)(body["number"])
+    return {"iterator": RemoteIterator, "iterable": RemoteIterable}.get(body.get("kind"), Remote)(body["number"])
 
 
 def replace(mine, theirs):
@@ -207,11 +225,13 @@ def counts(order, cases):
     counter, error = Count(), None
     try:
         exec(compile(PRELUDE, "prelude.py", "exec"), NAMES)
-        exec(compile(order["setup"], "setup.py", "exec"), NAMES)
-        tree = ast.fix_missing_locations(counter.visit(ast.parse(order["script"])))
+        tree = ast.parse(order["script"])
+        require_modules(ast.parse(order["setup"]), tree)
+        run_setup(order["setup"])
+        tree = ast.fix_missing_locations(counter.visit(tree))
         found = [take(name) for name in order["names"]]
         if all(found):
-            exec(compile(tree, "tests.py", "exec"), NAMES)
+            exec(compile(tree, "tests.py", "exec", dont_inherit=True), NAMES)
     except Stop:
         pass
     except (Lost, UnsupportedError):
@@ -223,6 +243,49 @@ def counts(order, cases):
     whole = cases.ran and not cases.failures and error is None
     total = passed if whole else max(counter.statements, passed + 1)
     return {"passed": passed, "total": total, "why": cases.why}
+
+
+def require_modules(*trees):
+    """Raise UnsupportedError if the tests import what this machine does not have."""
+    for tree in trees:
+        for node in ast.walk(tree):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else names
+            for name in names:
+                if name and importlib.util.find_spec(name.partition(".")[0]) is None:
+                    raise UnsupportedError(f"the tests import {name}, which is not installed here")
+                if name and name.partition(".")[0] == "numpy":
+                    refuse_empty_comparisons()
+
+
+def run_setup(source):
+    """Run what comes before the tests. Raises UnsupportedError if it fails."""
+    try:
+        exec(compile(source, "setup.py", "exec", dont_inherit=True), NAMES)
+    except Exception as error:
+        raise UnsupportedError(f"the setup of the tests fails: {type(error).__name__}: {error}"[:500]) from None
+
+
+def refuse_empty_comparisons():
+    """Make numpy's comparisons refuse an empty array beside one that is not: broadcast, both would be empty."""
+    import numpy
+    import numpy.testing
+
+    def guarded(compare):
+        @functools.wraps(compare)
+        def compared(actual, desired, *args, **kwargs):
+            sizes = numpy.size(actual), numpy.size(desired)
+            if 0 in sizes and any(sizes):
+                raise AssertionError(f"{sizes[0]} values are compared with {sizes[1]}")
+            return compare(actual, desired, *args, **kwargs)
+
+        return compared
+
+    for place, names in ((numpy, ("allclose", "isclose", "array_equiv")),
+                         (numpy.testing, ("assert_allclose", "assert_almost_equal", "assert_array_almost_equal",
+                                          "assert_array_equal", "assert_equal"))):  # fmt: skip
+        for name in names:
+            setattr(place, name, guarded(getattr(place, name)))
 
 
 def take(name):

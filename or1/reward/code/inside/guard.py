@@ -1,8 +1,8 @@
 """Closes the kernel to the program: a filter of system calls, and no look into the runner. Joined behind wire.py.
 
 Namespaces hide files, network and processes. These calls reach around them: keyrings outlive a program, System V
-memory and memfd escape the memory limit, vsock is no part of a network namespace, and a namespace made inside one
-brings back privileges in it.
+memory, memfd, shared anonymous mappings and the buffers of sockets escape the memory limit, vsock is no part of a
+network namespace, and a namespace made inside one brings back privileges in it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ DENIED = {
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116),
     "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89), "lookup_dcookie": (212, 18),
+    # Memory that no process is charged with, and news of what other programs do to the same files.
+    "vmsplice": (278, 75), "io_setup": (206, 0), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "flock": (73, 32),
     "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
     "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58),
 }  # fmt: skip
-CLONE, CLONE3, SOCKETS = (56, 220), 435, ((41, 198), (53, 199))
-# AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; all of them end at the border of the network namespace.
-FAMILIES = (1, 2, 10, 16)
+CLONE, CLONE3, SOCKETS, MMAP, PRLIMIT = (56, 220), 435, ((41, 198), (53, 199)), (9, 222), (302, 261)
+# AF_UNIX and AF_NETLINK. TCP's buffers count for the whole machine, and its ports outlive a test.
+FAMILIES = (1, 16)
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET.
 NEW_NAMESPACES = 0x7E020000
 # machine -> column above, and what the kernel calls it (AUDIT_ARCH_*).
@@ -51,7 +55,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_BITS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, FOURTH_ARGUMENT = 0, 4, 16, 40
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -105,7 +109,7 @@ def call_filter(machine):
     rules = [(LOAD, 0, 0, ARCHITECTURE), (JUMP_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     rules += [(LOAD, 0, 0, NUMBER), (JUMP_ABOVE, 0, 1, 0x40000000), (RETURN, 0, 0, ERROR | EPERM)]
     for numbers in DENIED.values():
-        rules += deny(numbers[column], EPERM)
+        rules += deny(numbers[column], EPERM) if numbers[column] is not None else []
     # A filter cannot see the flags of clone3. Without it libc falls back to clone, whose flags are an argument.
     rules += deny(CLONE3, ENOSYS)
     rules += [(JUMP_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_BITS, 0, 1, NEW_NAMESPACES),
@@ -115,6 +119,12 @@ def call_filter(machine):
         for family in FAMILIES:
             rules += [(JUMP_EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]
         rules += [(RETURN, 0, 0, ERROR | EAFNOSUPPORT)]
+    # Pages of a shared anonymous mapping stay when a process no longer maps them.
+    rules += [(JUMP_EQUAL, 0, 5, MMAP[column]), (LOAD, 0, 0, FOURTH_ARGUMENT), (JUMP_BITS, 0, 2, MAP_ANONYMOUS),
+              (JUMP_BITS, 0, 1, MAP_SHARED), (RETURN, 0, 0, ERROR | EPERM), (RETURN, 0, 0, ALLOW)]  # fmt: skip
+    # Limits of oneself only: the runner has the same user.
+    rules += [(JUMP_EQUAL, 0, 3, PRLIMIT[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_EQUAL, 1, 0, 0),
+              (RETURN, 0, 0, ERROR | EPERM)]  # fmt: skip
     rules += [(RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("=HBBI", *rule) for rule in rules)
 

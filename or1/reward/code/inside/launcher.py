@@ -71,9 +71,11 @@ def make_root(paths, scratch):
         mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,{scratch}")
     for source, path in sources:
         bind_read_only(f"/host{source}", f"/new{path}")
+    # A shared mapping of /dev/zero is memory that no process is charged with.
     for name in ("null", "zero", "full", "random", "urandom"):
+        source = "null" if name == "zero" else name
         os.close(os.open(f"/new/dev/{name}", os.O_CREAT | os.O_WRONLY))
-        mount(f"/host/dev/{name}", f"/new/dev/{name}", None, MS_BIND)
+        mount(f"/host/dev/{source}", f"/new/dev/{name}", None, MS_BIND)
     for i, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{i}", f"/new/dev/{name}")
     os.symlink("/proc/self/fd", "/new/dev/fd")

@@ -15,6 +15,8 @@ import atexit
 import builtins
 import collections
 import contextlib
+import gc
+import io
 import os
 import resource
 import select
@@ -47,13 +49,14 @@ def main():
     with contextlib.suppress(Lost):
         source = receive(0, MESSAGE_LIMIT)
         try:
-            compile(source["setup"], "setup.py", "exec")
-            code = compile(source["program"], "solution.py", "exec")
+            # Neither may inherit this file's `from __future__ import annotations`.
+            setup = compile(source["setup"], "setup.py", "exec", dont_inherit=True)
+            code = compile(source["program"].removeprefix("\ufeff"), "solution.py", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             send(1, {"error": f"{type(error).__name__}: {error}"})
             return
         send(1, {})
-        program = Program(code, source["setup"], names, order["limits"], rules, alone)
+        program = Program(code, setup, names, order["limits"], rules, alone)
         while True:
             order = receive(0, MESSAGE_LIMIT)
             try:
@@ -105,8 +108,9 @@ class Program:
             if select.select([self.answers], [], [], max(0, deadline - time.monotonic()))[0]:
                 answer = receive(self.answers, self.limits["output_bytes"])
                 if time.monotonic() < deadline + SLACK_S:
-                    # The child is the program: only this process may say that the machine failed.
-                    return answer if isinstance(answer, dict) and "failed" not in answer else {"died": "no answer"}
+                    # The child is the program: only this process may say that the machine failed, or time is up.
+                    forged = not isinstance(answer, dict) or "failed" in answer or "timeout" in answer
+                    return {"died": "no answer"} if forged else answer
             answer = {"timeout": True}
         except (Lost, OSError) as error:
             answer = {"died": str(error)}
@@ -182,9 +186,7 @@ class Program:
             code = code or 1
             sys.stderr.write(f"{type(error).__name__}: {error}")
         finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
+            flush_files()
             os._exit(code & 255)
 
     def namespace(self, name):
@@ -192,7 +194,7 @@ class Program:
         module = type(sys)(name)
         module.__dict__["__builtins__"] = __builtins__
         sys.modules[name] = module
-        exec(compile(self.setup, "setup.py", "exec"), module.__dict__)
+        exec(self.setup, module.__dict__)
         return module.__dict__
 
 
@@ -240,13 +242,22 @@ class Objects:
         return namespace[name]
 
     def obey(self, order):
-        """Carry out one order: a global name, a method of Solution, an attribute, a truth value or a call."""
+        """Carry out one order: a global name, what Python asks of an object, or a call."""
         if "name" in order:
             return self.value(self.own(order["name"]))
         if "attribute" in order:
             return self.value(getattr(self.handles[order["of"]], order["attribute"]))
         if "truth" in order:
             return {"value": bool(self.handles[order["truth"]])}
+        if "iterate" in order:
+            return self.value(iter(self.handles[order["iterate"]]))
+        if "length" in order:
+            return {"value": len(self.handles[order["length"]])}
+        if "item" in order:
+            return self.value(self.handles[order["of"]][self.local(order["item"])])
+        if "set" in order:
+            setattr(self.handles[order["of"]], order["set"], self.local(order["to"]))
+            return {"value": None}
         if "next" in order:
             try:
                 return self.value(next(self.handles[order["next"]]))
@@ -283,18 +294,24 @@ class Objects:
         return encode(value, self.keep)
 
     def local(self, data):
-        return decode(data, self.names, lambda body: self.handles[body["number"]])
+        return decode(data, self.names, self.object)
+
+    def object(self, body):
+        return array(*body["array"]) if "array" in body else self.handles[body["number"]]
 
     def keep(self, value):
         """Return the JSON of a value that is no plain data: an array as lists, anything else as a number."""
-        if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        if type(value).__module__ in ("numpy", "array") and hasattr(value, "tolist"):
             return self.data(value.tolist())
+        if type(value) in (type({}.keys()), type({}.values()), type({}.items())):
+            return self.data(list(value))
         if id(value) not in self.numbers:
             self.handles.append(value)
             self.numbers[id(value)] = len(self.handles) - 1
         # Not isinstance, which asks the object's own __class__.
-        iterates = hasattr(type(value), "__next__")
-        return {"h": {"number": self.numbers[id(value)], "iterates": iterates}}
+        traits = (("__next__", "iterator"), ("__iter__", "iterable"))
+        kind = next((kind for method, kind in traits if hasattr(type(value), method)), "")
+        return {"h": {"number": self.numbers[id(value)], "kind": kind}}
 
 
 def leave_orderly():
@@ -304,6 +321,22 @@ def leave_orderly():
     atexit._run_exitfuncs()
 
 
+def array(kind, values):
+    """Return a numpy array of numbers, truth values or text that the tests pass to the program."""
+    import numpy
+
+    return numpy.array(values, dtype=kind)
+
+
+def flush_files():
+    """Write out what open files hold back, as the interpreter does when it ends: text first, then bytes."""
+    kinds = ((io.TextIOWrapper,), (io.BufferedWriter, io.BufferedRandom))
+    found = gc.get_objects()
+    for file in (sys.__stdout__, sys.stdout, sys.stderr, *(o for kind in kinds for o in found if type(o) in kind)):
+        with contextlib.suppress(Exception):
+            file.flush()
+
+
 def limit_resources(limits):
     """For this process and all that it starts; there is no way back up."""
     for name, value in (
@@ -311,7 +344,8 @@ def limit_resources(limits):
         ("RLIMIT_CPU", int(limits["cpu_s"])),
         ("RLIMIT_FSIZE", limits["output_bytes"]),
         ("RLIMIT_NPROC", limits["processes"]),
-        ("RLIMIT_NOFILE", 256),
+        # The buffers of a socket or pipe are charged to nobody.
+        ("RLIMIT_NOFILE", 96),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_MEMLOCK", 0),
     ):

@@ -109,13 +109,15 @@ def decode(data, names, from_handle):
         return range(*(decode(item, names, from_handle) for item in body))
     if tag == "y":
         return {kind.__name__: kind for kind in _TYPES}[body]
-    if tag == "n":
-        return _array(*body)
     if tag == "o":
         module, kind, parts = body
         if (module, kind) not in _STANDARD:
             raise ValueError(f"{module}.{kind} is no value")
-        return getattr(importlib.import_module(module), kind)(*(decode(part, names, from_handle) for part in parts))
+        values = [decode(part, names, from_handle) for part in parts]
+        # Fraction("1e9999999") would be computed.
+        if kind != "Decimal" and not all(type(value) is int for value in values):
+            raise ValueError(f"{module}.{kind} is made of integers")
+        return getattr(importlib.import_module(module), kind)(*values)
     values = [decode(item, names, from_handle) for item in body]
     return (build_list if tag == "L" else build_tree)(values, names)
 
@@ -132,15 +134,6 @@ _STANDARD = {
     ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
 }  # fmt: skip
 _CONTAINERS = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
-
-
-def _array(kind, values):
-    """Return a numpy array of numbers, truth values or text."""
-    import numpy
-
-    if numpy.dtype(kind).kind not in "biufcU":
-        raise ValueError(f"an array of {kind} is no value")
-    return numpy.array(values, dtype=kind)
 
 
 def _chain(node):
