@@ -23,23 +23,28 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _usable_path(value: str) -> str:
-    """Refuse what no file can be named, which would otherwise end in a traceback at the first look at the disk."""
+def path_problem(value: str) -> str:
+    """Return why no file can have this name, empty if one can; the first look at the disk would raise otherwise."""
+    locale = "rename it, or set LANG to a UTF-8 locale such as C.UTF-8"
     try:
         encoded = os.fsencode(value)
     except UnicodeEncodeError as error:
-        raise PydanticCustomError("path", "a path cannot have the character at place {place} here; rename it, or set "
-                                  "LANG to a UTF-8 locale such as C.UTF-8", {"place": error.start + 1}) from error
+        return f"a path cannot have the character at place {error.start + 1} here; {locale}"
+    # A path of another encoding, as Python keeps it, has no text that libraries could write into their files.
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise PydanticCustomError("path", "a path must be text in this locale; rename it, or set LANG to a UTF-8 "
-                                  "locale such as C.UTF-8")
+        return f"a path must be text in this locale; {locale}"
     if not value.strip() or "\0" in value:
-        raise PydanticCustomError("path", "a path must not be empty or hold a NUL character")
+        return "a path must not be empty or hold a NUL character; name a file or folder"
     longest = max(map(len, encoded.split(b"/")))
     if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
-        raise PydanticCustomError("path", "a path has at most {total} bytes, and {part} between two slashes; this has "
-                                  "{has} and {long}", {"total": _LONGEST_PATH, "part": _LONGEST_NAME,
-                                                       "has": len(encoded), "long": longest})  # fmt: skip
+        return (f"a path has at most {_LONGEST_PATH} bytes, and {_LONGEST_NAME} between two slashes; this has "
+                f"{len(encoded)} and {longest}; shorten it")
+    return ""
+
+
+def _usable_path(value: str) -> str:
+    if problem := path_problem(value):
+        raise PydanticCustomError("path", "{problem}", {"problem": problem})
     return value
 
 
