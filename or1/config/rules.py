@@ -115,9 +115,10 @@ def _files_exist(config: Config) -> Iterator[Problem]:
         return
     model = Path(config.model.path)
     # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
-    data = {Path(path).parts[0] for path in (*config.data.files, *(each.path for each in config.eval.sets))}
+    files = (*config.data.files, *(each.path for each in config.eval.sets))
+    data = {part for path in files for part in Path(path).parts[:1]}
     looks_local = (config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
-                   or is_dir(model.parent) or model.parts[0] in data)  # fmt: skip
+                   or is_dir(model.parent) or data.intersection(model.parts[:1]))  # fmt: skip
     if looks_local and not is_file(model / "config.json"):
         yield Problem("model.path", f"no config.json in {config.model.path!r} (looked in {Path.cwd()}); "
                       "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
