@@ -83,8 +83,11 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     from or1.checkpoint import committed_steps
     from or1.data import load_run_data, prompt_lines
     from or1.model import load_tokenizer
+    from or1.model_source import require_source
 
     tokenizer = load_tokenizer(config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        require_source(config.loss.reference)
     data = load_run_data(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     for line in missing_here(config):

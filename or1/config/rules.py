@@ -113,14 +113,20 @@ def _files_exist(config: Config) -> Iterator[Problem]:
     yield from _missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
     if config.endpoint.url is not None:
         return
-    model = Path(config.model.path)
+    yield from _model_there(config, "model.path", config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        yield from _model_there(config, "loss.reference", config.loss.reference)
+
+
+def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
+    model = Path(path)
     # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
     files = (*config.data.files, *(each.path for each in config.eval.sets))
-    data = {part for path in files for part in Path(path).parts[:1]}
-    looks_local = (config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
+    data = {part for each in files for part in Path(each).parts[:1]}
+    looks_local = (path.startswith((".", "/", "~")) or path.count("/") != 1
                    or is_dir(model.parent) or data.intersection(model.parts[:1]))  # fmt: skip
     if looks_local and not is_file(model / "config.json"):
-        yield Problem("model.path", f"no config.json in {config.model.path!r} (looked in {Path.cwd()}); "
+        yield Problem(where, f"no config.json in {path!r} (looked in {Path.cwd()}); "
                       "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
 
 

@@ -275,6 +275,16 @@ def test_files_are_found_from_the_folder_of_the_config(root: Path, monkeypatch: 
     assert load_config(QUICKSTART).model.path == "examples/tiny-adder", "what is found from here keeps its name"
 
 
+def test_a_missing_reference_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.reference: no config\.json in 'examples/no-such'"):
+        load_config(QUICKSTART, ["loss.kl_coef=0.1", "loss.reference=examples/no-such"])
+
+
+def test_a_data_file_may_be_a_dot() -> None:
+    with pytest.raises(ConfigError, match=r"'\.' is a folder"):
+        load_config(QUICKSTART, ["data.train=.", "model.path=no/such"])
+
+
 def test_a_missing_model_is_named_beside_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep" / "c").mkdir(parents=True)
     text = Path(QUICKSTART).read_text()
