@@ -6,15 +6,20 @@ import argparse
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from or1 import __version__
+from or1.cli_hints import Parser, set_in_two_words
 from or1.config import Config
 from or1.config_load import ConfigError, load_config
 from or1.terminal import guard_terminal, tell
 
+# A place that this user may not use, or that is of another kind than a run's.
+_NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+               errno.ELOOP)  # fmt: skip
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
 
 
@@ -22,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     if argv is None:
         guard_terminal()  # The process is or1's own, and so are its hooks.
+    if problem := set_in_two_words(sys.argv[1:] if argv is None else argv):
+        return _fail(problem, EXIT_USAGE)
     arguments = _parser().parse_args(argv)
     # OpenMP reads this once, when torch loads it. Threads that spin at barriers made a small model 30 times slower as
     # soon as another process wanted one of its cores.
@@ -36,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="or1", description="RL training of reasoning models with verifiable rewards.")
+    parser = Parser(prog="or1", description="RL training of reasoning models with verifiable rewards.")
     parser.add_argument("--version", action="version", version=f"or1 {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -208,7 +215,7 @@ def _filter(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -280,6 +287,9 @@ def _guarded(action: Callable[[], object]) -> int:
             raise
         return _fail(error, codes.get(type(error).__name__, EXIT_RUN))
     except OSError as error:
+        if error.errno in _NOT_USABLE and error.filename is not None:
+            return _fail(f"{error.filename!r} cannot be used ({error.strerror}); correct that path or its rights, and "
+                         "repeat the command", EXIT_RUN)  # fmt: skip
         if error.errno != errno.ENOSPC:
             raise
         return _fail(f"the disk is full ({error}); make room, and the same command resumes", EXIT_RETRY)

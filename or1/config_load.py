@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from or1.config import Config
+from or1.config.paths import found_from
+from or1.config.peers import known_as, nearest
 from or1.config.rules import Problem, Verb, contradictions
 
 # In place of a refused number that is required: valid for all of them.
 _STAND_IN = 2
+_DEEPEST = 8
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 class ConfigError(ValueError):
@@ -37,6 +43,8 @@ def load_config(
 
     files  False: the files it names need not be there
 
+    A file that is not found from the working directory is looked for from the config's folder, then from the one above.
+
     Raises ConfigError with all mistakes: unreadable file, TOML syntax, unknown keys, types, ranges, missing files and
     contradictions between sections.
     """
@@ -44,6 +52,8 @@ def load_config(
     problems = [p for text in overrides if (p := _apply_override(data, text)) is not None]
     config, found = _validate(data)
     problems += found
+    if config is not None:
+        config = found_from(Path(path), config)
     if config is not None:
         problems += [p for p in contradictions(config, verb, files) if not _follows_from(p, found)]
     if problems or config is None:
@@ -85,23 +95,31 @@ def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
     """Write one `a.b=c` into `data`; c is read as TOML, or as a plain string where it is not. Lists take an index."""
     key, sep, raw = text.partition("=")
     if not sep or not key.strip():
-        return Problem(f"--set {text}", "is not of the form section.key=value; write for example --set optim.lr=1e-6")
+        return Problem(f"--set {_shorter(text)}", "is not of the form section.key=value; write it as one word, for "
+                       "example --set optim.lr=1e-6")
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
     except (ValueError, RecursionError) as error:
-        return Problem(f"--set {key.strip()}", f"has a value that cannot be read ({type(error).__name__}: {error})")
+        return Problem(f"--set {_shorter(key.strip())}",
+                       f"has a value that cannot be read ({type(error).__name__}: {error})")  # fmt: skip
     *parents, last = key.strip().split(".")
+    if len(parents) > _DEEPEST:
+        return Problem(f"--set {_shorter(key.strip())}", f"names {len(parents) + 1} levels; no setting has more than "
+                       "four, as eval.sets.0.path")
     node: Any = data
     for part in parents:
         node = _child(node, part)
         if node is None:
-            return Problem(f"--set {text}", f"{part!r} in {key.strip()!r} is not a table of the config")
+            return Problem(f"--set {_shorter(text)}", f"{_shown(part)} in {_shown(key.strip())} is not a table of the "
+                           "config")
     if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            return Problem(f"--set {text}", f"{last!r} is not an index into a list of {len(node)}; count from 0")
-        node[int(last)] = value
+        place = _index(last, node)
+        if place is None:
+            return Problem(f"--set {_shorter(text)}", f"{_shown(last)} is not an index into a list of {len(node)}; "
+                           "count from 0")
+        node[place] = value
     else:
         node[last] = value
     return None
@@ -109,10 +127,30 @@ def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
 
 def _child(node: Any, part: str) -> Any:
     if isinstance(node, list):
-        child = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        place = _index(part, node)
+        child = node[place] if place is not None else None
     else:
         child = node.setdefault(part, {})
     return child if isinstance(child, dict | list) else None
+
+
+def _index(text: str, items: list[Any]) -> int | None:
+    # Other scripts have digits too, which int() or the reader of the message may not know.
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(items):
+        return int(text)
+    return None
+
+
+def _shown(value: object) -> str:
+    """The value for a message, shortened; a number of thousands of digits and a deep list have no text at all."""
+    try:
+        return _SHOWN.repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def _shorter(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:190]}..."
 
 
 def _validate(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
@@ -163,13 +201,29 @@ def _explain(error: Any) -> Problem:
     path = ".".join(str(part) for part in location)
     match error["type"]:
         case "extra_forbidden":
-            close = difflib.get_close_matches(str(location[-1]), section, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it."
-            return Problem(path, f"unknown key; {hint} Known keys: {', '.join(section)}")
+            return Problem(path, f"unknown key; {_hint(location, section, error['input'])} "
+                           f"Known keys: {', '.join(section)}")
         case "missing":
             return Problem(path, f"missing; add it. {field_help}")
+        case "string_pattern_mismatch":
+            return Problem(path, f"{_shown(error['input'])} is refused: it is not of the form of this setting. "
+                           f"{field_help}")
+        case "literal_error":
+            close = difflib.get_close_matches(str(error["input"])[:100], error["ctx"]["expected"].split("'")[1::2], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            return Problem(path, f"{_shown(error['input'])} is refused: {error['msg']}.{hint} {field_help}")
         case _:
-            return Problem(path, f"{error['input']!r} is refused: {error['msg']}. {field_help}")
+            return Problem(path, f"{_shown(error['input'])} is refused: {error['msg']}. {field_help}")
+
+
+def _hint(location: tuple[int | str, ...], section: list[str], given: object) -> str:
+    """What to write in place of an unknown key: another trainer's name, a wrong section and a slip are told apart."""
+    name = str(location[-1])
+    close = difflib.get_close_matches(name, section, n=1)
+    elsewhere = known_as(Config, name, given) or ([] if close else nearest(Config, name))
+    if elsewhere:
+        return f"here it is {' or '.join(elsewhere)}."
+    return f"did you mean {close[0]!r}?" if close else "remove it."
 
 
 def _describe(location: tuple[int | str, ...]) -> tuple[list[str], str]:

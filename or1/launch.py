@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.display import RunDisplay, print_plan
+from or1.dry_run import missing_here, require_place
 from or1.humanize import visible
 from or1.reward.output import LOG_NAME
 from or1.run_lock import RunLock
-from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
+from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run, require_movable
 from or1.survival import StopRequest
+from or1.terminal import tell
 
 if TYPE_CHECKING:
     from or1.data import RunData
@@ -64,21 +66,38 @@ def launch(config: Config, fresh: bool = False) -> None:
 def rehearse(config: Config, fresh: bool = False) -> None:
     """Show the plan, and find what would stop `launch` before it loads the model; nothing is written.
 
-    Raises RunError, DataError, ModelError, ScorerError.
+    A run that is there with other settings is told at once, and the other mistakes are still looked for.
+    Raises RunError, DataError, ModelError, ModelSourceError, ScorerError.
     """
-    changed = [] if fresh else check_run_dir(config)
+    require_place(config.run_path)
+    changed, refused = [], ""
+    try:
+        if fresh:
+            require_movable(config.run_path)
+        else:
+            changed = check_run_dir(config)
+    except RunError as error:
+        refused = str(error)
+        tell(f"or1: {refused}")
     quiet_libraries()
     from or1.checkpoint import committed_steps
     from or1.data import load_run_data, prompt_lines
     from or1.model import load_tokenizer
+    from or1.model_source import require_source
 
     tokenizer = load_tokenizer(config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        require_source(config.loss.reference)
     data = load_run_data(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
-    if not fresh and (steps := committed_steps(checkpoints_of(config.run_path))):
+    for line in missing_here(config):
+        print(visible(line))
+    if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
         print(visible(f"would resume after step {steps[-1]}"
                       + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
     _try_rewards(config, data, lambda line: print(visible(line)))
+    if refused:
+        raise RunError("the dry run found no other mistake; the run's folder is as said above")
 
 
 def _try_rewards(config: Config, data: RunData, tell: Callable[[str], None]) -> None:

@@ -33,6 +33,7 @@ from or1.config import ModelConfig
 from or1.dist import SINGLE, World
 from or1.fsdp import fill_shards, is_sharded, shard_model, whole_tensors
 from or1.memory import apply_liger, checkpoint_layers, tile_mlps
+from or1.model_source import require_source, require_tokenizer
 from or1.pack import Microbatch
 from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
@@ -59,6 +60,8 @@ def resolve_device(name: str) -> torch.device:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, never running code that came with it. Raises ModelError."""
+    require_source(path)
+    require_tokenizer(path)
     with _reading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -95,6 +98,7 @@ def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
     Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`, AttentionError and
     MemoryOptionError for an explicit option that cannot be had.
     """
+    require_source(config.path)
     _require_safetensors(config.path)
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     options = {

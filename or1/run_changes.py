@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,12 +12,36 @@ _FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_ev
          "reward.memory_mib")  # fmt: skip
 # How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
 _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
+_ABSENT = object()
 _STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted paths of the leaves that differ between two resolved configs; tables in a list by their index."""
     return list(_differences(old, new, ""))
+
+
+def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return the keys with their old and new values, such as "optim.lr 0.001 -> 0.01", for a message."""
+    return ", ".join(f"{key} {_text(_value(old, key))} -> {_text(_value(new, key))}" for key in keys)
+
+
+def _value(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        if isinstance(settings, dict):
+            settings = settings.get(part, _ABSENT)
+        elif isinstance(settings, list | tuple) and part.isdecimal() and int(part) < len(settings):
+            settings = settings[int(part)]
+        else:
+            return _ABSENT
+    return settings
+
+
+def _text(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def fixed_keys(changed: Sequence[str], done: int, begun: int, stages: int) -> list[str]:

@@ -24,7 +24,7 @@ from or1.entropy import EntropyController
 from or1.files import without_links, write_whole
 from or1.metrics import read_metrics
 from or1.rollout_state import InFlight
-from or1.run_changes import changed_keys, fixed_keys
+from or1.run_changes import changed_keys, described, fixed_keys
 from or1.stages import StageProgress
 from or1.types import Group, Status
 
@@ -164,14 +164,27 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
 
 
-def _move_aside(run_dir: Path) -> list[str]:
-    if not any(run_dir.iterdir()):
-        return []
+def require_movable(run_dir: Path) -> None:
+    """Raise RunError if --fresh cannot move what is in the folder aside."""
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return
+    if Path.cwd().is_relative_to(run_dir.resolve()):
+        raise RunError(f"run_dir = {str(run_dir)!r} is the folder that this command runs in, or holds it, so --fresh "
+                       "cannot move it aside; start from another folder, or choose one with --set run_dir=...")
     if not any((run_dir / name).exists() for name in (RECORD, "metrics.jsonl", "checkpoints")):
         raise RunError(f"{run_dir} holds no run (it has no {RECORD}), so --fresh leaves it where it is; choose another "
                        "folder with --set run_dir=..., or train beside what is there, without --fresh")
+
+
+def _move_aside(run_dir: Path) -> list[str]:
+    require_movable(run_dir)
+    if not any(run_dir.iterdir()):
+        return []
+    # Behind a link the folder itself is moved, and made anew: the disk that the link leads to was chosen.
+    run_dir = run_dir.resolve()
     aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     run_dir.rename(aside)
+    run_dir.mkdir()
     return [f"moved the former run to {aside}"]
 
 
@@ -199,8 +212,9 @@ def check_run_dir(config: Config) -> list[str]:
         stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
                   "until it ends, or if it is the last") if any(key.startswith("stage.") for key in fixed) else ""
         raise RunError(
-            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}; choose another folder with "
-            "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
+            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}: "
+            f"{described(fixed, recorded, settings)}. Set the old values to go on with that run, choose another folder "
+            "with --set run_dir=..., or start anew with --fresh, which moves the old run aside"
         )
     return changed
 

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, chunked, reference
 from .compiled import logprob_entropy, policy_loss
-from .objective import PolicyObjective, check_inputs
-from .options import HeadOptions
+from .objective import PolicyObjective, as_objective, check_inputs
+from .options import HeadOptions, head_options
 from .policy import PolicyRows, policy_pass
 from .rows import RowStats
 
@@ -46,7 +46,7 @@ def linear_logprob_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **op
     Raises TypeError (dtypes, an unknown option), ValueError (shapes, limits of HeadOptions), IndexError (a CPU
     target outside the vocabulary), RuntimeError (an explicit impl that cannot run).
     """
-    head = HeadOptions(**options)
+    head = head_options(options)
     if head.grad_row_eps is not None:
         raise ValueError("grad_row_eps is set, but it needs the loss; use linear_policy_loss")
     head.check(hidden, weight, targets)
@@ -68,7 +68,7 @@ def linear_policy_loss(
     old_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
-    objective: PolicyObjective | None = None,
+    objective: PolicyObjective | str | None = None,
     entropy_coef: float | Tensor = 0.0,
     rows: Tensor | str | None = None,
     **options: Any,
@@ -77,7 +77,8 @@ def linear_policy_loss(
 
     hidden, weight, targets and options as in linear_logprob_entropy; advantages, token_weight and the log-probs are
     f32[N] constants. token_weight is mask / denominator, so every normaliser is the caller's. old_logp None means
-    on-policy: the ratio is 1 and the clip inert. objective None is PPO's clip with both bounds 0.2. The gradients
+    on-policy: the ratio is 1 and the clip inert. objective None is PPO's clip with both bounds 0.2; a kind as text,
+    such as "cispo", is PolicyObjective(kind=...) with its defaults. The gradients
     are made in this call and only scaled in backward: three GEMMs in all. N = 0 gives a loss of 0 that is connected
     to hidden and weight.
     rows, i64[M]: only these rows enter a GEMM; "live" picks those of token_weight != 0 (on a GPU the host waits for
@@ -85,7 +86,7 @@ def linear_policy_loss(
 
     Raises what linear_logprob_entropy raises, and ValueError when the objective needs a log-prob that is missing.
     """
-    head, objective = HeadOptions(**options), objective or PolicyObjective()
+    head, objective = head_options(options), as_objective(objective)
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
     inputs = head.row_inputs(hidden, weight, targets)

@@ -48,6 +48,18 @@ class PolicyObjective:
             raise ValueError(f"objective.is_cap is {self.is_cap}; it must be above 0, or None for no correction")
 
 
+def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
+    """Return the objective itself, of a kind given as text, or the default. Raises TypeError for anything else."""
+    if given is None:
+        return PolicyObjective()
+    if isinstance(given, str):
+        return PolicyObjective(kind=given)
+    if not isinstance(given, PolicyObjective):
+        raise TypeError(f"objective is {given!r}, a {type(given).__name__}; pass a PolicyObjective, or its kind as "
+                        f"text, one of {sorted(_SURROGATES)}")
+    return given
+
+
 class TokenLoss(NamedTuple):
     """Per token: loss, its slope dloss/dlogp, the ratio exp(lp - old), and whether the clip changed anything."""
 

@@ -3,7 +3,10 @@
 Legend: N rows, H hidden, V vocab.
 """
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +102,23 @@ class HeadOptions:
         backend = resolve(self.impl, weight_VH.device, weight_VH.dtype)
         shard = None if self.group is None else VocabShard.of(self.group, weight_VH.shape[0])
         return Settings(self.transform(), backend, shard, self.preset, self.chunk_rows, self.stash_bytes)
+
+
+_NAMES = tuple(field.name for field in fields(HeadOptions))
+
+
+def head_options(options: Mapping[str, Any]) -> HeadOptions:
+    """Return HeadOptions of keyword arguments. Raises TypeError for a name that is no option, with the nearest one."""
+    for name in options:
+        if name not in _NAMES:
+            raise TypeError(_unknown(name))
+    return HeadOptions(**options)
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, _NAMES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{name!r} is not an option of the head; {hint}The options are: {', '.join(_NAMES)}"
 
 
 def _require(name: str, value: object, ok: bool, rule: str) -> None:

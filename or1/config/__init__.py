@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from or1.config.base import Section
+from or1.config.base import FilePath, Section
 from or1.config.data import DataConfig, MixConfig
 from or1.config.dist import DistConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
@@ -48,9 +48,9 @@ __all__ = [
 class Config(Section):
     """A whole run. `or1.config_load.load_config` makes one from TOML."""
 
-    run_dir: str
+    run_dir: FilePath
     """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """Seed of data order and sampling."""
     deterministic: bool = False
     """On a GPU, use only algorithms whose result has the same bits every time, and fail where there is none; slower. A
@@ -67,7 +67,7 @@ class Config(Section):
     filter: FilterConfig = FilterConfig()
     endpoint: EndpointConfig = EndpointConfig()
     log: LogConfig = LogConfig()
-    stage: tuple[StageConfig, ...] = ()
+    stage: tuple[StageConfig, ...] = Field((), max_length=1000)
     """Stages in order; each may grow the context."""
 
     @property

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from or1.config.base import Section
+from or1.config.base import MOST_TOKENS, FilePath, Section
+
+# Names that other trainers take for the same thing.
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "float": "float32", "double": "float64"}
+_DEVICES = {"gpu": "cuda", "cuda:0": "cuda"}
 
 
 def _from_bool(value: object) -> object:
     return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
 
 
+def short_dtype(value: Any) -> Any:
+    """Return the name that or1 uses for a dtype: bf16 and torch.bfloat16 are bfloat16."""
+    return _DTYPES.get(short := value.removeprefix("torch."), short) if isinstance(value, str) else value
+
+
+def _device(value: Any) -> Any:
+    return _DEVICES.get(value, value) if isinstance(value, str) else value
+
+
 class ModelConfig(Section):
     """`[model]`"""
 
-    path: str
+    path: FilePath
     """Hugging Face checkpoint folder or hub id of a causal language model."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Type of the weights in forward and backward; `optim.weights` says what the optimizer keeps."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU if there is one."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float64"], BeforeValidator(short_dtype)] = "bfloat16"
+    """Type of the weights in forward and backward; `optim.weights` says what the optimizer keeps. fp32, bf16 and fp64
+    mean the same; there is no float16."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_device)] = "auto"
+    """Where to train; auto takes the GPU if there is one. gpu and cuda:0 mean cuda; another GPU is chosen by the
+    environment variable CUDA_VISIBLE_DEVICES."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed rows. flash: the flash-attn package; varlen: torch's own; both need a GPU and 16-bit
     weights. sdpa: exact on any device and type, slow on a GPU. auto: the first of these that can run."""
@@ -31,6 +46,6 @@ class ModelConfig(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, where installed and the architecture is
     known to Liger; never on the CPU."""
-    mlp_tile_tokens: int = Field(16384, ge=0)
+    mlp_tile_tokens: int = Field(16384, ge=0, le=MOST_TOKENS)
     """Rows longer than this pass through each MLP in tiles of at most this many tokens, which bounds its activations;
     free with gradient checkpointing, one more MLP forward without. 0: never."""

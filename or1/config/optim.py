@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from or1.config.base import Section
+from or1.config.base import MOST_STEPS, Section
+from or1.config.model import short_dtype
 
 
 class OptimConfig(Section):
@@ -18,25 +19,25 @@ class OptimConfig(Section):
     weights: Literal["master", "stochastic"] = "master"
     """What an update is added to. master: an fp32 copy of bf16 weights. stochastic: the bf16 weights themselves,
     rounded up or down at random so that small updates survive on average; saves 4 bytes a parameter."""
-    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    grad_dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(short_dtype)] = "float32"
     """Type in which a bf16 model's gradient is summed over packed rows; bfloat16 saves 2 bytes a parameter. Models of
     other types sum in their own."""
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, le=10)
     """Learning rate of AdamW, constant after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Updates over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays, each in [0, 1)."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, le=1)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=100)
     """Decoupled weight decay on matrices; norms and biases have none."""
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(1.0, ge=1e-30, le=1e30)
     """Largest gradient norm of one update."""
-    max_tokens_per_rank: int = Field(32768, ge=1)
+    max_tokens_per_rank: int = Field(32768, ge=1, le=2**31 - 1)
     """Tokens in one packed row; sets peak memory, never the gradient."""
     share_prompts: Literal["auto", "on", "off"] = "auto"
     """Let the responses of a group share one copy of their prompt in a packed row; the gradient is the same. auto: if
     that saves at least 10 % of the tokens."""
-    max_nonfinite_steps: int = Field(3, ge=1)
+    max_nonfinite_steps: int = Field(3, ge=1, le=MOST_STEPS)
     """Stop after this many updates in a row were skipped for a non-finite loss or gradient."""

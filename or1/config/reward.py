@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from or1.config.base import Section
+from or1.config.base import MOST_MIB, MOST_SECONDS, MOST_TOKENS, Section
 
 
 class CodeRewardConfig(Section):
@@ -16,15 +16,15 @@ class CodeRewardConfig(Section):
     """How programs are isolated. auto: bwrap, else namespaces, else refuse. none: they run with your rights."""
     partial: bool = False
     """Pay the fraction of tests passed instead of 1 for all and 0 otherwise; then no test is left out."""
-    test_timeout_s: float = Field(6.0, gt=0)
+    test_timeout_s: float = Field(6.0, ge=0.01, le=MOST_SECONDS)
     """Limit for one test."""
-    total_timeout_s: float = Field(300.0, gt=0)
+    total_timeout_s: float = Field(300.0, ge=0.01, le=MOST_SECONDS)
     """Limit for all tests of a program; the limit is also at most 5 s and test_timeout_s + 1 for each test."""
-    memory_mib: int = Field(4096, ge=64)
+    memory_mib: int = Field(4096, ge=64, le=MOST_MIB)
     """Memory of one program with all it starts."""
-    processes: int = Field(16, ge=1)
+    processes: int = Field(16, ge=1, le=65536)
     """Processes and threads of one program."""
-    output_mib: int = Field(16, ge=1)
+    output_mib: int = Field(16, ge=1, le=MOST_MIB)
     """Size of one output, and of one file that a program writes."""
 
 
@@ -35,11 +35,11 @@ class RewardConfig(Section):
     """auto: math or code by what each row holds. math: the last \\boxed{} against the gold answer. code: programs
     against tests. Or a function of your own, "module:function" or "path/file.py:function"; a response
     counts as solved, in accuracy and pass@k, from a reward of 1 on."""
-    timeout_s: float = Field(5.0, gt=0)
+    timeout_s: float = Field(5.0, ge=0.01, le=MOST_SECONDS)
     """Limit for grading one response in math or by your function; then it counts as a timeout."""
     workers: int = Field(2, ge=1, le=1024)
     """Processes of each verifier in use: responses graded at once."""
-    memory_mib: int = Field(8192, ge=0)
+    memory_mib: int = Field(8192, ge=0, le=MOST_MIB)
     """Memory that one process of a function of your own can fill, what it imports included; 0: no limit. More is a
     crash of that response."""
     require_think_close: bool = False
@@ -47,10 +47,10 @@ class RewardConfig(Section):
     grade_truncated: bool | None = None
     """Grade a response that was cut at its limit like any other (released code) instead of scoring it as truncated, 0
     (paper, section 3.1). Absent: false, but true for a function of your own, on whose scale 0 may not be the least."""
-    overlong_buffer: int = Field(0, ge=0)
+    overlong_buffer: int = Field(0, ge=0, le=MOST_TOKENS)
     """Tokens before the response limit over which a penalty grows from 0 to overlong_penalty (DAPO's soft overlong
     punishment); 0: none."""
-    overlong_penalty: float = Field(1.0, gt=0)
+    overlong_penalty: float = Field(1.0, gt=0, le=1e6)
     """Penalty of a response that fills the limit."""
     code: CodeRewardConfig = CodeRewardConfig()
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from or1.config.base import Section
+from or1.config.base import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section
 
 
 class VllmConfig(Section):
@@ -22,7 +22,7 @@ class VllmConfig(Section):
     to a server that or1 started, else broadcast."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server that or1 starts; absent means the trainer's own."""
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1, le=1024)
     """GPUs that share one copy of the model; when colocated, a divisor of torchrun's ranks."""
     gpu_memory: float = Field(0.5, gt=0, lt=1)
     """Share of GPU memory for vLLM's weights and cache; when colocated, the trainer has all of it back in training."""
@@ -35,23 +35,23 @@ class RolloutConfig(Section):
 
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """hf: transformers' generate inside the trainer. auto: vllm where it is installed and there is a GPU, else hf."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3, le=100)
     """Sampling temperature; the loss scales its logits by the same number."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the likeliest tokens that hold this much probability. Below 1, vLLM reports log-probs among those."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     """Sample from this many likeliest tokens; 0 means all."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=2**20)
     """Responses generated together."""
-    deadline_s: float | None = Field(None, gt=0)
+    deadline_s: float | None = Field(None, gt=0, le=MOST_SECONDS)
     """Seconds after which a step's unfinished responses are aborted and count as truncated; absent means never."""
-    partial_tokens: int | None = Field(None, ge=1)
+    partial_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     """Partial rollouts: tokens that a response may grow in one step; an unfinished one goes on under the next policy,
     and its group is trained when complete. Needs loss.is_cap. Absent means off."""
     overlap: bool = False
     """Generate the next step's responses while training on this one's, with weights one step old. Needs vllm and
     loss.is_cap."""
-    verify_every: int = Field(10, ge=0)
+    verify_every: int = Field(10, ge=0, le=MOST_STEPS)
     """Compare the log-probs of engine and trainer after every so many weight updates; 0 means never. hf shares the
     weights and needs no check."""
     reproducible: bool = True

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from or1.config import Config
+from or1.config.base import path_problem
+from or1.config.paths import is_dir, is_file
 
 
 class Problem(NamedTuple):
@@ -20,6 +22,8 @@ class Problem(NamedTuple):
 
 Verb = Literal["train", "filter", "eval"]
 _VLLM_HOTTEST = 2.0
+_COLDEST = 1e-3
+_MOST_RESPONSES = 2**20
 
 
 def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> list[Problem]:
@@ -89,19 +93,19 @@ def _no_endpoint(config: Config) -> Iterator[Problem]:
 def _missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     # A file may be named twice, which doubles its share; it is missing once.
     for path, where in {path: where for where, path in reversed(named)}.items():
-        if Path(path).is_dir():
+        if is_dir(path):
             yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
-        elif not Path(path).is_file() and glob.has_magic(path):
+        elif not is_file(path) and glob.has_magic(path):
             yield Problem(where, f"{path!r} is a pattern, which or1 does not expand; name the files, one by one"
                           f"{_some(path) or ', of which none is there'}")
-        elif not Path(path).is_file():
+        elif not is_file(path):
             yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
                           'README, "Data", names the formats, and the first lines of a recipe the contents')
 
 
 def _some(pattern: str) -> str:
     """The first files of a pattern, for a message; empty if there are none."""
-    found = sorted(name for name in glob.glob(pattern) if Path(name).is_file())
+    found = sorted(name for name in glob.glob(pattern) if is_file(name))
     return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
 
 
@@ -109,18 +113,33 @@ def _files_exist(config: Config) -> Iterator[Problem]:
     yield from _missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
     if config.endpoint.url is not None:
         return
-    model = Path(config.model.path)
-    # A hub id has one slash too; but what stands before it would not be a folder here.
-    looks_local = (config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
-                   or model.parent.is_dir())  # fmt: skip
-    if looks_local and not (model / "config.json").is_file():
-        yield Problem("model.path", f"no config.json in {config.model.path!r} (looked in {Path.cwd()}); "
+    yield from _model_there(config, "model.path", config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        yield from _model_there(config, "loss.reference", config.loss.reference)
+
+
+def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
+    model = Path(path)
+    # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
+    files = (*config.data.files, *(each.path for each in config.eval.sets))
+    data = {part for each in files for part in Path(each).parts[:1]}
+    looks_local = (path.startswith((".", "/", "~")) or path.count("/") != 1
+                   or is_dir(model.parent) or data.intersection(model.parts[:1]))  # fmt: skip
+    if looks_local and not is_file(model / "config.json"):
+        yield Problem(where, f"no config.json in {path!r} (looked in {Path.cwd()}); "
                       "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
+
+
+def _paths_usable(config: Config) -> Iterator[Problem]:
+    """What is a path only sometimes, so that its field cannot tell."""
+    for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind)):
+        if path is not None and (problem := path_problem(path)):
+            yield Problem(where, problem)
 
 
 def _reward_file_exists(config: Config) -> Iterator[Problem]:
     place = config.reward.kind.rpartition(":")[0]
-    if place.endswith(".py") and not Path(place).is_file():
+    if place.endswith(".py") and not is_file(place):
         yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
 
 
@@ -133,7 +152,7 @@ def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
 def _nothing_to_execute(config: Config) -> Iterator[Problem]:
     """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
     folder = Path(config.model.path)
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         return
     unsafe = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
     if unsafe and not any(folder.glob("*.safetensors")):
@@ -141,15 +160,22 @@ def _nothing_to_execute(config: Config) -> Iterator[Problem]:
                       "transformers' save_pretrained, in a place where it may run code")
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.is_file() and '"auto_map"' in path.read_text(encoding="utf-8", errors="replace"):
+        if is_file(path) and '"auto_map"' in _text(path):
             yield Problem("model.path", f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
                           "never runs; use a model that transformers knows, and remove auto_map")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # What reads the folder in earnest says what is wrong with the file.
 
 
 def _positions_reach(config: Config) -> Iterator[Problem]:
     """A response limit beyond the positions that a model folder names; what a hub id names is not known yet."""
     path = Path(config.model.path) / "config.json"
-    if not path.is_file() or config.endpoint.url is not None:
+    if not is_file(path) or config.endpoint.url is not None:
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -178,6 +204,9 @@ def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
 
 def _stages_fit(config: Config) -> Iterator[Problem]:
     for i, stage in enumerate(config.stage):
+        if stage.prompts_per_step * stage.group_size > _MOST_RESPONSES:
+            yield Problem(f"stage.{i}.prompts_per_step", f"{stage.prompts_per_step} times group_size = "
+                          f"{stage.group_size} is more than {_MOST_RESPONSES} responses a step; lower one of them")
         minibatch = stage.minibatch_prompts
         if minibatch is not None and minibatch > stage.prompts_per_step:
             yield Problem(f"stage.{i}.minibatch_prompts", f"{minibatch} is more than prompts_per_step = "
@@ -187,6 +216,15 @@ def _stages_fit(config: Config) -> Iterator[Problem]:
             yield Problem("optim.max_tokens_per_rank", f"{config.optim.max_tokens_per_rank} is less than the longest "
                           f"sequence of stage {i} ({config.data.max_prompt_tokens} prompt + "
                           f"{stage.max_response_tokens} response tokens); raise it to at least {longest}")
+
+
+def _temperatures_sound(config: Config) -> Iterator[Problem]:
+    named = [("filter.temperature", config.filter.temperature)]
+    named += [(f"eval.sets.{i}.temperature", each.temperature) for i, each in enumerate(config.eval.sets)]
+    for where, temperature in named:
+        if 0 < temperature < _COLDEST:
+            yield Problem(where, f"{temperature:g} divides logits into infinities; set 0, which is greedy, or at least "
+                          f"{_COLDEST:g}")
 
 
 def _entropy_bounds(config: Config) -> Iterator[Problem]:
@@ -284,6 +322,7 @@ def _magic_variants_sound(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _paths_usable,
     _files_exist,
     _reward_file_exists,
     _think_close_is_looked_for,
@@ -291,6 +330,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _positions_reach,
     _heartbeat_is_shorter,
     _stages_fit,
+    _temperatures_sound,
     _entropy_bounds,
     _betas_valid,
     _weights_are_16_bit,

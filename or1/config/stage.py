@@ -6,30 +6,30 @@ from typing import Literal
 
 from pydantic import Field
 
-from or1.config.base import Section
+from or1.config.base import MOST_STEPS, MOST_TOKENS, Section
 
 
 class StageConfig(Section):
     """`[[stage]]`"""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST_STEPS)
     """Rollout steps in this stage; with `until = "plateau"`, the most it takes."""
     until: Literal["steps", "plateau"] = "steps"
     """When to hand over: after `steps`, or as soon as evaluations are flat in accuracy and truncation."""
-    plateau_evals: int = Field(4, ge=1)
+    plateau_evals: int = Field(4, ge=1, le=MOST_STEPS)
     """Evaluations in a row without a gain that make a plateau."""
-    plateau_gain: float = Field(0.01, gt=0)
+    plateau_gain: float = Field(0.01, gt=0, le=1)
     """Smallest rise of accuracy, or fall of the truncation rate, that counts as a gain; fractions."""
-    max_response_tokens: int = Field(ge=1)
+    max_response_tokens: int = Field(ge=1, le=MOST_TOKENS)
     """Response limit of this stage; a longer response is truncated and, by default, scores 0."""
-    prompts_per_step: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1, le=2**20)
     """Prompts of one rollout step (the paper's D_R)."""
-    group_size: int = Field(ge=2)
+    group_size: int = Field(ge=2, le=65536)
     """Responses per prompt (the paper's gs)."""
-    minibatch_prompts: int | None = Field(None, ge=1)
+    minibatch_prompts: int | None = Field(None, ge=1, le=2**20)
     """Prompts of one optimizer step (the paper's D_T); absent means prompts_per_step, which is on-policy."""
 
-    reuse: int = Field(1, ge=1)
+    reuse: int = Field(1, ge=1, le=1000)
     """Passes over each rollout (the paper's N_reuse); above 1 is off-policy."""
 
     @property

@@ -6,7 +6,6 @@ Legend: N scored tokens, H hidden, V vocab, R adapter rank.
 
 from __future__ import annotations
 
-import types
 from typing import Any, NamedTuple
 
 import torch
@@ -34,25 +33,40 @@ def install(head: nn.Module) -> None:
     Without score_targets the head is what it was. Installing twice changes nothing. Raises UnsupportedHeadError.
     """
     require_supported(head)
-    if not hasattr(head, "_or1_logits"):
+    if not is_installed(head):
         head._or1_logits = head.forward
-        head.forward = types.MethodType(_forward, head)
+        head.forward = _HeadForward(head)
+
+
+def is_installed(head: nn.Module) -> bool:
+    """Return whether `install` was called for this head."""
+    return hasattr(head, "_or1_logits")
 
 
 def remove(head: nn.Module) -> None:
     """Undo install."""
-    if hasattr(head, "_or1_logits"):
-        head.forward = head._or1_logits
+    if is_installed(head):
+        # What stood there before is the method of the class, unless another library had put its own in its place.
+        if getattr(head._or1_logits, "__func__", None) is type(head).forward:
+            del head.forward
+        else:
+            head.forward = head._or1_logits
         del head._or1_logits
 
 
-def _forward(
-    self: nn.Module, *args: Any, score_targets: Tensor | None = None, score_options: dict[str, Any] | None = None,
-    **kwargs: Any
-) -> Any:
-    if score_targets is None:
-        return self._or1_logits(*args, **kwargs)
-    return _score(operands(self, args[0]), score_targets, **(score_options or {}))
+class _HeadForward:
+    """The forward of a head that can score. An object, because pickle finds a method by its name in the class."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def __call__(
+        self, *args: Any, score_targets: Tensor | None = None, score_options: dict[str, Any] | None = None,
+        **kwargs: Any
+    ) -> Any:
+        if score_targets is None:
+            return self.head._or1_logits(*args, **kwargs)
+        return _score(operands(self.head, args[0]), score_targets, **(score_options or {}))
 
 
 def _score(o: Operands, targets_N: Tensor, fp32: bool = False, **options: Any) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     its loss, so what TRL refuses beside that loss works.
 
     Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST, heads.UnsupportedHeadError and
-    transformers.UnsupportedModelError for the model.
+    transformers.UnsupportedModelError for the model, TypeError for an unknown option, ValueError for a wrong value.
     """
     version = _check(trainer)
     if "temperature" in options:

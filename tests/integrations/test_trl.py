@@ -162,3 +162,18 @@ def test_other_versions_and_trainers_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_temperature_is_the_trainers(grpo_run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"set GRPOConfig\.temperature"):
         grpo_run(lambda trainer: patch(trainer, temperature=0.5), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [({"stash_byte": 1}, TypeError, "did you mean 'stash_bytes'"), ({"impl": "cuda"}, ValueError, "impl is 'cuda'")])
+def test_a_wrong_option_raises_at_the_call(
+    grpo_run: Callable[..., Any], options: dict[str, Any], kind: type[Exception], word: str
+) -> None:
+    def patched(trainer: Any) -> Any:
+        with pytest.raises(kind, match=word):
+            patch(trainer, **options)
+        assert "_or1_settings" not in vars(trainer.model)
+        return trainer
+
+    grpo_run(patched, steps=1)

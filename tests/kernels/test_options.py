@@ -181,3 +181,24 @@ def test_main_grad_of_the_wrong_kind_is_refused(kit):
         kit.policy(case, tempreature=0.5)
     with pytest.raises(ValueError, match="'dead'"):
         kit.policy(case, rows="dead", objective=PolicyObjective())
+
+
+def test_an_unknown_option_names_the_nearest(kit):
+    case = kit.make_case(4, 8, 11)
+    for call in (linear_logprob_entropy, linear_policy_loss):
+        arguments = (case.hidden, case.weight, case.targets, *([torch.ones(4)] if call is linear_policy_loss else []))
+        given = {"token_weight": torch.ones(4)} if call is linear_policy_loss else {}
+        with pytest.raises(TypeError, match="'temprature' is not an option of the head; did you mean 'temperature'"):
+            call(*arguments, **given, temprature=0.5)
+
+
+def test_an_objective_may_be_the_name_of_its_kind(kit):
+    case = kit.make_case(4, 8, 11)
+    rest = (case.hidden, case.weight, case.targets, torch.ones(4))
+    given = {"token_weight": torch.ones(4), "old_logp": torch.full((4,), -2.0)}
+    named, _ = linear_policy_loss(*rest, **given, objective="cispo")
+    assert torch.equal(named, linear_policy_loss(*rest, **given, objective=PolicyObjective(kind="cispo"))[0])
+    with pytest.raises(ValueError, match=r"objective\.kind is 'cipso'; it must be one of"):
+        linear_policy_loss(*rest, **given, objective="cipso")
+    with pytest.raises(TypeError, match="objective is 3, a int; pass a PolicyObjective"):
+        linear_policy_loss(*rest, **given, objective=3)

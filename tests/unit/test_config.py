@@ -165,3 +165,146 @@ def test_unreadable_files_are_one_clear_problem(tmp_path: Path) -> None:
     for name, word in (("latin.toml", "UTF-8"), ("broken.toml", "TOML"), ("absent.toml", "cannot be read")):
         with pytest.raises(ConfigError, match=word):
             load_config(tmp_path / name)
+
+
+def test_every_number_has_a_bound_above() -> None:
+    """A number that no run can have stalls the machine or ends in a traceback far from the setting."""
+    unbounded = []
+
+    def look(path: str, schema: dict) -> None:
+        for each in (schema, *schema.get("anyOf", ()), *schema.get("prefixItems", ()), schema.get("items", {})):
+            if each.get("type") in ("integer", "number") and not {"maximum", "exclusiveMaximum"} & each.keys():
+                unbounded.append(path)
+
+    whole = Config.model_json_schema()
+    for name, section in (whole["$defs"] | {"Config": whole}).items():
+        for key, schema in section.get("properties", {}).items():
+            look(f"{name}.{key}", schema)
+    # AdamW's betas have a rule of their own; those of the loss are factors of what is finite or not, which is counted.
+    assert {path for path in unbounded if not path.startswith(("LossConfig", "EntropyConfig"))} == {"OptimConfig.betas"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["stage.0.prompts_per_step=4611686018427387904", "eval.sets.0.samples=1000000000", "eval.sets.0.name=..",
+     "reward.workers=100000", "reward.timeout_s=1e300", "rollout.temperature=1e-300", "eval.sets.0.temperature=1e-300",
+     "dist.heartbeat_timeout_s=1e-9", "optim.eps=1e-300", "optim.lr=1e30", "data.keep_difficulty=[-1, 3]",
+     "stage.0.group_size=65536", "rollout.top_k=99999999999999999999", "seed=99999999999999999999999"])  # fmt: skip
+def test_a_number_that_no_run_can_have_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(QUICKSTART, [override, *(["stage.0.prompts_per_step=1024"] if "group" in override else [])])
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [("stage.\u00b2.steps=1", "--set stage"), ("stage.\u0661.steps=1", "--set stage"),
+     ("data.train.\u00b2=1", "--set data.train"), (f"stage.{'9' * 5000}.steps=1", "--set stage"),
+     (f"optim.lr=0x{'f' * 9000}", "optim.lr"), (f"seed={'[' * 200}{']' * 200}", "seed"),
+     (".".join("a" * 3000) + "=1", "--set a.a.a"), (f"run_dir={'x' * 256}", "run_dir"),
+     (f"run_dir={'x/' * 2100}", "run_dir"), ('run_dir="a\\u0000b"', "run_dir"), ("run_dir=a\udc80b", "run_dir"),
+     ("run_dir=", "run_dir"), (f"data.train={'x' * 256}", "data.train.0"), (f"model.path={'x' * 256}", "model.path"),
+     (f"reward.kind={'x' * 256}.py:f", "reward.kind"), (f"loss.reference={'x' * 256}", "loss.reference")])  # fmt: skip
+def test_odd_text_is_a_problem_and_no_traceback(override: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [override])
+    assert any(p.path.startswith(where) for p in caught.value.problems), caught.value
+    assert len(str(caught.value)) < 3000
+
+
+def test_a_file_that_may_not_be_looked_at_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain user finds below a folder of another, where is_file raises PermissionError."""
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **options: (
+        (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(self))) if "closed" in str(self)
+        else stat(self, **options)))  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, ["data.train=closed/a.jsonl", "model.path=closed/model/x"])
+    assert {p.path for p in caught.value.problems} == {"data.train.0", "model.path"}
+
+
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [("optim.learning_rate=1", "optim.lr"), ("lr=1", "optim.lr"), ("stage.0.num_generations=8", "stage.0.group_size"),
+     ("rollout.n=8", "stage.0.group_size"), ("loss.beta=0.1", "loss.kl_coef"), ("loss.kl_loss_coef=1", "loss.kl_coef"),
+     ("loss.epsilon_high=0.3", "loss.clip_high"), ("clip_ratio_high=0.3", "loss.clip_high"),
+     ("max_completion_length=99", "stage.0.max_response_tokens"), ("actor_rollout_ref.rollout.n=8",
+     "stage.0.group_size"), ("data.train_batch_size=32", "stage.0.prompts_per_step"),
+     ("optim.group_size=8", "stage.0.group_size"), ("trainer.save_freq=3", "checkpoint.every_steps")])  # fmt: skip
+def test_a_name_of_another_trainer_is_translated(override: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key; here it is {setting}"):
+        load_config(QUICKSTART, [override])
+
+
+def test_every_translation_names_a_setting() -> None:
+    from or1.config import peers
+
+    known = {*peers.settings(Config), "eval.sets"}
+    assert len(known) > 100 and {*peers._PEERS.values()} <= known
+    own = {path.rpartition(".")[2] for path in known}
+    assert not own & {*peers._PEERS} - {"max_tokens"}
+
+
+def test_usual_spellings_of_dtype_and_device_are_taken() -> None:
+    taken = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+    for given, dtype in taken.items():
+        assert load_config(QUICKSTART, [f"model.dtype={given}"]).model.dtype == dtype
+    for given in ("gpu", "cuda:0", "cuda"):
+        assert load_config(QUICKSTART, [f"model.device={given}"]).model.device == "cuda"
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        load_config(QUICKSTART, ["model.device=cuda:1"])
+    with pytest.raises(ConfigError, match="there is no float16"):
+        load_config(QUICKSTART, ["model.dtype=fp16"])
+    with pytest.raises(ConfigError, match="Did you mean 'sdpa'"):
+        load_config(QUICKSTART, ["model.attention=spda"])
+
+
+def test_a_refused_form_is_told_without_a_regular_expression() -> None:
+    with pytest.raises(ConfigError, match=r'path/file\.py:function') as caught:
+        load_config(QUICKSTART, ["reward.kind=match"])
+    assert "A-Za-z" not in str(caught.value)
+
+
+def test_files_are_found_from_the_folder_of_the_config(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "examples")
+    config = load_config("quickstart.toml")
+    adder = root / "examples" / "tiny-adder"
+    assert (config.model.path, config.data.train) == (str(adder), (str(adder / "train.jsonl"),))
+    assert [each.path for each in config.eval.sets] == [str(adder / "heldout.jsonl")] * 2
+    assert config.run_dir == "runs/quickstart"
+    monkeypatch.chdir(root)
+    assert load_config(QUICKSTART).model.path == "examples/tiny-adder", "what is found from here keeps its name"
+
+
+def test_a_missing_reference_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.reference: no config\.json in 'examples/no-such'"):
+        load_config(QUICKSTART, ["loss.kl_coef=0.1", "loss.reference=examples/no-such"])
+
+
+def test_a_data_file_may_be_a_dot() -> None:
+    with pytest.raises(ConfigError, match=r"'\.' is a folder"):
+        load_config(QUICKSTART, ["data.train=.", "model.path=no/such"])
+
+
+def test_a_missing_model_is_named_beside_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep" / "c").mkdir(parents=True)
+    text = Path(QUICKSTART).read_text()
+    monkeypatch.chdir(tmp_path)
+    found = problems_of(text, tmp_path / "deep" / "c")
+    assert {"model.path", "data.train.0", "eval.sets.0.path"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["trian", QUICKSTART], "did you mean 'train'"), (["ckpt", "verfy", "x"], "did you mean 'verify'"),
+     (["train", QUICKSTART, "--set", "optim.lr", "1e-3"], "--set optim.lr=1e-3"),
+     (["train", QUICKSTART, "--nproc", "\u00b2"], "is not a whole number of at least 1")])  # fmt: skip
+def test_a_slip_on_the_command_line_is_told(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from or1.cli import main
+
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and said in capsys.readouterr().err

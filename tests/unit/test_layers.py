@@ -18,7 +18,7 @@ LAYERS = {
     "or1.checkpoint_tool": 5, "or1.rank_display": 5, "or1.local_ranks": 6, "or1.replay": 6,
     "or1.restarts": 6, "or1.run_lock": 5,
     "or1.prefix": 2, "or1.magic": 2, "or1.run_changes": 2,
-    "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
+    "or1.model_source": 2, "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
     "or1.memory": 3, "or1.moments": 3, "or1.budget": 3, "or1.stand_in": 3,
     "or1.normalise": 2, "or1.shaping": 2, "or1.alarms": 2, "or1.batches": 2,
     "or1.empty_steps": 2,
@@ -30,10 +30,12 @@ LAYERS = {
     "or1.report_charts": 4, "or1.report_plots": 4, "or1.report_samples": 4, "or1.report_style": 4,
     "or1.summary": 4, "or1.plan": 4,
     "or1.offline": 5, "or1.inputs": 5, "or1.offline.target": 6, "or1.eval_run": 6, "or1.filter_run": 6,
-    "or1.update": 4, "or1.trainer": 5, "or1.launch": 6, "or1.cli": 7, "or1.__main__": 8,
+    "or1.update": 4, "or1.trainer": 5, "or1.dry_run": 5, "or1.launch": 6, "or1.cli_hints": 1, "or1.cli": 7,
+    "or1.__main__": 8,
 }  # fmt: skip
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
-NO_TORCH = {"or1", "or1.types", "or1.files", "or1.config", "or1.config.rules", "or1.config_load", "or1.cli",
+NO_TORCH = {"or1", "or1.types", "or1.files", "or1.config", "or1.config.rules", "or1.config.peers",
+            "or1.config.paths", "or1.config_load", "or1.cli", "or1.cli_hints",
             "or1.terminal", "or1.__main__", "or1.reward.worker"}
 
 

@@ -192,9 +192,13 @@ def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
     assert main(arguments(run_dir, "--dry-run", **settings)) == 65
     commit(run_dir, 3, 0, 0)
     (run_dir / RECORD).write_text(dump_config(config_of(run_dir, "seed=9")))
-    assert main(arguments(run_dir, "--dry-run", **settings)) == 70
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert main(arguments(run_dir, "--dry-run", **settings)) == 65
+    said = capsys.readouterr().err
+    assert "holds a run with other settings" in said and "seed 9 -> 1" in said
+    assert "train.jsonl" in said, "one mistake hides no other"
     data.write_text('{"question": "1+1", "answer": "2"}\n')
+    assert main(arguments(run_dir, "--dry-run", **settings)) == 70
+    assert "the dry run found no other mistake" in capsys.readouterr().err
     assert main(arguments(run_dir, "--dry-run", "--fresh", **settings)) == 0
     assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoints", RECORD]
 
@@ -210,3 +214,94 @@ def test_the_record_names_a_local_model_by_its_whole_path(tmp_path: Path, monkey
     assert prepare_run_dir(config) == [], "a relative path is the same model"
     with pytest.raises(RunError, match=r"other settings \(model.path\)"):
         prepare_run_dir(config_of(tmp_path, "model.path=nobody/tiny-adder"))
+
+
+def test_a_changed_setting_is_told_with_both_values(tmp_path: Path) -> None:
+    prepare_run_dir(config_of(tmp_path, "optim.lr=1e-3"))
+    commit(tmp_path, 1, 0, 0)
+    with pytest.raises(RunError, match=r"\(optim.lr\): optim.lr 0.001 -> 0.01. Set the old values"):
+        prepare_run_dir(config_of(tmp_path, "optim.lr=1e-2"))
+    with pytest.raises(RunError, match=r"loss.is_cap null -> 2.0, optim.lr 0.001 -> "):
+        prepare_run_dir(config_of(tmp_path, "loss.is_cap=2.0"))
+
+
+@pytest.mark.parametrize("name", [".", "..", ""])
+def test_fresh_never_moves_the_folder_it_runs_in(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    config = config_of(run)
+    prepare_run_dir(config)
+    (run / "inside").mkdir()
+    monkeypatch.chdir(run / "inside" if name == ".." else run)
+    own = config.model_copy(update={"run_dir": name or str(run)})
+    with pytest.raises(RunError, match="is the folder that this command runs in, or holds it"):
+        prepare_run_dir(own, fresh=True)
+    assert (run / RECORD).is_file()
+
+
+def test_fresh_moves_the_folder_behind_a_link(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk" / "run", tmp_path / "run"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    prepare_run_dir(config_of(link))
+    assert "moved the former run to" in prepare_run_dir(config_of(link), fresh=True)[0]
+    assert link.is_symlink() and (disk / RECORD).is_file() and len(list(disk.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "/proc/1/x/y"])
+def test_a_dry_run_tells_of_a_folder_that_cannot_be_made(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    run_dir = f"run_dir={tmp_path / place}"
+    assert main(["train", str(ROOT / "examples/quickstart.toml"), "--dry-run", "--set", run_dir]) == 70
+    assert "run_dir = " in capsys.readouterr().err
+
+
+def test_a_dry_run_notes_what_this_machine_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    given = ["model.device=cuda", "rollout.engine=vllm", "dist.sequence_parallel=3", f"run_dir={tmp_path / 'run'}"]
+    overrides = [part for each in given for part in ("--set", each)]
+    assert main(["train", str(ROOT / "examples/quickstart.toml"), "--dry-run", *overrides]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'not here: model.device = "cuda"' in shown and "not here: dist.sequence_parallel = 3" in shown
+
+
+def test_a_missing_hub_model_is_one_try_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from or1.model_source import ModelSourceError, require_source, require_tokenizer
+
+    tries = []
+
+    def unreachable(*args: object, **options: object) -> None:
+        tries.append(args)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    overrides = ["--set", "model.path=nobody/no-such-model", "--set", f"run_dir={tmp_path / 'run'}"]
+    assert main(["train", str(ROOT / "examples/quickstart.toml"), "--dry-run", *overrides]) == 70
+    said = capsys.readouterr().err
+    assert len(tries) == 1 and "so a hub id, but huggingface.co cannot be asked (ConnectionError: no route)" in said
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelSourceError, match="HF_HUB_OFFLINE is set"):
+        require_source("nobody/no-such-model")
+    with pytest.raises(ModelSourceError, match="holds no tokenizer"):
+        require_tokenizer(str(tmp_path))
+
+
+def test_a_place_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from or1.cli import _guarded
+
+    def closed() -> None:
+        raise PermissionError(13, "Permission denied", "/closed/run")
+
+    assert _guarded(closed) == 70
+    assert "'/closed/run' cannot be used (Permission denied)" in capsys.readouterr().err

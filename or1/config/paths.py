@@ -1,0 +1,66 @@
+"""Where the files of a config are: from the working directory, or from where the config itself is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from or1.config import Config
+
+
+def is_file(path: str | Path) -> bool:
+    """Return whether a file can be seen there; one behind a folder that may not be searched cannot."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_dir(path: str | Path) -> bool:
+    """Return whether a folder can be seen there."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def found_from(source: Path, config: Config) -> Config:
+    """Return the config with the files that only the config's folder, or the one above it, leads to named from there.
+
+    source  the config's file
+
+    A path that leads somewhere from the working directory is kept, and so is one that leads nowhere.
+    """
+    try:
+        folder = source.absolute().parent
+    except OSError:
+        return config
+    places = [folder, folder.parent]
+
+    def data(path: str) -> str:
+        return _found(path, places, is_file)
+
+    def model(path: str) -> str:
+        return _found(path, places, is_dir)
+
+    given, reward, loss = config.data, config.reward, config.loss
+    script, colon, name = reward.kind.rpartition(":")
+    kind = f"{data(script)}{colon}{name}" if script.endswith(".py") else reward.kind
+    sets = tuple(each.model_copy(update={"path": data(each.path)}) for each in config.eval.sets)
+    mix = tuple(part.model_copy(update={"path": data(part.path)}) for part in given.mix)
+    files = {"train": tuple(map(data, given.train)), "mix": mix,
+             "decontaminate_against": tuple(map(data, given.decontaminate_against)),
+             "difficulty_file": given.difficulty_file and data(given.difficulty_file)}  # fmt: skip
+    return config.model_copy(update={
+        "model": config.model.model_copy(update={"path": model(config.model.path)}),
+        "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
+        "reward": reward.model_copy(update={"kind": kind}),
+        "eval": config.eval.model_copy(update={"sets": sets}),
+        "data": given.model_copy(update=files),
+    })  # fmt: skip
+
+
+def _found(path: str, places: list[Path], there: Callable[[str | Path], bool]) -> str:
+    if Path(path).is_absolute() or there(path):
+        return path
+    return next((str(place / path) for place in places if there(place / path)), path)

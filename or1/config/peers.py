@@ -1,0 +1,163 @@
+"""Names of other trainers for what or1 has under a name of its own: TRL, verl, OpenRLHF, prime-rl, AReaL."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+_PEERS = {
+    "learning_rate": "optim.lr",
+    "actor_learning_rate": "optim.lr",
+    "lr_warmup_steps": "optim.warmup_steps",
+    "num_warmup_steps": "optim.warmup_steps",
+    "max_grad_norm": "optim.grad_clip",
+    "clip_grad": "optim.grad_clip",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_betas": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "ppo_max_token_len_per_gpu": "optim.max_tokens_per_rank",
+    "max_tokens_per_gpu": "optim.max_tokens_per_rank",
+    "seq_len": "optim.max_tokens_per_rank",
+    "n": "stage.0.group_size",
+    "num_generations": "stage.0.group_size",
+    "rollouts_per_example": "stage.0.group_size",
+    "n_samples_per_prompt": "stage.0.group_size",
+    "num_return_sequences": "stage.0.group_size",
+    "train_batch_size": "stage.0.prompts_per_step",
+    "rollout_batch_size": "stage.0.prompts_per_step",
+    "generation_batch_size": "stage.0.prompts_per_step",
+    "per_device_train_batch_size": "stage.0.prompts_per_step",
+    "ppo_mini_batch_size": "stage.0.minibatch_prompts",
+    "mini_batch_size": "stage.0.minibatch_prompts",
+    "ppo_epochs": "stage.0.reuse",
+    "num_iterations": "stage.0.reuse",
+    "max_completion_length": "stage.0.max_response_tokens",
+    "max_response_length": "stage.0.max_response_tokens",
+    "max_new_tokens": "stage.0.max_response_tokens",
+    "generate_max_len": "stage.0.max_response_tokens",
+    "max_tokens": "stage.0.max_response_tokens",
+    "max_steps": "stage.0.steps",
+    "total_training_steps": "stage.0.steps",
+    "num_train_epochs": "stage.0.steps",
+    "total_epochs": "stage.0.steps",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "prompt_max_len": "data.max_prompt_tokens",
+    "train_files": "data.train",
+    "train_dataset": "data.train",
+    "dataset_name": "data.train",
+    "prompt_data": "data.train",
+    "val_files": "eval.sets",
+    "eval_dataset": "eval.sets",
+    "test_freq": "eval.every_steps",
+    "eval_steps": "eval.every_steps",
+    "eval_interval": "eval.every_steps",
+    "save_freq": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_interval": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "max_actor_ckpt_to_keep": "checkpoint.keep",
+    "beta": "loss.kl_coef",
+    "kl_loss_coef": "loss.kl_coef",
+    "kl_coeff": "loss.kl_coef",
+    "init_kl_coef": "loss.kl_coef",
+    "epsilon": "loss.clip_low",
+    "clip_ratio": "loss.clip_low",
+    "clip_ratio_low": "loss.clip_low",
+    "epsilon_low": "loss.clip_low",
+    "eps_clip": "loss.clip_low",
+    "eps_clip_low": "loss.clip_low",
+    "epsilon_high": "loss.clip_high",
+    "clip_ratio_high": "loss.clip_high",
+    "eps_clip_high": "loss.clip_high",
+    "entropy_coeff": "loss.entropy.coef",
+    "entropy_coef": "loss.entropy.coef",
+    "scale_rewards": "loss.advantage_std",
+    "norm_adv_by_std_in_grpo": "loss.advantage_std",
+    "loss_type": "loss.normaliser",
+    "loss_agg_mode": "loss.normaliser",
+    "mask_truncated_completions": "loss.advantage_mask",
+    "vllm_importance_sampling_cap": "loss.is_cap",
+    "tis_imp_ratio_cap": "loss.is_cap",
+    "ref_model": "loss.reference",
+    "model_name_or_path": "model.path",
+    "model_name": "model.path",
+    "pretrain": "model.path",
+    "bf16": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "enable_gradient_checkpointing": "model.gradient_checkpointing",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "use_liger_kernel": "model.liger",
+    "use_vllm": "rollout.engine",
+    "backend": "rollout.engine",
+    "vllm_mode": "rollout.vllm.placement",
+    "gpu_memory_utilization": "rollout.vllm.gpu_memory",
+    "vllm_gpu_memory_utilization": "rollout.vllm.gpu_memory",
+    "tensor_model_parallel_size": "rollout.vllm.tensor_parallel",
+    "vllm_tensor_parallel_size": "rollout.vllm.tensor_parallel",
+    "ulysses_sequence_parallel_size": "dist.sequence_parallel",
+    "reward_funcs": "reward.kind",
+    "reward_func": "reward.kind",
+    "reward_fn": "reward.kind",
+    "custom_reward_function": "reward.kind",
+    "output_dir": "run_dir",
+    "default_local_dir": "run_dir",
+    "save_path": "run_dir",
+}
+
+
+def known_as(config: type[BaseModel], name: str, given: object = None) -> list[str]:
+    """Return the paths of the settings that an unknown key may mean, best first.
+
+    config    the whole configuration's class
+    name      the key: a name of another trainer, or one that stands in another section here
+    given     its value: the keys of an unknown table are looked up in place of its own name
+    """
+    if isinstance(given, Mapping) and given:
+        found = [path for leaf in _leaves(given) for path in _of_name(config, leaf)]
+        return list(dict.fromkeys(found))[:3]
+    return _of_name(config, name)
+
+
+def nearest(config: type[BaseModel], name: str) -> list[str]:
+    """Return the path of the setting, in any section, whose name or another trainer's is spelt most alike."""
+    names = {path.rpartition(".")[2]: path for path in reversed(list(settings(config)))}
+    close = difflib.get_close_matches(name.lower(), [*names, *_PEERS], n=1, cutoff=0.8)
+    return [names.get(close[0]) or _PEERS[close[0]]] if close else []
+
+
+def settings(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the path of every setting, tables in a list by the index 0."""
+    for name, field in config.model_fields.items():
+        section, listed = _section(field.annotation)
+        if section is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from settings(section, f"{prefix}{name}.{'0.' if listed else ''}")
+
+
+def _of_name(config: type[BaseModel], name: str) -> list[str]:
+    name = name.lower().replace("-", "_")
+    if name in _PEERS:
+        return [_PEERS[name]]
+    return [path for path in settings(config) if path.rpartition(".")[2] == name][:3]
+
+
+def _leaves(table: Mapping[str, Any], depth: int = 8) -> Iterator[str]:
+    for name, value in table.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _leaves(value, depth - 1)
+        else:
+            yield str(name)
+
+
+def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, and whether it holds a list of such."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return (inner[0], True) if inner else (None, False)
