@@ -154,5 +154,5 @@ def test_one_place_writes_to_standard_error(root: Path) -> None:
             if text.startswith("traceback.print_") or (text.startswith("print(") and "file=sys.stderr" in text):
                 found.append(f"{path.name}:{node.lineno}")
     # A reward worker that crashes has a process, and a traceback, of its own.
-    others = [place for place in found if not place.startswith(("terminal.py", "worker.py"))]
+    others = [place for place in found if not place.startswith(("terminal.py", "child.py"))]
     assert not others, f"{others}: use or1.terminal.tell"
