@@ -38,9 +38,10 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the loss scales its logits by the same number."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this much probability. Below 1, vLLM reports log-probs among those."""
+    """Sample from the likeliest tokens that hold this much probability. Below 1, vLLM reports log-probs among those, and
+    policy/entropy is not the policy's entropy; policy/entropy_exact is."""
     top_k: int = Field(0, ge=0)
-    """Sample from this many likeliest tokens; 0 means all."""
+    """Sample from this many likeliest tokens; 0 means all. Above 0, log-probs and entropy as with top_p below 1."""
     batch_size: int = Field(256, ge=1)
     """Responses generated together."""
     deadline_s: float | None = Field(None, gt=0)
