@@ -10,6 +10,8 @@ from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_
 
 from or1.config import Config
 from or1.config.rules import contradictions
+from or1.report_data import RunData
+from or1.report_plots import render_plots
 from or1.types import Group
 
 STAGE = {"steps": 1, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}
@@ -94,3 +96,12 @@ def test_mismatch_is_that_of_engine_and_trainer_and_not_the_policys_movement(
     metrics = learn(trainer, group([1, 0], sampled))
     assert metrics["policy/ratio_mean"] != 1.0, "the first update moved the policy"
     assert (metrics["mismatch/kl"] > 1e-9) is moves and (metrics["mismatch/ratio_max"] > 1 + 1e-5) is moves
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_report_draws_the_entropy_of_all_sampled_tokens(recorded: bool, tmp_path: Path) -> None:
+    """A run from before that metric has the one line that it recorded."""
+    record = {"step": 1, "stage": 0, "policy/entropy": 0.3} | ({"policy/entropy_all": 0.1} if recorded else {})
+    plots, _ = render_plots(RunData(tmp_path, None, {}, (record,), ()))
+    (entropy,) = [plot for plot in plots if plot.title == "Entropy"]
+    assert [entry.label for entry in entropy.legend] == ["entropy", *["all sampled"] * recorded]
