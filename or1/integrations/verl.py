@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -176,18 +177,29 @@ def policy_loss(
 def _install_loss() -> None:
     from verl.trainer.ppo.core_algos import register_policy_loss
     from verl.workers.engine.base import BaseEngine
-    from verl.workers.engine_workers import TrainingWorker
 
-    if not hasattr(TrainingWorker, "train_mini_batch"):
-        raise UnsupportedVerlError("this verl has no TrainingWorker.train_mini_batch, which trains on a whole rollout; "
-                                   f"tested with verl {TESTED}")
+    _install_worker()
     register_policy_loss(LOSS_MODE)(policy_loss)
     BaseEngine.train_batch = _with_coefficient(BaseEngine.train_batch)
-    TrainingWorker.train_mini_batch = _once_a_rollout(TrainingWorker.train_mini_batch)
     for engine in _subclasses(BaseEngine):
         for name, wrap in (("save_checkpoint", _saving), ("load_checkpoint", _loading)):
             if name in vars(engine):
                 setattr(engine, name, wrap(vars(engine)[name]))
+
+
+def _install_worker() -> None:
+    name = "verl.workers.engine_workers"
+    try:
+        worker = getattr(importlib.import_module(name), "TrainingWorker", None)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("verl"):
+            raise UnsupportedVerlError(f"this verl has no {error.name}; tested with verl {TESTED}") from error
+        # Something that verl's workers need is not installed: no training can begin in this process.
+        return
+    if not hasattr(worker, "train_mini_batch"):
+        raise UnsupportedVerlError(f"this verl has no {name}.TrainingWorker.train_mini_batch, which trains on a whole "
+                                   f"rollout; tested with verl {TESTED}")
+    worker.train_mini_batch = _once_a_rollout(worker.train_mini_batch)
 
 
 def _subclasses(cls: type) -> list[type]:

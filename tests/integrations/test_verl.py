@@ -284,6 +284,28 @@ def test_responses_without_an_advantage_have_no_bonus_and_no_say(external_lib: A
     assert [bool(grad.any()) for grad in grads] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (ModuleNotFoundError("no uvicorn", name="uvicorn"), None),  # no worker can be in this process
+        (ModuleNotFoundError("gone", name="verl.workers.engine_workers"), "no verl.workers.engine_workers"),
+        (SimpleNamespace(TrainingWorker=object), "TrainingWorker.train_mini_batch, which trains on a whole rollout"),
+        (SimpleNamespace(), "TrainingWorker.train_mini_batch"),
+    ],
+)
+def test_a_verl_without_what_trains_a_rollout_is_refused(
+    external_lib: Any, monkeypatch: pytest.MonkeyPatch, module: Any, message: str | None
+) -> None:
+    def load(name: str) -> Any:
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(external_lib.importlib, "import_module", load)
+    with nullcontext() if message is None else pytest.raises(external_lib.UnsupportedVerlError, match=message):
+        external_lib._install_worker()
+
+
 def test_a_critic_and_a_mini_batch_that_comes_alone_are_trained(external_lib: Any, engine_class: type) -> None:
     """A critic's config has no policy loss. The tensors of a rollout may be dense."""
     trained = external_lib._once_a_rollout(lambda self, data: data)
