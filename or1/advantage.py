@@ -45,4 +45,7 @@ def group_advantages(
     if scale_std:
         squares_P1 = np.square(advantages_PM).sum(axis=1, where=compared_PM, keepdims=True)
         advantages_PM /= np.sqrt(squares_P1 / np.maximum(count_P1 - 1, 1)) + eps
-    return advantages_PM if mask == "none" else np.where(truncated_PM, 0.0, advantages_PM)
+    if mask == "none":
+        return advantages_PM
+    # NaN times 0 would do, but a response without a reward must not become one that is trained with advantage 0.
+    return np.where(truncated_PM & ~np.isnan(rewards_PM), 0.0, advantages_PM)

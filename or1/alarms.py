@@ -39,12 +39,14 @@ class EntropyWatch:
         return math.fsum(self.first) / BASELINE_STEPS if len(self.first) == BASELINE_STEPS else math.nan
 
     def note(self, step: int, entropy: float, config: Config, stage: StageConfig) -> str | None:
-        """Take in one step's rollout entropy; returns a warning worth showing, or None."""
+        """Take in one step's entropy, over all sampled tokens; returns a warning worth showing, or None."""
         if len(self.first) < BASELINE_STEPS:
             self.first.append(entropy)
             return None
         bounds, first = config.loss.entropy, self.baseline
-        outside = {"low": entropy < bounds.alarm_low * first, "high": entropy > bounds.alarm_high * first}
+        # A controller that was asked to raise the entropy to its target has not let it explode by doing so.
+        highest = max(first, bounds.target) if bounds.control == "adaptive" else first
+        outside = {"low": entropy < bounds.alarm_low * first, "high": entropy > bounds.alarm_high * highest}
         for side, is_out in outside.items():
             self.beyond[side] = self.beyond[side] + 1 if is_out else 0
         for side, count in self.beyond.items():

@@ -66,12 +66,42 @@ def choose(
     return Trainable([g for g, flag in zip(groups, flags, strict=True) if flag], advantages_PM[np.array(flags)], flags)
 
 
-def minibatches(chosen: Trainable, stage: StageConfig) -> list[list[TrainSequence]]:
-    """Near-equal minibatches of at most `minibatch_prompts` groups, in rollout order.
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimizer step trains on, and what its summed token losses are divided by."""
 
-    Equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own.
+    sequences: list[TrainSequence]
+    normaliser: Normaliser
+
+
+def minibatches(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> list[Minibatch]:
+    """Minibatches of at most `minibatch_prompts` groups, in rollout order.
+
+    kept     near-equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own
+    sampled  as the released code: full parts and a rest, and each is divided by the tokens of a full one, so that the
+             step of the rest has its share of the size. Groups that replaced rejected ones do not make a part larger
     """
-    groups_of = [
+    nominal = stage.minibatch_prompts or stage.prompts_per_step
+    count = len(chosen.kept)
+    if loss.denominator == "sampled":
+        parts = [range(at, min(at + nominal, count)) for at in range(0, count, nominal)]
+    else:
+        parts = np.array_split(np.arange(count), max(math.ceil(count / nominal), 1))
+    groups_of = _sequences_of(chosen)
+    # Partial rollouts may complete fewer groups than a minibatch has.
+    full = min(nominal, len(chosen.flags))
+    made = []
+    for part in parts:
+        scale = full / len(part) if loss.denominator == "sampled" else 1.0
+        normaliser = Normaliser(loss.normaliser, stage.max_response_tokens, scale)
+        made.append(Minibatch([s for i in part for s in groups_of[i]], normaliser))
+    # A batch whose responses have no reward or no known log-prob has nothing to train.
+    return [batch for batch in made if any(s.known_tokens for s in batch.sequences)]
+
+
+def _sequences_of(chosen: Trainable) -> list[list[TrainSequence]]:
+    """The responses of every kept group that can be trained."""
+    return [
         [
             TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
             for response, advantage in zip(group.responses, advantages_M, strict=True)
@@ -80,14 +110,3 @@ def minibatches(chosen: Trainable, stage: StageConfig) -> list[list[TrainSequenc
         ]
         for group, advantages_M in zip(chosen.kept, chosen.advantages_KM, strict=True)
     ]
-    count = len(groups_of)
-    parts = math.ceil(count / (stage.minibatch_prompts or stage.prompts_per_step))
-    batches = [[s for i in part for s in groups_of[i]] for part in np.array_split(np.arange(count), parts)]
-    # A batch whose responses have no reward or no known log-prob has nothing to train.
-    return [batch for batch in batches if any(s.known_tokens for s in batch)]
-
-
-def normaliser_of(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> Normaliser:
-    """What the update divides by; with `denominator = "sampled"`, as if rejected groups had been trained too."""
-    scale = len(chosen.flags) / len(chosen.kept) if loss.denominator == "sampled" and chosen.kept else 1.0
-    return Normaliser(loss.normaliser, stage.max_response_tokens, scale)

@@ -75,8 +75,15 @@ class RolloutFeed:
         self._next_work(number)
 
     def ahead(self, number: int, scorer: Scorer) -> None:
-        """Start making the rollout of step `number`, if overlap is on and there is such a step."""
-        if self._config.rollout.overlap and self._state.stages.steps_left(self._config, number - 1):
+        """Start making the rollout of step `number`, if overlap is on and there is such a step.
+
+        The first one of a stage waits for its stage: until the step before is over, neither its limit and prompts nor
+        which of them are solved is known.
+        """
+        stages = self._state.stages
+        if not self._config.rollout.overlap or stages.may_end(self._config, number - 1):
+            return
+        if stages.steps_left(self._config, number - 1):
             prompts, sampling, carried = self._next_work(number)
             self._work = prompts, carried
             self._making = self._pool.submit(self._make, prompts, sampling, carried, scorer, self._check_stop)

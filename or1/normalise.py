@@ -18,7 +18,7 @@ class Normaliser:
     dr_grpo   l / (number of responses * max_tokens), a constant. Dr.GRPO (arXiv:2503.20783)
 
     max_tokens  the response limit, read by dr_grpo alone
-    scale       sampled over kept groups to divide, as the released code does, by the batch before rejection; else 1
+    scale       groups of a full minibatch over those of this one, to divide as the released code does; else 1
 
     units are additive, so sums over packed rows, minibatches and ranks give the same denominator.
     """

@@ -45,8 +45,9 @@ def charts(run: RunData) -> tuple[Chart, ...]:
     """Return the charts of a run that are made of lines, in the order of the page."""
     return (
         _reward(run.graded),
-        Chart("Entropy", "Nats per token of the sampled responses; below, the bonus coefficient in the loss.",
-               (Panel((Line("policy/entropy", "entropy", "s1"),), height=2.4, reference=_entropy_target(run)),
+        Chart("Entropy", "Nats per token of trained and of all sampled responses; below, the bonus coefficient.",
+               (Panel((Line("policy/entropy", "entropy", "s1"), Line("policy/entropy_all", "all sampled", "s3")),
+                      height=2.4, reference=_entropy_target(run)),
                 Panel((Line("policy/entropy_coef", "coefficient", "s8"),), exact=True))),
         Chart("Response length", "Tokens per response and the stage's limit; below, the share cut at the limit.",
                (Panel((Line("completion/len_mean", "mean", "s1"), Line("completion/len_max", "longest", "s3")),

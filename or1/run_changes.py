@@ -7,18 +7,25 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from or1.config import Config
+
 # What steers what is watched and kept, where the engine runs, how the ranks share the work, and what graders may take.
 _FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_every", "reward.workers",
          "reward.memory_mib")  # fmt: skip
 # How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
 _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
 _ABSENT = object()
+# Only evaluations to come are held against them, so that a stage that has ended has no use for them.
+_NO_MORE = frozenset({"plateau_evals", "plateau_gain"})
 _STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted paths of the leaves that differ between two resolved configs; tables in a list by their index."""
-    return list(_differences(old, new, ""))
+    """Dotted paths of the leaves that differ between two resolved configs; tables in a list by their index.
+
+    A setting that the old config lacks, since its or1 had none, does not differ from its default.
+    """
+    return [key for key in _differences(old, new, "") if not _is_new_and_default(key.split("."), old, new)]
 
 
 def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -55,7 +62,7 @@ def fixed_keys(changed: Sequence[str], done: int, begun: int, stages: int) -> li
     def is_free(key: str) -> bool:
         if found := _STAGE.fullmatch(key):
             index, name = int(found[1]), found[2]
-            return index >= begun or (name in _LENGTH and (index >= done or index == stages - 1))
+            return index >= begun or name in _NO_MORE or (name in _LENGTH and (index >= done or index == stages - 1))
         return any(f"{key}.".startswith(f"{free}.") for free in _FREE)
 
     return [key for key in changed if not is_free(key)]
@@ -69,6 +76,18 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
             yield from _differences(old.get(name), new.get(name), f"{prefix}{name}.")
     elif old != new:
         yield prefix.rstrip(".")
+
+
+def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
+    section: Any = Config
+    for name in path:
+        field = getattr(section, "model_fields", {}).get(name)
+        if field is None or not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
+            return False
+        if name not in old:
+            return field.default is not None and new[name] == field.default
+        section, old, new = field.annotation, old[name], new[name]
+    return False
 
 
 def _has_tables(value: Any) -> bool:

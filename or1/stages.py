@@ -1,17 +1,19 @@
 """Which stage a step belongs to, and when one hands over to the next (Skywork-OR1 report, section 3.1).
 
 The report switched stages by hand, "once performance converged". Here a stage ends after its `steps`, or earlier, with
-`until = "plateau"`, once evaluations have stopped improving and the truncation rate has stopped falling.
+`until = "plateau"`, once evaluations have stopped improving and the truncation rate has stopped falling
+(or1/plateau.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from or1.config import Config, StageConfig
+from or1.plateau import Point, has_plateaued
 
 
 @dataclass
@@ -20,14 +22,17 @@ class StageProgress:
 
     index    of the stage that the next step belongs to
     began    rollout steps that were done when it began
-    history  (step, accuracy, truncation rate) of each evaluation within it; accuracy is the mean over the sets
+    history  its evaluations, from the one that it began with: accuracy or, where rewards are graded, mean reward, and
+             the truncation rate of the steps since the evaluation before, NaN for the first
     former   the stage before as it was when it ended, None in the first: the last one may go on after its end
+    cut      truncation rates of the steps since the last evaluation
     """
 
     index: int = 0
     began: int = 0
-    history: list[tuple[int, float, float]] = field(default_factory=list)
+    history: list[Point] = field(default_factory=list)
     former: StageProgress | None = None
+    cut: list[float] = field(default_factory=list)
 
     def at(self, config: Config, step: int) -> tuple[int, StageConfig]:
         """Index and settings of the stage that runs `step`, one of the present stage or the first of the next.
@@ -56,16 +61,30 @@ class StageProgress:
         """Whether the present stage ends with rollout step `step` at the latest."""
         return step >= self.began + config.stage[self.index].steps
 
-    def note_evaluation(self, step: int, accuracy: float, truncated: float) -> None:
-        """Remember one evaluation of the present stage."""
-        self.history.append((step, accuracy, truncated))
+    def may_end(self, config: Config, step: int) -> bool:
+        """Whether the present stage may end with `step`, the one at work, be it by an evaluation that is due."""
+        stage = config.stage[self.index]
+        due = stage.until == "plateau" and step % config.eval.every_steps == 0
+        return self.is_last_step(config, step) or (due and len(self.history) + 1 >= 2 * stage.plateau_evals)
+
+    def note_step(self, truncated: float) -> None:
+        """Remember the truncation rate of a step; NaN if no group was completed, which says nothing of truncation."""
+        if math.isfinite(truncated):
+            self.cut.append(truncated)
+
+    def note_evaluation(self, step: int, level: float) -> None:
+        """Remember one evaluation of the present stage, with the truncation rate of the steps since the one before."""
+        self.history.append((step, level, math.fsum(self.cut) / len(self.cut) if self.cut else math.nan))
+        self.cut = []
 
     def advance(self, config: Config, step: int) -> str | None:
         """Move on if the stage ends with `step`; returns why, in words, or None if it goes on."""
         reason = self._why_it_ends(config, step)
         if reason is not None:
             self.former = StageProgress(self.index, self.began, self.history)
-            self.index, self.began, self.history = self.index + 1, step, []
+            # The next stage begins with what this one came to; how much it truncates is not known yet.
+            start = [(at, level, math.nan) for at, level, _ in self.history[-1:] if at == step]
+            self.index, self.began, self.history, self.cut = self.index + 1, step, start, []
         return reason
 
     def resume(self, config: Config, step: int) -> str | None:
@@ -90,40 +109,23 @@ class StageProgress:
         if self.is_last_step(config, step):
             return f"its {stage.steps} steps are done"
         if stage.until == "plateau" and has_plateaued(self.history, stage):
-            return (f"accuracy gained less than {stage.plateau_gain:g} and truncation fell less than "
-                    f"{stage.plateau_gain:g} over {stage.plateau_evals} evaluations")
+            return (f"over {stage.plateau_evals} evaluations accuracy or mean reward surely gains less than "
+                    f"{stage.plateau_gain:g}, and truncation falls less than that")
         return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
         former = None if self.former is None else self.former.to_json()
-        return {"index": self.index, "began": self.began, "history": [list(point) for point in self.history],
-                "former": former}
+        history = [[None if math.isnan(value) else value for value in point] for point in self.history]
+        return {"index": self.index, "began": self.began, "history": history, "former": former, "cut": self.cut}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageProgress:
         """The inverse of `to_json`."""
-        history = [(int(s), float(a), float(t)) for s, a, t in data["history"]]
+        history = [(int(s), *(math.nan if x is None else float(x) for x in numbers)) for s, *numbers in data["history"]]
         former = data.get("former")
-        return cls(data["index"], data["began"], history, None if former is None else cls.from_json(former))
-
-
-def has_plateaued(history: Sequence[tuple[int, float, float]], stage: StageConfig) -> bool:
-    """Whether the last `plateau_evals` evaluations brought nothing over the best before them.
-
-    Both signals must be flat: accuracy that rises, or truncation that still falls, says that the present context is
-    not used up. Evaluations without a number count as no gain.
-    """
-    window = stage.plateau_evals
-    if len(history) <= window:
-        return False
-    before, after = history[:-window], history[-window:]
-
-    def best(points: Sequence[tuple[int, float, float]], column: int, sign: int) -> float:
-        return max((sign * p[column] for p in points if math.isfinite(p[column])), default=-math.inf)
-
-    gains = [best(after, column, sign) - best(before, column, sign) for column, sign in ((1, 1), (2, -1))]
-    return all(not gain >= stage.plateau_gain for gain in gains)
+        former = None if former is None else cls.from_json(former)
+        return cls(data["index"], data["began"], history, former, list(data.get("cut", [])))
 
 
 def stage_at(config: Config, step: int) -> tuple[int, StageConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import Counter
@@ -22,12 +23,13 @@ from or1_kernels.head import PolicyStats
 
 
 def rollout_entropy(groups: Sequence[Group]) -> float:
-    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token.
+    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token; or NaN.
 
     It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
     """
-    logp = np.concatenate([response.logp for group in groups for response in group.responses])
-    return float(-logp[np.isfinite(logp)].mean(dtype=np.float64))
+    logp = np.concatenate([np.empty(0, np.float32), *(r.logp for group in groups for r in group.responses)])
+    known = logp[np.isfinite(logp)]
+    return float(-known.mean(dtype=np.float64)) if len(known) else math.nan
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -95,9 +97,11 @@ class UpdateStats:
     results: list[UpdateResult] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def add_row(self, batch: Microbatch, stats: PolicyStats) -> None:
-        """Count one packed row."""
-        drift = stats.logp.double() - batch.rollout_logp_N.double()
+    def add_row(self, batch: Microbatch, stats: PolicyStats, old_is_engine: bool = False) -> None:
+        """Count one packed row. old_is_engine: its old log-probs are the engine's, not the trainer's."""
+        # After the first update of a rollout, the present policy's log-probs hold its own movement too.
+        own = stats.logp if batch.old_logp_N is None or old_is_engine else batch.old_logp_N
+        drift = own.double() - batch.rollout_logp_N.double()
         values = {
             "policy/entropy_exact": stats.entropy,
             "policy/clip_frac": stats.clipped,

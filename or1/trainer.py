@@ -20,11 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from or1 import faults
-from or1.batches import Trainable, choose, minibatches, normaliser_of
+from or1.batches import Minibatch, Trainable, choose, minibatches
 from or1.budget import Budget
 from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
 from or1.checkpoint_writer import CheckpointWriter, DiskError
@@ -39,9 +38,8 @@ from or1.inputs import inputs_of
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
-from or1.pack import TrainSequence
 from or1.parity import compare_engine
-from or1.records import AVG_KEY
+from or1.plateau import eval_level
 from or1.reward import make_scorer
 from or1.reward.base import require_rewards
 from or1.rollout import make_engine
@@ -52,7 +50,7 @@ from or1.rollout_state import InFlight
 from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt
-from or1.update import UpdateSettings, update_policy, with_old_logp, with_ref_logp
+from or1.update import UpdateSettings, prepared, update_policy
 from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
@@ -108,7 +106,9 @@ class Trainer:
             make_scorer(self.config.reward, self._all_prompts(), self.config.run_path) as self.scorer,
         ):
             if self.state.step == 0:
-                self._report(writer, 0, self.evaluate())
+                start = self.evaluate()
+                self._hand_over(0, start)
+                self._report(writer, 0, start)
             while not self.state.stages.finished(self.config) and not stopped:
                 stopped = self._one_step(writer)
             self.checkpoints.wait()
@@ -186,17 +186,20 @@ class Trainer:
             require_rewards(number, rollout.groups)
 
         train_began = time.perf_counter()
-        stats = UpdateStats()
+        stats, entropy_all = UpdateStats(), rollout_entropy(rollout.groups)
         if chosen.kept:
-            entropy = rollout_entropy(chosen.kept)
+            measured = self.config.loss.entropy.measure
+            entropy = entropy_all if measured == "all" else rollout_entropy(chosen.kept)
             alpha = self.state.entropy.alpha(entropy)
-            settings = replace(self._update_settings(alpha), normaliser=normaliser_of(chosen, self.config.loss, stage))
-            for sequences in self._prepared(minibatches(chosen, stage), stage):
-                took = update_policy(self.model, self.optimizer, sequences, settings, stats)
+            for batch in self._prepared(minibatches(chosen, self.config.loss, stage), stage):
+                settings = replace(self._update_settings(alpha), normaliser=batch.normaliser)
+                took = update_policy(self.model, self.optimizer, batch.sequences, settings, stats)
                 self.state.note_update(took, self.config.optim.max_nonfinite_steps)
             self.state.entropy.update(entropy)
             metrics |= {"policy/entropy": entropy, "policy/entropy_coef": alpha}
-            if warning := self.state.watch.note(number, entropy, self.config, stage):
+        if math.isfinite(entropy_all):
+            metrics["policy/entropy_all"] = entropy_all
+            if warning := self.state.watch.note(number, entropy_all, self.config, stage):
                 self.state.totals["entropy_alarms"] += 1
                 self.display.message(warning)
         if said := note_step(self.state.totals, rollout.groups, bool(chosen.kept), self.config):
@@ -208,7 +211,7 @@ class Trainer:
         metrics |= self._push([group.prompt for group in rollout.groups])
         self.state.count(rollout.groups)
         if self.config.data.drop_solved:
-            self.state.solved.note(rollout.groups)
+            self.state.solved.note(rollout.groups, self.config.data.solved_visits)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
         stats.reduce(self.world)
         return metrics | stats.metrics() | {
@@ -254,25 +257,19 @@ class Trainer:
             rollout = rollout.plus(self.feed.refill(number, attempt, missing, self.scorer, progress))
         return rollout
 
-    def _prepared(self, batches: list[list[TrainSequence]], stage: StageConfig) -> list[list[TrainSequence]]:
+    def _prepared(self, batches: list[Minibatch], stage: StageConfig) -> list[Minibatch]:
         """Minibatches in the order of their updates, with the log-probs that the objective compares with."""
-        settings = self._update_settings(0.0)
-        if self.config.loss.old_logp == "rollout":
-            batches = [[replace(s, old_logp=s.rollout_logp) for s in batch] for batch in batches]
-        elif len(batches) * stage.reuse > 1 or self.config.loss.old_logp == "recompute":
-            batches = [with_old_logp(self.model, batch, settings) for batch in batches]
-        if self.reference is not None:
-            batches = [with_ref_logp(self.reference, batch, settings) for batch in batches]
-        return batches * stage.reuse
+        old_logp = self.config.loss.old_logp
+        if old_logp == "auto":
+            old_logp = "recompute" if len(batches) * stage.reuse > 1 else "none"
+        return prepared(batches, self.model, self.reference, self._update_settings(0.0), old_logp) * stage.reuse
 
     def _hand_over(self, number: int, metrics: dict[str, float]) -> None:
         """Note an evaluation, and go on to the next stage if this one ends here."""
         stages = self.state.stages
-        accuracies = [value for key, value in metrics.items() if AVG_KEY.fullmatch(key)]
-        if accuracies:
-            # A step in which no group was completed says nothing of truncation.
-            cut = metrics.get("completion/truncated", math.nan)
-            stages.note_evaluation(number, float(np.mean(accuracies)), cut)
+        stages.note_step(metrics.get("completion/truncated", math.nan))
+        if (level := eval_level(metrics)) is not None:
+            stages.note_evaluation(number, level)
         if (why := stages.advance(self.config, number)) and not stages.finished(self.config):
             self.display.message(f"stage {stages.index} ends with step {number}: {why}")
 
@@ -397,4 +394,5 @@ class Trainer:
             config.optim.share_prompts,
             lambda done, total: self.display.phase("train", done, total),
             world=self.world,
+            old_is_engine=config.loss.old_logp == "rollout",
         )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from or1 import faults
 from or1.balance import plan_ranks
+from or1.batches import Minibatch
 from or1.budget import Budget
 from or1.dist import SINGLE, World
 from or1.engine_logp import keep_known
@@ -37,7 +38,8 @@ T = TypeVar("T")
 class UpdateSettings:
     """Constants of an update; `entropy_coef` is alpha of Eq. 3.1, `budget` the size of a packed row.
 
-    `normaliser` says what the sum of the token losses is divided by.
+    `normaliser` says what the sum of the token losses is divided by; old_is_engine, whether old log-probs of the
+    sequences are the engine's.
     """
 
     objective: PolicyObjective
@@ -48,6 +50,7 @@ class UpdateSettings:
     progress: Progress = no_progress
     normaliser: Normaliser = TOKEN_MEAN
     world: World = SINGLE
+    old_is_engine: bool = False
 
 
 def update_policy(
@@ -91,7 +94,7 @@ def _accumulate_gradient(
         batch = keep_known(my_slice(row, settings.world))
         loss, row_stats = _on_all_ranks(model, batch, settings, lambda b: _train_row(model, b, settings, denominator))
         total += loss
-        stats.add_row(batch, row_stats)
+        stats.add_row(batch, row_stats, settings.old_is_engine)
     return total, stats
 
 
@@ -128,6 +131,24 @@ def _on_all_ranks(
         work(my_slice(anchor, settings.world))
 
     return row_on_all_ranks(model, settings.world, len(batch.ids_T), lambda: work(batch), stand_in)
+
+
+def prepared(
+    batches: Sequence[Minibatch],
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    settings: UpdateSettings,
+    old_logp: Literal["none", "recompute", "rollout"],
+) -> list[Minibatch]:
+    """The same minibatches with the log-probs that the objective compares with: old ones, and a reference's if any."""
+    sequences_of = [batch.sequences for batch in batches]
+    if old_logp == "rollout":
+        sequences_of = [[replace(s, old_logp=s.rollout_logp) for s in sequences] for sequences in sequences_of]
+    elif old_logp == "recompute":
+        sequences_of = [with_old_logp(model, sequences, settings) for sequences in sequences_of]
+    if reference is not None:
+        sequences_of = [with_ref_logp(reference, sequences, settings) for sequences in sequences_of]
+    return [replace(batch, sequences=s) for batch, s in zip(batches, sequences_of, strict=True)]
 
 
 def with_old_logp(

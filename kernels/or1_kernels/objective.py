@@ -15,6 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+K3_MAX = 10.0
+"""Largest k3 of a token, as in the released code: without, one token that the reference finds e^89 times as likely
+makes a whole update infinite."""
+
 
 @dataclass(frozen=True)
 class PolicyObjective:
@@ -24,7 +28,7 @@ class PolicyObjective:
                 "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5).
     clip_low    the ratio is clipped below at 1 - clip_low
     clip_high   and above at 1 + clip_high
-    kl_coef     weight of the k3 estimate of KL(policy || reference); needs ref_logp when not 0
+    kl_coef     weight of the k3 estimate of KL(policy || reference), clamped at K3_MAX; needs ref_logp when not 0
     is_cap      cap C of the truncated importance weight min(exp(old - rollout), C) that corrects for an engine
                 whose log-probs differ from the trainer's; needs rollout_logp when set. None: no correction.
     """
@@ -110,7 +114,8 @@ def token_loss(
 
     Shapes and units: all f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp, detached, so
     the ratio is exactly 1. With is_cap the advantage is multiplied by the truncated weight min(exp(old - rollout),
-    is_cap), a constant. kl_coef adds kl_coef * (exp(ref - lp) - (ref - lp) - 1), Schulman's k3 estimate.
+    is_cap), a constant. kl_coef adds kl_coef * min(exp(ref - lp) - (ref - lp) - 1, K3_MAX), Schulman's k3 estimate; a
+    token beyond the bound has no slope of it.
 
     Raises ValueError when the objective needs rollout_logp or ref_logp and it is missing.
     """
@@ -124,10 +129,13 @@ def token_loss(
     out = _SURROGATES[objective.kind](terms)
     if objective.kl_coef == 0:
         return out
-    gap_N = ref_logp_N - logp_N
+    # No larger gap is within the bound, and e^89 would be inf in float32.
+    gap_N = (ref_logp_N - logp_N).clamp(-2 * K3_MAX, 2 * K3_MAX)
+    rise_N = gap_N.expm1()
+    k3_N = rise_N - gap_N
     return out._replace(
-        loss_N=out.loss_N + objective.kl_coef * (gap_N.expm1() - gap_N),
-        slope_N=out.slope_N - objective.kl_coef * gap_N.expm1(),
+        loss_N=out.loss_N + objective.kl_coef * k3_N.clamp_max(K3_MAX),
+        slope_N=out.slope_N - objective.kl_coef * torch.where(k3_N > K3_MAX, 0.0, rise_N),
     )
 
 

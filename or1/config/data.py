@@ -40,7 +40,10 @@ class DataConfig(Section):
     difficulty_file: FilePath | None = None
     """Or a file written by `or1 filter`, with counts of your own model."""
     drop_solved: bool = False
-    """At the start of each stage, drop the prompts of which every response of the stage before was right."""
+    """At the start of each stage, drop the prompts that the stage before solved by every response."""
+    solved_visits: Literal["all", "last"] = "all"
+    """Where a stage sees a prompt more than once, which visits drop_solved looks at: a prompt that was wrong once stays
+    (all), or goes if it is right by now (last). The report's words fit both."""
     decontaminate: Literal["off", "report", "drop"] = "report"
     """What to do about training prompts that repeat a problem of [[eval.sets]]."""
     decontaminate_ngram: int = Field(13, ge=5, le=1000)

@@ -20,6 +20,9 @@ class EntropyConfig(Section):
     """Initial coefficient; for `constant`, the coefficient."""
     target: float = Field(0.2, ge=0)
     """Entropy in nats per token that the adaptive controller holds."""
+    measure: Literal["kept", "all"] = "kept"
+    """Whose tokens say how high the entropy is. kept: those of kept groups, as the released code. all: every sampled
+    token; kept groups have mixed outcomes, so once most groups are solved they no longer show a collapse."""
     delta: float = Field(1e-4, gt=0)
     """Change of the coefficient per step. Default 1e-4 (script) or 5e-3 (paper)."""
     coef_min: float = 0.0
@@ -29,7 +32,8 @@ class EntropyConfig(Section):
     alarm_low: float = Field(0.1, ge=0)
     """Warn of collapse below this share of the first steps' entropy; 0: never."""
     alarm_high: float = Field(3.0, gt=1)
-    """Warn of explosion above this multiple of the first steps' entropy."""
+    """Warn of explosion above this multiple of the first steps' entropy, or of `target` where control = "adaptive" and
+    that is higher."""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,8 +62,8 @@ class LossConfig(Section):
     """token: divide by all trained tokens (Eq. 3.1). sequence: mean over responses of token means (GRPO).
     dr_grpo: divide by responses times max_response_tokens."""
     denominator: Literal["kept", "sampled"] = "kept"
-    """What rejection does to the step size. kept: divide by what is trained (paper). sampled: by the batch before
-    rejection (released code), which shrinks the gradient by the kept share."""
+    """What rejection does to the step size. kept: divide by what is trained (paper), in near-equal minibatches.
+    sampled: in full minibatches and a rest, which is divided as a full one, so that its step is smaller (code)."""
     advantage_mask: Literal["none", "before", "after"] = "none"
     """Truncated responses: none: wrong like any other (paper). before: out of the group's mean and std, advantage 0.
     after: in mean and std, advantage 0 (paper, section 3.2.3)."""

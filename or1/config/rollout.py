@@ -38,9 +38,10 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, ge=1e-3, le=100)
     """Sampling temperature; the loss scales its logits by the same number."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this much probability. Below 1, vLLM reports log-probs among those."""
+    """Sample from the likeliest tokens with this much probability. Below 1, vLLM reports log-probs among those, and
+    policy/entropy is not that of the policy, which policy/entropy_exact is."""
     top_k: int = Field(0, ge=0, lt=2**31)
-    """Sample from this many likeliest tokens; 0 means all."""
+    """Sample from this many likeliest tokens; 0 means all. Above 0, log-probs and entropy as with top_p below 1."""
     batch_size: int = Field(256, ge=1, le=2**20)
     """Responses generated together."""
     deadline_s: float | None = Field(None, gt=0, le=MOST_SECONDS)
@@ -50,7 +51,7 @@ class RolloutConfig(Section):
     and its group is trained when complete. Needs loss.is_cap. Absent means off."""
     overlap: bool = False
     """Generate the next step's responses while training on this one's, with weights one step old. Needs vllm and
-    loss.is_cap."""
+    loss.is_cap. Where a stage may end with a step, the step after it generates its own."""
     verify_every: int = Field(10, ge=0, le=MOST_STEPS)
     """Compare the log-probs of engine and trainer after every so many weight updates; 0 means never. hf shares the
     weights and needs no check."""

@@ -276,6 +276,25 @@ def _importance_weights_sound(config: Config) -> Iterator[Problem]:
                       'itself compares with the engine; set old_logp = "auto", or remove is_cap')
 
 
+def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
+    """Settings that read the engine's log-probs as those of the policy, which truncated sampling makes wrong."""
+    rollout, loss = config.rollout, config.loss
+    for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
+        if value == off:
+            continue
+        # transformers' generate reports log-probs among all tokens, so the ratio is right there.
+        if loss.old_logp == "rollout" and rollout.engine != "hf":
+            yield Problem(f"rollout.{name}", f'{value} together with loss.old_logp = "rollout": vLLM reports log-probs '
+                          "among the tokens that survive, so every ratio would be multiplied by the mass that "
+                          f'survives and start outside 1; set {name} = {off}, or loss.old_logp = "auto", or '
+                          'rollout.engine = "hf"')
+        if loss.entropy.control == "adaptive":
+            yield Problem(f"rollout.{name}", f'{value} together with loss.entropy.control = "adaptive": the controller '
+                          "estimates the policy's entropy from the sampled tokens, and tokens of a truncated "
+                          "distribution say something else, on each engine in its own way, so that the target would "
+                          f'not be held; set {name} = {off}, or control = "constant" or "none"')
+
+
 def _engine_fits(config: Config) -> Iterator[Problem]:
     rollout, vllm = config.rollout, config.rollout.vllm
     if rollout.overlap and rollout.engine != "vllm":
@@ -335,6 +354,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _betas_valid,
     _weights_are_16_bit,
     _eval_names_unique,
+    _sampled_from_all_tokens,
     _importance_weights_sound,
     _engine_fits,
     _vllm_samples,

@@ -15,11 +15,13 @@ class StageConfig(Section):
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Rollout steps in this stage; with `until = "plateau"`, the most it takes."""
     until: Literal["steps", "plateau"] = "steps"
-    """When to hand over: after `steps`, or as soon as evaluations are flat in accuracy and truncation."""
-    plateau_evals: int = Field(4, ge=1, le=MOST_STEPS)
-    """Evaluations in a row without a gain that make a plateau."""
-    plateau_gain: float = Field(0.01, gt=0, le=1)
-    """Smallest rise of accuracy, or fall of the truncation rate, that counts as a gain; fractions."""
+    """When to hand over: after `steps`, or as soon as evaluations are surely flat: in accuracy (in mean reward where
+    rewards are graded), and in the truncation rate of the training steps between them."""
+    plateau_evals: int = Field(6, ge=1, le=MOST_STEPS)
+    """Evaluations of a window. A line through the last two windows tells what a window gains; more windows need more
+    evaluations, and bear more noise. 1 compares two evaluations and allows for no noise."""
+    plateau_gain: float = Field(0.005, gt=0, le=1e6)
+    """Smallest rise of accuracy or mean reward, or fall of the truncation rate, in a window that counts as a gain."""
     max_response_tokens: int = Field(ge=1, le=MOST_TOKENS)
     """Response limit of this stage; a longer response is truncated and, by default, scores 0."""
     prompts_per_step: int = Field(ge=1, le=2**20)

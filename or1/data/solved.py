@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from or1.types import Group, Prompt
 class SolvedPrompts:
     """Part of a run's state, by prompt id.
 
-    always   of the prompts seen in the present stage, whether every response so far was right
-    dropped  prompts that an earlier stage solved by every response it gave
+    always   of the prompts seen in the present stage, whether every response was right, of all visits or of the last
+    dropped  prompts that an earlier stage solved by every one of those responses
     """
 
     stage: int = 0
@@ -33,11 +33,15 @@ class SolvedPrompts:
         self.stage, self.always = stage, {}
         return len(solved)
 
-    def note(self, groups: Iterable[Group]) -> None:
-        """Remember what became of the prompts of a step."""
+    def note(self, groups: Iterable[Group], visits: Literal["all", "last"] = "all") -> None:
+        """Remember what became of the prompts of a step.
+
+        visits  "last": a prompt that was wrong in an earlier visit of the stage and is right since counts as solved
+        """
         for group in groups:
             right = bool(group.rewards.min() >= RIGHT)
-            self.always[group.prompt.id] = self.always.get(group.prompt.id, True) and right
+            before = visits == "last" or self.always.get(group.prompt.id, True)
+            self.always[group.prompt.id] = before and right
 
     def mask(self, prompts: Sequence[Prompt]) -> np.ndarray | None:
         """bool[N], the dropped ones of `prompts`; None if there are none."""

@@ -4,17 +4,26 @@ In every worker:  actor_rollout_ref.model.external_lib=or1.integrations.verl
 With the head:    actor_rollout_ref.model.use_fused_kernels=True   (fused_kernel_options.impl_backend torch or triton)
 With MAGIC:       actor_rollout_ref.actor.policy_loss.loss_mode=magic
 
+The controller measures the entropy of a rollout, and moves, once for all of its mini-batches and epochs
+(TrainingWorker.train_mini_batch). Responses without advantage are left out of both, but their tokens stay in the number
+that verl divides the loss by, as in the released code.
+
 Other settings of the entropy controller: a module of your own that calls install(...), named as external_lib.
 Legend: B sequences, T tokens, N tokens in a row, H hidden, V vocab, C response tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -103,11 +112,32 @@ def _install_head() -> None:
 
 
 class _Magic:
-    """This process's controller, and whether verl is patched."""
+    """This process's controller, the rollout that it trains on, and whether verl is patched."""
 
     def __init__(self) -> None:
         self.controller = EntropyController()
         self.installed = False
+        self.present: tuple[float, float] | None = None
+
+    @contextlib.contextmanager
+    def rollout(self, data: Any, group: ProcessGroup | None) -> Iterator[tuple[float, float]]:
+        """Its entropy and the coefficient for all of its mini-batches; the controller moves once, at the end.
+
+        Within a rollout it is the one at work. If nothing of a rollout has an advantage, its entropy is NaN, there is
+        no bonus, and the controller stays where it is.
+        """
+        if self.present is not None:
+            yield self.present
+            return
+        entropy = kept_entropy(data, group)
+        alpha = 0.0 if math.isnan(entropy) else self.controller.alpha(entropy)
+        self.present = entropy, alpha
+        try:
+            yield self.present
+        finally:
+            self.present = None
+        if not math.isnan(entropy):
+            self.controller.update(entropy)
 
 
 _MAGIC = _Magic()
@@ -148,36 +178,69 @@ def _install_loss() -> None:
     from verl.trainer.ppo.core_algos import register_policy_loss
     from verl.workers.engine.base import BaseEngine
 
+    _install_worker()
     register_policy_loss(LOSS_MODE)(policy_loss)
-    BaseEngine.train_batch = _with_controller(BaseEngine.train_batch)
+    BaseEngine.train_batch = _with_coefficient(BaseEngine.train_batch)
     for engine in _subclasses(BaseEngine):
         for name, wrap in (("save_checkpoint", _saving), ("load_checkpoint", _loading)):
             if name in vars(engine):
                 setattr(engine, name, wrap(vars(engine)[name]))
 
 
+def _install_worker() -> None:
+    name = "verl.workers.engine_workers"
+    try:
+        worker = getattr(importlib.import_module(name), "TrainingWorker", None)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("verl"):
+            raise UnsupportedVerlError(f"this verl has no {error.name}; tested with verl {TESTED}") from error
+        # Something that verl's workers need is not installed: no training can begin in this process.
+        return
+    if not hasattr(worker, "train_mini_batch"):
+        raise UnsupportedVerlError(f"this verl has no {name}.TrainingWorker.train_mini_batch, which trains on a whole "
+                                   f"rollout; tested with verl {TESTED}")
+    worker.train_mini_batch = _once_a_rollout(worker.train_mini_batch)
+
+
 def _subclasses(cls: type) -> list[type]:
     return [c for direct in cls.__subclasses__() for c in (direct, *_subclasses(direct))]
 
 
-def _with_controller(train_batch: Any) -> Any:
-    """Set the entropy coefficient of a mini-batch before it and move the controller after it, the same on all ranks."""
+def _uses_magic(loss_function: Any) -> bool:
+    config = getattr(loss_function, "keywords", {}).get("config")
+    # A critic has a config without a policy loss.
+    return getattr(getattr(config, "policy_loss", None), "loss_mode", None) == LOSS_MODE
+
+
+def _once_a_rollout(train_mini_batch: Any) -> Any:
+    """Measure the entropy of a whole rollout before it is cut up, and move the controller after all of its parts."""
+
+    @functools.wraps(train_mini_batch)
+    def wrapped(self: Any, data: Any) -> Any:
+        if not _uses_magic(self.loss_fn):
+            return train_mini_batch(self, data)
+        with _MAGIC.rollout(data, self.engine.get_data_parallel_group()):
+            return train_mini_batch(self, data)
+
+    return wrapped
+
+
+def _with_coefficient(train_batch: Any) -> Any:
+    """Set the entropy coefficient of a mini-batch, the same on all ranks, and reject what has no advantage."""
     from verl.utils.tensordict_utils import assign_non_tensor
 
     @functools.wraps(train_batch)
     def wrapped(self: Any, data: Any, loss_function: Any) -> Any:
-        config = getattr(loss_function, "keywords", {}).get("config")
-        if config is None or config.policy_loss.loss_mode != LOSS_MODE:
+        if not _uses_magic(loss_function):
             return train_batch(self, data, loss_function)
-        controller = _MAGIC.controller
-        entropy = mini_batch_entropy(data, self.get_data_parallel_group())
-        alpha = controller.alpha(entropy)
-        # verl freezes its configs and reads this one in every micro-batch. It asks for entropies only where the
-        # coefficient of its own config is not 0, and this one starts there.
-        object.__setattr__(config, "entropy_coeff", alpha)
-        assign_non_tensor(data, calculate_entropy=True)
-        outputs = train_batch(self, data, loss_function)
-        controller.update(entropy)
+        # A mini-batch that comes alone is a rollout of its own.
+        with _MAGIC.rollout(data, self.get_data_parallel_group()) as (entropy, alpha):
+            # verl freezes its configs and reads this one in every micro-batch. It asks for entropies only where the
+            # coefficient of its own config is not 0, and this one starts there.
+            object.__setattr__(loss_function.keywords["config"], "entropy_coeff", alpha)
+            assign_non_tensor(data, calculate_entropy=True)
+            data["response_mask"] = kept_mask(data)
+            outputs = train_batch(self, data, loss_function)
         if self.is_mp_src_rank_with_outputs():
             outputs["metrics"] |= {"actor/rollout_entropy": entropy, "actor/entropy_coeff": alpha}
         return outputs
@@ -185,13 +248,30 @@ def _with_controller(train_batch: Any) -> Any:
     return wrapped
 
 
-def mini_batch_entropy(data: Any, group: ProcessGroup | None = None) -> float:
-    """e_k of Eq. 3.2 over the trained tokens of a verl mini-batch, all ranks of `group`; nats.
+def kept_mask(data: Any) -> Tensor:
+    """data["response_mask"] without responses whose advantages are all 0: those of equal rewards (report, section 3.1).
 
-    data["old_log_probs"] and data["response_mask"] are [B, C], dense or nested as verl's engines have them.
+    Tensors [B, C], dense or nested as verl's engines have them. Such responses have no policy gradient, but the entropy
+    bonus would act on them, which are solved or hopeless problems.
     """
-    parts = (data[name] for name in ("old_log_probs", "response_mask"))
-    return rollout_entropy(*(x.values() if x.is_nested else x for x in parts), group)
+    mask, advantages = data["response_mask"], data["advantages"]
+    if not mask.is_nested:
+        return mask * (advantages != 0).any(1, keepdim=True).to(mask.dtype)
+    rows = zip(mask.unbind(), advantages.unbind(), strict=True)
+    # Not from values and offsets: a tensor made so is padded to the length of all responses together.
+    return torch.nested.as_nested_tensor([m * (a != 0).any().to(m.dtype) for m, a in rows], layout=torch.jagged)
+
+
+def kept_entropy(data: Any, group: ProcessGroup | None = None) -> float:
+    """e_k of Eq. 3.2 over the tokens of `kept_mask`, on all ranks of `group`; nats. NaN if there are none.
+
+    data["old_log_probs"], data["advantages"] and data["response_mask"] are [B, C], dense or nested.
+    """
+    logp, mask = (x.values() if x.is_nested else x for x in (data["old_log_probs"], kept_mask(data)))
+    kept = mask.sum(dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(kept, group=group)
+    return rollout_entropy(logp, mask, group) if kept > 0 else math.nan
 
 
 def _saving(save_checkpoint: Any) -> Any:

@@ -17,7 +17,7 @@ from or1.checkpoint import committed_steps
 SETTINGS = (
     "stage.0.steps=9", "stage.1.steps=2", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
     "stage.0.group_size=8", "stage.1.group_size=8", "stage.0.minibatch_prompts=4", "stage.0.reuse=2",
-    "stage.0.until=plateau", "stage.0.plateau_evals=1", "stage.0.plateau_gain=0.9", "stage.0.max_response_tokens=24",
+    "stage.0.until=plateau", "stage.0.plateau_evals=2", "stage.0.plateau_gain=9", "stage.0.max_response_tokens=24",
     "loss.kl_coef=0.01", "loss.normaliser=sequence", "loss.denominator=sampled", "loss.advantage_mask=after",
     "loss.refill_rounds=1", "reward.overlong_buffer=8", "eval.every_steps=1", "eval.sets.0.limit=16",
     "eval.sets.1.limit=4", "checkpoint.every_steps=1", "checkpoint.keep=100", "log.tensorboard=false",
@@ -51,11 +51,11 @@ def lines(run_dir: Path) -> list[dict]:
 def test_every_variant_in_one_run_and_resumed(root: Path, quick_or1: Run, tmp_path: Path) -> None:
     out = train(quick_or1, tmp_path / "straight")
     records = lines(tmp_path / "straight")
-    # One evaluation to compare with and one without a gain of 90 points: the stage ends after two steps of nine.
-    assert [r["stage"] for r in records] == [0, 0, 0, 1, 1]
-    assert "stage 1 ends with step 2: accuracy gained less than 0.9" in out and "Run finished: 4 of 4 steps" in out
+    # Two windows of two evaluations, with the one at the start, cannot gain 9: the stage ends after three of nine.
+    assert [r["stage"] for r in records] == [0, 0, 0, 0, 1, 1]
+    assert "stage 1 ends with step 3: over 2 evaluations accuracy" in out and "Run finished: 5 of 5 steps" in out
     assert records[1]["optim/updates"] in (2, 4), "parts of at most four prompts, each trained twice"
-    assert records[3]["optim/updates"] == 1
+    assert records[4]["optim/updates"] == 1
     assert records[2]["policy/ratio_mean"] != 1 and records[1]["optim/loss"] != 0
 
     first = pq.read_table(tmp_path / "straight" / "rollouts" / "step_1.parquet").to_pylist()

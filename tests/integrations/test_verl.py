@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -149,37 +153,63 @@ def test_magic_loss_is_the_clipped_token_mean(external_lib: Any) -> None:
         get_policy_loss_fn("magic")(**args | {"loss_agg_mode": "seq-mean-token-mean"})
 
 
-def mini_batch(model: Any) -> Any:
-    """Two sequences of 3 + 4 and 2 + 6 tokens, as verl's engines get them."""
-    lengths = [(3, 4), (2, 6)]
+def nested(parts: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
+def batch_of(model: Any, responses: list[tuple[int, float, float]]) -> Any:
+    """Sequences as verl's engines get them, each with its response's length, entropy and advantage; prompts of 3."""
     torch.manual_seed(3)
-    sequences = [torch.randint(model.config.vocab_size, (p + r,)) for p, r in lengths]
-
-    def nested(parts: list[Tensor]) -> Tensor:
-        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
-
+    sequences = [torch.randint(model.config.vocab_size, (3 + n,)) for n, _, _ in responses]
     tensors = {
         "input_ids": nested(sequences),
-        "prompts": nested([s[:p] for s, (p, _) in zip(sequences, lengths, strict=True)]),
-        "responses": nested([s[p:] for s, (p, _) in zip(sequences, lengths, strict=True)]),
-        "response_mask": nested([torch.ones(r) for _, r in lengths]),
-        "old_log_probs": nested([torch.full((r,), -0.1 * r) for _, r in lengths]),
-        "advantages": nested([torch.full((r,), a) for (_, r), a in zip(lengths, (1.0, -1.0), strict=True)]),
+        "prompts": nested([s[:3] for s in sequences]),
+        "responses": nested([s[3:] for s in sequences]),
+        "response_mask": nested([torch.ones(n) for n, _, _ in responses]),
+        "old_log_probs": nested([torch.full((n,), -e) for n, e, _ in responses]),
+        "advantages": nested([torch.full((n,), a) for n, _, a in responses]),
     }
-    return tu.get_tensordict(tensors, {"dp_size": 1, "batch_num_tokens": 10, "global_batch_size": 2})
+    return tu.get_tensordict(tensors, {"dp_size": 1, "batch_num_tokens": 10, "global_batch_size": len(responses)})
 
 
-def test_the_controller_sets_the_coefficient_of_verls_engine(external_lib: Any, tmp_path: Path) -> None:
-    """verl's own train_batch and ppo_loss: the bonus lags one step, reaches the gradient, and survives a checkpoint."""
-    from verl.workers.engine.base import BaseEngine
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def worker_of(engine_class: type, model: Any) -> Any:
+    """verl's training worker around an engine without a GPU, with the settings that its own __init__ would make."""
+    from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
+
+    worker = object.__new__(TrainingWorker)
+    worker.engine, worker.loss_fn = engine_class(model), partial(ppo_loss, config=actor_config())
+    worker.profiler, worker.flops_counter, worker.device_name = MagicMock(), None, "cpu"
+    worker.profiler.check_enable.return_value = False
+    worker.model_config = {}
+    worker.engine_config = SimpleNamespace(forward_only=False, use_dynamic_bsz=False, max_token_len_per_gpu=None,
+                                           micro_batch_size_per_gpu=1, use_fused_kernels=False)
+    return worker
+
+
+@pytest.fixture
+def engine_class() -> type:
+    from verl.workers.engine.base import BaseEngine
 
     class Engine(BaseEngine):
         """The parts of an engine that need no GPU."""
 
         def __init__(self, model: Any) -> None:
-            self.model, self.seen = model, []
+            self.model, self.coefficients, self.entropy_grads = model, [], []
+
+        def train_mode(self, **_: Any) -> Any:
+            return nullcontext()
 
         def optimizer_zero_grad(self) -> None:
             self.model.zero_grad()
@@ -187,27 +217,117 @@ def test_the_controller_sets_the_coefficient_of_verls_engine(external_lib: Any, 
         def optimizer_step(self) -> float:
             return float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm())
 
+        def lr_scheduler_step(self) -> float:
+            return 1.0
+
         def get_data_parallel_group(self) -> None:
             return None
+
+        def get_data_parallel_size(self) -> int:
+            return 1
+
+        def get_data_parallel_rank(self) -> int:
+            return 0
 
         def is_mp_src_rank_with_outputs(self) -> bool:
             return True
 
         def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
             assert tu.get_non_tensor_data(data, "calculate_entropy", False)
-            logp, entropy = [], []
-            for ids in data["input_ids"].unbind():
-                pair = unfused(self.model, ids[None], ids.roll(-1)[None])
-                logp.append(pair[0][0]), entropy.append(pair[1][0])
-            output = {"log_probs": torch.cat(logp), "entropy": torch.cat(entropy)}
-            loss, metrics = loss_function(model_output=output, data=data)
+            pairs = [unfused(self.model, ids[None], ids.roll(-1)[None]) for ids in data["input_ids"].unbind()]
+            logp, entropy = (torch.cat([pair[i][0] for pair in pairs]) for i in (0, 1))
+            entropy.retain_grad()
+            loss, metrics = loss_function(model_output={"log_probs": logp, "entropy": entropy}, data=data)
             loss.backward()
-            return {"metrics": metrics}
+            self.coefficients.append(loss_function.keywords["config"].entropy_coeff)
+            self.entropy_grads.append(nested_like(entropy.grad, data["input_ids"]))
+            return {"metrics": metrics, "loss": [float(loss.detach())], "model_output": {}}
+
+    return Engine
+
+
+def nested_like(values: Tensor, shape: Tensor) -> list[Tensor]:
+    return list(values.split(shape.offsets().diff().tolist()))
+
+
+def test_the_controller_moves_once_a_rollout(external_lib: Any, engine_class: type) -> None:
+    """Report, Eq. 3.2: two mini-batches of 0.4 and 0.7 nats, passed twice, have one entropy and one coefficient."""
+    controller = external_lib.install(coef=0.1, target=0.6, delta=0.01, coef_max=1.0, variant="paper")
+    worker = worker_of(engine_class, tiny_model(64, hidden=16))
+    rollout = [(4, 0.4, 1.0), (4, 0.4, -1.0), (4, 0.7, 1.0), (4, 0.7, -1.0)]
+    with one_rank():
+        for k in range(2):
+            data = batch_of(worker.engine.model, rollout)
+            tu.assign_non_tensor(data, mini_batch_size=2, epochs=2)
+            metrics = tu.get(worker.train_mini_batch(data=data), "metrics")
+            assert controller.coef == pytest.approx(0.11 + 0.01 * k), "e = 0.55 is below the target, once"
+            assert metrics["actor/rollout_entropy"] == pytest.approx([0.55] * 4)
+    # A controller of mini-batches would be off for those of 0.7 nats, and move eight times.
+    assert worker.engine.coefficients == pytest.approx([0.10] * 4 + [0.11] * 4)
+
+
+def test_responses_without_an_advantage_have_no_bonus_and_no_say(external_lib: Any, engine_class: type) -> None:
+    """A solved problem of 0.1 nats is left out of e_k and of the bonus; a rollout of nothing else moves nothing."""
+    controller = external_lib.install(coef=0.1, target=0.6, delta=0.01, coef_max=1.0, variant="paper")
+    worker = worker_of(engine_class, tiny_model(64, hidden=16))
+    kept, solved = [(4, 0.8, 1.0), (4, 0.8, -1.0)], [(4, 0.1, 0.0), (4, 0.1, 0.0)]
+    with one_rank():
+        found = []
+        for responses in (kept + solved, [(4, 0.5, 1.0), (4, 0.5, -1.0), *solved], solved * 2):
+            data = batch_of(worker.engine.model, responses)
+            tu.assign_non_tensor(data, mini_batch_size=4)
+            found.append(tu.get(worker.train_mini_batch(data=data), "metrics")["actor/rollout_entropy"][0])
+    assert found[:2] == pytest.approx([0.8, 0.5]) and math.isnan(found[2])
+    assert worker.engine.coefficients == pytest.approx([0.0, 0.09, 0.0])
+    assert controller.coef == pytest.approx(0.10), "down, up, and no more"
+    grads = worker.engine.entropy_grads[1]
+    assert [bool(grad.any()) for grad in grads] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (ModuleNotFoundError("no uvicorn", name="uvicorn"), None),  # no worker can be in this process
+        (ModuleNotFoundError("gone", name="verl.workers.engine_workers"), "no verl.workers.engine_workers"),
+        (SimpleNamespace(TrainingWorker=object), "TrainingWorker.train_mini_batch, which trains on a whole rollout"),
+        (SimpleNamespace(), "TrainingWorker.train_mini_batch"),
+    ],
+)
+def test_a_verl_without_what_trains_a_rollout_is_refused(
+    external_lib: Any, monkeypatch: pytest.MonkeyPatch, module: Any, message: str | None
+) -> None:
+    def load(name: str) -> Any:
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(external_lib.importlib, "import_module", load)
+    with nullcontext() if message is None else pytest.raises(external_lib.UnsupportedVerlError, match=message):
+        external_lib._install_worker()
+
+
+def test_a_critic_and_a_mini_batch_that_comes_alone_are_trained(external_lib: Any, engine_class: type) -> None:
+    """A critic's config has no policy loss. The tensors of a rollout may be dense."""
+    trained = external_lib._once_a_rollout(lambda self, data: data)
+    assert trained(SimpleNamespace(loss_fn=partial(print, config=SimpleNamespace())), "untouched") == "untouched"
+    dense = {"old_log_probs": torch.tensor([[-0.5, -9.0], [-0.1, -0.1]]),
+             "response_mask": torch.tensor([[1, 0], [1, 1]]), "advantages": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    assert external_lib.kept_mask(dense).tolist() == [[1, 0], [0, 0]]
+    assert external_lib.kept_entropy(dense) == pytest.approx(0.5)
+
+
+def test_the_controller_sets_the_coefficient_of_verls_engine(
+    external_lib: Any, engine_class: type, tmp_path: Path
+) -> None:
+    """verl's own train_batch and ppo_loss: the bonus lags one step, reaches the gradient, and survives a checkpoint."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+    from verl.workers.utils.losses import ppo_loss
 
     controller = external_lib.install(coef=0.1, gate=False, target=0.6, delta=0.01, coef_max=1.0)
-    engine = Engine(tiny_model(64, hidden=16))
+    engine = engine_class(tiny_model(64, hidden=16))
     loss_function = partial(ppo_loss, config=actor_config())
-    outputs = [engine.train_batch(mini_batch(engine.model), loss_function)["metrics"] for _ in range(2)]
+    both = [(4, 0.4, 1.0), (6, 0.6, -1.0)]
+    outputs = [engine.train_batch(batch_of(engine.model, both), loss_function)["metrics"] for _ in range(2)]
     # e = (4 * 0.4 + 6 * 0.6) / 10 = 0.52 < 0.6: no bonus in the first step, 0.11 in the second.
     assert outputs[0]["actor/rollout_entropy"] == pytest.approx(0.52)
     assert [m["actor/entropy_coeff"] for m in outputs] == pytest.approx([0.0, 0.11])

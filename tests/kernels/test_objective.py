@@ -75,6 +75,19 @@ def test_importance_weight_is_truncated_at_the_cap():
     torch.testing.assert_close(-out.slope_N, torch.tensor([1.0, 2.0, torch.e**-1], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_is_bounded_whatever_the_reference_says(dtype):
+    """ref - lp = 2: k3 = e^2 - 3. Beyond 10, at e^3 - 4 = 16 and at 11 + e^-12, the bound and no slope, never inf."""
+    gap = torch.tensor([2.0, 3.0, 39.0, 89.0, 1e6, -5.0, -12.0, -1e6], dtype=dtype)
+    logp = torch.zeros(8, dtype=dtype, requires_grad=True)
+    out = token_loss(PolicyObjective(kl_coef=1.0), logp, torch.zeros(8, dtype=dtype), ref_logp_N=gap)
+    e2, e5 = torch.e**2, torch.e**-5
+    assert out.loss_N.tolist() == pytest.approx([e2 - 3, 10, 10, 10, 10, e5 + 4, 10, 10], rel=1e-6)
+    assert out.slope_N.tolist() == pytest.approx([1 - e2, 0, 0, 0, 0, 1 - e5, 0, 0], rel=1e-6)
+    (grad,) = torch.autograd.grad(out.loss_N.sum(), logp)
+    torch.testing.assert_close(grad, out.slope_N)
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [({"kind": "dpo"}, "kind"), ({"clip_low": 1.5}, "clip_low"), ({"clip_high": -0.1}, "clip_high"),

@@ -48,6 +48,7 @@ from or1.config_load import load_config
 from or1.entropy import EntropyController
 from or1.evaluate import evaluate_set
 from or1.reward import make_scorer
+from or1.reward.math import grade
 from or1.stages import stage_at
 from or1.step_metrics import rollout_metrics
 from or1.types import Group, Score, Status
@@ -86,6 +87,16 @@ def test_conflict_1_entropy_step_and_bounds(variant: str, after_3: float, after_
         high.update(0.9)
         coefs.append(low.coef)
     assert (coefs[2], coefs[-1], high.coef) == (pytest.approx(after_3), pytest.approx(after_80), above)
+
+
+def test_conflict_1_the_reports_own_controller_for_math_7b_is_a_recipe(root: Path) -> None:
+    """Fig. 10: steps of 0.005, no script for that model. All else is as in the recipe with the scripts' controller."""
+    script, paper = (load_config(root / "examples" / "recipes" / f"or1-math-7b{name}.toml", files=False).model_dump()
+                     for name in ("", "-paper"))  # fmt: skip
+    entropy = paper["loss"].pop("entropy")
+    assert (entropy["variant"], entropy["delta"], entropy["target"]) == ("paper", 5e-3, 0.2)
+    assert script["loss"].pop("entropy")["variant"] == "script" and script.pop("run_dir") != paper.pop("run_dir")
+    assert script == paper
 
 
 def test_conflict_1_the_papers_coefficient_may_be_let_below_zero() -> None:
@@ -182,6 +193,28 @@ def test_conflict_6_reward_of_a_truncated_response(settings: dict, score: Score,
     trainer = trainer_of(config_of(tmp_path, ALONE))
     learn(trainer, rollout)
     assert trainer.state.totals["graded_truncated"] == score.reward
+
+
+# One text of each kind in which the graders differ, with or1's reward and the released one.
+ANSWERS = [
+    ("x</think> The answer is 42.", 0.0, 1.0),  # no box
+    (r"x</think> \boxed{41}, no, \boxed{42}", 1.0, 0.0),  # two different ones: the last decides
+    (r"x</think> \boxed{42} </think> or rather \boxed{41}", 0.0, 1.0),  # after the last </think>, or before it
+    (r"x</think> \boxed{42}", 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize(("text", "ours", "released"), ANSWERS)
+def test_which_answer_of_a_text_is_graded(text: str, ours: float, released: float, root: Path) -> None:
+    """Code: `parse` of what stands between the first and the second </think>, box or not; see README's table."""
+    from math_verify import parse, verify
+
+    assert grade(text, ["42"]).reward == ours
+    found = parse(text.split("</think>")[1], parsing_timeout=None)
+    gold = parse(r"\boxed{42}", parsing_timeout=None)
+    assert float(len(found) >= 2 and verify(gold, found, timeout_seconds=None)) == released
+    (row,) = [line for line in (root / "README.md").read_text().splitlines() if "| which answer is graded |" in line]
+    assert r"last `\boxed{}` after the last `</think>`" in row
 
 
 @pytest.mark.parametrize("recipe", ["or1-math-7b", "or1-7b", "or1-32b", "eval-aime", "eval-livecodebench"])

@@ -120,6 +120,15 @@ def test_a_stage_drops_what_the_one_before_solved_every_time_it_came() -> None:
     assert solved.enter(2) == 1 and solved.dropped == {"a", "b"}
 
 
+def test_a_prompt_that_is_right_by_now_is_dropped_where_the_last_visit_counts() -> None:
+    for visits, dropped in (("all", {"b"}), ("last", {"a", "b"})):
+        solved = SolvedPrompts()
+        solved.note([group("a", 1, 0), group("b", 1, 1), group("c", 1, 1)], visits)
+        solved.note([group("a", 1, 1), group("c", 0, 1)], visits)
+        solved.enter(1)
+        assert solved.dropped == dropped
+
+
 # --- difficulty
 
 

@@ -35,8 +35,8 @@ def test_equation_2_5_advantages_use_the_sample_standard_deviation() -> None:
     groups = [group(r.tolist(), [response(ZERO, EOS)] * 4) for r in rewards]
     stage = StageConfig(**STAGE | {"group_size": 4})
     chosen = choose(groups, [True, True], LossConfig(), RewardConfig(), stage)
-    (sequences,) = minibatches(chosen, stage)
-    assert [s.advantage for s in sequences] == pytest.approx(np.ravel(expected), rel=1e-5)
+    (batch,) = minibatches(chosen, LossConfig(), stage)
+    assert [s.advantage for s in batch.sequences] == pytest.approx(np.ravel(expected), rel=1e-5)
 
 
 def with_ratios(ratios: Sequence[float], *tokens: int) -> Response:
@@ -87,5 +87,5 @@ def test_equation_4_1_updates_of_a_rollout(d_r: int, d_t: int, reuse: int, updat
     # The minibatches that a step makes of as many kept groups, each passed `reuse` times.
     groups = [group([1, 0], [response(ZERO)] * 2)] * d_r
     chosen = choose(groups, [True] * d_r, LossConfig(), RewardConfig(), stage)
-    parts = minibatches(chosen, stage)
-    assert len(parts) * reuse == updates and {len(part) for part in parts} == {d_t * 2}
+    parts = minibatches(chosen, LossConfig(), stage)
+    assert len(parts) * reuse == updates and {len(part.sequences) for part in parts} == {d_t * 2}

@@ -85,7 +85,7 @@ def naive_gradient(
             term = -torch.minimum(ratio * s.advantage, clipped * s.advantage) - ALPHA * entropy
             if kl_coef:
                 gap = s.ref_logp[t] - log_p_V[token]
-                term = term + kl_coef * (gap.exp() - gap - 1)
+                term = term + kl_coef * (gap.exp() - gap - 1).clamp(max=10)
             total = total + term / (len(s.response_ids) if normaliser == "sequence" else 1)
     loss = total / denominator
     loss.backward()

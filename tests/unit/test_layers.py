@@ -20,7 +20,7 @@ LAYERS = {
     "or1.prefix": 2, "or1.magic": 2, "or1.run_changes": 2,
     "or1.model_source": 2, "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
     "or1.memory": 3, "or1.moments": 3, "or1.budget": 3, "or1.stand_in": 3,
-    "or1.normalise": 2, "or1.shaping": 2, "or1.alarms": 2, "or1.batches": 2,
+    "or1.normalise": 2, "or1.plateau": 2, "or1.shaping": 2, "or1.alarms": 2, "or1.batches": 2,
     "or1.empty_steps": 2,
     "or1.checkpoint": 3, "or1.metrics": 3, "or1.integrations": 3,
     "or1.rollout_log": 3, "or1.reward": 3, "or1.reward.code": 3, "or1.reward.code.inside": 3,

@@ -92,6 +92,24 @@ def test_what_reward_processes_may_take_can_change_with_the_machine(tmp_path: Pa
         prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9"))
 
 
+def test_a_run_of_before_a_setting_was_goes_on_with_its_default(tmp_path: Path) -> None:
+    """loss.entropy.measure and data.solved_visits are new, and what makes a plateau has other defaults than it had."""
+    prepare_run_dir(config_of(tmp_path))
+    commit(tmp_path, 40, 1, 30)
+    record = json.loads((tmp_path / RECORD).read_text())
+    del record["loss"]["entropy"]["measure"], record["data"]["solved_visits"]
+    for stage in record["stage"]:
+        stage |= {"plateau_evals": 4, "plateau_gain": 0.01}
+    old = json.dumps(record)
+    for setting, said in (('loss.entropy.measure="all"', "loss.entropy.measure"),
+                          ('data.solved_visits="last"', "data.solved_visits")):  # fmt: skip
+        (tmp_path / RECORD).write_text(old)
+        with pytest.raises(RunError, match=rf"other settings \({said}\)"):
+            prepare_run_dir(config_of(tmp_path, setting))
+    (said,) = prepare_run_dir(config_of(tmp_path))
+    assert "stage.0.plateau_evals" in said and "loss" not in said and "data" not in said
+
+
 LIMIT, STEPS, FLAT = "stage.{}.max_response_tokens=30", "stage.{}.steps=60", "stage.{}.until=plateau"
 
 

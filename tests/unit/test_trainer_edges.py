@@ -50,7 +50,7 @@ def test_a_minibatch_without_rewards_is_left_out_and_the_others_are_trained(tmp_
     assert learn(trainer_of(config), scored, unscored)["optim/updates"] == 1
     unknown = group([1, 0], [replace(response(ZERO, EOS), logp=np.full(2, np.nan, np.float32))] * 2, "c")
     chosen = choose([scored, unknown], [True, True], config.loss, config.reward, config.stage[0])
-    assert len(minibatches(chosen, config.stage[0])) == 1
+    assert len(minibatches(chosen, config.loss, config.stage[0])) == 1
     assert learn(trainer_of(config), unscored)["optim/updates"] == 0
 
 
