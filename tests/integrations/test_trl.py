@@ -110,7 +110,8 @@ def test_importance_sampling_correction_equals_stock(grpo_run: Callable[..., Any
 
     settings = {"vllm_importance_sampling_mode": mode, "entropy_coef": 0.01}
     want = grpo_run(with_engine(lambda trainer: trainer), **settings)
-    assert_same_training(grpo_run(with_engine(patch), **settings), want)
+    # Weights of an engine a nat away multiply the rounding of each log-prob, by an amount that differs between CPUs.
+    assert_same_training(grpo_run(with_engine(patch), **settings), want, rel=5e-5)
     ratios = [e["sampling/importance_sampling_ratio/mean"] for e in want.trainer.state.log_history if "loss" in e]
     assert ratios and any(abs(r - 1) > 1e-3 for r in ratios)
 

@@ -22,6 +22,7 @@ from or1.evaluate import evaluate_set
 from or1.inputs import inputs_of
 from or1.metrics import read_metrics
 from or1.model import ModelError, load_model, load_tokenizer
+from or1.model_source import ModelSourceError
 from or1.optim import MasterAdamW, OptimizerError
 from or1.rank_display import RankDisplay
 from or1.reward import make_scorer
@@ -109,8 +110,8 @@ def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for path, said in ((str(tmp_path), "a folder here"), ("nobody/nothing", "no folder here")):
-        with pytest.raises(ModelError, match=f"{path}', {said}"):
+    for path, said in ((str(tmp_path), "holds no tokenizer"), ("nobody/nothing", "is no folder here")):
+        with pytest.raises(ModelSourceError, match=f"{path}' {said}"):
             load_tokenizer(path)
     shutil.copy(trainer_of(config_of(tmp_path)).config.model.path + "/config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}')
