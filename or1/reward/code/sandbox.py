@@ -199,10 +199,15 @@ class Inside:
         for child in children_of(self._process.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, 9)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # A process that the program has stopped reaps nobody until it goes on.
-            self._process.send_signal(signal.SIGCONT)
-            self._process.wait(_END_S)
+        # A process that the program has stopped reaps nobody until it goes on.
+        self._process.send_signal(signal.SIGCONT)
+        # Popen.wait with a limit sleeps between looks, for longer than this takes.
+        with contextlib.suppress(OSError):
+            descriptor = os.pidfd_open(self._process.pid)
+            try:
+                select.select([descriptor], [], [], _END_S)
+            finally:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,10 @@ class Program:
     def __init__(self, code, setup, names, limits, rules, alone):
         self.code, self.setup, self.names, self.limits = code, setup, names, limits
         self.rules, self.alone = rules, alone
+        # Library functions that programs use without an import; what a program defines itself comes before them.
+        vars(builtins).update({name: value for name, value in names.items() if name not in vars(builtins)})
+        # What exists by now is none of the program's files, and is not looked through when a test ends.
+        gc.freeze()
         self.pid = self.orders = self.answers = None
 
     def run(self, text):
@@ -165,8 +169,6 @@ class Program:
         if self.alone:
             os.setsid()
         die_with_parent()
-        # Library functions that programs use without an import; what a program defines itself comes before them.
-        vars(builtins).update({name: value for name, value in self.names.items() if name not in vars(builtins)})
         sys.setrecursionlimit(50_000)
         limit_resources(self.limits)
         refuse_calls(self.rules)
