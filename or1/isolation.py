@@ -92,27 +92,43 @@ def rehearse_model(config: ModelConfig) -> list[str]:
     """
     settings, remarks = read_config(config.path, attention.NAMES["sdpa"])
     dtype = getattr(torch, config.dtype)
-    with making(config.path, settings):
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-        prepare_model(whole, config.model_copy(update={"liger": "off", "device": "meta"}), torch.device("meta"))
+    plain = config.model_copy(update={"device": "cpu", "liger": "off"})
+    with making(config.path, settings), torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        prepare_model(whole, plain, torch.device("meta"))
         few = _with_fewer_layers(settings, whole)
-        try:
+    # Not every architecture runs with layers left out.
+    with suppress(_NotWithFewer):
+        return remarks + _rehearse_with(few, plain, dtype, last=False)
+    return remarks + _rehearse_with(settings, plain, dtype, last=True)
+
+
+class _NotWithFewer(Exception):
+    """The first layers alone do not make a model."""
+
+
+def _rehearse_with(settings: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype, *, last: bool) -> list[str]:
+    try:
+        with making(config.path, settings):
             with torch.device("meta"):
-                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(few, dtype=dtype).parameters())
-        except _CANNOT:
-            few, size = settings, sum(p.numel() for p in whole.parameters())
-    if size > _SMALL:
-        return [*remarks, f"packed rows of {settings.model_type} are checked when the model is loaded: a few layers of "
-                f"it have {size / 1e6:.0f} M parameters, too many for a dry run"]  # fmt: skip
-    with making(config.path, settings), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(few, dtype=dtype)
-        silence_dropout(model)
-        plain = {"device": "cpu", "liger": "off", "gradient_checkpointing": "none"}
-        model = prepare_model(model, config.model_copy(update=plain), torch.device("cpu"))
-    require_isolation(model, config.path)
-    return remarks
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype)
+            size = sum(p.numel() for p in model.parameters())
+            if size > _SMALL:
+                return [f"whether packed rows train {settings.model_type} rightly is found out when the model is loaded: "
+                        f"{size / 1e6:.0f} M parameters are too many for a dry run"]  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+            silence_dropout(model)
+            model = prepare_model(model, config, torch.device("cpu"))
+        require_isolation(model, config.path)
+    except PackingError:
+        raise
+    except ModelError as error:
+        if last:
+            raise
+        raise _NotWithFewer from error
+    return []
 
 
 def _with_fewer_layers(settings: PreTrainedConfig, whole: PreTrainedModel) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from or1.budget import is_out_of_memory
@@ -67,9 +67,11 @@ def making(path: str, config: PreTrainedConfig) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if own or full or isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
-        cause = " ".join(str(error).partition("\n")[0].split())
+        cause = f"{type(error).__name__}: {' '.join(str(error).partition(chr(10))[0].split())}"
+        if isinstance(error, KeyError) and error.args == (config._attn_implementation,):
+            cause = "it has an attention of its own, which takes no other's place"
         raise ModelError(
-            f"the model {path!r} ({config.model_type}) cannot be trained: {type(error).__name__}: {cause}; "
+            f"the model {path!r} ({config.model_type}) cannot be trained: {cause}; "
             "docs/models.md lists architectures that can"
         ) from error
 
@@ -92,6 +94,11 @@ def read_config(path: str, implementation: str) -> tuple[PreTrainedConfig, list[
         raw, _ = PreTrainedConfig.get_config_dict(path)
         _refuse_what_is_not_plain(path, raw)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"the model {path!r} ({config.model_type}) cannot be trained: it is no causal language model to "
+            "transformers; docs/models.md lists architectures that can"
+        )
     remarks = []
     asked = [f"{key} = {value!r}" for key, value in _implementations(raw) if value not in (None, implementation)]
     if asked:

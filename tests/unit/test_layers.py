@@ -18,7 +18,7 @@ LAYERS = {
     "or1.checkpoint_tool": 5, "or1.rank_display": 5, "or1.local_ranks": 6, "or1.replay": 6,
     "or1.restarts": 6, "or1.run_lock": 5,
     "or1.prefix": 2, "or1.magic": 2, "or1.run_changes": 2,
-    "or1.attention": 3, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
+    "or1.attention": 3, "or1.soft_attention": 2, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
     "or1.memory": 3, "or1.moments": 3, "or1.model_folder": 3, "or1.isolation": 3, "or1.budget": 3, "or1.stand_in": 3,
     "or1.normalise": 2, "or1.shaping": 2, "or1.alarms": 2, "or1.batches": 2,
     "or1.empty_steps": 2,
