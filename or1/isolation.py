@@ -62,7 +62,7 @@ def require_isolation(model: PreTrainedModel, path: str) -> None:
     have one of each kind.
     """
     training = model.training
-    with making(path, model.config):
+    with making(path, model.config, "its forward over a packed row fails: "):
         try:
             finding = _examine(model)
         finally:
@@ -114,7 +114,7 @@ def _rehearse_with(settings: PreTrainedConfig, config: ModelConfig, dtype: torch
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype)
             size = sum(p.numel() for p in model.parameters())
             if size > _SMALL:
-                return [f"whether packed rows train {settings.model_type} rightly is found out when the model is loaded: "
+                return [f"packed rows of {settings.model_type} are checked when the model is loaded: "
                         f"{size / 1e6:.0f} M parameters are too many for a dry run"]  # fmt: skip
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -84,6 +85,9 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     settings, remarks = read_config(config.path, name)
     _require_safetensors(config.path)
     options = {"config": settings, "dtype": dtype, "attn_implementation": name, "trust_remote_code": False}
+    # Before the weights are read: what architecture and config.json alone rule out.
+    with torch.device("meta"), making(config.path, settings):
+        put_head(AutoModelForCausalLM.from_config(**options | {"config": copy.deepcopy(settings)}), config.path)
     # The whole model is in one rank's host memory, and the others get their shards from it.
     whole = _read(config.path, options) if world.is_main else None
     if world.size == 1:
@@ -132,6 +136,9 @@ def put_head(model: PreTrainedModel, path: str) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
+    if model.get_decoder() is model:
+        raise ModelError(f"{path!r}: transformers gives no decoder of {model.config.model_type} apart from its head; "
+                         "unsupported")  # fmt: skip
     settings = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
     scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)

@@ -55,10 +55,10 @@ def reading(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def making(path: str, config: PreTrainedConfig) -> Iterator[None]:
+def making(path: str, config: PreTrainedConfig, what: str = "") -> Iterator[None]:
     """A model that transformers or or1 cannot make or run, for whatever reason, as a ModelError.
 
-    Out of memory, a full disk and or1's own errors pass through.
+    `what` stands before the reason. Out of memory, a full disk and or1's own errors pass through.
     """
     try:
         yield
@@ -69,9 +69,9 @@ def making(path: str, config: PreTrainedConfig) -> Iterator[None]:
             raise
         cause = f"{type(error).__name__}: {' '.join(str(error).partition(chr(10))[0].split())}"
         if isinstance(error, KeyError) and error.args == (config._attn_implementation,):
-            cause = "it has an attention of its own, which takes no other's place"
+            cause = "its attention is its own and gives way to no other"
         raise ModelError(
-            f"the model {path!r} ({config.model_type}) cannot be trained: {cause}; "
+            f"the model {path!r} ({config.model_type}) cannot be trained: {what}{cause}; "
             "docs/models.md lists architectures that can"
         ) from error
 
