@@ -19,32 +19,35 @@ _MAX_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class Extras:
-    """What some models have beside scaled dot products.
+class Scores:
+    """What becomes of the dot products of queries and keys.
 
+    scale    what they are multiplied by; None: by D ** -0.5
+    window   keys that a query sees, itself included; None: all before it
     softcap  scores become softcap * tanh(score / softcap) (Gemma 2)
     sinks_Q  float[Q], scores of a key without a value that every query sees (GPT-OSS)
     """
 
+    scale: float | None = None
+    window: int | None = None
     softcap: float | None = None
     sinks_Q: Tensor | None = None
 
     @property
-    def any(self) -> bool:
-        """Whether there is one."""
+    def soft(self) -> bool:
+        """Whether there is a soft cap or a sink."""
         return self.softcap is not None or self.sinks_Q is not None
 
 
-NO_EXTRAS = Extras()
+PLAIN = Scores()
 
 
-def soft_bucket(
-    q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scale: float | None, window: int | None, extras: Extras
-) -> Tensor:
+def soft_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores) -> Tensor:
     """Causal attention of documents of equal length, float[S * L, Q, D].
 
     A block of queries at a time; backward computes the scores of each block again.
     """
+    window = scores.window
     length, heads = q_SQLD.shape[2], q_SQLD.shape[0] * q_SQLD.shape[1]
     step = max(1, _MAX_SCORES // (heads * length))
     parts = []
@@ -54,14 +57,14 @@ def soft_bucket(
         at_q, at_k = (torch.arange(a, end, device=q_SQLD.device) for a in (start, first))
         back = at_q[:, None] - at_k
         mask = back >= 0 if window is None else (back >= 0) & (back < window)
-        block = (q_SQLD[:, :, start:end], k_SGLD[:, :, first:end], v_SGLD[:, :, first:end], mask, scale, extras)
+        block = (q_SQLD[:, :, start:end], k_SGLD[:, :, first:end], v_SGLD[:, :, first:end], mask, scores)
         parts.append(checkpoint(soft_attention, *block, use_reentrant=False) if step < length
                      else soft_attention(*block))  # fmt: skip
     return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
 
 
 def soft_attention(
-    q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor | None, scale: float | None, extras: Extras
+    q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor | None, scores: Scores
 ) -> Tensor:
     """Attention with a soft cap on its scores and a sink beside the keys, float[S, Q, L, D], as its equation says.
 
@@ -69,18 +72,18 @@ def soft_attention(
     """
     repeat = q_SQLD.shape[1] // k_SGKD.shape[1]
     k_SQKD, v_SQKD = (x.repeat_interleave(repeat, dim=1) for x in (k_SGKD, v_SGKD))
-    scale = q_SQLD.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q_SQLD @ k_SQKD.transpose(2, 3)) * scale
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if extras.softcap is not None:
-        scores = extras.softcap * (scores / extras.softcap).tanh()
+    scale = q_SQLD.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    x_SQLK = (q_SQLD @ k_SQKD.transpose(2, 3)) * scale
+    x_SQLK = x_SQLK.to(torch.promote_types(x_SQLK.dtype, torch.float32))
+    if scores.softcap is not None:
+        x_SQLK = scores.softcap * (x_SQLK / scores.softcap).tanh()
     if mask is not None and mask.dtype == torch.bool:
         # Not -inf: the rows of padding on the left see nothing, and would be NaN.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        x_SQLK = x_SQLK.masked_fill(~mask, torch.finfo(x_SQLK.dtype).min)
     elif mask is not None:
-        scores = scores + mask
-    if extras.sinks_Q is not None:
-        sinks = extras.sinks_Q.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(-1)[..., : k_SQKD.shape[2]]
+        x_SQLK = x_SQLK + mask
+    if scores.sinks_Q is not None:
+        sinks = scores.sinks_Q.to(x_SQLK.dtype).view(1, -1, 1, 1).expand(*x_SQLK.shape[:3], 1)
+        x_SQLK = torch.cat([x_SQLK, sinks], dim=-1)
+    weights = x_SQLK.softmax(-1)[..., : k_SQKD.shape[2]]
     return weights.to(v_SQKD.dtype) @ v_SQKD
