@@ -135,11 +135,11 @@ def _with_fewer_layers(settings: PreTrainedConfig, whole: PreTrainedModel) -> Pr
     """A config of as many layers as it takes to have one of each kind, and of few tokens."""
     few = copy.deepcopy(settings)
     text = few.get_text_config()
-    layers, number = _layers(whole), getattr(text, "num_hidden_layers", 0)
+    layers, number = getattr(whole.get_decoder(), "layers", None), getattr(text, "num_hidden_layers", 0)
     text.vocab_size = min(text.vocab_size, 512)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, key, None)
-    if layers is None or len(layers) != number:
+    if not isinstance(layers, nn.ModuleList) or len(layers) != number:
         return few
     kept = _one_of_each(layers)
     text.num_hidden_layers = kept
@@ -147,11 +147,6 @@ def _with_fewer_layers(settings: PreTrainedConfig, whole: PreTrainedModel) -> Pr
         if isinstance(value, list) and len(value) == number:
             setattr(text, key, value[:kept])
     return few
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    found = getattr(model.get_decoder(), "layers", None)
-    return found if isinstance(found, nn.ModuleList) else None
 
 
 def _one_of_each(layers: nn.ModuleList) -> int:
@@ -172,11 +167,8 @@ def _one_of_each(layers: nn.ModuleList) -> int:
 
 @contextmanager
 def _few_layers(model: PreTrainedModel) -> Iterator[None]:
-    layers = _layers(model)
-    if layers is None:
-        yield
-        return
     decoder = model.get_decoder()
+    layers = decoder.layers
     decoder.layers = nn.ModuleList(list(layers)[: _one_of_each(layers)])
     try:
         yield

@@ -77,9 +77,6 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     `packs` asks the model whether packed rows train it rightly. Raises ModelError if they do not, if the folder lacks a
     tensor or a plain `lm_head`; AttentionError and MemoryOptionError for an explicit option that cannot be had.
     """
-    # Made of this module's functions.
-    from or1.isolation import require_isolation
-
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     name = attention.NAMES[attention.choose_backend(config.attention, device, dtype)]
     settings, remarks = read_config(config.path, name)
@@ -88,19 +85,44 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     # Before the weights are read: what architecture and config.json alone rule out.
     with torch.device("meta"), making(config.path, settings):
         put_head(AutoModelForCausalLM.from_config(**options | {"config": copy.deepcopy(settings)}), config.path)
-    # The whole model is in one rank's host memory, and the others get their shards from it.
-    whole = _read(config.path, options) if world.is_main else None
     if world.size == 1:
-        model = prepare_model(whole, config, device)
+        model = prepare_model(_read(config.path, options), config, device)
         if packs:
-            require_isolation(model, config.path)
+            _require_isolation(model, config.path)
     else:
-        if whole is not None and packs:
-            require_isolation(put_head(whole, config.path), config.path)
+        whole = _read_on_main(config.path, options, world, packs)
         model = prepare_model(_without_values(config.path, options), config, device, world)
         fill_shards(model, whole, world)
     model.or1_remarks = remarks
     return model
+
+
+def _require_isolation(model: PreTrainedModel, path: str) -> None:
+    # That module is made of this one's functions.
+    from or1.isolation import require_isolation
+
+    require_isolation(model, path)
+
+
+def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool) -> PreTrainedModel | None:
+    """The whole model in the main rank's host memory, from which the others get their shards. Collective.
+
+    What is wrong with it is raised by all ranks, as what it is by the main one, as a ModelError by the others.
+    """
+    whole, problem = None, None
+    if world.is_main:
+        try:
+            whole = _read(path, options)
+            if packs:
+                _require_isolation(put_head(whole, path), path)
+        except (ModelError, attention.AttentionError) as error:
+            problem = error
+    found = world.gather(str(problem or "").encode())[0].decode()
+    if problem is not None:
+        raise problem
+    if found:
+        raise ModelError(found)
+    return whole
 
 
 def remarks_of(model: PreTrainedModel) -> list[str]:

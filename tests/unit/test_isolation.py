@@ -11,12 +11,17 @@ import pytest
 import torch
 from small_run import arguments
 from torch import nn
+from transformers import MambaConfig
 
 from benchmarks.architectures import CASES, page, verdict, write_checkpoint
+from or1 import isolation
 from or1.cli import main
 from or1.config import ModelConfig
+from or1.dist import DistError
+from or1.fsdp import decoder_layers
 from or1.isolation import PackingError, _one_of_each, rehearse_model, require_isolation
 from or1.model import ModelError, load_model, remarks_of
+from or1.sequence_parallel import check_heads
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -107,6 +112,33 @@ def test_a_few_layers_have_one_of_each_kind() -> None:
 
     layers = nn.ModuleList([Layer(4, 8), Layer(4, 16), Layer(4, None), Layer(4, 8), Layer(8, None), Layer(4, 8)])
     assert _one_of_each(layers) == 5 and _one_of_each(layers[:2]) == 1 and _one_of_each(layers[:4]) == 3
+
+
+@pytest.mark.parametrize(("name", "refused"), [("llama", False), ("gpt2", False), ("gemma2", False), ("jamba", True)])
+def test_a_large_model_is_asked_about_its_first_layers(
+    name: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_SMALL", 0)
+    write_checkpoint(BY_NAME[name], tmp_path)
+    if refused:
+        with pytest.raises(PackingError, match="see each other"):
+            load_model(settings(tmp_path))
+        return
+    model = load_model(settings(tmp_path))
+    assert len(decoder_layers(model)) == model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": "layer"}, {"mlp_tile_tokens": 4},
+                                     {"gradient_checkpointing": "offload", "mlp_tile_tokens": 4}])  # fmt: skip
+def test_the_question_can_be_asked_with_every_option_that_saves_memory(options: dict, adder: Path) -> None:
+    load_model(settings(adder).model_copy(update=options))
+
+
+def test_heads_that_a_config_does_not_name_are_no_traceback() -> None:
+    config = MambaConfig(num_hidden_layers=1)
+    check_heads(config, 1)
+    with pytest.raises(DistError, match=r"sequence_parallel = 2, but mamba has no num_attention_heads"):
+        check_heads(config, 2)
 
 
 def test_a_model_too_large_for_a_dry_run_is_told(tmp_path: Path, adder: Path) -> None:
