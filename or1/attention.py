@@ -291,6 +291,9 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         group = kwargs.get("sequence_group")
         scores = _scores(kwargs, scaling, group)
         if kwargs.get("cu_seq_lens_q") is None:
+            if _packed.get():
+                raise AttentionError("the model's layers do not hand the layout of a packed row on to their attention; "
+                                     "docs/models.md lists architectures that train")
             if scores.soft:
                 return _generating(module, query, key, value, attention_mask, scores), None
             if sliding_window is not None:

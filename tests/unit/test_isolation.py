@@ -15,6 +15,7 @@ from transformers import MambaConfig
 
 from benchmarks.architectures import CASES, page, verdict, write_checkpoint
 from or1 import isolation
+from or1.attention import AttentionError
 from or1.cli import main
 from or1.config import ModelConfig
 from or1.dist import DistError
@@ -31,7 +32,7 @@ def settings(path: Path, dtype: str = "float32") -> ModelConfig:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["falcon_h1", "mamba2", "jamba", "nemotron_h", "minimax", "bloom", "stablelm"])
+@pytest.mark.parametrize("name", ["falcon_h1", "mamba2", "jamba", "nemotron_h", "minimax", "bloom", "xglm"])
 def test_architectures_whose_documents_see_each_other_are_refused(name: str, dtype: str, tmp_path: Path) -> None:
     write_checkpoint(BY_NAME[name], tmp_path)
     for action in (rehearse_model, load_model):
@@ -40,6 +41,14 @@ def test_architectures_whose_documents_see_each_other_are_refused(name: str, dty
     # What only generates packs nothing.
     if dtype == "float32":
         load_model(settings(tmp_path), packs=False)
+
+
+@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+def test_an_attention_that_never_hears_of_the_layout_is_refused(name: str, tmp_path: Path) -> None:
+    write_checkpoint(BY_NAME[name], tmp_path)
+    for action in (rehearse_model, load_model):
+        with pytest.raises(AttentionError, match="do not hand the layout"):
+            action(settings(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["bert", "minicpm3", "bart"])
