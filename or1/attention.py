@@ -19,11 +19,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from or1.sequence_parallel import to_all_heads, to_all_tokens
+from or1.soft_attention import PLAIN, Scores, soft_attention, soft_bucket
 
 # transformers takes any name with "flash" in it for its own flash attention.
 NAMES = {"flash": "or1_packed_fa", "varlen": "or1_packed_varlen", "sdpa": "or1_packed"}
@@ -96,34 +98,40 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
 
 def packed_attention(
     q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, scale: float | None = None,
-    *, window: int | None = None, backend: str = "sdpa",
+    *, window: int | None = None, backend: str = "sdpa", scores: Scores = PLAIN,
 ) -> Tensor:  # fmt: skip
     """Causal attention within documents, float[T, Q, D].
 
     q_TQD   float[T, Q, D];  k_TGD, v_TGD float[T, G, D] with G dividing Q
     window  keys that a query sees, itself included; None: all before it
+    scores  a soft cap, and sinks; where the backend lacks them, `soft_attention` computes them instead
     """
     if layout.kv_rows_U is not None:
         k_TGD, v_TGD = k_TGD.index_select(0, layout.kv_rows_U), v_TGD.index_select(0, layout.kv_rows_U)
     # No query reaches past its document's keys.
     window = None if window is not None and window >= layout.max_k else window
-    return _BACKENDS[backend](q_TQD, k_TGD, v_TGD, layout, scale, window)
+    scores = replace(scores, scale=scale, window=window)
+    if scores.soft and not (backend == "flash" and scores.sinks_Q is None):
+        backend = "sdpa"
+    return _BACKENDS[backend](q_TQD, k_TGD, v_TGD, layout, scores)
 
 
-def _flash(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+def _flash(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: Scores) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     # flash-attn counts the keys to the left of the query, without the query's own.
     return flash_attn_varlen_func(
-        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, softmax_scale=scale, causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
+        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, causal=True,
+        softmax_scale=scores.scale,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0), softcap=scores.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
-def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    window = scores.window
     # The causal and grouped-heads switches changed their form between torch 2.10 and 2.13.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, object] = {"enable_gqa": True} if "enable_gqa" in known else {}
@@ -135,11 +143,11 @@ def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: 
         raise AttentionError(f"this torch's varlen attention has no sliding window ({window} tokens); "
                              'set model.attention = "flash" or "sdpa"')
     return varlen_attn(
-        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scale, **options
+        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scores.scale, **options
     )
 
 
-def _sdpa(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: float | None, window: int | None):
+def _sdpa(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """Documents of similar length, padded to the longest of them, in one SDPA call each.
 
     Borrowed keys bring their queries along, whose results are dropped: that costs what the documents would cost alone,
@@ -151,7 +159,7 @@ def _sdpa(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scale: fl
     q_P, k_P, v_P = (_Pad.apply(x, padding.rows_P, padding.places_U) for x in (q_UQD, k_UGD, v_UGD))
     sizes = [s * n for s, n in padding.shapes]
     parts = [
-        _sdpa_bucket(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), scale, window)
+        _sdpa_bucket(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), scores)
         for shape, *qkv in zip(padding.shapes, q_P.split(sizes), k_P.split(sizes), v_P.split(sizes), strict=True)
     ]
     out_UQD = _Unpad.apply(torch.cat(parts), padding.places_U)
@@ -236,11 +244,13 @@ def _buckets(lengths: list[int]) -> Iterator[list[int]]:
         yield bucket
 
 
-def _sdpa_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scale: float | None, window: int | None) -> Tensor:
+def _sdpa_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores) -> Tensor:
     # Padding stands after each document's tokens, so the causal rule keeps every real token from seeing it.
-    mask = None if window is None else _window_mask(q_SQLD.shape[2], window, q_SQLD.device)
+    if scores.soft:
+        return soft_bucket(q_SQLD, k_SGLD, v_SGLD, scores)
+    mask = None if scores.window is None else _window_mask(q_SQLD.shape[2], scores.window, q_SQLD.device)
     out_SQLD = scaled_dot_product_attention(
-        q_SQLD, k_SGLD, v_SGLD, attn_mask=mask, is_causal=mask is None, scale=scale,
+        q_SQLD, k_SGLD, v_SGLD, attn_mask=mask, is_causal=mask is None, scale=scores.scale,
         enable_gqa=q_SQLD.shape[1] != k_SGLD.shape[1],
     )  # fmt: skip
     return out_SQLD.transpose(1, 2).flatten(0, 1)
@@ -258,10 +268,19 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {"flash": _flash, "varlen": _varle
 
 def _refuse(kwargs: dict[str, object]) -> None:
     """What models ask of their attention and packed rows do not have must not be left out in silence."""
-    for name in ("softcap", "s_aux", "dropout", "position_bias"):
+    for name in ("dropout", "position_bias", "indices", "block_indices", "sinks"):
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, float | int) and value == 0):
-            raise AttentionError(f"the model's attention uses {name}, which or1's packed attention does not have")
+            raise AttentionError(f"the model's attention uses {name}, which or1's packed attention does not have; "
+                                 "docs/models.md lists architectures that train")
+
+
+def _scores(kwargs: dict[str, object], scale: float | None, group: dist.ProcessGroup | None) -> Scores:
+    softcap, sinks_Q = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if sinks_Q is not None and group is not None:
+        # This rank computes some of the heads.
+        sinks_Q = sinks_Q.chunk(group.size())[group.rank()]
+    return Scores(scale, softcap=softcap or None, sinks_Q=sinks_Q)
 
 
 def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
@@ -269,7 +288,14 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         *, scaling: float | None = None, sliding_window: int | None = None, **kwargs: object,
     ) -> tuple[Tensor, None]:  # fmt: skip
+        group = kwargs.get("sequence_group")
+        scores = _scores(kwargs, scaling, group)
         if kwargs.get("cu_seq_lens_q") is None:
+            if _packed.get():
+                raise AttentionError("the model's layers do not hand the layout of a packed row on to their attention; "
+                                     "docs/models.md lists architectures that train")
+            if scores.soft:
+                return _generating(module, query, key, value, attention_mask, scores), None
             if sliding_window is not None:
                 kwargs["sliding_window"] = sliding_window
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -279,13 +305,24 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
             kwargs.get("kv_rows"),
         )  # fmt: skip
         q_TQD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
-        group = kwargs.get("sequence_group")
         if group is not None:
             q_TQD, k_TGD, v_TGD = (to_all_tokens(x.contiguous(), group) for x in (q_TQD, k_TGD, v_TGD))
-        out_TQD = packed_attention(q_TQD, k_TGD, v_TGD, layout, scaling, window=sliding_window, backend=backend)
+        out_TQD = packed_attention(
+            q_TQD, k_TGD, v_TGD, layout, scaling, window=sliding_window, backend=backend, scores=scores
+        )
         return (out_TQD if group is None else to_all_heads(out_TQD, group))[None], None
 
     return attention
+
+
+def _generating(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Tensor:
+    """What `sdpa_attention_forward` does, with a soft cap and sinks; float[B, L, Q, D]."""
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None and length > 1 and getattr(module, "is_causal", True):
+        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
+    return soft_attention(query, key, value, mask, scores).transpose(1, 2).contiguous()
 
 
 def _mask(*args: object, **kwargs: object) -> Tensor | None:

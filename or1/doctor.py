@@ -90,14 +90,22 @@ def _vllm_line(config: Config | None) -> Line:
 
 def _canary(config: Config) -> Iterator[Line]:
     """Log-probs of engine and trainer with the checkpoint's weights, then again after pushing those very weights."""
+    from or1.attention import AttentionError
     from or1.data import load_run_data
-    from or1.model import load_model, load_tokenizer
+    from or1.model import ModelError, load_model, load_tokenizer, remarks_of
     from or1.parity import compare_engine
     from or1.rollout import make_engine
     from or1.rollout.base import EngineError
 
     tokenizer = load_tokenizer(config.model.path)
-    model = load_model(config.model)
+    try:
+        # As training does, which asks the model in training mode whether packed rows are computed rightly.
+        model = load_model(config.model)
+    except (ModelError, AttentionError) as error:
+        yield Line("model", "problem", str(error))
+        return
+    for remark in remarks_of(model):
+        yield Line("model", "ok", remark)
     prompts = load_run_data(config, tokenizer).prompts
     with RunDisplay(1, config.stage) as display:
         display.phase("engine")

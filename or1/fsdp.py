@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from or1.dist import World, split_evenly
+from or1.dist import DistError, World, split_evenly
 from or1.stand_in import count_collectives
 
 
@@ -30,7 +30,7 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=full, cast_forward_inputs=False)
     options = {"mesh": world.shard_mesh, "mp_policy": policy}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    for layer in model.get_decoder().layers:
+    for layer in decoder_layers(model):
         fully_shard(layer.to(full), **options)
     if head.weight is not embedding.weight:
         fully_shard(head.to(full), **options)
@@ -52,6 +52,20 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
     model.find_root()
     model.reshard()
     return model
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the decoder, whatever the architecture calls them.
+
+    Raises DistError if they are not one list.
+    """
+    decoder = model.get_decoder()
+    if isinstance(found := getattr(decoder, "layers", None), nn.ModuleList):
+        return found
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if len(lists) != 1:
+        raise DistError(f"{type(model).__name__} has no list of decoder layers to shard; train it on one rank")
+    return lists[0]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from or1.config import Config
+from or1.config import Config, ModelConfig
 from or1.display import RunDisplay, print_plan
 from or1.dry_run import missing_here, require_place
 from or1.humanize import visible
@@ -82,12 +82,14 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     quiet_libraries()
     from or1.checkpoint import committed_steps
     from or1.data import load_run_data, prompt_lines
+    from or1.isolation import rehearse_model
     from or1.model import load_tokenizer
     from or1.model_source import require_source
 
     tokenizer = load_tokenizer(config.model.path)
     if config.loss.kl_coef > 0 and config.loss.reference is not None:
         require_source(config.loss.reference)
+    remarks = _rehearse_models(config, rehearse_model)
     data = load_run_data(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     for line in missing_here(config):
@@ -95,9 +97,20 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
         print(visible(f"would resume after step {steps[-1]}"
                       + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
+    for line in remarks:
+        print(visible(line))
     _try_rewards(config, data, lambda line: print(visible(line)))
     if refused:
         raise RunError("the dry run found no other mistake; the run's folder is as said above")
+
+
+def _rehearse_models(config: Config, rehearse_model: Callable[[ModelConfig], list[str]]) -> list[str]:
+    """What the policy and the reference model would be refused for, and remarks about them."""
+    paths = [config.model.path]
+    if config.loss.kl_coef and config.loss.reference:
+        paths.append(config.loss.reference)
+    each = [rehearse_model(config.model.model_copy(update={"path": path})) for path in paths]
+    return list(dict.fromkeys(chain(*each)))
 
 
 def _try_rewards(config: Config, data: RunData, tell: Callable[[str], None]) -> None:
@@ -144,6 +157,7 @@ def _train(
     config: Config, messages: list[str], display: RankDisplay, world: World, stop: StopRequest
 ) -> Trainer | None:
     """The trainer and where its weights went, or None if the run was asked to stop before its last step."""
+    from or1.model import remarks_of
     from or1.trainer import Trainer
 
     for message in messages:
@@ -153,7 +167,7 @@ def _train(
     )
     if config.reward.is_function:
         display.message(f"what the reward function prints goes to {config.run_path / LOG_NAME}")
-    for line in trainer.data.lines():
+    for line in chain(remarks_of(trainer.model), trainer.data.lines()):
         display.message(line)
     finished = trainer.run()
     # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
@@ -196,7 +210,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
     # In host memory: what several GPUs trained need not fit on one.
     plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
-    model = load_model(config.model.model_copy(update=plain))
+    model = load_model(config.model.model_copy(update=plain), packs=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensors[f"master.{name}"])

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import copy
 import json
 import os
 import re
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import (
@@ -33,18 +32,21 @@ from or1.config import ModelConfig
 from or1.dist import SINGLE, World
 from or1.fsdp import fill_shards, is_sharded, shard_model, whole_tensors
 from or1.memory import apply_liger, checkpoint_layers, tile_mlps
+from or1.model_folder import (
+    UNREADABLE,
+    ModelError,
+    making,
+    read_config,
+    reading,
+    require_implementation,
+    require_weights,
+    silence_dropout,
+)
 from or1.model_source import require_source, require_tokenizer
 from or1.pack import Microbatch
 from or1.sequence_parallel import check_heads
 from or1_kernels.lm_head import LMHead
 
-
-class ModelError(ValueError):
-    """A checkpoint that cannot be trained; the message names it and the remedy."""
-
-
-# What files of another shape than transformers expects make it raise; running out of memory is none of these.
-_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError)
 _INDEX = ".safetensors.index.json"
 _PLAIN_WEIGHTS = re.compile(r"[^/\\\0]+\.safetensors")
 
@@ -62,7 +64,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, never running code that came with it. Raises ModelError."""
     require_source(path)
     require_tokenizer(path)
-    with _reading(path):
+    with reading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
@@ -71,64 +73,103 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """A folder that lacks a file, and a hub id that is unknown or out of reach, as a ModelError."""
-    try:
-        yield
-    except Exception as error:
-        # tokenizers raises nothing more special than Exception.
-        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        cause = str(error).partition("\n")[0]
-        if not cause or not isinstance(error, OSError | ValueError):
-            cause = f"{type(error).__name__}: {cause}"
-        where = "a folder here" if Path(path).is_dir() else f"no folder here (looked in {Path.cwd()}), so a hub id"
-        raise ModelError(
-            f"the model {path!r}, {where}, cannot be read: {cause}; correct the path, or download "
-            "the checkpoint and name its folder"
-        ) from error
+def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -> PreTrainedModel:
+    """Weights from safetensors, packed attention, no dropout, and `lm_head` replaced by an LMHead that shares its
+    parameter.
 
-
-def load_model(config: ModelConfig, world: World = SINGLE) -> PreTrainedModel:
-    """Weights from safetensors, packed attention, and `lm_head` replaced by an LMHead that shares its parameter.
-
-    Raises ModelError if the folder holds no safetensors weights or the model has no plain `lm_head`, AttentionError and
-    MemoryOptionError for an explicit option that cannot be had.
+    `packs` asks the model whether packed rows train it rightly. Raises ModelError if they do not, if the folder lacks a
+    tensor or a plain `lm_head`; AttentionError and MemoryOptionError for an explicit option that cannot be had.
     """
     require_source(config.path)
-    _require_safetensors(config.path)
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    options = {
-        "dtype": dtype,
-        "attn_implementation": attention.NAMES[attention.choose_backend(config.attention, device, dtype)],
-        "trust_remote_code": False,
-    }
+    name = attention.NAMES[attention.choose_backend(config.attention, device, dtype)]
+    settings, remarks = read_config(config.path, name)
+    _require_safetensors(config.path)
+    options = {"config": settings, "dtype": dtype, "attn_implementation": name, "trust_remote_code": False}
+    # Before the weights are read: what architecture and config.json alone rule out.
+    with torch.device("meta"), making(config.path, settings):
+        put_head(AutoModelForCausalLM.from_config(**options | {"config": copy.deepcopy(settings)}), config.path)
     if world.size == 1:
-        return prepare_model(_read(config.path, options), config, device)
-    # The whole model is in one rank's host memory, and the others get their shards from it.
-    whole = _read(config.path, options) if world.is_main else None
-    model = prepare_model(_without_values(config.path, options), config, device, world)
-    fill_shards(model, whole, world)
+        model = prepare_model(_read(config.path, options), config, device)
+        if packs:
+            _require_isolation(model, config.path)
+    else:
+        whole = _read_on_main(config.path, options, world, packs)
+        model = prepare_model(_without_values(config.path, options), config, device, world)
+        fill_shards(model, whole, world)
+    model.or1_remarks = remarks
     return model
 
 
+def _require_isolation(model: PreTrainedModel, path: str) -> None:
+    # That module is made of this one's functions.
+    from or1.isolation import require_isolation
+
+    require_isolation(model, path)
+
+
+def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool) -> PreTrainedModel | None:
+    """The whole model in the main rank's host memory, from which the others get their shards. Collective.
+
+    What is wrong with it is raised by all ranks, as what it is by the main one, as a ModelError by the others.
+    """
+    whole, problem = None, None
+    if world.is_main:
+        try:
+            whole = _read(path, options)
+            if packs:
+                _require_isolation(put_head(whole, path), path)
+        except (ModelError, attention.AttentionError) as error:
+            problem = error
+    found = world.gather(str(problem or "").encode())[0].decode()
+    if problem is not None:
+        raise problem
+    if found:
+        raise ModelError(found)
+    return whole
+
+
+def remarks_of(model: PreTrainedModel) -> list[str]:
+    """One line for each thing of the checkpoint's config.json that `load_model` has set otherwise."""
+    return model.or1_remarks
+
+
 def _read(path: str, options: dict[str, Any]) -> PreTrainedModel:
-    with _reading(path):
-        return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+    with making(path, options["config"]), reading(path):
+        # Shapes that do not fit are reported beside the rest, instead of raised one kind at a time.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        require_weights(path, model, info)
+    require_implementation(path, model, options["attn_implementation"])
+    silence_dropout(model)
+    return model
 
 
 def _without_values(path: str, options: dict[str, Any]) -> PreTrainedModel:
     """What `_read` gives, its tensors on the meta device."""
-    with _reading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options).eval()
+    with torch.device("meta"), making(path, options["config"]):
+        model = AutoModelForCausalLM.from_config(**options).eval()
+    silence_dropout(model)
     # As from_pretrained does; without the file, what the model's config implies stands.
-    with _reading(path), contextlib.suppress(OSError):
+    with reading(path), contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def put_head(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Replace the output embedding by an LMHead over the same parameter; returns the model."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
+    if model.get_decoder() is model:
+        raise ModelError(f"{path!r}: transformers gives no decoder of {model.config.model_type} apart from its head; "
+                         "unsupported")  # fmt: skip
+    settings = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)
+    softcap = getattr(settings, "final_logit_softcapping", None)
+    model.set_output_embeddings(LMHead.from_linear(head, softcap=softcap, logit_scale=scale))
     return model
 
 
@@ -136,16 +177,7 @@ def prepare_model(
     model: PreTrainedModel, config: ModelConfig, device: torch.device, world: World = SINGLE
 ) -> PreTrainedModel:
     """What `load_model` does once there are weights: LMHead, Liger, tiles, checkpointing, the device or the shards."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ModelError(f"{config.path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
-    model.set_output_embeddings(
-        LMHead.from_linear(
-            head,
-            softcap=getattr(model.config, "final_logit_softcapping", None),
-            logit_scale=getattr(model.config, "logit_scale", None) or 1.0,
-        )
-    )
+    put_head(model, config.path)
     check_heads(model.config, world.sequence_size)
     apply_liger(model, config.liger, device)
     # After Liger, which replaces the forward of the MLPs.
@@ -172,7 +204,7 @@ def _indexes(path: str) -> list[Path]:
 
     Raises ModelError for a config that names pickled weights, which transformers would read instead.
     """
-    with _reading(path):
+    with reading(path):
         # transformers looks for the weights under this name alone where a config has it.
         named = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "transformers_weights", None)
     if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", _INDEX))):
@@ -185,7 +217,7 @@ def _indexes(path: str) -> list[Path]:
         return sorted({*Path(path).glob(f"*{_INDEX}"), *(Path(path) / name for name in also)})
     absent = ("missing_entries", "connection_errors", "gated_repo")
     options = {f"_raise_exceptions_for_{what}": False for what in absent}
-    with _reading(path):
+    with reading(path):
         found = [cached_file(path, name, **options) for name in sorted({SAFE_WEIGHTS_INDEX_NAME, *also})]
     return [Path(file) for file in found if file is not None]
 
@@ -195,7 +227,7 @@ def _require_plain_names(index: Path) -> None:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         bad = sorted(str(name) for name in names if not _PLAIN_WEIGHTS.fullmatch(name))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ModelError(
             f"{index} does not say which file holds which weight ({type(error).__name__}: {error}); download it again"
         ) from error

@@ -38,7 +38,7 @@ from or1.inputs import inputs_of
 from or1.metrics import MetricsWriter, rewind_metrics
 from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
-from or1.parity import compare_engine
+from or1.parity import compare_engine, require_rounding
 from or1.plateau import eval_level
 from or1.reward import make_scorer
 from or1.reward.base import require_rewards
@@ -176,11 +176,12 @@ class Trainer:
     def learn(
         self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True
     ) -> dict[str, float]:
-        """The rest of a step, from its groups on: reject, log the rollouts, update, publish the weights."""
+        """The rest of a step, from its groups on; without `log` they are another engine's, and not compared with it."""
         metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, self.state.policy_version)
         chosen = self._choose(rollout.groups, stage)
         if log and number % self.config.log.rollouts_every_steps == 0 and self.world.is_main:
-            self._log_rollouts(number, index, rollout.groups, chosen.advantages_by_group())
+            advantages = chosen.advantages_by_group()
+            write_rollouts(self.config.run_path / "rollouts", number, index, rollout.groups, advantages)
 
         if self.config.reward.is_function:
             require_rewards(number, rollout.groups)
@@ -194,6 +195,8 @@ class Trainer:
             for batch in self._prepared(minibatches(chosen, self.config.loss, stage), stage):
                 settings = replace(self._update_settings(alpha), normaliser=batch.normaliser)
                 took = update_policy(self.model, self.optimizer, batch.sequences, settings, stats)
+                if log and len(stats.results) == 1 and not metrics["policy/staleness"]:
+                    require_rounding(stats, self.engine, self.config, number, self.world)
                 self.state.note_update(took, self.config.optim.max_nonfinite_steps)
             self.state.entropy.update(entropy)
             metrics |= {"policy/entropy": entropy, "policy/entropy_coef": alpha}
@@ -368,9 +371,6 @@ class Trainer:
         if writer is not None:
             writer.write(self.state.step, stage_index, metrics)
         self.display.step({"step": self.state.step, "stage": stage_index} | metrics)
-
-    def _log_rollouts(self, number: int, index: int, groups: list[Group], advantages: list) -> None:
-        write_rollouts(self.config.run_path / "rollouts", number, index, groups, advantages)
 
     def _drop_solved(self, stage_index: int) -> None:
         """At the start of a stage, say how many prompts it does without; they are noted only if `drop_solved` is on."""

@@ -37,7 +37,7 @@ def open_source(config: Config) -> Iterator[Source]:
     from or1.rollout import make_engine
 
     tokenizer = load_tokenizer(config.model.path)
-    engine = make_engine(config, load_model(config.model).eval(), tokenizer)
+    engine = make_engine(config, load_model(config.model, packs=False).eval(), tokenizer)
     try:
         yield Source(engine, tokenizer, _identity(config))
     finally:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import dist_work
 import numpy as np
 import pytest
-from rank_processes import run_ranks
+from rank_processes import or1_ranks, run_ranks
+from safetensors.torch import load_file, save_file
+from small_run import arguments, lines
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.architectures import CASES, write_checkpoint
 from or1.config import ModelConfig
 from or1.model import load_model
 
@@ -28,6 +32,36 @@ def test_every_rank_has_the_bits_of_the_checkpoint(
     for found in run_ranks(dist_work.loaded, size, path, dtype):
         assert found.keys() == want.keys()
         assert all(np.array_equal(found[n], value) for n, value in want.items())
+
+
+@pytest.mark.parametrize("fault", ["tensor", "architecture"])
+def test_a_model_that_only_the_main_rank_sees_to_be_wrong_is_one_line_of_all(
+    fault: str, adder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adder, tmp_path / "model"))
+    if fault == "tensor":
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        write_checkpoint(next(case for case in CASES if case.name == "bloom"), folder)
+    log = tmp_path / "log"
+    assert or1_ranks(2, arguments(tmp_path / "run", model__path=folder), log) == [70, 70]
+    said = "".join(file.read_text() for file in tmp_path.glob("log*"))
+    assert "Traceback" not in said and "Stacks of" not in said
+    assert ("lacks tensors of the model: model.layers.0.mlp.up_proj" if fault == "tensor" else "see each other") in said
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_layers_of_another_name_sinks_and_soft_caps_are_sharded(name: str, adder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(next(case for case in CASES if case.name == name), folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(adder / file, folder)
+    settings = {"model__path": folder, "loss__reject_zero_advantage": "false", "stage__0__steps": 1,
+                "stage__1__steps": 1, "loss__advantage_std": "false"}  # fmt: skip
+    assert or1_ranks(2, arguments(tmp_path / "run", **settings), tmp_path / "log") == [0, 0]
+    assert all(line["mismatch/kl"] < 1e-9 for line in lines(tmp_path / "run") if line["step"])
 
 
 @pytest.mark.slow

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,19 @@ def folder(adder: Path, tmp_path: Path) -> Path:
     of = {name: file for file, held in shards.items() for name in held}
     (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": of}))
     return made
+
+
+@pytest.fixture
+def whole(adder: Path, tmp_path: Path) -> Path:
+    """The example checkpoint in one file."""
+    return Path(shutil.copytree(adder, tmp_path / "whole"))
+
+
+def change(folder: Path, changed: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Do something to the weights of a folder."""
+    weights = load_file(folder / "model.safetensors")
+    changed(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -118,3 +134,69 @@ def test_files_that_cannot_be_read_are_one_line(
     if name == "config.json":
         assert main(arguments(tmp_path / "run", "--dry-run", model__path=folder)) in (0, 2, 70)
         assert "Traceback" not in capsys.readouterr().err
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def spoiled(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda w: w[DOWN].view(-1)[7].fill_(value)
+
+
+WRONG = {
+    "missing": (lambda w: w.pop(DOWN), rf"lacks tensors of the model: {re.escape(DOWN)}; they would be random"),
+    "many": (lambda w: [w.pop(n) for n in list(w) if "mlp" in n], r"mlp.*, .*mlp.*, .*mlp.* and 6 more;"),
+    "renamed": (lambda w: w.update({"x.weight": w.pop(DOWN)}), rf"{re.escape(DOWN)}; it has unknown ones, such as x\."),
+    "empty": (lambda w: (w.clear(), w.update(x=torch.zeros(2))), r"lacks tensors.* and \d+ more; .*such as x"),
+    "shape": (lambda w: w.update({DOWN: w[DOWN].T.contiguous()}), r"\[344, 128\] in the file, \[128, 344\]"),
+    "integer": (lambda w: w.update({DOWN: w[DOWN].to(torch.int32)}), rf"type I32: {re.escape(DOWN)} in model.saf"),
+    "bytes": (lambda w: w.update({DOWN: w[DOWN].to(torch.uint8)}), r"type U8.*floating-point"),
+    "nan": (spoiled(math.nan), rf"NaN or infinite.*{re.escape(DOWN)}"),
+    "inf": (spoiled(-math.inf), rf"NaN or infinite.*{re.escape(DOWN)}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_every_tensor_of_the_model_comes_from_its_folder(what: str, whole: Path) -> None:
+    how, message = WRONG[what]
+    change(whole, how)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(whole)
+    assert str(whole) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tied_head_may_be_absent_and_an_unused_tensor_present(whole: Path) -> None:
+    assert "lm_head.weight" not in load_file(whole / "model.safetensors")
+    change(whole, lambda w: w.update({"model.layers.9.rotary.counts": torch.zeros(3, dtype=torch.int64)}))
+    load(whole)
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"lacks tensors of the model: lm_head\.weight"):
+        load(whole)
+
+
+def test_only_the_file_that_is_read_is_looked_at(whole: Path) -> None:
+    save_file({"x": torch.zeros(2, dtype=torch.int32)}, whole / "consolidated.safetensors")
+    load(whole)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "export", "reference", "doctor"])
+def test_every_command_refuses_a_folder_that_lacks_a_tensor(
+    verb: str, whole: Path, adder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    lacking = {"model__path": whole}
+    if verb == "export":
+        assert main(arguments(run, **lacking, stage__0__steps=1, stage__1__steps=1)) == 0
+    change(whole, lambda w: w.pop(DOWN))
+    if verb == "reference":
+        lacking = {"loss__kl_coef": 0.01, "loss__reference": whole}
+    words = {"export": ["export", str(run)]}.get(verb) or arguments(run, **lacking)
+    if verb in ("eval", "doctor"):
+        sets = f'eval.sets=[{{name="a",path="{adder}/heldout.jsonl",limit=2}}]'
+        words = [verb, *words[1:], "--set", sets]
+    if verb == "eval":
+        words = [*words, "--out", str(tmp_path / "out")]
+    assert main(words) == 70
+    said = "".join(capsys.readouterr())
+    assert f"lacks tensors of the model: {DOWN}" in said and "Traceback" not in said

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from or1 import soft_attention
 from or1.attention import AttentionError, Layout, _interface, choose_backend, packed_attention
+from or1.soft_attention import Scores
 
 GPU = torch.cuda.is_available()
 BACKENDS = [
@@ -91,8 +93,83 @@ def test_the_choice_of_backend() -> None:
             choose_backend("flash", gpu, torch.bfloat16)
 
 
-@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
+@pytest.mark.parametrize("extra", [{"dropout": 0.1}, {"position_bias": torch.zeros(4)}, {"indices": torch.zeros(4)},
+                                   {"sinks": torch.zeros(4)}])  # fmt: skip
 def test_what_packed_attention_cannot_do_is_refused(extra: dict) -> None:
     x = torch.zeros(1, 4, 59, 8)
     with pytest.raises(AttentionError, match=next(iter(extra))):
         _interface("sdpa")(torch.nn.Identity(), x, x, x, None, **layout_of(False).as_kwargs(), **extra)
+
+
+def soft_naive(q_LQD: Tensor, k_KGD: Tensor, v_KGD: Tensor, window: int | None, extras: Scores) -> Tensor:
+    repeat = q_LQD.shape[1] // k_KGD.shape[1]
+    k_KQD, v_KQD = (x.repeat_interleave(repeat, dim=1) for x in (k_KGD, v_KGD))
+    scores_QLK = torch.einsum("iqd,jqd->qij", q_LQD, k_KQD) / q_LQD.shape[2] ** 0.5
+    if extras.softcap:
+        scores_QLK = extras.softcap * torch.tanh(scores_QLK / extras.softcap)
+    at_L, at_K = torch.arange(len(q_LQD))[:, None] + len(k_KGD) - len(q_LQD), torch.arange(len(k_KGD))
+    seen_LK = (at_K <= at_L) & (at_K > at_L - (window or len(k_KGD)))
+    weights = scores_QLK.masked_fill(~seen_LK, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if extras.sinks_Q is not None:
+        total = total + extras.sinks_Q.exp()[:, None, None]
+    return torch.einsum("qij,jqd->iqd", weights / total, v_KQD)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("softcap", "sinks"), [(1.5, False), (None, True), (1.5, True)])
+@pytest.mark.parametrize("blocks", [1 << 24, 64])
+def test_soft_caps_and_sinks_are_their_equations(
+    softcap: float | None, sinks: bool, shared: bool, window: int | None, blocks: int, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(soft_attention, "_MAX_SCORES", blocks)
+    torch.manual_seed(0)
+    device, dtype = ("cpu", torch.float64) if backend == "sdpa" else ("cuda", torch.bfloat16)
+    tight = backend == "sdpa"
+    tokens, width = sum(Q_LENS), 8 if tight else 32
+    inputs = [torch.randn(tokens, h, width, dtype=dtype, device=device) for h in (4, 2, 2)]
+    sinks_Q = torch.randn(4, dtype=dtype, device=device) if sinks else None
+    keys = KEYS if shared else list(torch.arange(tokens).split(Q_LENS))
+    weight = torch.randn_like(inputs[0])
+
+    def run(of, cast: torch.dtype, where: str) -> list[Tensor]:
+        leaves = [x.to(where, cast).requires_grad_() for x in (*inputs, *([sinks_Q] if sinks else []))]
+        out = of(*leaves[:3], Scores(softcap=softcap, sinks_Q=leaves[3] if sinks else None))
+        return [out, *torch.autograd.grad((out * weight.to(where, cast)).sum(), leaves)]
+
+    def naive_row(q: Tensor, k: Tensor, v: Tensor, extras: Scores) -> Tensor:
+        rows = [torch.as_tensor(r) for r in keys]
+        parts = zip(q.split(Q_LENS), rows, strict=True)
+        return torch.cat([soft_naive(x, k[r], v[r], window, extras) for x, r in parts])
+
+    layout = layout_of(shared, device)
+    ours = run(lambda q, k, v, extras: packed_attention(q, k, v, layout, window=window, backend=backend, scores=extras),
+               dtype, device)  # fmt: skip
+    for our, exact in zip(ours, run(naive_row, torch.float64, "cpu"), strict=True):
+        if tight:
+            torch.testing.assert_close(our, exact, rtol=1e-10, atol=1e-12)
+        else:
+            assert (our.cpu() - exact).abs().max() <= 0.03 * exact.abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 1.5}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
+def test_generation_has_soft_caps_and_sinks_too(extra: dict) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 7, 8, dtype=torch.float64) for h in (4, 2, 2))
+    extras = Scores(softcap=extra.get("softcap"), sinks_Q=extra.get("s_aux"))
+    attend = _interface("sdpa")
+    want = torch.stack([soft_naive(*(x[i].transpose(0, 1) for x in (q, k, v)), None, extras) for i in range(2)])
+    got, _ = attend(torch.nn.Identity(), q, k, v, None, **extra)
+    torch.testing.assert_close(got, want)
+    # The last token alone, against all keys, and with a mask of which the first row is padding.
+    last, _ = attend(torch.nn.Identity(), q[:, :, -1:], k, v, None, **extra)
+    torch.testing.assert_close(last, want[:, -1:])
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    mask[:, 0] = False
+    masked, _ = attend(torch.nn.Identity(), q, k, v, mask[None, None], **extra)
+    shorter = soft_naive(*(x[0, :, 1:].transpose(0, 1) for x in (q, k, v)), None, extras)
+    torch.testing.assert_close(masked[0, 1:], shorter)
+    assert masked.isfinite().all()
