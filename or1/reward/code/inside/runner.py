@@ -56,7 +56,9 @@ def main():
             send(1, {"error": f"{type(error).__name__}: {error}"})
             return
         send(1, {})
-        program = Program(code, setup, names, order["limits"], rules, alone)
+        program = Program(code, setup, names, order["limits"], alone)
+        # Once, for all children: to check a filter takes the kernel longer than a fork.
+        refuse_calls(rules)
         while True:
             order = receive(0, MESSAGE_LIMIT)
             try:
@@ -70,9 +72,10 @@ def main():
 class Program:
     """The compiled program and the child that has loaded it, if one lives."""
 
-    def __init__(self, code, setup, names, limits, rules, alone):
-        self.code, self.setup, self.names, self.limits = code, setup, names, limits
-        self.rules, self.alone = rules, alone
+    def __init__(self, code, setup, names, limits, alone):
+        self.code, self.setup, self.names, self.limits, self.alone = code, setup, names, limits, alone
+        # Standard streams of every run, since the filter allows no new memfd.
+        self.streams = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
         # Library functions that programs use without an import; what a program defines itself comes before them.
         vars(builtins).update({name: value for name, value in names.items() if name not in vars(builtins)})
         # What exists by now is none of the program's files, and is not looked through when a test ends.
@@ -81,23 +84,22 @@ class Program:
 
     def run(self, text):
         """Run it as a script: {"stdout", "code"} or {"timeout"}. Raises OSError."""
-        stdin, stdout, stderr = (os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
-        try:
-            view = memoryview(text.encode("utf-8", "surrogatepass"))
-            while view:
-                view = view[os.write(stdin, view) :]
-            os.lseek(stdin, 0, os.SEEK_SET)
-            pid = os.fork()
-            if pid == 0:
-                self.enter(stdin, stdout, stderr, keep=())
-                self.execute("__main__")
-            code = wait(pid, self.limits["test_s"])
-            answer = {"timeout": True} if code is None else {"code": code, "stdout": contents(stdout, self.limits)}
-            if code:
-                answer["stderr"] = contents(stderr, self.limits)[-2000:]
-        finally:
-            for fd in (stdin, stdout, stderr):
-                os.close(fd)
+        for fd in self.streams:
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+        stdin, stdout, stderr = self.streams
+        view = memoryview(text.encode("utf-8", "surrogatepass"))
+        while view:
+            view = view[os.write(stdin, view) :]
+        os.lseek(stdin, 0, os.SEEK_SET)
+        pid = os.fork()
+        if pid == 0:
+            self.enter(stdin, stdout, stderr, keep=())
+            self.execute("__main__")
+        code = wait(pid, self.limits["test_s"])
+        answer = {"timeout": True} if code is None else {"code": code, "stdout": contents(stdout, self.limits)}
+        if code:
+            answer["stderr"] = contents(stderr, self.limits)[-2000:]
         self.clean()
         return answer
 
@@ -133,9 +135,10 @@ class Program:
         self.answers, ours = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            null, quiet = os.open("/dev/null", os.O_RDWR), os.memfd_create("stdout")
-            orders, answers = os.dup2(theirs, 200), os.dup2(ours, 201)
-            self.enter(null, quiet, quiet, keep=(orders, answers))
+            null = os.open("/dev/null", os.O_RDWR)
+            # Below the limit of open files.
+            orders, answers = os.dup2(theirs, 90), os.dup2(ours, 91)
+            self.enter(null, null, null, keep=(orders, answers))
             serve(self, orders, answers)
         os.close(theirs)
         os.close(ours)
@@ -171,7 +174,6 @@ class Program:
         die_with_parent()
         sys.setrecursionlimit(50_000)
         limit_resources(self.limits)
-        refuse_calls(self.rules)
 
     def execute(self, name):
         """In the child: run setup and program under `name`, then leave as a script would. Never returns."""
