@@ -232,12 +232,14 @@ def test_a_test_that_finds_no_room_for_a_process_is_a_crash(sandbox: str) -> Non
 
 ZOMBIES = """
 import ctypes, os, sys, time
+from or1.reward.code import sandbox
 from sandboxes import score
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process, which, as in many containers, reaps none
 for _ in range(5):
     score("print(1)", {"inputs": ["1\\n"], "outputs": ["1\\n"]}, sys.argv[1])
     score("def f(x): return x", {"test_list": ["assert f(1) == 1"]}, sys.argv[1])
 time.sleep(0.2)
+sandbox._reap()
 left = 0
 try:
     while os.waitpid(-1, os.WNOHANG) != (0, 0):

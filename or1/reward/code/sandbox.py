@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import marshal
 import os
 import select
 import shutil
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,10 +116,11 @@ class Inside:
     """
 
     def __init__(self, kind: str, role: str, order: Mapping[str, Any], limits: Limits):
+        _reap()
         self._limits = limits
         self._scratch = tempfile.TemporaryDirectory(prefix="or1-code-") if kind == "none" else None
         uid = _free_uid() if kind in _DROPS_ROOT and os.geteuid() == 0 else 0
-        command = [*_wrapper(kind, uid), _python(), *_FLAGS, "-c", _script(role)]
+        command = [*_wrapper(kind, uid), _python(), *_FLAGS, "-c", _START.format(size=len(_script(role)))]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -132,7 +135,7 @@ class Inside:
             raise SandboxStartError(f"{command[0]} cannot be started: {error}") from error
         os.set_blocking(self._process.stdin.fileno(), False)
         self._counts_files = False
-        self.opening = self._open(kind, uid)
+        self.opening = self._open(kind, role, uid)
         # Not before: until its root is in place, a sandbox shows the host's /tmp. The launcher's mounts have a limit.
         self._counts_files = kind.startswith("bwrap")
         try:
@@ -141,7 +144,7 @@ class Inside:
             self.close()
             raise
 
-    def _open(self, kind: str, uid: int) -> dict[str, Any]:
+    def _open(self, kind: str, role: str, uid: int) -> dict[str, Any]:
         """Tell the process its user, paths and limits, before it knows of any program."""
         opening = {
             # The launcher of "namespaces" has dropped to the user already.
@@ -151,6 +154,7 @@ class Inside:
             "outside": _process_namespace(),
         }
         try:
+            self._write(_script(role), time.monotonic() + START_LIMIT_S)
             return self.ask(opening, START_LIMIT_S - GRACE_S)
         except (SandboxDiedError, SandboxTimeoutError) as error:
             self.close()
@@ -176,12 +180,10 @@ class Inside:
     def close(self) -> None:
         """Kill everything in the sandbox. May be called twice."""
         process = self._process
-        if process.poll() is None:
-            if self._scratch:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, 9)
-            else:
-                self._end_inner()
+        if self._scratch and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, 9)
+        if self._scratch or not self._end_inner():
             process.kill()
             process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -191,23 +193,22 @@ class Inside:
             with contextlib.suppress(OSError):
                 self._scratch.cleanup()
 
-    def _end_inner(self) -> None:
-        """Kill process 1 of the sandbox, so that the outer process reaps it and ends.
+    def _end_inner(self) -> bool:
+        """Kill process 1 of the sandbox, so that the outer process reaps it and ends; returns whether there is one.
 
         Killed the other way round, process 1 would be left to the machine's, which in many containers never reaps.
         """
-        for child in children_of(self._process.pid):
+        if self._process.poll() is not None:
+            return True
+        inner = children_of(self._process.pid)
+        for child in inner:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, 9)
         # A process that the program has stopped reaps nobody until it goes on.
         self._process.send_signal(signal.SIGCONT)
-        # Popen.wait with a limit sleeps between looks, for longer than this takes.
-        with contextlib.suppress(OSError):
-            descriptor = os.pidfd_open(self._process.pid)
-            try:
-                select.select([descriptor], [], [], _END_S)
-            finally:
-                os.close(descriptor)
+        _ending.append((time.monotonic() + _END_S, self._process))
+        _reap()
+        return bool(inner)
 
     def __enter__(self) -> Self:
         return self
@@ -270,6 +271,19 @@ class Inside:
         return SandboxDiedError(f"{why}: {last}" if last else why)
 
 
+def _reap() -> None:
+    """Take leave of outer processes that have ended, without a wait for the others; kill those that do not end."""
+    for _ in range(len(_ending)):
+        try:
+            deadline, process = _ending.popleft()
+        except IndexError:  # another thread was faster
+            return
+        if process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+            _ending.append((deadline, process))
+
+
 def _process_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
@@ -278,12 +292,14 @@ def _process_namespace() -> str:
 
 
 @functools.cache
-def _script(role: str) -> str:
+def _script(role: str) -> bytes:
     prelude = (_INSIDE / "prelude.py").read_text(encoding="utf-8")
     names = ("wire", "guard", "cleaning", role) if role == "runner" else ("wire", "guard", role)
     parts = [(_INSIDE / f"{name}.py").read_text(encoding="utf-8") for name in names]
     future = "from __future__ import annotations\n"
-    return "\n".join([future, f"PRELUDE = {prelude!r}", *(part.replace(future, "") for part in parts)])
+    source = "\n".join([future, f"PRELUDE = {prelude!r}", *(part.replace(future, "") for part in parts)])
+    # Compiled once here: to compile it in every sandbox takes as long as to start the sandbox.
+    return marshal.dumps(compile(source, f"{role}.py", "exec"))
 
 
 def _wrapper(kind: str, uid: int) -> list[str]:
@@ -349,6 +365,15 @@ def _maps_all_users() -> bool:
 
 
 _started = itertools.count()
+_ending: deque[tuple[float, subprocess.Popen]] = deque()
+"""Outer processes whose sandbox is dead, and until when they may take to end by themselves."""
+# The code comes through the pipe, since an argument may have 128 KiB at most.
+_START = """import marshal, os
+code = b""
+while len(code) < {size}:
+    code += os.read(0, {size} - len(code)) or exit("closed")
+exec(marshal.loads(code))
+"""
 # Not -I, which would ignore PYTHONHASHSEED: sets of text must have the same order in every run.
 _FLAGS = ("-P", "-s", "-S", "-B")
 # As root, "bwrap-user" would map its user to the host's root.
