@@ -32,7 +32,7 @@ from or1.checkpoint import (
     step_folder,
 )
 from or1.dist import SINGLE, World, split_evenly
-from or1.files import fsync, write_whole
+from or1.files import fsync, sealed, write_whole
 
 _POLL_S = 0.01
 
@@ -161,7 +161,7 @@ class _Job(threading.Thread):
     def _commit(self) -> None:
         step, final = self.checkpoint.step, step_folder(self.folder, self.checkpoint.step)
         faults.hit("ckpt.before_manifest", step)
-        write_whole(self.partial / MANIFEST, json.dumps(self._manifest(), indent=1))
+        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest()), indent=1))
         faults.hit("ckpt.before_rename", step)
         if final.exists():
             remove_step(self.folder, step)

@@ -17,6 +17,7 @@ from or1.reward.output import LOG_NAME
 from or1.run_lock import RunLock
 from or1.run_state import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run
 from or1.survival import StopRequest
+from or1.terminal import tell
 
 if TYPE_CHECKING:
     from or1.data import RunData
@@ -167,10 +168,13 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     quiet_libraries()
     import torch
 
-    from or1.checkpoint import committed_steps, load_checkpoint
+    from or1.checkpoint import load_checkpoint, step_folders
     from or1.model import export_model, load_model, load_tokenizer
+    from or1.run_marks import lost_newest
 
-    steps = committed_steps(checkpoints_of(run_dir))
+    steps = step_folders(checkpoints_of(run_dir))
+    if step is None and steps and (lost := lost_newest(run_dir)):
+        tell(lost)
     chosen = step if step is not None else max(steps, default=None)
     if chosen not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps or 'none'}")
@@ -180,7 +184,11 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     model = load_model(config.model.model_copy(update=plain))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.tensors[f"master.{name}"])
+            saved = checkpoint.tensors.get(f"master.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
+                               "has; it is of another model, or was altered")
+            parameter.copy_(saved)
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
 
 

@@ -63,9 +63,11 @@ def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
     trainer.begin(number, index)
     by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
     try:
-        groups = read_rollouts(path, by_id, stage.group_size)
+        groups = read_rollouts(path, number, by_id, stage.group_size)
     except KeyError as error:
         raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
+    if any(len(group.responses) != stage.group_size for group in groups):
+        raise RunError(f"{path} has groups of other than {stage.group_size} responses; restore that file")
     metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
     trainer.state.step = number
     trainer.state.stages.advance(trainer.config, number)

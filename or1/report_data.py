@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from or1.config import Config, StageConfig
+from or1.metrics import read_lines
 from or1.records import PHASES, Record, number, other_seconds, sampled, step_seconds
 from or1.reward_terms import NO_THINK_CLOSE, graded_run, no_think_close
 
@@ -128,6 +129,9 @@ def load_run(run_dir: Path) -> RunData:
     except OSError as error:
         raise ReportError(f"{metrics} cannot be read: {error.strerror}") from error
     records, notes = _parse(lines)
+    if altered := sorted(read_lines(metrics).altered):
+        notes.append(f"metrics.jsonl: the lines of {len(altered)} steps are not as they were written (first: step "
+                     f"{altered[0]}).")
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")
