@@ -158,7 +158,7 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
         # A local model by its whole path, so that `or1 export` finds it from any folder.
         model = config.model.model_copy(update={"path": _whole_path(config.model.path)})
         text = dump_config(config.model_copy(update={"model": model}))
-        messages += _remarks(run_dir)
+        messages += _remarks(run_dir, changed)
         mark_record(run_dir, text)
         write_whole(run_dir / RECORD, text)
     except OSError as error:
@@ -168,10 +168,10 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
 
 
-def _remarks(run_dir: Path) -> list[str]:
+def _remarks(run_dir: Path, changed: list[str]) -> list[str]:
     """Return what is odd about a folder that may be gone on with."""
     said = []
-    if (run_dir / RECORD).is_file() and is_altered(run_dir, (run_dir / RECORD).read_bytes()):
+    if changed and is_altered(run_dir, (run_dir / RECORD).read_bytes()):
         said.append(f"{run_dir / RECORD} was changed since the run wrote it; it is written anew from these settings")
     done = [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
     if done and max(done) > 0 and not step_folders(checkpoints_of(run_dir)):
@@ -222,8 +222,10 @@ def check_run_dir(config: Config) -> list[str]:
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
         stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
                   "until it ends, or if it is the last") if any(key.startswith("stage.") for key in fixed) else ""
+        altered = (f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
+                   "this command)") if is_altered(run_dir, (run_dir / RECORD).read_bytes()) else ""  # fmt: skip
         raise RunError(
-            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}; choose another folder with "
+            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}; choose another folder with "
             "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
         )
     return changed

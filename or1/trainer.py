@@ -106,6 +106,7 @@ class Trainer:
         with (
             closing(self.engine),
             closing(self.feed),
+            closing(self.checkpoints),
             self._metrics() as writer,
             make_scorer(self.config.reward, self._all_prompts(), self.config.run_path) as self.scorer,
         ):

@@ -10,7 +10,7 @@ from or1.config.base import Section
 class EvalSet(Section):
     """`[[eval.sets]]`"""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     """Name in the metrics: eval/{name}/avg@k."""
     path: str
     """JSONL, JSON-array or parquet file of problems."""
