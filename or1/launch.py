@@ -106,7 +106,7 @@ def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
     messages = prepare_run_dir(config, fresh)
     lock.take(make=True)
     print_plan(config, [])
-    return messages
+    return messages + lock.warnings
 
 
 def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) -> list[str]:

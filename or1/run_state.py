@@ -225,8 +225,8 @@ def check_run_dir(config: Config) -> list[str]:
         altered = (f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
                    "this command)") if is_altered(run_dir, (run_dir / RECORD).read_bytes()) else ""  # fmt: skip
         raise RunError(
-            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}; choose another folder with "
-            "--set run_dir=..., or start anew with --fresh, which moves the old run aside"
+            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}; choose another folder "
+            "with --set run_dir=..., or start anew with --fresh, which moves the old run aside"
         )
     return changed
 
