@@ -121,7 +121,7 @@ def _content_sum(table: pa.Table) -> bytes:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
-        digest.update(f"{name} {column.type} {len(column)}\n".encode())
+        digest.update(f"{name} {len(column)}\n".encode())
         while True:
             digest.update(np.packbits(pc.is_valid(column).to_numpy(zero_copy_only=False)).tobytes())
             if not pa.types.is_list(column.type):
@@ -134,6 +134,7 @@ def _content_sum(table: pa.Table) -> bytes:
             for value in column:
                 digest.update(value.as_py() or b"")
         else:
+            column = pc.cast(column, pa.int8()) if pa.types.is_boolean(column.type) else column
             digest.update(pc.fill_null(column, 0).to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest().encode()
 

@@ -46,9 +46,10 @@ class RunLock:
             raise RunError(f"{self._path} cannot be written ({error}); start as the user who began the run, or choose "
                            "another folder with --set run_dir=...") from error
         except OSError as error:
-            if error.errno != errno.ELOOP:
+            if error.errno not in (errno.ELOOP, errno.EISDIR):
                 raise
-            raise RunError(str(error)) from error
+            a_folder = f"{self._path} is a folder, and a run keeps a file there; remove or rename it"
+            raise RunError(str(error) if error.errno == errno.ELOOP else a_folder) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

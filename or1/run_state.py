@@ -181,7 +181,7 @@ def _remarks(run_dir: Path, changed: list[str]) -> list[str]:
 
 def _move_aside(run_dir: Path) -> list[str]:
     # Where a link leads to, so that the new run is there too. It also gives "." a name.
-    run_dir = run_dir.resolve()
+    is_link, run_dir = run_dir.is_symlink(), run_dir.resolve()
     if Path.cwd().resolve().is_relative_to(run_dir):
         raise RunError(f"--fresh cannot move {run_dir} aside while it is the folder you are in; start from another one")
     if not any(run_dir.iterdir()):
@@ -191,6 +191,8 @@ def _move_aside(run_dir: Path) -> list[str]:
                        "folder with --set run_dir=..., or train beside what is there, without --fresh")
     aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     run_dir.rename(aside)
+    if is_link:
+        run_dir.mkdir()
     return [f"moved the former run to {aside}"]
 
 
@@ -270,14 +272,19 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def require_own_record(run_dir: Path) -> None:
+    """Raise RunError if the settings in a run's folder are not those that the run wrote there."""
+    if is_altered(run_dir, (run_dir / RECORD).read_bytes()):
+        raise RunError(
+            f"{run_dir / RECORD} was changed since the run wrote it; put it back as it was, or remove it and repeat "
+            f"the `or1 train` command that began the run. If you meant to change it, remove {run_dir / MARKS}"
+        )
+
+
 def recorded_run(run_dir: Path) -> Config:
     """The config that a run recorded. Raises RunError if it recorded none that this or1 can read."""
     settings = recorded_config(run_dir)
-    if is_altered(run_dir, (run_dir / RECORD).read_bytes()):
-        raise RunError(
-            f"{run_dir / RECORD} was changed since the run wrote it; put it back as it was, or repeat the `or1 train` "
-            f"command that began the run, which writes it anew. If you meant to change it, remove {run_dir / MARKS}"
-        )
+    require_own_record(run_dir)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:

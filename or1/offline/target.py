@@ -37,6 +37,9 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
         config = load_config(_needed(recipe, target), [given, *overrides], "eval")
         return Target(config, config.run_path / "eval" / _file_name(config.endpoint.model or target))
     if (path / "config.resolved.json").is_file():
+        from or1.run_state import require_own_record
+
+        require_own_record(path)
         weights = _weights_of_run(path, step)
         given = _set("model.path", str(weights))
         config = load_config(recipe or path / "config.resolved.json", [given, *overrides], "eval")
