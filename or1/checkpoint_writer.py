@@ -98,9 +98,12 @@ class CheckpointWriter:
         """Look after the checkpoint that is being written, without waiting for it."""
         if self._job is None:
             return
+        # Before the error, which is final once the thread has ended: the other order would take a failure that comes in
+        # between for a commit.
+        alive = self._world.any(self._job.is_alive())
         if self._world.any(self._job.error is not None):
             self._fail()
-        elif not self._world.any(self._job.is_alive()):
+        elif not alive:
             self._job = None
 
     def wait(self) -> None:

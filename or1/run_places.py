@@ -11,14 +11,21 @@ _FILES = ("config.resolved.json", "metrics.jsonl", ".lock", "row_tokens.json", "
 _FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard")
 
 
+def unreadable(path: str) -> str:
+    """Return why the letters of a path cannot be read, with the remedy; "" if they can."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return (f"{path!r} has letters that Python cannot read in this locale (its encoding of file names is "
+                f"{sys.getfilesystemencoding()}); set PYTHONUTF8=1 or LANG=C.UTF-8, or choose another folder")
+    return ""
+
+
 def unusable(run_dir: Path) -> str:
     """Return why a folder cannot be a run's, with the remedy; "" if it can."""
     text = str(run_dir)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return (f"run_dir = {text!r} has letters that Python cannot read in this locale (its encoding of file names is "
-                f"{sys.getfilesystemencoding()}); set PYTHONUTF8=1 or LANG=C.UTF-8, or choose another folder")
+    if problem := unreadable(text):
+        return f"run_dir: {problem}"
     try:
         for name in _FILES:
             if (run_dir / name).is_dir():

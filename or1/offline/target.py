@@ -11,6 +11,7 @@ from pathlib import Path
 from or1.config import Config
 from or1.config.rules import Problem
 from or1.config_load import ConfigError, load_config
+from or1.run_places import unreadable
 from or1.terminal import tell
 
 
@@ -32,6 +33,8 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
     Raises ConfigError, and what `or1.launch.export_run` raises.
     """
     path = Path(target)
+    if problem := unreadable(target):
+        raise _refusal(target, problem)
     if re.match(r"https?://", target):
         given = _set("endpoint.url", target)
         config = load_config(_needed(recipe, target), [given, *overrides], "eval")
