@@ -59,7 +59,8 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
         else:
             print(f"step {chosen}: {len(manifest['files'])} files verify")
     if problems:
-        raise type(problems[0])("\n".join(map(str, problems)))
+        remedy = "restore what is damaged, or remove its folder; the run goes on from the newest that verifies"
+        raise type(problems[0])("\n".join([*map(str, problems), remedy]))
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:

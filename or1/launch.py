@@ -168,7 +168,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     quiet_libraries()
     import torch
 
-    from or1.checkpoint import load_checkpoint, step_folders
+    from or1.checkpoint import CheckpointError, load_checkpoint, step_folders
     from or1.model import export_model, load_model, load_tokenizer
     from or1.run_marks import lost_newest
 
@@ -178,7 +178,12 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     chosen = step if step is not None else max(steps, default=None)
     if chosen not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps or 'none'}")
-    checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+    try:
+        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+    except CheckpointError as error:
+        others = ", ".join(str(each) for each in steps if each != chosen)
+        remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
+        raise type(error)(f"{error}; {remedy}") from error
     # In host memory: what several GPUs trained need not fit on one.
     plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
     model = load_model(config.model.model_copy(update=plain))

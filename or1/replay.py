@@ -43,7 +43,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     if missing := [n for n, path in paths.items() if not path.is_file()]:
         raise RunError(
             f"the rollouts of steps {missing} are not saved, and the newest checkpoint before step {step} is "
-            f"{base or 'the untrained model'}; set log.rollouts_every_steps = 1, or more checkpoints"
+            f"{base or 'the untrained model'}; put the files back, or set log.rollouts_every_steps = 1"
         )
     quiet_libraries()
     console = console or default_console()

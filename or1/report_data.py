@@ -136,6 +136,9 @@ def load_run(run_dir: Path) -> RunData:
                      f"{altered[0]}).")
     if committed and (missing := sorted(set(range(committed + 1)) - found.lines.keys())):
         notes.append(f"metrics.jsonl has no line of {len(missing)} steps that the run did (first: step {missing[0]}).")
+    if not records and read_marks(run_dir).get("committed"):
+        raise ReportError(f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
+                          "on with the run, whose later steps can be reported")
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")

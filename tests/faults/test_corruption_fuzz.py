@@ -41,6 +41,8 @@ KINDS = {
 # The kinds that a resume depends on come more often.
 WEIGHTS = {"manifest": 5, "shard": 4, "metrics": 4, "rollouts": 4, "weights": 3, "step": 2}
 CODES = {0, 2, 65, 70, 75}
+# Clocks, and evaluations: the last step of a run has one, and is not the last where the run goes on.
+SKIPPED = ("time", "perf", "eval")
 REMEDIES = ("--fresh", "put ", "remove", "restore", "choose", "name ", "give", "replay a step", "correct", "repeat")
 
 
@@ -87,9 +89,9 @@ class Shell:
 
 
 def plain(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """The records of a run without clocks."""
+    """The records of a run, as far as they are the same each time."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    return {r["step"]: {k: v for k, v in r.items() if not k.startswith(("time", "perf"))} for r in records}
+    return {r["step"]: {k: v for k, v in r.items() if not k.startswith(SKIPPED)} for r in records}
 
 
 def replayed(text: str) -> dict[str, str]:
