@@ -173,11 +173,15 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     from or1.run_marks import lost_newest
 
     steps = step_folders(checkpoints_of(run_dir))
-    if step is None and steps and (lost := lost_newest(run_dir)):
+    lost = lost_newest(run_dir)
+    if not steps:
+        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
+                       "another run directory")
+    if step is None and lost:
         tell(lost)
-    chosen = step if step is not None else max(steps, default=None)
+    chosen = step if step is not None else max(steps)
     if chosen not in steps:
-        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps or 'none'}")
+        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
     try:
         checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
     except CheckpointError as error:

@@ -31,7 +31,11 @@ def restore(trainer: Trainer, step: int | None) -> TrainState | None:
     if step == 0:
         return None
     if step is not None:
-        use(load_checkpoint(step_folder(folder, step), world))
+        try:
+            use(load_checkpoint(step_folder(folder, step), world))
+        except CheckpointError as error:
+            remedy = "restore it, or remove its folder, and the one before is taken"
+            raise type(error)(f"{error}; {remedy}") from error
     else:
         if world.is_main:
             remove_partials(folder)

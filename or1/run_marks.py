@@ -79,7 +79,7 @@ def lost_newest(run_dir: Path) -> str:
     newest = max(step_folders(run_dir / "checkpoints"), default=0)
     if committed <= newest:
         return ""
-    left = f"the newest there is step_{newest}" if newest else "none is there"
+    left = f"the newest there is step_{newest}" if newest else f"none is there; put that folder back, {_ANEW}"
     return f"{run_dir / 'checkpoints'} has lost step_{committed}, the newest it had; {left}"
 
 
