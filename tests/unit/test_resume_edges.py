@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from small_run import ROOT
 
 import or1.checkpoint_writer as writing
+from or1.budget import Budget
 from or1.checkpoint import Checkpoint, committed_steps
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.cli import _guarded, main
@@ -491,3 +492,10 @@ def test_a_save_that_fails_between_two_looks_is_no_commit(tmp_path: Path, monkey
     monkeypatch.setattr(writer, "_fail", lambda: failed.append(True))
     writer.poll()
     assert failed == [True]
+
+
+def test_a_lowered_budget_holds_a_longer_sequence_that_comes_later() -> None:
+    budget, asked = Budget(100), []
+    budget.max_tokens = 24
+    assert budget.run(lambda tokens: asked.append(tokens) or tokens, longest=40) == 40
+    assert budget.run(lambda tokens: asked.append(tokens) or tokens, longest=10) == 24 and budget.max_tokens == 24
