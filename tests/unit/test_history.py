@@ -37,12 +37,6 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    from or1.checkpoint import load_checkpoint
-
-    return load_checkpoint(run_dir / "checkpoints" / f"step_{step}").tensors
-
-
 def edit(path: Path, change: dict[str, Any], seal: bool = False) -> None:
     """Change values of a manifest by dotted name; `seal` leaves it as an or1 without seals would have written it."""
     manifest = json.loads(path.read_text())
@@ -115,28 +109,15 @@ def test_a_newest_checkpoint_that_is_gone_or_has_no_manifest_is_named(
     {"state.sampler.cursor": 0}, {"state.updates": 0}, {"step": -1}, {"step": 2}, {"step": 40},
     {"state.watch": KeyError}, {"state.odd": 1}, {"odd": 1}, {"state": []}, {"state.updates": "x"},
     {"state.policy_version": None}, {"state.inputs": None}, {"state.budget.max_tokens": -5}, {"tensors": {}},
-    {"state.step": 2}, {"state.totals": []}, {"state.stages.index": None},
 ])  # fmt: skip
-@pytest.mark.parametrize("old", [False, True])
-def test_an_edited_manifest_is_refused_and_the_checkpoint_before_is_used(
-    change: dict[str, Any], old: bool, run_dir: Path, finished: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    edit(run_dir / "checkpoints" / "step_3" / "manifest.json", change, seal=old)
-    if not old:
-        assert main(["ckpt", "verify", str(run_dir)]) == 70
-        assert "step_3/manifest.json does not have its own sha256" in capsys.readouterr().err
-        latest, warnings = load_latest(run_dir / "checkpoints")
-        assert latest is not None and latest.step == 2 and len(warnings) == 1
-        return
-    if change in ({"state.sampler.cursor": 0}, {"state.updates": 0}):
-        return  # A manifest without a seal of its own cannot tell.
-    monkeypatch.setattr("or1.trainer.Trainer.export", lambda self: "none")
-    assert main(arguments(run_dir, **TINY)) == 0
-    said = capsys.readouterr().out
-    assert "falling back to the one before" in said and "resumed after step 2" in said
-    ours, theirs = weights(run_dir, 3), weights(finished, 3)
-    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+def test_an_edited_manifest_does_not_verify_and_the_checkpoint_before_is_used(
+    change: dict[str, Any], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run_dir / "checkpoints" / "step_3" / "manifest.json", change)
+    assert main(["ckpt", "verify", str(run_dir)]) == 70
+    assert "step_3/manifest.json does not have its own sha256" in capsys.readouterr().err
+    latest, warnings = load_latest(run_dir / "checkpoints")
+    assert latest is not None and latest.step == 2 and len(warnings) == 1
 
 
 def test_a_copied_checkpoint_is_not_the_newest(run_dir: Path) -> None:
@@ -221,7 +202,7 @@ def test_metrics_taken_from_under_a_run_end_it(how: str, tmp_path: Path) -> None
     writer.close()
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[1]\n", b"null\n", b'{"stp": 1}\n', b"\n\n"])
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"null\n\n"])
 def test_a_run_goes_on_with_damaged_metrics_and_replays(
     damage: bytes, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ from or1.cli import _guarded, main
 from or1.config import EvalSet
 from or1.data import SamplerState
 from or1.dist import SINGLE
+from or1.files import SEAL
 from or1.offline.store import PartStore, StoreError
 from or1.rank_display import RankDisplay
 from or1.rollout_log import RolloutError, read_rollouts, write_rollouts
@@ -169,6 +170,37 @@ def test_data_that_shrank_begins_the_next_epoch_and_says_so(tmp_path: Path) -> N
     assert trainer.state.sampler == SamplerState(1, 0)
     assert any("the data has 1 prompts and 2 of the epoch were taken before; epoch 1 begins" in line for line in said)
     assert trainer.sampler.take(trainer.state.sampler, 2)[0].tolist() == [0, 0]
+
+
+UNFIT: list[tuple[str, Any]] = [
+    ("step", -1), ("step", 40), ("odd", 1), ("state", []), ("tensors", {}), ("tensors", None),
+    ("state.watch", KeyError), ("state.odd", 1), ("state.updates", "x"), ("state.updates", -1), ("state.policy_version", None),
+    ("state.inputs", None), ("state.budget", {"max_tokens": -5}), ("state.budget", [1]), ("state.step", 1),
+    ("state.totals", []), ("state.stages", {"index": None}), ("state.sampler", {"epoch": 0}), ("state.solved", {}),
+    ("state.entropy", {"coef": "x"}), ("state.in_flight", {"groups": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), UNFIT, ids=str)
+def test_state_that_does_not_fit_is_told_and_the_checkpoint_before_is_used(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    """Manifests of an older or1, which have no sha256 of their own."""
+    config = config_of(tmp_path)
+    for step in (1, 2):
+        save_with(config, step=step)
+    path = tmp_path / "run" / "checkpoints" / "step_2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[SEAL]
+    place, last = (manifest["state"], name.removeprefix("state.")) if "." in name else (manifest, name)
+    if value is KeyError:
+        del place[last]
+    else:
+        place[last] = value
+    path.write_text(json.dumps(manifest))
+    trainer, said = resumed(config)
+    assert trainer.state.step == 1 and "resumed after step 1" in said
+    assert any("step" in line and "falling back to the one before" in line for line in said)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
