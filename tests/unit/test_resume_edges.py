@@ -174,10 +174,11 @@ def test_data_that_shrank_begins_the_next_epoch_and_says_so(tmp_path: Path) -> N
 
 UNFIT: list[tuple[str, Any]] = [
     ("step", -1), ("step", 40), ("odd", 1), ("state", []), ("tensors", {}), ("tensors", None),
-    ("state.watch", KeyError), ("state.odd", 1), ("state.updates", "x"), ("state.updates", -1), ("state.policy_version", None),
-    ("state.inputs", None), ("state.budget", {"max_tokens": -5}), ("state.budget", [1]), ("state.step", 1),
-    ("state.totals", []), ("state.stages", {"index": None}), ("state.sampler", {"epoch": 0}), ("state.solved", {}),
-    ("state.entropy", {"coef": "x"}), ("state.in_flight", {"groups": 3}),
+    ("state.watch", KeyError), ("state.odd", 1), ("state.updates", "x"), ("state.updates", -1),
+    ("state.policy_version", None), ("state.inputs", None), ("state.budget", {"max_tokens": -5}),
+    ("state.budget", [1]), ("state.step", 1), ("state.totals", []), ("state.stages", {"index": None}),
+    ("state.sampler", {"epoch": 0}), ("state.solved", {}), ("state.entropy", {"coef": "x"}),
+    ("state.in_flight", {"groups": 3}),
 ]  # fmt: skip
 
 
