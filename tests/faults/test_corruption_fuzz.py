@@ -1,6 +1,7 @@
 """Random damage to every kind of file of a finished run, then every command that reads it: told or right, never silent.
 
-OR1_FUZZ_SEED repeats a run of the fuzz, OR1_FUZZ_COUNT sets how many corruptions there are, OR1_FUZZ_ONLY takes one.
+OR1_FUZZ_SEED repeats a run of the fuzz, OR1_FUZZ_COUNT sets how many corruptions there are, and OR1_FUZZ_ONLY
+names some of them ("3,17").
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from or1.metrics import read_metrics
 SEED = int(os.environ.get("OR1_FUZZ_SEED", "16"))
 COUNT = int(os.environ.get("OR1_FUZZ_COUNT", "150"))
 ONLY = os.environ.get("OR1_FUZZ_ONLY")
+NUMBERS = range(COUNT) if ONLY is None else [int(number) for number in ONLY.split(",")]
 HELDOUT = f'eval.sets=[{{name="held", path="{ROOT}/examples/tiny-adder/heldout.jsonl", samples=1, limit=4}}]'
 TINY = {"stage__0__steps": 2, "stage__1__steps": 1, "eval__every_steps": 50}
 LONGER = TINY | {"stage__1__steps": 2}
@@ -266,7 +268,7 @@ def test_damage_is_told_or_does_no_harm(made: Path, tmp_path: Path, capfd: pytes
     shell, counts, failures = Shell(capfd), Counter(), []
     truth = truth_of(made, shell, tmp_path / "work" / "run")
     began = time.monotonic()
-    for number in range(COUNT) if ONLY is None else [int(ONLY)]:
+    for number in NUMBERS:
         work = tmp_path / "work"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(made, work / "run", copy_function=shutil.copy2)
@@ -278,5 +280,5 @@ def test_damage_is_told_or_does_no_harm(made: Path, tmp_path: Path, capfd: pytes
             said = "\n  ".join(problems)
             print(f"seed {SEED} #{number} {what}" + (f"\n  {said}" if said else ""), flush=True)
     with capfd.disabled():
-        print(f"seed {SEED}: {COUNT} corruptions in {time.monotonic() - began:.0f} s, failures: {dict(counts) or 0}")
+        print(f"seed {SEED}: {len(NUMBERS)} corruptions in {time.monotonic() - began:.0f} s, failures: {dict(counts) or 0}")
     assert not failures, f"seed {SEED}\n" + "\n".join(failures)
