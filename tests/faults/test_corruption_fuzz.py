@@ -280,5 +280,6 @@ def test_damage_is_told_or_does_no_harm(made: Path, tmp_path: Path, capfd: pytes
             said = "\n  ".join(problems)
             print(f"seed {SEED} #{number} {what}" + (f"\n  {said}" if said else ""), flush=True)
     with capfd.disabled():
-        print(f"seed {SEED}: {len(NUMBERS)} corruptions in {time.monotonic() - began:.0f} s, failures: {dict(counts) or 0}")
+        took = time.monotonic() - began
+        print(f"seed {SEED}: {len(NUMBERS)} corruptions in {took:.0f} s, failures: {dict(counts) or 0}")
     assert not failures, f"seed {SEED}\n" + "\n".join(failures)
