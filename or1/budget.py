@@ -59,7 +59,8 @@ class Budget:
         """
         while True:
             try:
-                return attempt(self.max_tokens)
+                # A later update may have a longer sequence than the one for which the budget was lowered.
+                return attempt(max(self.max_tokens, longest))
             except RowMemoryError as error:
                 reason = str(error)
                 if error.here_only:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from or1.dist import SINGLE, World, split_evenly
+from or1.files import SEAL, is_unbroken
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_UNFINISHED = re.compile(r"\.step_[0-9]+\.(partial|removed)")
+# What file managers and network file systems put into folders; never opened.
+_LITTER = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9A-Fa-f]+|Thumbs\.db|desktop\.ini")
+_KEYS = frozenset({"format", "step", "world_size", "files", "tensors", "state", SEAL})
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # What a file that is no JSON of ours, or JSON of another shape, makes its reader raise.
 _MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
@@ -74,10 +80,17 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def step_folders(folder: Path) -> list[int]:
+    """Steps whose folder is there, ascending, whole or not: one without a manifest was damaged after its commit."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what a crash left half-written or half-removed."""
     if folder.is_dir():
-        for path in folder.glob(".step_*"):
+        for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
             # rmtree refuses a symbolic link, which goes without what it leads to.
             path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
@@ -90,18 +103,24 @@ def remove_step(folder: Path, step: int) -> None:
     shutil.rmtree(hidden)
 
 
-def load_latest(folder: Path, world: World = SINGLE) -> tuple[Checkpoint | None, list[str]]:
+def load_latest(
+    folder: Path, world: World = SINGLE, use: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, or None if there is none; with a warning for each newer one that does not.
+
+    use  takes a verified checkpoint; raises CheckpointError for one that does not fit, and the one before is tried
 
     Collective, and the same on every rank. Raises CheckpointError if there are checkpoints and none verifies: starting
     anew in silence would lose the run; and ForeignFileError for a file that does not belong to one.
     """
     warnings: list[str] = []
     # The main rank's list: on a network file system another rank's may be old, and each would load its own newest.
-    steps = json.loads(world.gather(json.dumps(committed_steps(folder)).encode())[0])
+    steps = json.loads(world.gather(json.dumps(step_folders(folder)).encode())[0])
     for step in reversed(steps):
         try:
-            return load_checkpoint(step_folder(folder, step), world), warnings
+            checkpoint = load_checkpoint(step_folder(folder, step), world)
+            _use(checkpoint, use, world)
+            return checkpoint, warnings
         except ForeignFileError:
             raise
         except CheckpointError as error:
@@ -109,6 +128,16 @@ def load_latest(folder: Path, world: World = SINGLE) -> tuple[Checkpoint | None,
     if steps:
         raise CheckpointError("no checkpoint verifies:\n" + "\n".join(warnings) + "\nstart anew with --fresh")
     return None, warnings
+
+
+def _use(checkpoint: Checkpoint, use: Callable[[Checkpoint], None], world: World) -> None:
+    problem = None
+    try:
+        use(checkpoint)
+    except CheckpointError as error:
+        problem = error
+    if (problem := _agree_on(problem, world)) is not None:
+        raise problem
 
 
 def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
@@ -149,15 +178,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         # Before the manifest is opened, which may be a link or a pipe itself.
         found = _files_below(path)
+        if MANIFEST not in found:
+            raise CheckpointError(f"{path / MANIFEST} is missing; it was removed after the checkpoint was written")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']}, this or1 reads {FORMAT}")
         files = {name: entry["sha256"] + f" {entry['bytes']:d}" for name, entry in manifest["files"].items()}
         parts = {part[0] for tensor in manifest.get("tensors", {}).values() for part in tensor["parts"]}
+        problem = _mismatch(path, manifest)
     except CheckpointError:
         raise
     except (*_MALFORMED, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if problem:
+        raise CheckpointError(problem)
     if foreign := sorted(found - files.keys() - {MANIFEST}):
         raise ForeignFileError(
             f"{path / foreign[0]} is not in the manifest: or1 did not write it and opens nothing in that folder; find "
@@ -173,6 +207,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _mismatch(path: Path, manifest: dict[str, Any]) -> str:
+    """Return why a manifest is not the one that was written for this folder, "" if it is."""
+    if not is_unbroken(manifest) or manifest.keys() - _KEYS:
+        return f"{path / MANIFEST} does not have its own sha256; it was altered or the disk is faulty"
+    step = manifest["step"]
+    if (named := _STEP.fullmatch(path.name)) and (type(step) is not int or step != int(named[1])):
+        return f"{path / MANIFEST} is that of step {step}; the folder was renamed or copied, give it back its own name"
+    return ""
+
+
 def _files_below(path: Path) -> set[str]:
     """Return the names of all files below a folder. Raises ForeignFileError for what is neither file nor folder."""
     found = set()
@@ -183,7 +227,7 @@ def _files_below(path: Path) -> set[str]:
                 f"{each} is a {'symbolic link' if stat.S_ISLNK(mode) else 'special file'}: or1 did not write it and "
                 "opens nothing in that folder; remove it, or put the file itself there, to use the checkpoint"
             )
-        if stat.S_ISREG(mode):
+        if stat.S_ISREG(mode) and not _LITTER.fullmatch(each.name):
             found.add(each.relative_to(path).as_posix())
     return found
 
@@ -229,10 +273,22 @@ def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
             if "rows" not in entry:
                 tensors[name] = shards.whole(entry["parts"][0][0], name)
                 continue
+            _require_all_rows(name, entry)
             mine = split_evenly(entry["rows"], world.size)[world.rank]
             tensors[name] = shards.rows(name, entry["parts"], mine)
             rows[name] = entry["rows"]
     return Checkpoint(manifest["step"], manifest["state"], tensors, rows)
+
+
+def _require_all_rows(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError if the parts of a tensor are not its rows one after the other."""
+    end = 0
+    for _, first, count in entry["parts"]:
+        if first != end or count < 0:
+            raise ValueError(f"the parts of {name} leave out or repeat rows at {end}")
+        end += count
+    if end != entry["rows"]:
+        raise ValueError(f"the parts of {name} have {end} rows of {entry['rows']}")
 
 
 class _Shards:

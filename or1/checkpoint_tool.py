@@ -12,14 +12,15 @@ from rich.text import Text
 from or1.checkpoint import (
     MANIFEST,
     CheckpointError,
-    committed_steps,
     read_manifest,
     remove_step,
     step_folder,
+    step_folders,
     verify_checkpoint,
 )
 from or1.display import default_console
 from or1.humanize import visible
+from or1.run_marks import lost_newest
 from or1.run_state import RunError, checkpoints_of
 
 
@@ -29,7 +30,8 @@ def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
     table = Table("step", "written", "ranks", "files", "bytes", "problem", box=None, pad_edge=False)
     for step in steps:
         path = step_folder(folder, step)
-        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / MANIFEST).stat().st_mtime))
+        shown = path / MANIFEST if (path / MANIFEST).is_file() else path
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(shown.lstat().st_mtime))
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
@@ -47,6 +49,8 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
     if step is not None and step not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
     problems = []
+    if step is None and (lost := lost_newest(run_dir)):
+        problems.append(CheckpointError(lost))
     for chosen in steps if step is None else [step]:
         try:
             manifest = verify_checkpoint(step_folder(folder, chosen))
@@ -55,7 +59,8 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
         else:
             print(f"step {chosen}: {len(manifest['files'])} files verify")
     if problems:
-        raise type(problems[0])("\n".join(map(str, problems)))
+        remedy = "restore what is damaged, or remove its folder; the run goes on from the newest that verifies"
+        raise type(problems[0])("\n".join([*map(str, problems), remedy]))
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
@@ -85,7 +90,9 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
 
 def _found(run_dir: Path) -> tuple[Path, list[int]]:
     folder = checkpoints_of(run_dir)
-    steps = committed_steps(folder)
+    steps = step_folders(folder)
+    if not steps and (lost := lost_newest(run_dir)):
+        raise RunError(lost)
     if not steps:
         raise RunError(f"{run_dir} has no committed checkpoint; name a run directory")
     return folder, steps

@@ -15,12 +15,17 @@ from or1 import __version__
 from or1.cli_hints import Parser, set_in_two_words
 from or1.config import Config
 from or1.config_load import ConfigError, load_config
+from or1.files import NO_ROOM
 from or1.terminal import guard_terminal, tell
 
 # A place that this user may not use, or that is of another kind than a run's.
 _NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
                errno.ELOOP)  # fmt: skip
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
+_NO_ROOM = {
+    errno.EDQUOT: "the disk quota is used up ({}); make room within it",
+    errno.EFBIG: "a file may not grow further ({}); raise the limit (ulimit -f)",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,12 +292,17 @@ def _guarded(action: Callable[[], object]) -> int:
             raise
         return _fail(error, codes.get(type(error).__name__, EXIT_RUN))
     except OSError as error:
-        if error.errno in _NOT_USABLE and error.filename is not None:
+        if error.errno in NO_ROOM:
+            remedy = _NO_ROOM.get(error.errno, "the disk is full ({}); make room")
+            return _fail(remedy.format(error) + ", and the same command resumes", EXIT_RETRY)
+        # One without a file is of something else than the user's folders, and its traceback is worth more.
+        if error.filename is None:
+            raise
+        if error.errno in _NOT_USABLE:
             return _fail(f"{error.filename!r} cannot be used ({error.strerror}); correct that path or its rights, and "
                          "repeat the command", EXIT_RUN)  # fmt: skip
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail(f"the disk is full ({error}); make room, and the same command resumes", EXIT_RETRY)
+        return _fail(f"{error.filename!s} cannot be used ({error}); see what it is and who may read and write it, or "
+                     "choose another folder", EXIT_RUN)
     return 0
 
 

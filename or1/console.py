@@ -18,7 +18,8 @@ def default_console() -> Console:
 
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    # A process that was started with its standard output closed has none.
+    return Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=110)
 
 
 def safe(text: object, console: Console, style: str = "") -> Text:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers of a write that found no room: the disk, the user's quota, or the limit of a file's size."""
+SEAL = "sha256"
 
 
 def fsync(path: Path) -> None:
@@ -40,3 +48,18 @@ def write_whole(path: Path, text: str) -> None:
     fsync(partial)
     os.replace(partial, path)
     fsync(path.parent)
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON data with the sha256 of its canonical text under the key SEAL, for `is_unbroken`."""
+    plain = json.loads(json.dumps({key: value for key, value in data.items() if key != SEAL}))
+    return plain | {SEAL: _digest(plain)}
+
+
+def is_unbroken(data: Mapping[str, Any]) -> bool:
+    """Return whether sealed data is what was sealed. Data without a seal, of an older or1, passes."""
+    return SEAL not in data or data[SEAL] == _digest({key: value for key, value in data.items() if key != SEAL})
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

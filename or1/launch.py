@@ -137,7 +137,7 @@ def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
     messages = prepare_run_dir(config, fresh)
     lock.take(make=True)
     print_plan(config, [])
-    return messages
+    return messages + lock.warnings
 
 
 def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) -> list[str]:
@@ -200,20 +200,36 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     quiet_libraries()
     import torch
 
-    from or1.checkpoint import committed_steps, load_checkpoint
+    from or1.checkpoint import CheckpointError, load_checkpoint, step_folders
     from or1.model import export_model, load_model, load_tokenizer
+    from or1.run_marks import lost_newest
 
-    steps = committed_steps(checkpoints_of(run_dir))
-    chosen = step if step is not None else max(steps, default=None)
+    steps = step_folders(checkpoints_of(run_dir))
+    lost = lost_newest(run_dir)
+    if not steps:
+        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
+                       "another run directory")
+    if step is None and lost:
+        tell(lost)
+    chosen = step if step is not None else max(steps)
     if chosen not in steps:
-        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps or 'none'}")
-    checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
+    try:
+        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+    except CheckpointError as error:
+        others = ", ".join(str(each) for each in steps if each != chosen)
+        remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
+        raise type(error)(f"{error}; {remedy}") from error
     # In host memory: what several GPUs trained need not fit on one.
     plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
     model = load_model(config.model.model_copy(update=plain), packs=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.tensors[f"master.{name}"])
+            saved = checkpoint.tensors.get(f"master.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
+                               "has; it is of another model, or was altered")
+            parameter.copy_(saved)
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
 
 

@@ -11,7 +11,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -21,8 +23,6 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
 
     When one fails, the others are told (SIGTERM) and, should they not end within 30 s, killed.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
     from or1.dist import open_store
 
     # This process holds the store, so that the ranks can still tell each other what happened when one is gone.
@@ -33,24 +33,40 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
         **_gloo_on_loopback(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }  # fmt: skip
+    # Before start_processes, which sets handlers of its own for these.
+    former = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGQUIT)}
+    with tempfile.TemporaryDirectory(prefix="or1_ranks_", ignore_cleanup_errors=True) as logs:
+        return _run(nproc, arguments, (shared, logs), former)
+
+
+def _run(
+    nproc: int, arguments: Sequence[str], surroundings: tuple[dict[str, str], str], former: dict[int, Any]
+) -> int:
+    """Start the ranks and wait for them; `surroundings` are their variables, and a folder for torch's own files."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    shared, logs = surroundings
     ranks = start_processes(
         name="or1",
         entrypoint=sys.executable,
         args=dict.fromkeys(range(nproc), ("-m", "or1", *arguments)),
         envs={rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)},
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
 
     # The ranks are sessions of their own, which a terminal's signals do not reach; under nohup they are not to.
-    former = {number: signal.getsignal(number) for number in _SIGNALS}
-    former = {number: handler for number, handler in former.items() if handler != signal.SIG_IGN}
-    for number in former:
-        signal.signal(number, lambda received, _: _pass_on(received, ranks.pids().values()))
+    for number, handler in former.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN)
+        elif number in _SIGNALS:
+            signal.signal(number, lambda received, _: _pass_on(received, ranks.pids().values()))
     try:
         result = ranks.wait(period=0.1)
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            # None is a handler that Python did not set.
+            if handler is not None:
+                signal.signal(number, handler)
     if result is None or not result.is_failed():
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)

@@ -30,6 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from or1 import attention
 from or1.config import ModelConfig
 from or1.dist import SINGLE, World
+from or1.exported import seal_export
 from or1.fsdp import fill_shards, is_sharded, shard_model, whole_tensors
 from or1.memory import apply_liger, checkpoint_layers, tile_mlps
 from or1.model_folder import (
@@ -338,6 +339,7 @@ def export_model(
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
     _forget_attention(partial / "config.json", dtype)
+    seal_export(partial)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

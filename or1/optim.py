@@ -159,6 +159,8 @@ class MasterAdamW:
             if saved.dtype != weight.dtype:
                 raise OptimizerError(f"the checkpoint's weights are {saved.dtype}, these settings keep {weight.dtype}: "
                                      "it is of another optim.weights or model.dtype; resume with the run's settings")
+            if saved.shape != weight.shape:
+                raise ValueError(f"master.{name} has shape {list(saved.shape)}, the model's has {list(weight.shape)}")
             weight.copy_(saved)
             if master is not None and master is not param:
                 param.copy_(master)

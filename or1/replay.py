@@ -43,7 +43,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     if missing := [n for n, path in paths.items() if not path.is_file()]:
         raise RunError(
             f"the rollouts of steps {missing} are not saved, and the newest checkpoint before step {step} is "
-            f"{base or 'the untrained model'}; set log.rollouts_every_steps = 1, or more checkpoints"
+            f"{base or 'the untrained model'}; put the files back, or set log.rollouts_every_steps = 1"
         )
     quiet_libraries()
     console = console or default_console()
@@ -63,9 +63,11 @@ def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
     trainer.begin(number, index)
     by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
     try:
-        groups = read_rollouts(path, by_id, stage.group_size)
+        groups = read_rollouts(path, number, by_id, stage.group_size)
     except KeyError as error:
         raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
+    if any(len(group.responses) != stage.group_size for group in groups):
+        raise RunError(f"{path} has groups of other than {stage.group_size} responses; restore that file")
     metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
     trainer.state.step = number
     trainer.state.stages.advance(trainer.config, number)

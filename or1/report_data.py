@@ -17,8 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from or1.config import Config, StageConfig
+from or1.metrics import read_lines
 from or1.records import PHASES, Record, number, other_seconds, sampled, step_seconds
 from or1.reward_terms import NO_THINK_CLOSE, graded_run, no_think_close
+from or1.run_marks import read_marks
 
 _LARGEST = 1e100
 """A number beyond this is none that a run measures, and sums of such numbers overflow."""
@@ -128,6 +130,15 @@ def load_run(run_dir: Path) -> RunData:
     except OSError as error:
         raise ReportError(f"{metrics} cannot be read: {error.strerror}") from error
     records, notes = _parse(lines)
+    found, committed = read_lines(metrics), read_marks(run_dir).get("committed", 0)
+    if altered := sorted(found.altered):
+        notes.append(f"metrics.jsonl: the lines of {len(altered)} steps are not as they were written (first: step "
+                     f"{altered[0]}).")
+    if committed and (missing := sorted(set(range(committed + 1)) - found.lines.keys())):
+        notes.append(f"metrics.jsonl has no line of {len(missing)} steps that the run did (first: step {missing[0]}).")
+    if not records and read_marks(run_dir).get("committed"):
+        raise ReportError(f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
+                          "on with the run, whose later steps can be reported")
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")

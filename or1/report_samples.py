@@ -87,7 +87,7 @@ def _spread(files: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
 def _samples(path: Path, tokenizer: Tokenizer | None) -> Iterator[Sample]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         missing = {"status", "finish", "response", "prompt", "reward"} - set(file.schema_arrow.names)
         if missing:
             raise ValueError(f"missing columns {', '.join(sorted(missing))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -15,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from or1.alarms import EntropyWatch
-from or1.checkpoint import CheckpointError, committed_steps, read_manifest, step_folder
+from or1.checkpoint import CheckpointError, read_manifest, step_folder, step_folders
 from or1.config import Config
 from or1.config_load import dump_config
 from or1.data import SamplerState, SolvedPrompts
 from or1.engine_logp import unknown_tokens
 from or1.entropy import EntropyController
-from or1.files import without_links, write_whole
+from or1.files import NO_ROOM, fsync, without_links, write_whole
 from or1.metrics import read_metrics
 from or1.rollout_state import InFlight
 from or1.run_changes import changed_keys, described, fixed_keys
+from or1.run_marks import NAME as MARKS
+from or1.run_marks import is_altered, lost_history, mark_record
+from or1.run_places import unusable
 from or1.stages import StageProgress
 from or1.types import Group, Status
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 RECORD = "config.resolved.json"
 """The settings of a run, in its folder."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Left by a run that ended out of memory.
 _ROW_CAP = "row_tokens.json"
 
@@ -156,12 +157,26 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         # A local model by its whole path, so that `or1 export` finds it from any folder.
         model = config.model.model_copy(update={"path": _whole_path(config.model.path)})
-        write_whole(run_dir / RECORD, dump_config(config.model_copy(update={"model": model})))
+        text = dump_config(config.model_copy(update={"model": model}))
+        messages += _remarks(run_dir, changed)
+        mark_record(run_dir, text)
+        write_whole(run_dir / RECORD, text)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise
         raise RunError(f"run_dir = {str(run_dir)!r} cannot be a run's folder ({error}); choose another") from error
     return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
+
+
+def _remarks(run_dir: Path, changed: list[str]) -> list[str]:
+    """Return what is odd about a folder that may be gone on with."""
+    said = []
+    if changed and is_altered(run_dir, (run_dir / RECORD).read_bytes()):
+        said.append(f"{run_dir / RECORD} was changed since the run wrote it; it is written anew from these settings")
+    done = [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
+    if done and max(done) > 0 and not step_folders(checkpoints_of(run_dir)):
+        said.append(f"no checkpoint was committed in {max(done)} steps; the run begins again at step 0")
+    return said
 
 
 def require_movable(run_dir: Path) -> None:
@@ -195,15 +210,20 @@ def check_run_dir(config: Config) -> list[str]:
     settings that a resumed run must not change, or that does not say with which it was started.
     """
     run_dir = config.run_path
+    if problem := unusable(run_dir):
+        raise RunError(problem)
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"run_dir = {str(run_dir)!r} is a file; choose another, with --set run_dir=...")
-    if not (run_dir / RECORD).is_file():
-        return []
-    recorded, steps = recorded_config(run_dir), committed_steps(checkpoints_of(run_dir))
-    if not steps and not read_metrics(run_dir / "metrics.jsonl"):
+    recorded = recorded_config(run_dir) if (run_dir / RECORD).is_file() else {}
+    if lost := lost_history(run_dir, _checkpoint_every(recorded, config)):
+        raise RunError(lost)
+    steps = step_folders(checkpoints_of(run_dir))
+    if not recorded or (not steps and not read_metrics(run_dir / "metrics.jsonl")):
         return []
     settings = config.model_dump(mode="json")
     for each in (recorded, settings):
+        # The folder is the run's identity, by whatever path.
+        each.pop("run_dir", None)
         if isinstance(model := each.get("model"), dict) and "path" in model:
             model["path"] = _whole_path(str(model["path"]))
     changed = changed_keys(recorded, settings)
@@ -211,12 +231,20 @@ def check_run_dir(config: Config) -> list[str]:
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
         stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
                   "until it ends, or if it is the last") if any(key.startswith("stage.") for key in fixed) else ""
+        altered = (f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
+                   "this command)") if is_altered(run_dir, (run_dir / RECORD).read_bytes()) else ""  # fmt: skip
         raise RunError(
-            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}: "
+            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}: "
             f"{described(fixed, recorded, settings)}. Set the old values to go on with that run, choose another folder "
             "with --set run_dir=..., or start anew with --fresh, which moves the old run aside"
         )
     return changed
+
+
+def _checkpoint_every(recorded: dict[str, Any], config: Config) -> int:
+    found = recorded.get("checkpoint")
+    every = found.get("every_steps") if isinstance(found, dict) else None
+    return every if type(every) is int and every > 0 else config.checkpoint.every_steps
 
 
 def _whole_path(model: str) -> str:
@@ -228,10 +256,10 @@ def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
     for step in reversed(steps):
         try:
             state = read_manifest(step_folder(checkpoints_of(run_dir), step))["state"]
-        except CheckpointError:
+            stages = StageProgress.from_json(state["stages"])
+            return stages.index, stages.index + (state["step"] > stages.began)
+        except (CheckpointError, ValueError, TypeError, LookupError, AttributeError):
             continue
-        stages = StageProgress.from_json(state["stages"])
-        return stages.index, stages.index + (state["step"] > stages.began)
     return 0, 0
 
 
@@ -252,9 +280,19 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def require_own_record(run_dir: Path) -> None:
+    """Raise RunError if the settings in a run's folder are not those that the run wrote there."""
+    if is_altered(run_dir, (run_dir / RECORD).read_bytes()):
+        raise RunError(
+            f"{run_dir / RECORD} was changed since the run wrote it; put it back as it was, or remove it and repeat "
+            f"the `or1 train` command that began the run. If you meant to change it, remove {run_dir / MARKS}"
+        )
+
+
 def recorded_run(run_dir: Path) -> Config:
     """The config that a run recorded. Raises RunError if it recorded none that this or1 can read."""
     settings = recorded_config(run_dir)
+    require_own_record(run_dir)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -271,19 +309,27 @@ def cap_rows(run_dir: Path, max_tokens: int) -> None:
     partial = run_dir / f".{_ROW_CAP}.{os.getpid()}"
     with open(partial, "w", encoding="utf-8", opener=without_links) as file:
         file.write(json.dumps({"max_tokens": max_tokens}) + "\n")
+    fsync(partial)
     os.replace(partial, run_dir / _ROW_CAP)
+    fsync(run_dir)
 
 
-def row_cap(run_dir: Path) -> int | None:
-    """What `cap_rows` left, None if it was never called. Raises RunError if the file holds anything else."""
+def row_cap(run_dir: Path, least: int = 1) -> int | None:
+    """What `cap_rows` left, None if it was never called. Raises RunError if the file holds no number from `least` on.
+
+    least  tokens that a row must have room for
+    """
     path = run_dir / _ROW_CAP
     if not path.is_file():
         return None
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["max_tokens"])
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        cap = json.loads(path.read_text(encoding="utf-8"))["max_tokens"]
+        if type(cap) is not int or cap < least:
+            raise ValueError(f"{cap!r}, the longest sequence may have {least}")
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError) as error:
         raise RunError(f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and "
                        "rows have optim.max_tokens_per_rank until memory runs out again") from error
+    return cap
 
 
 def checkpoints_of(run_dir: Path) -> Path:

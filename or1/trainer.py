@@ -25,7 +25,7 @@ import torch
 from or1 import faults
 from or1.batches import Minibatch, Trainable, choose, minibatches
 from or1.budget import Budget
-from or1.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
+from or1.checkpoint import Checkpoint
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
 from or1.data import RunData, Sampler, load_run_data
@@ -40,13 +40,14 @@ from or1.model import export_model, load_model, load_tokenizer
 from or1.optim import MasterAdamW
 from or1.parity import compare_engine, require_rounding
 from or1.plateau import eval_level
+from or1.restore import restore
 from or1.reward import make_scorer
 from or1.reward.base import require_rewards
 from or1.rollout import make_engine
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
 from or1.rollout_log import write_rollouts
-from or1.rollout_state import InFlight
+from or1.run_marks import mark_commit
 from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
 from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
 from or1.types import Group, Prompt
@@ -82,11 +83,12 @@ class Trainer:
         self.reference = self._load_reference()
         self.optimizer = MasterAdamW(self.model, config.optim, world)
         self.engine = make_engine(config, self.model, self.tokenizer, world)
-        self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world)
+        mark = partial(mark_commit, config.run_path)
+        self.checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world, mark)
         cap = partial(cap_rows, config.run_path)
         self.budget = Budget(config.optim.max_tokens_per_rank, tell=display.message, cap=cap)
         self._checkpoint_s: float | None = None
-        self.state = self._restore(resume) or TrainState.start(config)
+        self.state = restore(self, resume) or TrainState.start(config)
         for message in self.state.note_inputs(inputs_of(config, self.data)):
             display.message(message)
         if resume is None:
@@ -102,6 +104,7 @@ class Trainer:
         with (
             closing(self.engine),
             closing(self.feed),
+            closing(self.checkpoints),
             self._metrics() as writer,
             make_scorer(self.config.reward, self._all_prompts(), self.config.run_path) as self.scorer,
         ):
@@ -123,7 +126,10 @@ class Trainer:
         if not self.world.is_main:
             yield None
             return
-        kept = rewind_metrics(self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1)
+        path, last = self.config.run_path / "metrics.jsonl", self.state.step if self.state.step else -1
+        kept, remarks = rewind_metrics(path, last)
+        for remark in remarks:
+            self.display.message(remark)
         self.display.recall(kept)
         writer = MetricsWriter(self.config.run_path, self.config.log.tensorboard, first_step=self.state.step + 1)
         with closing(writer):
@@ -335,30 +341,6 @@ class Trainer:
         except DiskError as error:
             self.state.totals["failed_checkpoints"] += 1
             self.display.message(str(error))
-
-    def _restore(self, step: int | None) -> TrainState | None:
-        folder = checkpoints_of(self.config.run_path)
-        if step is not None:
-            checkpoint = load_checkpoint(step_folder(folder, step), self.world) if step else None
-        else:
-            if self.world.is_main:
-                remove_partials(folder)
-            self.world.barrier()
-            checkpoint, warnings = load_latest(folder, self.world)
-            for warning in warnings:
-                self.display.message(warning)
-        if checkpoint is None:
-            return None
-        state = TrainState.from_json(self.config, checkpoint.state)
-        in_flight = checkpoint.state.get("in_flight", {})
-        state.in_flight = InFlight.from_checkpoint(in_flight, checkpoint.tensors, self.data.prompts, self.tokenizer)
-        self.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
-        self.budget.restore(state.budget)
-        self.engine.update_weights(state.policy_version)
-        self.display.message(f"resumed after step {state.step}")
-        if change := state.stages.resume(self.config, state.step):
-            self.display.message(change)
-        return state
 
     def _cap_rows(self) -> None:
         """Shorter rows than the checkpoint's, if the run ended because those did not fit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from or1.files import write_whole
+from or1.files import SEAL, is_unbroken, sealed, write_whole
+
+_PART = b"or1.part"
 
 
 class StoreError(ValueError):
@@ -49,7 +52,8 @@ class PartStore:
         """Commit one part."""
         path = self._path(index)
         partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=self.schema), partial, compression="zstd")
+        table = pa.Table.from_pylist(list(rows), schema=self.schema).replace_schema_metadata({_PART: str(index)})
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
         _sync(partial)
         os.replace(partial, path)
         self._done.add(index)
@@ -58,12 +62,19 @@ class PartStore:
         """The parts in order."""
         wanted = None if columns is None else list(columns)
         if self._merged:
-            with pq.ParquetFile(self.final) as file:
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, columns=wanted)
+            yield from self._merged_tables(wanted)
             return
         for index in sorted(self._done):
-            yield pq.read_table(self._path(index), columns=wanted)
+            yield pq.read_table(self._path(index), columns=wanted, page_checksum_verification=True)
+
+    def _merged_tables(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        try:
+            with pq.ParquetFile(self.final, page_checksum_verification=True) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=columns)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{self.final} cannot be read ({type(error).__name__}: {error}); restore it, or remove "
+                             "it to sample its rows anew") from error
 
     def merge(self) -> None:
         """Put all rows into `final`, a row group per part, committed by rename; then the parts are removed."""
@@ -73,9 +84,9 @@ class PartStore:
         partial = self.final.with_name(f".{self.final.name}.partial")
         # Anew, since the writer would follow a symbolic link of that name.
         partial.unlink(missing_ok=True)
-        with pq.ParquetWriter(partial, self.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(partial, self.schema, compression="zstd", write_page_checksum=True) as writer:
             for table in self.tables():
-                writer.write_table(table)
+                writer.write_table(table.replace_schema_metadata(None))
         _sync(partial)
         os.replace(partial, self.final)
         self._merged = True
@@ -89,6 +100,8 @@ class PartStore:
     def _read_record(self) -> dict[str, Any]:
         try:
             before = json.loads(self._record.read_text(encoding="utf-8"))
+            if not is_unbroken(before):
+                raise ValueError("it was altered")
             if not isinstance(before["part_size"], int) or not isinstance(before["merged"], bool):
                 raise ValueError("part_size or merged is missing")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -98,10 +111,11 @@ class PartStore:
 
     def _write_record(self) -> None:
         own = {"part_size": self.size, "merged": self._merged}
-        write_whole(self._record, json.dumps({**self._settings, **own}, indent=1))
+        write_whole(self._record, json.dumps(sealed({**self._settings, **own}), indent=1))
 
     def _go_on(self, before: dict[str, Any]) -> None:
         self.size, merged = before.pop("part_size"), before.pop("merged")
+        before.pop(SEAL, None)
         changed = [key for key in sorted(before | self._settings) if before.get(key) != self._settings.get(key)]
         if changed:
             raise StoreError(f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
@@ -119,16 +133,21 @@ class PartStore:
         return self.folder / f"part_{index:06d}.parquet"
 
     def _numbers(self) -> list[int]:
-        return [int(path.stem.removeprefix("part_")) for path in self.folder.glob("part_*.parquet")]
+        found = (re.fullmatch(r"part_([0-9]{6,})\.parquet", path.name) for path in self.folder.iterdir())
+        return [int(match[1]) for match in found if match]
 
     def _is_whole(self, index: int) -> bool:
-        """Whether a part can be read; one that a power cut left without its end is sampled again."""
+        """Whether a part can be read and is the one of its name; one that a power cut left cut is sampled again."""
+        path = self._path(index)
         try:
-            pq.read_metadata(self._path(index))
-        except (pa.ArrowException, OSError):
-            self._path(index).unlink()
-            return False
-        return True
+            table = pq.read_table(path, page_checksum_verification=True)
+            part = (table.schema.metadata or {}).get(_PART, str(index).encode())
+            if table.schema.equals(self.schema) and part == str(index).encode():
+                return True
+        except (pa.ArrowException, OSError, ValueError, KeyError):
+            pass
+        path.unlink()
+        return False
 
 
 def move_aside(path: Path) -> str | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from or1.config import Config
 from or1.config.rules import Problem
 from or1.config_load import ConfigError, load_config
+from or1.run_places import unreadable
+from or1.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
     Raises ConfigError, and what `or1.launch.export_run` raises.
     """
     path = Path(target)
+    if problem := unreadable(target):
+        raise _refusal(target, problem)
     if re.match(r"https?://", target):
         given = _set("endpoint.url", target)
         config = load_config(_needed(recipe, target), [given, *overrides], "eval")
         return Target(config, config.run_path / "eval" / _file_name(config.endpoint.model or target))
     if (path / "config.resolved.json").is_file():
+        from or1.run_state import require_own_record
+
+        require_own_record(path)
         weights = _weights_of_run(path, step)
         given = _set("model.path", str(weights))
         config = load_config(recipe or path / "config.resolved.json", [given, *overrides], "eval")
@@ -61,18 +68,29 @@ def _needed(recipe: str | None, target: str) -> str:
 
 
 def _weights_of_run(run_dir: Path, step: int | None) -> Path:
-    from or1.checkpoint import committed_steps
+    from or1.checkpoint import step_folders
+    from or1.exported import export_problem
     from or1.launch import export_run
     from or1.run_state import checkpoints_of
 
     exported = run_dir / "weights"
-    steps = committed_steps(checkpoints_of(run_dir))
+    kept = step_folders(checkpoints_of(run_dir))
+    steps = list(kept)
     steps += [int(found[1]) for path in exported.glob("step_*") if (found := re.fullmatch(r"step_(\d+)", path.name))]
     if not steps:
         raise _refusal(str(run_dir), "has no checkpoint yet; wait until it has one, or name a checkpoint folder")
     chosen = max(steps) if step is None else step
     folder = exported / f"step_{chosen}"
-    return folder if (folder / "config.json").is_file() else export_run(run_dir, chosen, None)
+    if not folder.is_dir():
+        return export_run(run_dir, chosen, None)
+    problem = export_problem(folder)
+    if not problem and (folder / "config.json").is_file():
+        return folder
+    problem = problem or f"{folder / 'config.json'} is missing"
+    if chosen not in kept:
+        raise _refusal(str(run_dir), f"has no checkpoint of step {chosen} any more, and {problem}; name another --step")
+    tell(f"{problem}; the weights are exported anew from the checkpoint")
+    return export_run(run_dir, chosen, None)
 
 
 def _refusal(target: str, message: str) -> ConfigError:

@@ -23,6 +23,7 @@ from or1.checkpoint import (
 )
 from or1.checkpoint_writer import save_checkpoint
 from or1.cli import main
+from or1.files import sealed
 
 SHARD = "shard_0.safetensors"
 
@@ -40,7 +41,8 @@ def run_dir(tmp_path: Path) -> Path:
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    # Sealed again, as somebody who means it would.
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def assert_refused(run_dir: Path, named: str, capsys: pytest.CaptureFixture[str]) -> None:

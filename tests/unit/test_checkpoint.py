@@ -56,7 +56,6 @@ def test_a_half_written_step_is_invisible_and_cleared(tmp_path: Path) -> None:
     partial = tmp_path / ".step_2.partial"
     partial.mkdir()
     (partial / "shard_0.safetensors").write_bytes(b"half")
-    (tmp_path / "step_3").mkdir()
     remove_partials(tmp_path)
     latest, warnings = load_latest(tmp_path)
     assert latest is not None and latest.step == 1 and not warnings

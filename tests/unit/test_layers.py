@@ -17,6 +17,7 @@ LAYERS = {
     "or1.dist": 3, "or1.fsdp": 3, "or1.sequence_parallel": 3, "or1.checkpoint_writer": 3, "or1.watchdog": 4,
     "or1.checkpoint_tool": 5, "or1.rank_display": 5, "or1.local_ranks": 6, "or1.replay": 6,
     "or1.restarts": 6, "or1.run_lock": 5,
+    "or1.run_marks": 3, "or1.exported": 3, "or1.run_places": 3, "or1.restore": 5,
     "or1.prefix": 2, "or1.magic": 2, "or1.run_changes": 2,
     "or1.model_source": 2, "or1.attention": 3, "or1.soft_attention": 2, "or1.model": 3, "or1.optim": 3, "or1.data": 3,
     "or1.memory": 3, "or1.moments": 3, "or1.model_folder": 3, "or1.isolation": 3, "or1.budget": 3, "or1.stand_in": 3,

@@ -44,7 +44,7 @@ def test_a_start_that_fails_midway_leaves_the_record_whole(tmp_path: Path) -> No
     assert (tmp_path / RECORD).read_text() == before
     assert prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))[0].endswith("log.tensorboard")
     assert recorded_config(tmp_path)["log"]["tensorboard"] is False
-    assert {path.name for path in tmp_path.iterdir()} == {RECORD, "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {RECORD, ".marks.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 0', "[1]", "\udcff"])
@@ -66,7 +66,7 @@ def commit(run_dir: Path, step: int, *stages: int) -> None:
     folder = run_dir / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
     state = {"step": step, "stages": {"index": stages[0], "began": stages[1], "history": []}}
-    (folder / "manifest.json").write_text(json.dumps({"format": 2, "files": {}, "state": state}))
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "step": step, "files": {}, "state": state}))
 
 
 def test_a_start_that_trained_nothing_leaves_its_folder_free(tmp_path: Path) -> None:

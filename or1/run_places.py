@@ -1,0 +1,38 @@
+"""Whether a run's folder, and the names in it, can be what a run needs them to be; found before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_FILES = ("config.resolved.json", "metrics.jsonl", ".lock", "row_tokens.json", ".marks.json", ".metrics.sums",
+          ".metrics.jsonl.partial", ".config.resolved.json.partial", ".marks.json.partial",
+          ".metrics.sums.partial")  # fmt: skip
+_FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard")
+
+
+def unreadable(path: str) -> str:
+    """Return why the letters of a path cannot be read, with the remedy; "" if they can."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return (f"{path!r} has letters that Python cannot read in this locale (its encoding of file names is "
+                f"{sys.getfilesystemencoding()}); set PYTHONUTF8=1 or LANG=C.UTF-8, or choose another folder")
+    return ""
+
+
+def unusable(run_dir: Path) -> str:
+    """Return why a folder cannot be a run's, with the remedy; "" if it can."""
+    text = str(run_dir)
+    if problem := unreadable(text):
+        return f"run_dir: {problem}"
+    try:
+        for name in _FILES:
+            if (run_dir / name).is_dir():
+                return f"{run_dir / name} is a folder, and a run keeps a file there; remove or rename it"
+        for name in _FOLDERS:
+            if (run_dir / name).exists() and not (run_dir / name).is_dir():
+                return f"{run_dir / name} is a file, and a run keeps a folder there; remove or rename it"
+    except (OSError, ValueError) as error:
+        return f"run_dir = {text!r} cannot be a run's folder ({error}); choose another, with --set run_dir=..."
+    return ""
