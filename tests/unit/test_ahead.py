@@ -33,6 +33,7 @@ class OneSolved:
 
 def steps(config: Config, count: int, evaluation: dict[str, float] | None = None) -> tuple[Trainer, list[bool]]:
     """A trainer after so many steps, and whether each had made the rollout of the next one."""
+    config.run_path.mkdir(parents=True, exist_ok=True)
     trainer = trainer_of(config)
     trainer.scorer = OneSolved()
     trainer.scorer.first = trainer.data.prompts[0].id

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import or1.trainer
 from or1.cli import main
 from or1.model import load_model
+from or1.parity import LIMIT_KL
 
 SHORT = {"stage__0__steps": 1, "stage__1__steps": 1, "stage__0__prompts_per_step": 8, "stage__0__group_size": 8}
 
@@ -66,4 +67,5 @@ def test_updates_that_move_the_policy_within_a_step_are_no_mismatch(dtype: str, 
     settings = {"optim__lr": 0.01, "optim__warmup_steps": 0, "stage__0__minibatch_prompts": 2, "stage__0__reuse": 2}
     assert main(arguments(tmp_path / "run", **SHORT, **settings, model__dtype=dtype)) == 0
     later = [line["mismatch/kl"] for line in lines(tmp_path / "run") if line["step"] == 1]
-    assert later[0] > 1e-6, "the second update of a step trains on what another policy sampled"
+    # The policy has moved since, but it is compared with the one that sampled.
+    assert later[0] < LIMIT_KL[dtype]

@@ -31,6 +31,7 @@ from or1.checkpoint import Checkpoint, committed_steps
 from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.cli import _guarded, main
 from or1.config import EvalSet
+from or1.config_load import ConfigError, load_config
 from or1.data import SamplerState
 from or1.dist import SINGLE
 from or1.files import SEAL
@@ -471,12 +472,8 @@ def test_an_eval_set_cannot_be_a_folder_above(name: str) -> None:
 
 def test_a_path_that_the_locale_cannot_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9")
-    with pytest.raises(RunError, match="PYTHONUTF8=1"):
-        from or1.config_load import load_config
-        from or1.run_state import check_run_dir
-
-        config = load_config(ROOT / "examples/quickstart.toml", [f"run_dir={place}"], files=False)
-        check_run_dir(config)
+    with pytest.raises(ConfigError, match="set LANG to a UTF-8 locale"):
+        load_config(ROOT / "examples/quickstart.toml", [f"run_dir={place}"], files=False)
     os.makedirs(place)
     Path(place, "config.resolved.json").write_text("{}")
     assert main(["eval", place]) == 2

@@ -17,6 +17,7 @@ from or1.cli import main
 from or1.config import Config
 from or1.config_load import dump_config, load_config
 from or1.run_lock import RunLock
+from or1.run_marks import NAME as MARKS
 from or1.run_state import RECORD, RunError, prepare_run_dir, recorded_config
 
 
@@ -96,6 +97,7 @@ def test_a_run_of_before_a_setting_was_goes_on_with_its_default(tmp_path: Path) 
     """loss.entropy.measure and data.solved_visits are new, and what makes a plateau has other defaults than it had."""
     prepare_run_dir(config_of(tmp_path))
     commit(tmp_path, 40, 1, 30)
+    (tmp_path / MARKS).unlink()  # an older or1 left none
     record = json.loads((tmp_path / RECORD).read_text())
     del record["loss"]["entropy"]["measure"], record["data"]["solved_visits"]
     for stage in record["stage"]:
