@@ -137,6 +137,7 @@ class Engine:
         draw_CV = self.settings.backend.row_grads_(
             raw_CV, inputs.targets, inputs.inv_tau, self.settings.transform, stats, slopes[:2],
             out_dtype=self.gemms.operand)
+        gemms.zero_behind_rows(draw_CV)
         if self.dbias_V is not None:
             self.dbias_V += draw_CV.sum(0, dtype=self.acc)
         if self.dhidden_NH is not None and index_K is None:

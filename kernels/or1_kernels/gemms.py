@@ -79,6 +79,19 @@ class Residual:
 Gemms = Upcast | WideOut | Residual
 
 
+def zero_behind_rows(matrix_CV: Tensor) -> None:
+    """Zero what stands behind each row of a bf16 view of wider rows, before a CPU multiplies with it.
+
+    AMX instructions take 32 elements at a time. oneDNN reads past the end of a row and multiplies what it finds by
+    zero, which for the bits of an overwritten logit may be NaN.
+    """
+    rows, columns = matrix_CV.shape
+    behind = min(matrix_CV.stride(0) - columns, 31)
+    if matrix_CV.device.type == "cpu" and matrix_CV.dtype == torch.bfloat16 and behind > 0:
+        start = matrix_CV.storage_offset() + columns
+        matrix_CV.as_strided((rows, behind), matrix_CV.stride(), start).zero_()
+
+
 def choose(weight_VH: Tensor, num_rows: int) -> Gemms:
     """The fastest exact GEMMs for this weight and number of rows in the whole call."""
     if weight_VH.dtype == torch.bfloat16:

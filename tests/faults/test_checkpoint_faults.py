@@ -96,7 +96,8 @@ def test_f03_a_run_goes_on_without_a_checkpoint_and_only_the_last_must_be_writte
     last = tmp_path / "last"
     fault = "ckpt.before_shard:rank0:step3:enospc"
     assert or1_ranks(2, arguments(last, **settings), log, OR1_FAULT=fault) == [75, 75]
-    assert committed_steps(last / "checkpoints") == [1, 2]
+    # The older one has made room for a second try, which failed too; the newest that verifies stays.
+    assert committed_steps(last / "checkpoints") == [2]
 
 
 @pytest.mark.timeout(200)

@@ -202,3 +202,13 @@ def test_an_objective_may_be_the_name_of_its_kind(kit):
         linear_policy_loss(*rest, **given, objective="cipso")
     with pytest.raises(TypeError, match="objective is 3, a int; pass a PolicyObjective"):
         linear_policy_loss(*rest, **given, objective=3)
+
+
+def test_a_product_with_a_view_of_wider_rows_takes_nothing_from_behind_them():
+    wide = torch.full((64, 2 * 1031 + 2), float("nan"), dtype=torch.bfloat16)
+    narrow, weight = wide[:, :1031], torch.randn(1031, 64).to(torch.bfloat16)
+    narrow.copy_(torch.randn(64, 1031))
+    before = narrow.clone()
+    gemms.zero_behind_rows(narrow)
+    assert torch.equal(narrow, before) and torch.isnan(wide[:, -1]).all()
+    assert torch.isfinite(narrow @ weight).all()

@@ -152,6 +152,7 @@ class Inside:
             "path": [entry for entry in sys.path if _is_packages(entry)],
             "limits": asdict(self._limits),
             "outside": _process_namespace(),
+            "shown": _visible(),
         }
         try:
             self._write(_script(role), time.monotonic() + START_LIMIT_S)

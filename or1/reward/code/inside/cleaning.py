@@ -35,15 +35,27 @@ def end_all_others():
         time.sleep(0.0005)
 
 
-def empty_scratch():
-    """Remove all files that a test has left in the private folders, however deep. Raises OSError."""
+def empty_scratch(shown):
+    """Remove all files that a test has left in the private folders, however deep. Raises OSError.
+
+    shown  paths of the host in the sandbox; they and the folders that lead to them stay, wherever they are
+    """
     for top in SCRATCH:
         if os.stat(top).st_uid == os.getuid():  # the program may have closed its own folder
             os.chmod(top, 0o1777)
         # A name that no program can have taken before.
         folders, count, prefix = [], 0, os.path.join(top, f".{os.urandom(16).hex()}-")
-        for name in os.listdir(top):
-            _remove(os.path.join(top, name), folders)
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            for name in os.listdir(folder):
+                path = os.path.join(folder, name)
+                if path in shown:
+                    continue
+                if any(each.startswith(path + "/") for each in shown):
+                    waiting.append(path)
+                else:
+                    _remove(path, folders)
         while folders:
             folder = folders.pop()
             os.chmod(folder, 0o700)

@@ -56,7 +56,7 @@ def main():
             send(1, {"error": f"{type(error).__name__}: {error}"})
             return
         send(1, {})
-        program = Program(code, setup, names, order["limits"], alone)
+        program = Program(code, setup, names, order["limits"], alone, order["shown"])
         # Once, for all children: to check a filter takes the kernel longer than a fork.
         refuse_calls(rules)
         while True:
@@ -72,8 +72,9 @@ def main():
 class Program:
     """The compiled program and the child that has loaded it, if one lives."""
 
-    def __init__(self, code, setup, names, limits, alone):
-        self.code, self.setup, self.names, self.limits, self.alone = code, setup, names, limits, alone
+    def __init__(self, code, setup, names, limits, alone, shown):
+        self.code, self.setup, self.names, self.limits = code, setup, names, limits
+        self.alone, self.shown = alone, shown
         # Standard streams of every run, since the filter allows no new memfd.
         self.streams = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
         # Library functions that programs use without an import; what a program defines itself comes before them.
@@ -128,7 +129,7 @@ class Program:
         """Leave no process and no file of this test to the next one. Raises OSError."""
         if self.alone:
             end_all_others()
-            empty_scratch()
+            empty_scratch(self.shown)
 
     def load(self):
         theirs, self.orders = os.pipe()
