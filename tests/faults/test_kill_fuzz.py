@@ -56,10 +56,10 @@ def gone(pids: list[int]) -> bool:
 
 
 @contextmanager
-def all_end(pids: list[int]) -> Iterator[None]:
+def all_end(pids: list[int], limit_s: float = 15) -> Iterator[None]:
     """What a killed process has started ends soon after it."""
     yield
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + limit_s
     while not gone(pids):
         assert time.monotonic() < deadline, f"some of {pids} outlive the kill"
         time.sleep(0.05)
@@ -137,7 +137,8 @@ def kill_launcher(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, 
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT) as process:
         if not await_moment(run_dir, dice, lambda: process.poll() is not None):
             return finished(process.wait(), log)
-        with all_end(children(process.pid)):
+        # Ranks that have not met yet look for the launcher's store until dist.timeout_s, which is 60 here.
+        with all_end(children(process.pid), 90):
             process.kill()
     return False, 1
 
