@@ -16,6 +16,7 @@ from or1.cli_hints import Parser, set_in_two_words
 from or1.config import Config
 from or1.config_load import ConfigError, load_config
 from or1.files import NO_ROOM
+from or1.local_ranks import end_with_launcher
 from or1.terminal import guard_terminal, tell
 
 # A place that this user may not use, or that is of another kind than a run's.
@@ -31,6 +32,7 @@ _NO_ROOM = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     if argv is None:
+        end_with_launcher()
         guard_terminal()  # The process is or1's own, and so are its hooks.
     if problem := set_in_two_words(sys.argv[1:] if argv is None else argv):
         return _fail(problem, EXIT_USAGE)

@@ -15,7 +15,20 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from or1.reward.processes import die_with
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LAUNCHER = "OR1_LAUNCHER"
+
+
+def end_with_launcher() -> None:
+    """In a rank that `run_ranks` started: end this process as soon as the launcher is gone.
+
+    Ranks that have not met yet would wait for the launcher's store, up to `dist.timeout_s`.
+    """
+    # What a rank starts inherits its variables and has another parent.
+    if launcher := os.environ.pop(_LAUNCHER, None):
+        die_with(int(launcher))
 
 
 def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
@@ -30,6 +43,7 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc),
+        _LAUNCHER: str(os.getpid()),
         **_gloo_on_loopback(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }  # fmt: skip

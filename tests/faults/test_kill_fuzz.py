@@ -137,8 +137,7 @@ def kill_launcher(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, 
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT) as process:
         if not await_moment(run_dir, dice, lambda: process.poll() is not None):
             return finished(process.wait(), log)
-        # Ranks that have not met yet look for the launcher's store until dist.timeout_s, which is 60 here.
-        with all_end(children(process.pid), 90):
+        with all_end(children(process.pid)):
             process.kill()
     return False, 1
 
