@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from or1.attention import NAMES
-from or1.budget import Budget
+from or1.commands.train import quiet_libraries
 from or1.config import ModelConfig
 from or1.config.optim import OptimConfig
-from or1.isolation import PackingError, rehearse_model
-from or1.launch import quiet_libraries
-from or1.model import load_model
-from or1.model_folder import read_config
-from or1.optim import MasterAdamW
-from or1.pack import TrainSequence
-from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.dist.oom_retry import Budget
+from or1.model.attention import NAMES
+from or1.model.folder import read_config
+from or1.model.isolation import PackingError, rehearse_model
+from or1.model.load import load_model
+from or1.model.rows import TrainSequence
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
+from or1.train.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 VOCAB = 96

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
-from or1.model import hidden_states, load_model
-from or1.optim import MasterAdamW
-from or1.pack import Microbatch, TrainSequence, pack
+from or1.model.load import hidden_states, load_model
+from or1.model.rows import Microbatch, TrainSequence, pack
 from or1.plan.choices import Choices, Workload, choices_of
 from or1.plan.devices import Device, find_device
-from or1.plan.measure import row_loss, saved_bytes, storage_bytes
 from or1.plan.memory import MemoryPlan, gradient_bytes, optimizer_bytes, plan_memory, weight_bytes
 from or1.plan.shapes import ModelShape, shape_of
+from or1.train.optim import MasterAdamW
 
 TOLERANCE = 0.10
 _PROMPT = 64
@@ -179,7 +179,7 @@ def _on_cpu(name: str, model: PreTrainedModel, optimizer: MasterAdamW, planned: 
 
 
 def _gradients(model: PreTrainedModel, rows: list[Microbatch]) -> torch.Tensor:
-    """Forward and backward of every row, as or1.update does."""
+    """Forward and backward of every row, as or1.train.update does."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     trained = sum(len(batch.rows_N) for batch in rows)
     for batch in rows:

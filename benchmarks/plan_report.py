@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from or1.config_load import load_config
+from or1.config.load import load_config
 from or1.plan.devices import GIB, find_device
 from or1.plan.estimate import Plan, make_plan
 from or1.plan.shapes import shape_of

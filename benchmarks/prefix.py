@@ -20,15 +20,15 @@ import torch
 
 from benchmarks.measure import interleaved, stamp
 from benchmarks.step_batch import ARCHITECTURES, make_model
-from or1.attention import NAMES, choose_backend
-from or1.budget import Budget
 from or1.config import ModelConfig, OptimConfig
-from or1.model import prepare_model
-from or1.optim import MasterAdamW, UpdateResult
-from or1.pack import TrainSequence
-from or1.prefix import saved_fraction
-from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, update_policy
+from or1.dist.oom_retry import Budget
+from or1.model.attention import NAMES, choose_backend
+from or1.model.load import prepare_model
+from or1.model.rows import TrainSequence
+from or1.model.shared_prompts import saved_fraction
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW, UpdateResult
+from or1.train.update import UpdateSettings, update_policy
 from or1_kernels.objective import PolicyObjective
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from or1.config import RewardConfig
+from or1.core.types import CodeTests, Prompt, Response, Status
 from or1.reward import make_scorer
-from or1.types import CodeTests, Prompt, Response, Status
 
 ANSWERS, PROGRAMS, TESTS, WORKERS = 1000, 500, 10, 2
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from or1 import __version__
-from or1.cli_hints import Parser, set_in_two_words
+from or1.commands.hints import Parser, set_in_two_words
 from or1.config import Config
-from or1.config_load import ConfigError, load_config
-from or1.files import NO_ROOM
-from or1.local_ranks import end_with_launcher
-from or1.terminal import guard_terminal, tell
+from or1.config.load import ConfigError, load_config
+from or1.core.files import NO_ROOM
+from or1.core.terminal import guard_terminal, tell
+from or1.dist.local_ranks import end_with_launcher
 
 # A place that this user may not use, or that is of another kind than a run's.
 _NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -125,13 +125,13 @@ def _add_checkpoint_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from or1.replay import replay
+    from or1.commands.replay import replay
 
     return _guarded(lambda: replay(arguments.run_dir, arguments.step))
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
-    from or1.checkpoint_tool import list_checkpoints, prune_checkpoints, verify_checkpoints
+    from or1.commands.ckpt import list_checkpoints, prune_checkpoints, verify_checkpoints
 
     match arguments.action:
         case "ls":
@@ -166,7 +166,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"or1 {__version__}: reading {arguments.config}", flush=True)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from or1.launch import rehearse
+        from or1.commands.train import rehearse
 
         return _guarded(lambda: rehearse(config, fresh=arguments.fresh))
     if "RANK" in os.environ:
@@ -175,7 +175,7 @@ def _train(arguments: argparse.Namespace) -> int:
     elif arguments.nproc is not None or arguments.restarts:
         return _train_in_processes(config, arguments)
     try:
-        from or1.launch import launch
+        from or1.commands.train import launch
 
         return _guarded(lambda: launch(config, fresh=arguments.fresh))
     except KeyboardInterrupt:
@@ -186,9 +186,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
-    from or1.local_ranks import run_ranks
-    from or1.restarts import keep_running
-    from or1.run_state import checkpoints_of
+    from or1.commands.restarts import keep_running
+    from or1.dist.local_ranks import run_ranks
+    from or1.run.directory import checkpoints_of
 
     overrides = [part for override in arguments.overrides for part in ("--set", override)]
 
@@ -202,11 +202,11 @@ def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from or1.offline.target import Target, resolve_target
+    from or1.eval.target import Target, resolve_target
 
     def action() -> None:
         target = resolve_target(arguments.target, arguments.recipe, arguments.overrides, arguments.step)
-        from or1.eval_run import run_evaluation
+        from or1.commands.eval import run_evaluation
 
         run_evaluation(Target(target.config, arguments.out or target.out), arguments.fresh)
 
@@ -216,7 +216,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _filter(arguments: argparse.Namespace) -> int:
     server = [f'endpoint.url="{arguments.server}"'] if arguments.server else []
     config = load_config(arguments.config, [*server, *arguments.overrides], "filter")
-    from or1.filter_run import run_filter
+    from or1.commands.filter import run_filter
 
     return _guarded(lambda: run_filter(config, arguments.out, arguments.fresh))
 
@@ -248,19 +248,19 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from or1.report import write_report
+    from or1.report.page import write_report
 
     return _guarded(lambda: print(write_report(arguments.run_dir)))
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from or1.launch import export_run
+    from or1.commands.train import export_run
 
     return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from or1.doctor import diagnose
+    from or1.commands.doctor import diagnose
 
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     healthy = True

@@ -22,42 +22,42 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from or1 import faults
-from or1.batches import Minibatch, Trainable, choose, minibatches
-from or1.budget import Budget
-from or1.checkpoint import Checkpoint
-from or1.checkpoint_writer import CheckpointWriter, DiskError
 from or1.config import Config, StageConfig
+from or1.core import faults
+from or1.core.types import Group, Prompt
 from or1.data import RunData, Sampler, load_run_data
-from or1.dist import SINGLE, World
-from or1.empty_steps import note_step
-from or1.engine_logp import is_known, unknown_tokens
-from or1.evaluate import evaluate_set
-from or1.feed import RolloutFeed, step_seed
-from or1.inputs import inputs_of
-from or1.metrics import MetricsWriter, rewind_metrics
-from or1.model import export_model, load_model, load_tokenizer
-from or1.optim import MasterAdamW
-from or1.parity import compare_engine, require_rounding
-from or1.plateau import eval_level
-from or1.restore import restore
+from or1.data.fingerprint import inputs_of
+from or1.dist.oom_retry import Budget
+from or1.dist.world import SINGLE, World
+from or1.eval.accuracy import evaluate_set
+from or1.magic.empty_steps import note_step
+from or1.magic.plateau import eval_level
+from or1.magic.selection import Minibatch, Trainable, choose, minibatches
+from or1.magic.unknown_logp import is_known, unknown_tokens
+from or1.model.load import export_model, load_model, load_tokenizer
 from or1.reward import make_scorer
-from or1.reward.base import require_rewards
+from or1.reward.scorer import require_rewards
 from or1.rollout import make_engine
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
-from or1.rollout_log import write_rollouts
-from or1.run_marks import mark_commit
-from or1.run_state import TrainState, cap_rows, checkpoints_of, row_cap
-from or1.step_metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
-from or1.types import Group, Prompt
-from or1.update import UpdateSettings, prepared, update_policy
+from or1.run.checkpoint import Checkpoint
+from or1.run.checkpoint_writer import CheckpointWriter, DiskError
+from or1.run.directory import TrainState, cap_rows, checkpoints_of, row_cap
+from or1.run.marks import mark_commit
+from or1.run.metrics_log import MetricsWriter, rewind_metrics
+from or1.run.resume import restore
+from or1.run.rollout_log import write_rollouts
+from or1.train.engine_check import compare_engine, require_rounding
+from or1.train.metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
+from or1.train.optim import MasterAdamW
+from or1.train.rollout_queue import RolloutFeed, step_seed
+from or1.train.update import UpdateSettings, prepared, update_policy
 from or1_kernels.objective import PolicyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from or1.rank_display import RankDisplay
+    from or1.report.rank_display import RankDisplay
 
 
 class Trainer:

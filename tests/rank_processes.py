@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from or1 import faults
+from or1.core import faults
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["or1.trainer", "or1.launch"])
+FORKS.set_forkserver_preload(["or1.trainer", "or1.commands.train"])
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from or1.config.base import MOST_TOKENS, FilePath, Section, StringList
+from or1.config.section import MOST_TOKENS, FilePath, Section, StringList
 
 _Solved = Annotated[int, Field(ge=0, le=65536)]
 

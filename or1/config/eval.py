@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from or1.config.base import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
+from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
 
 _Samples = Annotated[int, Field(ge=1, le=65536)]
 

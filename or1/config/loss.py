@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from or1.config.base import Section
+from or1.config.section import Section
 
 
 class EntropyConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from or1.config.base import MOST_TOKENS, FilePath, Section
+from or1.config.section import MOST_TOKENS, FilePath, Section
 
 # Names that other trainers take for the same thing.
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "float": "float32", "double": "float64"}

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from or1.config.base import MOST_STEPS, Section
 from or1.config.model import short_dtype
+from or1.config.section import MOST_STEPS, Section
 
 
 class OptimConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from or1.config.base import MOST_MIB, MOST_SECONDS, MOST_TOKENS, Section
+from or1.config.section import MOST_MIB, MOST_SECONDS, MOST_TOKENS, Section
 
 
 class CodeRewardConfig(Section):

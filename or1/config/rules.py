@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from or1.config import Config
-from or1.config.base import path_problem
 from or1.config.paths import is_dir, is_file
+from or1.config.section import path_problem
 
 
 class Problem(NamedTuple):

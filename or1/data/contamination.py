@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from or1.types import Prompt
+from or1.core.types import Prompt
 
 _WORD = re.compile(r"[^\W_]+")
 _SYMBOL_OR_WORD = re.compile(r"[^\W_]+|[^\w\s]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from or1.types import Prompt
+from or1.core.types import Prompt
 
 
 def duplicate_lines(prompts: Sequence[Prompt]) -> list[str]:

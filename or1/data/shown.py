@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from or1.types import Prompt
+from or1.core.types import Prompt
 
 _MOST = 2000
 """Characters of a prompt that are shown."""

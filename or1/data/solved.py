@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from or1.reward_terms import RIGHT
-from or1.types import Group, Prompt
+from or1.core.types import Group, Prompt
+from or1.reward.terms import RIGHT
 
 
 @dataclass

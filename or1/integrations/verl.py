@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from or1.magic import EntropyController, rollout_entropy
+from or1.magic.tensors import EntropyController, rollout_entropy
 from or1_kernels import PolicyObjective, linear_logprob_entropy, token_loss
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class UnsupportedVerlError(RuntimeError):
 def install(**controller: Any) -> EntropyController:
     """Put the fused head in place of verl's and register the policy loss "magic". Idempotent.
 
-    controller: settings of or1.entropy.EntropyController; none are the released recipe's (target 0.2 nats, delta 1e-4,
+    controller: settings of or1.magic.entropy.EntropyController; none are the released recipe's (target 0.2 nats, delta 1e-4,
     coefficient in [0, 5e-3] from 0). Returns the controller of this process; a later call replaces it. Raises
     UnsupportedVerlError if this verl lacks what is replaced.
     """

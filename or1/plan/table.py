@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from or1.console import default_console
-from or1.humanize import count_text, duration, visible
+from or1.core.text import count_text, duration, visible
 from or1.plan.devices import GIB
 from or1.plan.estimate import Plan
 from or1.plan.memory import COMPONENTS
+from or1.report.console import default_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from or1.balance import SequenceCost
+from or1.model.row_plan import SequenceCost
 from or1.plan.activations import layer_saved
 from or1.plan.choices import Choices, Workload
 from or1.plan.devices import Device

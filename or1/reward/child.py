@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from or1.reward.processes import die_with
-from or1.types import Score
+from or1.core.processes import die_with
+from or1.core.types import Score
 
 NUMBER_BYTES = 16
 """Of a job, in front of everything that is said about it."""

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from or1.core.types import CodeTests
 from or1.reward.code.tested import TestedError, complete
-from or1.types import CodeTests
 
 MAX_TEST_BYTES = 256 << 20
 """Tests of one problem that unpack to more are refused."""

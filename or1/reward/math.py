@@ -13,8 +13,8 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from or1.core.types import Score, Status
 from or1.reward import math_text
-from or1.types import Score, Status
 
 MAX_BOX_CHARS = 2000
 """A longer \\boxed{} is WRONG unless it is a gold answer letter for letter; it is never parsed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from or1.humanize import visible
+from or1.core.text import visible
 
 LOG_NAME = "reward.log"
 """In the folder of a run or of results."""

@@ -25,12 +25,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from or1.humanize import visible
-from or1.reward.base import RewardFunctionError, ScorerError
+from or1.core.processes import kill_descendants
+from or1.core.text import visible
+from or1.core.types import Score, Status
 from or1.reward.child import NUMBER_BYTES
-from or1.reward.processes import kill_descendants
+from or1.reward.scorer import RewardFunctionError, ScorerError
 from or1.reward.worker import READY, WAIT
-from or1.types import Score, Status
 
 START_LIMIT_S = 120.0
 """A worker that is not ready by then is given up; a cold network file system can take a minute."""

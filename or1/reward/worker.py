@@ -29,9 +29,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from or1.core.processes import adopt_orphans, has_children, kill_descendants, reap_orphans
 from or1.reward.child import NUMBER_BYTES, OVER, Work, encoded, framed, live, parsed
 from or1.reward.output import OutputLog
-from or1.reward.processes import adopt_orphans, has_children, kill_descendants, reap_orphans
 
 JOBS_PER_CHILD = 5000
 """Then a new child is forked, so that what sympy leaks stays bounded."""

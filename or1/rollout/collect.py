@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from or1.reward.base import Scorer
-from or1.rollout.base import Engine, Sampling, Slot
-from or1.types import Group, OpenGroup, Prompt, Response, Score
+from or1.core.types import Group, OpenGroup, Prompt, Response, Score
+from or1.reward.scorer import Scorer
+from or1.rollout.engine import Engine, Sampling, Slot
 
 Progress = Callable[[int, int], None]
 

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
-from or1.rollout.base import Finished, Sampling, Slot
-from or1.terminal import tell
-from or1.types import Prompt, Response
+from or1.core.terminal import tell
+from or1.core.types import Prompt, Response
+from or1.rollout.engine import Finished, Sampling, Slot
 
 _MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE_S = 60.0

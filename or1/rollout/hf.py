@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from or1.fsdp import gathered
-from or1.model import eos_token_ids, eval_mode
-from or1.rollout.base import Finished, Job, Sampling, Slot, continued, jobs_of
-from or1.types import Prompt, Response
+from or1.core.types import Prompt, Response
+from or1.dist.fsdp import gathered
+from or1.model.load import eos_token_ids, eval_mode
+from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 
 # Probability 1 in the whole numbers that are sampled from; a token below 1e-16 has none of it.
 _WHOLE = 2.0**52

@@ -11,18 +11,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from or1.budget import Budget
 from or1.config import DistConfig, ModelConfig, OptimConfig
-from or1.dist import World, join
-from or1.model import load_model, load_tokenizer
-from or1.optim import MasterAdamW
-from or1.pack import TrainSequence
-from or1.prefix import Sharing
-from or1.rollout.base import Sampling
+from or1.core.types import Prompt
+from or1.dist.oom_retry import Budget
+from or1.dist.world import World, join
+from or1.model.load import load_model, load_tokenizer
+from or1.model.rows import TrainSequence
+from or1.model.shared_prompts import Sharing
+from or1.rollout.engine import Sampling
 from or1.rollout.hf import HfEngine
-from or1.step_metrics import UpdateStats
-from or1.types import Prompt
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
+from or1.train.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 
 from or1.config import DistConfig, ModelConfig, VllmConfig
-from or1.dist import World, join
-from or1.model import load_model, named_weights
-from or1.rollout import vllm_push, vllm_server, vllm_worker
-from or1.rollout.base import EngineError, Sampling
-from or1.rollout.vllm_server import ServerEngine
-from or1.rollout.vllm_setup import VllmSetup
-from or1.rollout.vllm_shared import FollowingEngine, LeadingEngine
-from or1.rollout.vllm_worker import WeightReceiver
-from or1.types import Prompt
+from or1.core.types import Prompt
+from or1.dist.world import World, join
+from or1.model.load import load_model, named_weights
+from or1.rollout.engine import EngineError, Sampling
+from or1.rollout.vllm import push as vllm_push
+from or1.rollout.vllm import server as vllm_server
+from or1.rollout.vllm import worker as vllm_worker
+from or1.rollout.vllm.server import ServerEngine
+from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.shared import FollowingEngine, LeadingEngine
+from or1.rollout.vllm.worker import WeightReceiver
 
 
 class Worker(WeightReceiver):

@@ -13,9 +13,9 @@ import pytest
 from rank_processes import or1_ranks
 from small_run import arguments, lines
 
-from or1 import restarts
-from or1.checkpoint import MANIFEST, committed_steps
-from or1.local_ranks import _pass_on
+from or1.commands import restarts
+from or1.dist.local_ranks import _pass_on
+from or1.run.checkpoint import MANIFEST, committed_steps
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
 

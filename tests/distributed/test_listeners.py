@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 from listeners import listeners
 
-from or1 import local_ranks
-from or1.dist import open_store
-from or1.rollout.vllm_push import BroadcastPush
-from or1.rollout.vllm_worker import WeightReceiver
+from or1.dist import local_ranks
+from or1.dist.world import open_store
+from or1.rollout.vllm.push import BroadcastPush
+from or1.rollout.vllm.worker import WeightReceiver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.architectures import CASES, write_checkpoint
 from or1.config import ModelConfig
-from or1.model import load_model
+from or1.model.load import load_model
 
 
 @pytest.mark.parametrize(("size", "dtype", "name"), [

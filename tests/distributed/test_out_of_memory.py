@@ -8,8 +8,8 @@ import pytest
 from rank_processes import run_ranks
 
 from or1.config import ModelConfig
-from or1.stand_in import CAN_STAND_IN
-from or1.update import longest_of
+from or1.dist.oom_peers import CAN_STAND_IN
+from or1.train.update import longest_of
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
 FAILURES = [("score", {1: "layer 0 forward 1"}), ("score", {0: "head forward 2"}),

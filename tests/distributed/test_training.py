@@ -9,7 +9,7 @@ import pytest
 from rank_processes import or1_ranks
 from small_run import arguments, lines
 
-from or1.checkpoint import committed_steps, load_checkpoint
+from or1.run.checkpoint import committed_steps, load_checkpoint
 
 CURVES = {"optim/loss": 1e-4, "optim/grad_norm": 1e-4, "policy/entropy": 1e-4, "reward/mean": 0.0}
 

@@ -50,4 +50,4 @@ def server_of(trainer: int) -> int:
     """Process id of the vLLM server that a trainer started."""
     children = ["ps", "-o", "pid=,args=", "--ppid", str(trainer)]
     rows = subprocess.run(children, capture_output=True, text=True, check=True).stdout.splitlines()
-    return next(int(row.split()[0]) for row in rows if "or1.rollout.vllm_process" in row)
+    return next(int(row.split()[0]) for row in rows if "or1.rollout.vllm.process" in row)

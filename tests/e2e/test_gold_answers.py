@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from or1.core.types import Prompt, Response, Score, Status
 from or1.reward.ground_truth import plain_golds
 from or1.reward.scorers import MathScorer
-from or1.types import Prompt, Response, Score, Status
 
 
 def data(root: Path, name: str) -> Path:

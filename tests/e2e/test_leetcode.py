@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from or1.config import RewardConfig
+from or1.core.types import Prompt, Response, Status
 from or1.reward import make_scorer
 from or1.reward.ground_truth import parse_ground_truth
-from or1.types import Prompt, Response, Status
 
 # Right().name, not super().name: a solution that calls itself must not get its own mistake back, where two cancel.
 RETURNS_NONE = """

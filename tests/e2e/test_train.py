@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rank_processes import start_or1
 
-from or1.checkpoint import committed_steps, load_checkpoint
 from or1.cli import main
+from or1.run.checkpoint import committed_steps, load_checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (

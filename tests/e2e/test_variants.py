@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rank_processes import start_or1
 
-from or1.checkpoint import committed_steps
+from or1.run.checkpoint import committed_steps
 
 SETTINGS = (
     "stage.0.steps=9", "stage.1.steps=2", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from or1.checkpoint import committed_steps, load_checkpoint
+from or1.run.checkpoint import committed_steps, load_checkpoint
 
 from .test_train import SAME, arguments, kill_after_step, lines
 

@@ -14,8 +14,9 @@ import torch
 from rank_processes import or1_ranks, run_ranks
 from small_run import arguments, lines
 
-from or1 import faults
-from or1.checkpoint import (
+from or1.cli import main
+from or1.core import faults
+from or1.run.checkpoint import (
     Checkpoint,
     ForeignFileError,
     committed_steps,
@@ -23,8 +24,7 @@ from or1.checkpoint import (
     load_latest,
     verify_checkpoint,
 )
-from or1.checkpoint_writer import CheckpointWriter, DiskError, save_checkpoint
-from or1.cli import main
+from or1.run.checkpoint_writer import CheckpointWriter, DiskError, save_checkpoint
 
 
 def small_checkpoint(step: int) -> Checkpoint:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from or1.checkpoint import (
+from or1.cli import main
+from or1.core.files import sealed
+from or1.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     ForeignFileError,
@@ -21,9 +23,7 @@ from or1.checkpoint import (
     remove_partials,
     verify_checkpoint,
 )
-from or1.checkpoint_writer import save_checkpoint
-from or1.cli import main
-from or1.files import sealed
+from or1.run.checkpoint_writer import save_checkpoint
 
 SHARD = "shard_0.safetensors"
 

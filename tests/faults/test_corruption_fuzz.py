@@ -23,7 +23,7 @@ import pytest
 from small_run import ROOT, arguments
 
 from or1.cli import main
-from or1.metrics import read_metrics
+from or1.run.metrics_log import read_metrics
 
 SEED = int(os.environ.get("OR1_FUZZ_SEED", "16"))
 COUNT = int(os.environ.get("OR1_FUZZ_COUNT", "150"))

@@ -17,9 +17,9 @@ import pytest
 from sandboxes import census, kind_or_skip
 
 from or1.config import RewardConfig
+from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import make_scorer
 from or1.reward.scorers import MathScorer
-from or1.types import Prompt, Response, Score, Status
 
 SLOTS, LIMIT_S = 4, 0.5
 
@@ -69,7 +69,7 @@ IN_A_SCRIPT = """
 import json, sys
 import numpy as np
 from or1.reward.scorers import MathScorer
-from or1.types import Prompt, Response
+from or1.core.types import Prompt, Response
 with MathScorer(workers=1, timeout_s=5) as scorer:
     futures = [scorer.submit(Prompt("t", "t", "?", np.array([1]), (gold,)),
                Response(np.array([1]), np.zeros(1), "stop", 0, text)) for gold, text in json.loads(sys.argv[1])]
@@ -116,7 +116,7 @@ def test_scores_are_the_same_everywhere() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_500_programs_with_10_tests_in_two_minutes_on_two_cores() -> None:
-    from or1.types import CodeTests
+    from or1.core.types import CodeTests
 
     kind_or_skip("auto")
     inputs = tuple(f"{i} {i + 1}\n" for i in range(10))

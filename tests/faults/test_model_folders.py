@@ -16,7 +16,7 @@ from small_run import arguments
 
 from or1.cli import main
 from or1.config import ModelConfig
-from or1.model import ModelError, load_model, load_tokenizer
+from or1.model.load import ModelError, load_model, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fault_work
 from rank_processes import started
 
-from or1.rollout.vllm_push import FilePush
+from or1.rollout.vllm.push import FilePush
 
 
 def when_told(path: Path) -> Path:

@@ -13,8 +13,8 @@ import pytest
 from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
-from or1.checkpoint import committed_steps, load_checkpoint
-from or1.stand_in import CAN_STAND_IN
+from or1.dist.oom_peers import CAN_STAND_IN
+from or1.run.checkpoint import committed_steps, load_checkpoint
 
 
 def output(log: Path, rank: int) -> str:

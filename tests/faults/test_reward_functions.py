@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from or1.core.processes import descendants
+from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import capacity, output, pool
-from or1.reward.base import RewardFunctionError, ScorerError
 from or1.reward.capacity import WORKER_MIB, WORKERS_PER_CORE, check_workers
 from or1.reward.child import MAX_CAUSE
 from or1.reward.output import LOG_NAME, OutputLog
-from or1.reward.processes import descendants
+from or1.reward.scorer import RewardFunctionError, ScorerError
 from or1.reward.scorers import CustomScorer, MathScorer
-from or1.types import Prompt, Response, Score, Status
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, subreapers and pidfds")
 pytestmark = [needs_linux, pytest.mark.timeout(120)]
@@ -237,7 +237,7 @@ import ctypes, sys, time
 import numpy as np
 from pathlib import Path
 from or1.reward.scorers import CustomScorer
-from or1.types import Prompt, Response
+from or1.core.types import Prompt, Response
 
 def dead():
     me, found = str(__import__("os").getpid()), 0
@@ -308,7 +308,7 @@ TRAINER = """
 import sys, time
 import numpy as np
 from or1.reward.scorers import CustomScorer
-from or1.types import Prompt, Response
+from or1.core.types import Prompt, Response
 scorer = CustomScorer(sys.argv[1], workers=1, timeout_s=100)
 prompt = Prompt("t:1", "t", "?", np.array([1]), row={"place": sys.argv[3]})
 scorer.submit(prompt, Response(np.array([1]), np.zeros(1), "stop", 0, sys.argv[2]))

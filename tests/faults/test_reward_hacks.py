@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sandboxes import kind_or_skip, score
 
+from or1.core.types import Score, Status
 from or1.reward.code.sandbox import Inside
-from or1.types import Score, Status
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from or1.cli import main
-from or1.config_load import ConfigError, load_config
-from or1.rollout.base import Finished, Sampling
+from or1.config.load import ConfigError, load_config
+from or1.core.types import Prompt, Response, Score, Status
 from or1.rollout.collect import collect
-from or1.rollout_state import InFlight
-from or1.types import Prompt, Response, Score, Status
+from or1.rollout.engine import Finished, Sampling
+from or1.run.in_flight import InFlight
 
 from .conftest import Side, prompts_of
 

@@ -14,7 +14,7 @@ import pytest
 from or1 import trainer
 from or1.cli import main
 from or1.config import Config
-from or1.rollout.base import Engine
+from or1.rollout.engine import Engine
 from or1.rollout.hf import HfEngine
 
 # Nothing that can be learnt, so that every step has something to learn from.

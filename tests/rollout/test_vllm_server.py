@@ -18,11 +18,11 @@ pytest.importorskip("vllm")
 
 import httpx
 
-from or1.rollout.base import EngineError, Sampling
-from or1.rollout.vllm_process import ServerProcess, bearer
-from or1.rollout.vllm_push import BroadcastPush, FilePush
-from or1.rollout.vllm_server import ServerEngine
-from or1.rollout.vllm_setup import VllmSetup
+from or1.rollout.engine import EngineError, Sampling
+from or1.rollout.vllm.process import ServerProcess, bearer
+from or1.rollout.vllm.push import BroadcastPush, FilePush
+from or1.rollout.vllm.server import ServerEngine
+from or1.rollout.vllm.setup import VllmSetup
 
 from .conftest import Side, prompts_of
 
@@ -202,8 +202,8 @@ def test_a_second_death_in_the_same_call_ends_it_with_a_remedy(side: Side, monke
 
 def test_the_server_ends_with_its_trainer(side: Side, tmp_path: Path) -> None:
     trainer = (
-        "import os, sys, time; from pathlib import Path; from or1.rollout.vllm_process import ServerProcess;"
-        "from or1.rollout.vllm_setup import VllmSetup;"
+        "import os, sys, time; from pathlib import Path; from or1.rollout.vllm.process import ServerProcess;"
+        "from or1.rollout.vllm.setup import VllmSetup;"
         "setup = VllmSetup('.', 'float32', 8, 1, False, 1, 0.5, False, True, ());"
         "process = ServerProcess(setup, None, Path(sys.argv[1])); process.start(); print(process.pid, flush=True);"
         "time.sleep(60)"

@@ -14,16 +14,16 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from or1.config import Config, DistConfig
-from or1.dist import SINGLE, join
-from or1.filters import has_advantage
+from or1.core.types import Group, Prompt, Response, Score, Status
+from or1.dist.watchdog import Watchdog
+from or1.dist.world import SINGLE, join
 from or1.magic import rollout_entropy as masked_entropy
-from or1.rank_display import RankDisplay
+from or1.magic.filters import has_advantage
+from or1.report.rank_display import RankDisplay
+from or1.rollout.across_ranks import exchange
 from or1.rollout.collect import Rollout
-from or1.rollout.spread import exchange
-from or1.step_metrics import rollout_entropy
+from or1.train.metrics import rollout_entropy
 from or1.trainer import Trainer
-from or1.types import Group, Prompt, Response, Score, Status
-from or1.watchdog import Watchdog
 
 ADDER = Path(__file__).resolve().parents[2] / "examples" / "tiny-adder"
 EOS, ZERO, ONE = 1, 5, 6
@@ -97,7 +97,7 @@ class Unsolved:
         self.seen: list[Response] = []
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `or1.reward.base.Scorer`."""
+        """See `or1.reward.scorer.Scorer`."""
         self.seen.append(response)
         future: Future[Score] = Future()
         future.set_result(Score(0.0, Status.WRONG))
@@ -114,7 +114,7 @@ def uneven_groups() -> list[Group]:
 
 
 def entropies_on_two_ranks() -> dict[str, float]:
-    """In each of two ranks: e_k as the trainer and as `or1.magic` measure it, and over this rank's groups alone."""
+    """In each of two ranks: e_k as the trainer and as `or1.magic.tensors` measure it, and over this rank's groups alone."""
     groups = uneven_groups()
     with join(DistConfig(timeout_s=60), torch.device("cpu")) as world:
         mine = [groups[i] for i in world.share(len(groups))]

@@ -9,8 +9,8 @@ import pytest
 from hand_run import config_of, trainer_of
 
 from or1.config import Config
+from or1.core.types import Prompt, Response, Score, Status
 from or1.trainer import Trainer
-from or1.types import Prompt, Response, Score, Status
 
 AHEAD = {"rollout": {"overlap": True, "engine": "hf"}, "loss": {"is_cap": 2.0}}
 
@@ -23,7 +23,7 @@ class OneSolved:
         self.seen: list[tuple[str, int]] = []
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `or1.reward.base.Scorer`."""
+        """See `or1.reward.scorer.Scorer`."""
         self.seen.append((prompt.id, len(response.token_ids)))
         right = prompt.id == self.first
         future: Future[Score] = Future()

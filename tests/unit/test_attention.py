@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from or1 import soft_attention
-from or1.attention import AttentionError, Layout, _interface, choose_backend, packed_attention
-from or1.soft_attention import Scores
+from or1.model import soft_attention
+from or1.model.attention import AttentionError, Layout, _interface, choose_backend, packed_attention
+from or1.model.soft_attention import Scores
 
 GPU = torch.cuda.is_available()
 BACKENDS = [

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from or1.checkpoint import (
+from or1.config import OptimConfig
+from or1.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     committed_steps,
@@ -16,9 +17,8 @@ from or1.checkpoint import (
     load_latest,
     remove_partials,
 )
-from or1.checkpoint_writer import save_checkpoint
-from or1.config import OptimConfig
-from or1.optim import MasterAdamW
+from or1.run.checkpoint_writer import save_checkpoint
+from or1.train.optim import MasterAdamW
 
 
 def checkpoint(step: int) -> Checkpoint:

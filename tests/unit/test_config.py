@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
-from or1.config_load import ConfigError, dump_config, load_config
+from or1.config.load import ConfigError, dump_config, load_config
 
 QUICKSTART = "examples/quickstart.toml"
 

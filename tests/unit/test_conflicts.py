@@ -42,16 +42,16 @@ from hand_run import (
 )
 from rank_processes import run_ranks, stop_server
 
-from or1.advantage import group_advantages
 from or1.config import Config, EntropyConfig, RewardConfig
-from or1.config_load import load_config
-from or1.entropy import EntropyController
-from or1.evaluate import evaluate_set
+from or1.config.load import load_config
+from or1.core.types import Group, Score, Status
+from or1.eval.accuracy import evaluate_set
+from or1.magic.advantage import group_advantages
+from or1.magic.entropy import EntropyController
+from or1.magic.stages import stage_at
 from or1.reward import make_scorer
 from or1.reward.math import grade
-from or1.stages import stage_at
-from or1.step_metrics import rollout_metrics
-from or1.types import Group, Score, Status
+from or1.train.metrics import rollout_metrics
 
 # Advantage of the right one of two responses: (1 - 1/2) / sqrt(1/2), but for the 1e-6 under the fraction.
 A = math.sqrt(0.5)

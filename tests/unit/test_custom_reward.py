@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from small_run import arguments
 
-from or1.advantage import group_advantages
 from or1.cli import main
 from or1.config import RewardConfig
-from or1.filters import has_advantage
+from or1.core.types import Group, Prompt, Response, Score, Status
+from or1.magic.advantage import group_advantages
+from or1.magic.filters import has_advantage
 from or1.reward import custom, make_scorer
-from or1.reward.base import RewardFunctionError, ScorerError, require_rewards
 from or1.reward.output import LOG_NAME
-from or1.step_metrics import rollout_metrics
-from or1.types import Group, Prompt, Response, Score, Status
+from or1.reward.scorer import RewardFunctionError, ScorerError, require_rewards
+from or1.train.metrics import rollout_metrics
 
 FUNCTIONS = """
 import asyncio, os, time
@@ -342,7 +342,7 @@ def test_kinds_that_the_config_takes(functions: Path) -> None:
 
 
 def test_kinds_that_do_not_fit_the_data_are_refused(functions: Path) -> None:
-    from or1.types import CodeTests
+    from or1.core.types import CodeTests
 
     program = Prompt("code.jsonl:7", "t", "?", np.array([1]), tests=CodeTests("stdin", ("1",), ("1",)))
     with pytest.raises(ScorerError, match=r'kind = "math", but code.jsonl:7 and others are code problems'):

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from or1 import filter_run
+from or1.commands import filter as filter_run
 from or1.config import Config
+from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.data import (
     DataError,
     DifficultyFilter,
@@ -28,7 +29,6 @@ from or1.data import (
     times_solved,
 )
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
-from or1.types import Group, Prompt, Response, Score, Status
 
 NO_IDS = np.empty(0, np.int32)
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from or1.config import Config, OptimConfig, RewardConfig, StageConfig
-from or1.display import RunDisplay, print_plan
-from or1.humanize import clock, duration, sparkline, value_text, visible
-from or1.records import Course, EvalHistory, EvalPoint
-from or1.summary_text import Summary, print_summary
+from or1.core.text import clock, duration, sparkline, value_text, visible
+from or1.report.live import RunDisplay, print_plan
+from or1.report.records import Course, EvalHistory, EvalPoint
+from or1.report.summary_text import Summary, print_summary
 
 STAGES = (
     StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),
@@ -155,7 +155,7 @@ def test_an_exception_restores_the_terminal_and_passes_through():
 
 def test_time_left_comes_from_recent_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("or1.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("or1.report.live.time.monotonic", lambda: now[0])
     console = plain_console()
     with RunDisplay(10, STAGES, console) as display:
         for step in range(4):
@@ -211,7 +211,7 @@ PHASES = (("rollout", 3, 64), (LONG_NAME, 1023, 2048), ("export", 0, None))
 @pytest.mark.parametrize("stages", STAGE_TEXTS)
 def test_the_header_is_shown_whole(width, elapsed_s, stages, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("or1.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("or1.report.live.time.monotonic", lambda: now[0])
     stage = f"stage {len(stages)}/{len(stages)}, limit {stages[-1].max_response_tokens:,} tokens"
     for name, done, total in PHASES:
         console, now[0] = terminal(width), 0.0

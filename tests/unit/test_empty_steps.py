@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
 
-from or1.empty_steps import note_step, nothing_trained
-from or1.run_state import TrainState
-from or1.types import Group, Score, Status
+from or1.core.types import Group, Score, Status
+from or1.magic.empty_steps import note_step, nothing_trained
+from or1.run.directory import TrainState
 
 
 def of_statuses(*statuses: Status, rewards: float = 0.0) -> Group:

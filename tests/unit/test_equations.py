@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from hand_run import ENTROPY, EOS, ONE, STAGE, ZERO, config_of, group, learn, response, trainer_of
 
-from or1.advantage import group_advantages
-from or1.batches import choose, minibatches
 from or1.config import EntropyConfig, LossConfig, RewardConfig, StageConfig
-from or1.entropy import EntropyController
-from or1.types import Response
+from or1.core.types import Response
+from or1.magic.advantage import group_advantages
+from or1.magic.entropy import EntropyController
+from or1.magic.selection import choose, minibatches
 
 
 def test_equation_2_5_advantages_use_the_sample_standard_deviation() -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from or1.config import Config
+from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.data import SolvedPrompts
-from or1.evaluate import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
-from or1.report_samples import _kind
-from or1.reward_terms import is_solved
-from or1.run_state import TrainState
-from or1.step_metrics import rollout_metrics
-from or1.summary import summarise
-from or1.types import Group, Prompt, Response, Score, Status
+from or1.eval.accuracy import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
+from or1.report.page_samples import _kind
+from or1.report.summary import summarise
+from or1.reward.terms import is_solved
+from or1.run.directory import TrainState
+from or1.train.metrics import rollout_metrics
 
 
 def outcome(correct: int, samples: int = 4, source: str = "s") -> Outcome:

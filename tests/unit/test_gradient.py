@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from or1.budget import Budget
 from or1.config import EntropyConfig, ModelConfig, OptimConfig
-from or1.entropy import EntropyController
-from or1.model import load_model
-from or1.normalise import Normaliser
-from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack_rows
-from or1.run_state import RunError, TrainState
-from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, _train_row, update_policy, with_old_logp
+from or1.dist.oom_retry import Budget
+from or1.magic.denominator import Normaliser
+from or1.magic.entropy import EntropyController
+from or1.model.load import load_model
+from or1.model.rows import TrainSequence, pack_rows
+from or1.run.directory import RunError, TrainState
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
+from or1.train.update import UpdateSettings, _train_row, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH, MAX_TOKENS = 1.3, 0.07, 0.2, 0.28, 40

@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
+from or1.core.types import CodeTests
 from or1.reward.ground_truth import GroundTruthError, parse_golds, parse_ground_truth, parse_tests
-from or1.types import CodeTests
 
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n"
 

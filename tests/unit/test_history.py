@@ -11,13 +11,13 @@ import pytest
 import torch
 from small_run import ROOT, arguments, lines
 
-from or1.checkpoint import Checkpoint, load_latest, verify_checkpoint
-from or1.checkpoint_writer import save_checkpoint
 from or1.cli import main
-from or1.files import SEAL, is_unbroken, sealed
-from or1.metrics import MetricsError, MetricsWriter, read_metrics, rewind_metrics
-from or1.run_marks import lost_history, lost_newest, mark_commit
-from or1.run_state import RunError, row_cap
+from or1.core.files import SEAL, is_unbroken, sealed
+from or1.run.checkpoint import Checkpoint, load_latest, verify_checkpoint
+from or1.run.checkpoint_writer import save_checkpoint
+from or1.run.directory import RunError, row_cap
+from or1.run.marks import lost_history, lost_newest, mark_commit
+from or1.run.metrics_log import MetricsError, MetricsWriter, read_metrics, rewind_metrics
 
 TINY = {"stage__0__steps": 2, "stage__1__steps": 1}
 LONGER = TINY | {"stage__1__steps": 2}
@@ -253,8 +253,8 @@ def test_a_run_is_its_folder_by_whatever_path(
 
 
 def test_fresh_through_a_link_leaves_the_link(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from or1.config_load import load_config
-    from or1.run_state import prepare_run_dir
+    from or1.config.load import load_config
+    from or1.run.directory import prepare_run_dir
 
     (tmp_path / "link").symlink_to(run_dir)
     root = ROOT / "examples/quickstart.toml"
@@ -284,8 +284,8 @@ def test_a_record_that_was_changed_is_told(run_dir: Path, capsys: pytest.Capture
 def test_exported_weights_that_were_damaged_are_exported_anew(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from or1.exported import export_problem
-    from or1.offline.target import resolve_target
+    from or1.eval.target import resolve_target
+    from or1.model.seal import export_problem
 
     folder = run_dir / "weights" / "step_3"
     assert export_problem(folder) == ""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from or1.advantage import group_advantages
 from or1.config import Config, EntropyConfig
-from or1.entropy import EntropyController
-from or1.evaluate import pass_at_k
-from or1.filters import has_advantage, reject_zero_advantage
-from or1.stages import last_step_of, stage_at
-from or1.types import Group, Prompt, Response, Score, Status
+from or1.core.types import Group, Prompt, Response, Score, Status
+from or1.eval.accuracy import pass_at_k
+from or1.magic.advantage import group_advantages
+from or1.magic.entropy import EntropyController
+from or1.magic.filters import has_advantage, reject_zero_advantage
+from or1.magic.stages import last_step_of, stage_at
 
 
 def group_with(rewards: list[float]) -> Group:

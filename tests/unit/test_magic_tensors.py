@@ -1,4 +1,4 @@
-"""or1.magic, for trainers of one's own, against hand-computed numbers and the trainer's own functions."""
+"""or1.magic.tensors, for trainers of one's own, against hand-computed numbers and the trainer's own functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from or1 import advantage, magic
+from or1 import magic
+from or1.magic import advantage
 
 
 def test_advantages_are_the_trainers_and_exactly_zero_for_equal_rewards() -> None:
@@ -49,6 +50,6 @@ def test_the_controller_takes_plain_numbers_and_refuses_senseless_ones() -> None
 
 
 def test_the_controller_needs_neither_pydantic_nor_torch() -> None:
-    code = "import sys, or1.entropy; print({'pydantic', 'torch'} & set(sys.modules))"
+    code = "import sys, or1.magic.entropy; print({'pydantic', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"

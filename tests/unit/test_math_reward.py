@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from or1.core.types import Prompt, Response, Status
 from or1.reward import math, math_text
 from or1.reward.math import equivalent
 from or1.reward.scorers import MathScorer
-from or1.types import Prompt, Response, Status
 
 SYSTEM = r"\mathbf{y}=c_1\begin{bmatrix}1\\2\end{bmatrix}e^{2t}+c_2\begin{bmatrix}1\\-1\end{bmatrix}e^{-t}"
 

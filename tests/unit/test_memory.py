@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from or1.budget import Budget, MemoryLimitError, RowMemoryError, ShorterRowsError
 from or1.config import ModelConfig, OptimConfig
-from or1.memory import MemoryOptionError, _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
-from or1.model import hidden_states, load_model
-from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack
-from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.dist.oom_retry import Budget, MemoryLimitError, RowMemoryError, ShorterRowsError
+from or1.model.load import hidden_states, load_model
+from or1.model.memory import MemoryOptionError, _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
+from or1.model.rows import TrainSequence, pack
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
+from or1.train.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import or1.trainer
 from or1.cli import main
-from or1.model import load_model
-from or1.parity import LIMIT_KL
+from or1.model.load import load_model
+from or1.train.engine_check import LIMIT_KL
 
 SHORT = {"stage__0__steps": 1, "stage__1__steps": 1, "stage__0__prompts_per_step": 8, "stage__0__group_size": 8}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from or1.checkpoint import Checkpoint, load_checkpoint
-from or1.checkpoint_writer import save_checkpoint
 from or1.config import OptimConfig
-from or1.moments import OptimizerError, round_stochastically
-from or1.optim import MasterAdamW
+from or1.run.checkpoint import Checkpoint, load_checkpoint
+from or1.run.checkpoint_writer import save_checkpoint
+from or1.train.adam import OptimizerError, round_stochastically
+from or1.train.optim import MasterAdamW
 
 CHOICES = [
     pytest.param({"optimizer": o, "weights": w, "grad_dtype": g}, id=f"{o}-{w}-{g}")

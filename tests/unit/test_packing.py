@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from or1.attention import packed_forward
 from or1.config import ModelConfig
-from or1.model import hidden_states, load_model
-from or1.pack import TrainSequence, pack, pack_indexed
+from or1.model.attention import packed_forward
+from or1.model.load import hidden_states, load_model
+from or1.model.rows import TrainSequence, pack, pack_indexed
 from or1_kernels import _native
 
 
@@ -134,6 +134,6 @@ def test_boundaries_isolate_even_with_a_cache_and_a_mask(tmp_path: Path) -> None
             ours = model.get_decoder()(input_ids=ids, position_ids=positions, **boundaries, **leak).last_hidden_state[0]
         torch.testing.assert_close(ours[4:], alone, rtol=1e-10, atol=1e-10)
         theirs = model.get_decoder()(input_ids=ids, position_ids=positions, **leak).last_hidden_state[0]
-        assert (theirs[4:] - alone).abs().max() > 1e-3, "this leak is gone from transformers: simplify or1.attention"
+        assert (theirs[4:] - alone).abs().max() > 1e-3, "this leak is gone from transformers: simplify or1.model.attention"
 
 

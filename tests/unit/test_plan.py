@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
-from or1.config_load import ConfigError, load_config
+from or1.config.load import ConfigError, load_config
 from or1.plan.choices import choices_of, workload_of
 from or1.plan.devices import find_device
 from or1.plan.estimate import largest_row, make_plan

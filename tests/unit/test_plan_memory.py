@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
-from or1.model import load_model
-from or1.optim import MasterAdamW
-from or1.pack import Microbatch, TrainSequence, pack
+from or1.model.load import load_model
+from or1.model.rows import Microbatch, TrainSequence, pack
 from or1.plan.activations import activations, layer_saved
 from or1.plan.choices import Choices, choices_of
 from or1.plan.devices import Device, find_device
 from or1.plan.head import chunk_rows, head_buffers
-from or1.plan.measure import row_loss, saved_bytes, storage_bytes
 from or1.plan.memory import gradient_bytes, kv_cache_bytes, optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape, parse_shape, shape_of
+from or1.train.optim import MasterAdamW
 from or1_kernels import chunked
 from or1_kernels.backends import TORCH
 from or1_kernels.rows import Transform
@@ -77,7 +77,7 @@ def test_weights_gradients_and_optimizer_are_exact(folder: str, dtype: str) -> N
     assert list(shape.tensor_sizes()).count(0) == 0
     assert sorted(shape.tensor_sizes()) == sorted(p.numel() for p in model.parameters())
 
-    from or1.model import hidden_states
+    from or1.model.load import hidden_states
 
     batch = row(30, 20)
     row_loss(model, hidden_states(model, batch), batch, trained=10).backward()

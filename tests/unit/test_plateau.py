@@ -11,8 +11,8 @@ import pytest
 from hand_run import config_of, trainer_of
 
 from or1.config import StageConfig
-from or1.plateau import eval_level, has_plateaued
-from or1.stages import StageProgress
+from or1.magic.plateau import eval_level, has_plateaued
+from or1.magic.stages import StageProgress
 
 STAGE = StageConfig(steps=740, max_response_tokens=8, prompts_per_step=4, group_size=2, until="plateau")
 EVERY = 20

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from or1.config import Config
-from or1.humanize import count_text, duration
-from or1.records import eval_histories
-from or1.report import ReportError, write_report
-from or1.report_data import load_run
-from or1.report_plots import smooth, tick_label
-from or1.reward_terms import graded_run
-from or1.run_state import TrainState
-from or1.summary import summarise
+from or1.core.text import count_text, duration
+from or1.report.page import ReportError, write_report
+from or1.report.page_data import load_run
+from or1.report.page_plots import smooth, tick_label
+from or1.report.records import eval_histories
+from or1.report.summary import summarise
+from or1.reward.terms import graded_run
+from or1.run.directory import TrainState
 
 STAGES = ({"steps": 24, "max_response_tokens": 96, "prompts_per_step": 16, "group_size": 8},
           {"steps": 36, "max_response_tokens": 192, "prompts_per_step": 16, "group_size": 8})  # fmt: skip

@@ -25,25 +25,25 @@ from hand_run import EOS, ONE, ZERO, config_of, group, response, trainer_of
 from safetensors import SafetensorError
 from small_run import ROOT
 
-import or1.checkpoint_writer as writing
-from or1.budget import Budget
-from or1.checkpoint import Checkpoint, committed_steps
-from or1.checkpoint_writer import CheckpointWriter, DiskError
+import or1.run.checkpoint_writer as writing
 from or1.cli import _guarded, main
 from or1.config import EvalSet
-from or1.config_load import ConfigError, load_config
+from or1.config.load import ConfigError, load_config
+from or1.core.files import SEAL
+from or1.core.types import OpenGroup, Prompt
 from or1.data import SamplerState
-from or1.dist import SINGLE
-from or1.files import SEAL
-from or1.offline.store import PartStore, StoreError
-from or1.rank_display import RankDisplay
-from or1.rollout_log import RolloutError, read_rollouts, write_rollouts
-from or1.rollout_state import InFlight
-from or1.run_lock import RunLock
-from or1.run_state import RunError
+from or1.dist.oom_retry import Budget
+from or1.dist.watchdog import Watchdog
+from or1.dist.world import SINGLE
+from or1.eval.store import PartStore, StoreError
+from or1.report.rank_display import RankDisplay
+from or1.run.checkpoint import Checkpoint, committed_steps
+from or1.run.checkpoint_writer import CheckpointWriter, DiskError
+from or1.run.directory import RunError
+from or1.run.in_flight import InFlight
+from or1.run.lock import RunLock
+from or1.run.rollout_log import RolloutError, read_rollouts, write_rollouts
 from or1.trainer import Trainer
-from or1.types import OpenGroup, Prompt
-from or1.watchdog import Watchdog
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -293,7 +293,7 @@ def test_only_silence_that_this_rank_was_awake_for_ends_the_run(
     def give_up(reason: str) -> None:
         raise Ended(reason)
 
-    monkeypatch.setattr("or1.watchdog.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("or1.dist.watchdog.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog._stopped, "wait", wait)
     monkeypatch.setattr(watchdog, "_give_up", give_up)
     if paused:
@@ -305,7 +305,7 @@ def test_only_silence_that_this_rank_was_awake_for_ends_the_run(
 
 IGNORING = """
 import signal, sys
-from or1 import local_ranks
+from or1.dist import local_ranks
 for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_IGN)
 import torch.distributed.elastic.multiprocessing as elastic
@@ -482,9 +482,9 @@ def test_a_path_that_the_locale_cannot_read_is_one_line(tmp_path: Path, capsys: 
 
 TALKING = """
 import sys
-from or1.terminal import guard_terminal
+from or1.core.terminal import guard_terminal
 guard_terminal()
-from or1.console import default_console
+from or1.report.console import default_console
 console = default_console()
 for _ in range(1000):
     console.print("x" * 100)

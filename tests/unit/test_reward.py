@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from or1.config import RewardConfig
+from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import make_scorer
-from or1.reward.base import ScorerError
 from or1.reward.math import MAX_BOX_CHARS, grade, last_box, screen
+from or1.reward.scorer import ScorerError
 from or1.reward.scorers import MathScorer
-from or1.types import Prompt, Response, Score, Status
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 HANGS_TOO = r"\boxed{9^{9^{9^{8}}}}"
@@ -355,7 +355,7 @@ def test_no_worker_outlives_a_killed_trainer(tmp_path: Path) -> None:
     script.write_text(
         "import time, numpy as np\n"
         "from or1.reward.scorers import MathScorer\n"
-        "from or1.types import Prompt, Response\n"
+        "from or1.core.types import Prompt, Response\n"
         "scorer = MathScorer(workers=2, timeout_s=1)\n"
         "p = Prompt('t', 't', '?', np.array([1]), ('1',))\n"
         f"for text in ({HANGS!r}, '\\\\boxed{{0.5}}'):\n"

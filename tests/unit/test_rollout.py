@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from or1.config import ModelConfig
-from or1.model import ModelError, export_model, hidden_states, lm_head, load_model, load_tokenizer
-from or1.pack import TrainSequence, pack_indexed
-from or1.rollout.base import Finished, Sampling
+from or1.core.types import Prompt
+from or1.model.load import ModelError, export_model, hidden_states, lm_head, load_model, load_tokenizer
+from or1.model.rows import TrainSequence, pack_indexed
+from or1.rollout.engine import Finished, Sampling
 from or1.rollout.hf import HfEngine, RowSampler
-from or1.types import Prompt
 
 
 @pytest.fixture(scope="module")

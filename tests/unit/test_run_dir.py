@@ -15,10 +15,10 @@ from small_run import ROOT, arguments
 
 from or1.cli import main
 from or1.config import Config
-from or1.config_load import dump_config, load_config
-from or1.run_lock import RunLock
-from or1.run_marks import NAME as MARKS
-from or1.run_state import RECORD, RunError, prepare_run_dir, recorded_config
+from or1.config.load import dump_config, load_config
+from or1.run.directory import RECORD, RunError, prepare_run_dir, recorded_config
+from or1.run.lock import RunLock
+from or1.run.marks import NAME as MARKS
 
 
 def config_of(run_dir: Path, *overrides: str) -> Config:
@@ -191,7 +191,7 @@ def test_an_interrupt_says_whether_there_is_a_checkpoint(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("or1.launch.print_plan", interrupt)
+    monkeypatch.setattr("or1.commands.train.print_plan", interrupt)
     assert main(arguments(tmp_path)) == 130
     assert "starts anew, since there is no checkpoint yet" in capsys.readouterr().err
     commit(tmp_path, 1, 0, 0)
@@ -295,7 +295,7 @@ def test_a_dry_run_notes_what_this_machine_lacks(tmp_path: Path, capsys: pytest.
 def test_a_missing_hub_model_is_one_try_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from or1.model_source import ModelSourceError, require_source, require_tokenizer
+    from or1.model.source import ModelSourceError, require_source, require_tokenizer
 
     tries = []
 

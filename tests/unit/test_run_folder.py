@@ -10,14 +10,14 @@ from typing import IO
 import pytest
 from small_run import ROOT, arguments
 
-from or1 import run_lock
 from or1.cli import main
-from or1.config_load import ConfigError, load_config
-from or1.files import without_links, write_whole
-from or1.metrics import rewind_metrics
-from or1.offline.store import PartStore, StoreError
-from or1.run_lock import RunLock
-from or1.run_state import RECORD, RunError, cap_rows, prepare_run_dir, recorded_config, row_cap
+from or1.config.load import ConfigError, load_config
+from or1.core.files import without_links, write_whole
+from or1.eval.store import PartStore, StoreError
+from or1.run import lock as run_lock
+from or1.run.directory import RECORD, RunError, cap_rows, prepare_run_dir, recorded_config, row_cap
+from or1.run.lock import RunLock
+from or1.run.metrics_log import rewind_metrics
 
 STRANGER = 54321
 DEEP, DIGITS = "[" * 100_000, '{"x": ' + "9" * 5000 + "}"

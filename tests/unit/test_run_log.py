@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from or1.cli import main
-from or1.dist import SINGLE
-from or1.rank_display import RankDisplay
-from or1.run_log import RunLog, logged, read_log
-from or1.watchdog import Watchdog
+from or1.dist.watchdog import Watchdog
+from or1.dist.world import SINGLE
+from or1.report.rank_display import RankDisplay
+from or1.run.message_log import RunLog, logged, read_log
 
 
 def lines(folder: Path) -> list[str]:

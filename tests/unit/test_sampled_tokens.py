@@ -10,9 +10,9 @@ from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_
 
 from or1.config import Config
 from or1.config.rules import contradictions
-from or1.report_data import RunData
-from or1.report_plots import render_plots
-from or1.types import Group
+from or1.core.types import Group
+from or1.report.page_data import RunData
+from or1.report.page_plots import render_plots
 
 STAGE = {"steps": 1, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}
 NUCLEUS, LIKELIEST = {"top_p": 0.9}, {"top_k": 20}

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from or1.rollout import vllm_worker
-from or1.rollout.vllm_process import may_take_proxy, server_environment, shared_folder
-from or1.rollout.vllm_push import FilePush
-from or1.rollout.vllm_server import http_client
-from or1.rollout.vllm_setup import VllmSetup
-from or1.rollout.vllm_streams import Failed, Streams
-from or1.rollout.vllm_worker import RequireToken, WeightReceiver
+from or1.rollout.vllm import worker as vllm_worker
+from or1.rollout.vllm.process import may_take_proxy, server_environment, shared_folder
+from or1.rollout.vllm.push import FilePush
+from or1.rollout.vllm.server import http_client
+from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.streams import Failed, Streams
+from or1.rollout.vllm.worker import RequireToken, WeightReceiver
 
 TOKEN = (b"authorization", b"Bearer right")
 SETUP = VllmSetup("model", "bfloat16", 8, 1, False, 1, 0.5, False, True, ())
@@ -159,7 +159,7 @@ def test_a_push_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.Monke
     mine = tmp_path / "thesis.tex"
     mine.write_text("mine")
     (tmp_path / "pushed" / "weights.partial").symlink_to(mine)
-    monkeypatch.setattr("or1.rollout.vllm_push.named_weights", lambda _: [("w", torch.ones(2))])
+    monkeypatch.setattr("or1.rollout.vllm.push.named_weights", lambda _: [("w", torch.ones(2))])
     push = FilePush(tmp_path / "pushed")
     push.send(lambda *_, **__: [], None, 1)
     assert mine.read_text() == "mine" and push.path.is_file() and not push.path.is_symlink()

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from or1.budget import Budget
 from or1.config import ModelConfig, OptimConfig
-from or1.model import hidden_states, load_model
-from or1.optim import MasterAdamW
-from or1.pack import TrainSequence, pack, pack_indexed
-from or1.prefix import make_units, saved_fraction
-from or1.step_metrics import UpdateStats
-from or1.update import UpdateSettings, update_policy, with_old_logp
+from or1.dist.oom_retry import Budget
+from or1.model.load import hidden_states, load_model
+from or1.model.rows import TrainSequence, pack, pack_indexed
+from or1.model.shared_prompts import make_units, saved_fraction
+from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
+from or1.train.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
 
 

@@ -14,15 +14,17 @@ import pytest
 from rich.console import Console
 from small_run import arguments
 
-from or1 import cli, doctor, watchdog
-from or1.checkpoint_tool import list_checkpoints
-from or1.environment import Line
-from or1.evaluate import Estimate, EvalResult
-from or1.humanize import visible
-from or1.offline.progress import Bar
-from or1.offline.tables import print_evaluation
-from or1.terminal import tell_traceback
-from or1.watchdog import Watchdog
+from or1 import cli
+from or1.commands import doctor
+from or1.commands.ckpt import list_checkpoints
+from or1.commands.environment import Line
+from or1.core.terminal import tell_traceback
+from or1.core.text import visible
+from or1.dist import watchdog
+from or1.dist.watchdog import Watchdog
+from or1.eval.accuracy import Estimate, EvalResult
+from or1.report.progress import Bar
+from or1.report.tables import print_evaluation
 
 # ESC with a CSI, an OSC that sets the title, an eight-bit CSI, a carriage return, a backspace, and bidi controls.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\rfine\x08\u202e\u2066\u061c\u200f"
@@ -155,4 +157,4 @@ def test_one_place_writes_to_standard_error(root: Path) -> None:
                 found.append(f"{path.name}:{node.lineno}")
     # A reward worker that crashes has a process, and a traceback, of its own.
     others = [place for place in found if not place.startswith(("terminal.py", "child.py"))]
-    assert not others, f"{others}: use or1.terminal.tell"
+    assert not others, f"{others}: use or1.core.terminal.tell"

@@ -14,24 +14,24 @@ import pytest
 from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
 from rich.console import Console
 
-from or1.batches import choose, minibatches
 from or1.config import EvalSet, ModelConfig, OptimConfig
-from or1.display import RunDisplay
-from or1.dist import SINGLE
-from or1.evaluate import evaluate_set
-from or1.inputs import inputs_of
-from or1.metrics import read_metrics
-from or1.model import ModelError, load_model, load_tokenizer
-from or1.model_source import ModelSourceError
-from or1.optim import MasterAdamW, OptimizerError
-from or1.rank_display import RankDisplay
+from or1.core.types import Score, Status
+from or1.data.fingerprint import inputs_of
+from or1.dist.watchdog import Watchdog
+from or1.dist.world import SINGLE
+from or1.eval.accuracy import evaluate_set
+from or1.magic.selection import choose, minibatches
+from or1.model.load import ModelError, load_model, load_tokenizer
+from or1.model.source import ModelSourceError
+from or1.report.live import RunDisplay
+from or1.report.rank_display import RankDisplay
 from or1.reward import make_scorer
-from or1.reward.base import ScorerError
-from or1.run_log import RunLog
-from or1.run_state import TrainState
+from or1.reward.scorer import ScorerError
+from or1.run.directory import TrainState
+from or1.run.message_log import RunLog
+from or1.run.metrics_log import read_metrics
+from or1.train.optim import MasterAdamW, OptimizerError
 from or1.trainer import Trainer
-from or1.types import Score, Status
-from or1.watchdog import Watchdog
 
 
 def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from or1 import types, wire
-from or1.types import Group, Prompt, Response, Score, Status
+from or1.core import codec as wire
+from or1.core import types
+from or1.core.types import Group, Prompt, Response, Score, Status
 
 
 def test_a_group_comes_back_bit_for_bit() -> None:

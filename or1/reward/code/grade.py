@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from or1.core.types import CodeTests, Score, Status
 from or1.reward.code.compare import key_text, same_output, same_result
 from or1.reward.code.inside import wire
 from or1.reward.code.sandbox import Inside, Limits, SandboxDiedError, SandboxStartError, SandboxTimeoutError
-from or1.types import CodeTests, Score, Status
 
 
 @dataclass(frozen=True)

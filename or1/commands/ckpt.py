@@ -1,0 +1,98 @@
+"""`or1 ckpt ls|verify|prune`: the checkpoints of a run, for a person."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from or1.core.text import visible
+from or1.report.live import default_console
+from or1.run.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    read_manifest,
+    remove_step,
+    step_folder,
+    step_folders,
+    verify_checkpoint,
+)
+from or1.run.directory import RunError, checkpoints_of
+from or1.run.marks import lost_newest
+
+
+def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
+    """Print a line per committed checkpoint. Raises RunError if there is none."""
+    folder, steps = _found(run_dir)
+    table = Table("step", "written", "ranks", "files", "bytes", "problem", box=None, pad_edge=False)
+    for step in steps:
+        path = step_folder(folder, step)
+        shown = path / MANIFEST if (path / MANIFEST).is_file() else path
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(shown.lstat().st_mtime))
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            table.add_row(str(step), written, "", "", "", Text(visible(error)))
+            continue
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        ranks = visible(manifest.get("world_size", "?"))
+        table.add_row(str(step), written, Text(ranks), str(len(manifest["files"])), f"{size:,}", "")
+    (console or default_console()).print(table)
+
+
+def verify_checkpoints(run_dir: Path, step: int | None) -> None:
+    """Read every file of one checkpoint, or of all. Raises CheckpointError naming each file that is not as written."""
+    folder, steps = _found(run_dir)
+    if step is not None and step not in steps:
+        raise RunError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
+    problems = []
+    if step is None and (lost := lost_newest(run_dir)):
+        problems.append(CheckpointError(lost))
+    for chosen in steps if step is None else [step]:
+        try:
+            manifest = verify_checkpoint(step_folder(folder, chosen))
+        except CheckpointError as error:
+            problems.append(error)
+        else:
+            print(f"step {chosen}: {len(manifest['files'])} files verify")
+    if problems:
+        remedy = "restore what is damaged, or remove its folder; the run goes on from the newest that verifies"
+        raise type(problems[0])("\n".join([*map(str, problems), remedy]))
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints that verify; those that do not are left for a person to look at.
+
+    Raises CheckpointError, with nothing removed, if fewer than `keep` verify and some do not.
+    """
+    folder, steps = _found(run_dir)
+    good: list[int] = []
+    problems: list[CheckpointError] = []
+    for step in reversed(steps):
+        if len(good) == keep:
+            break
+        try:
+            verify_checkpoint(step_folder(folder, step))
+            good.append(step)
+        except CheckpointError as error:
+            problems.append(error)
+    if problems and len(good) < keep:
+        listed = "\n".join(map(str, problems))
+        raise CheckpointError(f"only {len(good)} of {len(steps)} checkpoints verify, so none is removed:\n{listed}")
+    for step in [s for s in steps if s < min(good)]:
+        remove_step(folder, step)
+        print(f"removed step {step}")
+    print(f"kept {', '.join(map(str, sorted(good)))}")
+
+
+def _found(run_dir: Path) -> tuple[Path, list[int]]:
+    folder = checkpoints_of(run_dir)
+    steps = step_folders(folder)
+    if not steps and (lost := lost_newest(run_dir)):
+        raise RunError(lost)
+    if not steps:
+        raise RunError(f"{run_dir} has no committed checkpoint; name a run directory")
+    return folder, steps

@@ -1,0 +1,62 @@
+"""What a dry run can tell beside the plan: whether the run's folder can be made, and what this machine lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from or1.config import Config
+from or1.run.directory import RunError
+
+
+def require_place(run_dir: Path) -> None:
+    """Raise RunError if a run could not write in this folder, or not make it."""
+    remedy = "choose another folder with --set run_dir=..."
+    try:
+        place = run_dir.absolute()
+        while not place.exists() and not place.is_symlink():
+            place = place.parent
+        if not place.is_dir():
+            raise RunError(f"run_dir = {str(run_dir)!r} cannot be made: {place} is not a folder; {remedy}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise RunError(f"run_dir = {str(run_dir)!r} cannot be written: this user may not write in {place}; "
+                           f"{remedy}")
+    except OSError as error:
+        raise RunError(f"run_dir = {str(run_dir)!r} cannot be looked at ({error}); {remedy}") from error
+
+
+def missing_here(config: Config) -> Iterator[str]:
+    """Yield a line for each thing that the config asks for and this machine lacks; another may have it."""
+    import torch
+
+    from or1.model.attention import AttentionError, choose_backend
+    from or1.model.load import ModelError, resolve_device
+    from or1.rollout.engine import EngineError
+    from or1.rollout.vllm.setup import require_vllm
+    from or1.train.adam import OptimizerError, make_rule
+
+    try:
+        device = resolve_device(config.model.device)
+    except ModelError as error:
+        yield f"not here: {error}"
+        device = torch.device(config.model.device)
+    try:
+        choose_backend(config.model.attention, device, getattr(torch, config.model.dtype))
+    except AttentionError as error:
+        yield f"not here: {error}"
+    if config.model.liger == "on" and device.type != "cuda":
+        yield f'not here: model.liger = "on" needs a GPU, and the model is on the {device.type}; use "auto"'
+    try:
+        make_rule(config.optim)
+    except OptimizerError as error:
+        yield f"not here: {error}"
+    if config.rollout.engine == "vllm":
+        try:
+            require_vllm(config.rollout.vllm.allow_untested)
+        except EngineError as error:
+            yield f"not here: {error}"
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % config.dist.sequence_parallel:
+        yield (f"not here: dist.sequence_parallel = {config.dist.sequence_parallel} needs a multiple of as many ranks, "
+               f"and this start has {ranks}; add --nproc, or lower it")

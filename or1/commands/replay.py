@@ -1,0 +1,84 @@
+"""`or1 replay RUN STEP`: one step again, from the checkpoint before it and the rollouts it saved, for debugging.
+
+Nothing is generated and nothing is written. On the machine that ran the step, its numbers come out bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from or1.commands.train import quiet_libraries
+from or1.dist.watchdog import Watchdog
+from or1.dist.world import SINGLE
+from or1.report.live import RunDisplay, default_console
+from or1.report.rank_display import RankDisplay
+from or1.rollout.collect import Rollout
+from or1.run.checkpoint import committed_steps
+from or1.run.directory import RunError, checkpoints_of, recorded_run
+from or1.run.metrics_log import read_metrics
+from or1.run.rollout_log import read_rollouts
+from or1.trainer import Trainer
+
+COMPARED = ("reward/mean", "group/kept", "policy/entropy", "policy/entropy_coef", "policy/entropy_exact",
+            "policy/clip_frac", "policy/ratio_mean", "mismatch/kl", "optim/loss", "optim/grad_norm", "optim/lr",
+            "optim/updates", "optim/skipped")  # fmt: skip
+
+
+def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str, float]:
+    """Repeat `step` and print its numbers beside those the run recorded; returns them.
+
+    It starts from the newest checkpoint before the step, or from the untrained model, and repeats the steps between.
+    Raises RunError if the folder is no run, or a step's rollouts are not there.
+    """
+    config = recorded_run(run_dir).model_copy(update={"run_dir": str(run_dir)})
+    # Nothing is generated, so no other engine need start.
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
+    if step > config.total_steps:
+        raise RunError(f"step {step} is past the last of {config.total_steps} steps")
+    base = max((s for s in committed_steps(checkpoints_of(run_dir)) if s < step), default=0)
+    paths = {n: run_dir / "rollouts" / f"step_{n}.parquet" for n in range(base + 1, step + 1)}
+    if missing := [n for n, path in paths.items() if not path.is_file()]:
+        raise RunError(
+            f"the rollouts of steps {missing} are not saved, and the newest checkpoint before step {step} is "
+            f"{base or 'the untrained model'}; put the files back, or set log.rollouts_every_steps = 1"
+        )
+    quiet_libraries()
+    console = console or default_console()
+    with RunDisplay(step - base, config.stage, console) as shown:
+        display = RankDisplay(Watchdog(SINGLE, config.dist.heartbeat_timeout_s), shown)
+        trainer = Trainer(config, display, resume=base)
+        metrics: dict[str, float] = {}
+        for number in paths:
+            metrics = _repeat(trainer, number, paths[number])
+    recorded = next((line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] == step), {})
+    console.print(_comparison(step, recorded, metrics))
+    return metrics
+
+
+def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
+    index, stage = trainer.state.stages.at(trainer.config, number)
+    trainer.begin(number, index)
+    by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
+    try:
+        groups = read_rollouts(path, number, by_id, stage.group_size)
+    except KeyError as error:
+        raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
+    if any(len(group.responses) != stage.group_size for group in groups):
+        raise RunError(f"{path} has groups of other than {stage.group_size} responses; restore that file")
+    metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
+    trainer.state.step = number
+    trainer.state.stages.advance(trainer.config, number)
+    return metrics
+
+
+def _comparison(step: int, recorded: dict[str, float], found: dict[str, float]) -> Table:
+    table = Table(f"step {step}", "recorded", "replayed", "", box=None, pad_edge=False)
+    for key in COMPARED:
+        if key in found:
+            was, now = recorded.get(key), found[key]
+            verdict = "not recorded" if was is None else "same bits" if was == now else f"differs by {now - was:.3g}"
+            table.add_row(key, "-" if was is None else repr(was), repr(now), verdict)
+    return table

@@ -1,0 +1,254 @@
+"""From a checked config to a finished run: directory, training, export, report, summary."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from or1.commands.dry_run import missing_here, require_place
+from or1.commands.stop_request import StopRequest
+from or1.config import Config, ModelConfig
+from or1.core.terminal import tell
+from or1.core.text import visible
+from or1.report.live import RunDisplay, print_plan
+from or1.reward.output import LOG_NAME
+from or1.run.directory import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run, require_movable
+from or1.run.lock import RunLock
+
+if TYPE_CHECKING:
+    from or1.data import RunData
+    from or1.dist.world import World
+    from or1.report.rank_display import RankDisplay
+    from or1.trainer import Trainer
+
+
+def launch(config: Config, fresh: bool = False) -> None:
+    """Train, then export the weights and write the report; in every rank that torchrun started.
+
+    Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; in all ranks, whichever
+    found it.
+    """
+    lock = RunLock(config.run_path)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Before torch is imported, so that a folder that cannot be used answers at once.
+        messages = _prepare(config, fresh, lock)
+    quiet_libraries()
+    if config.deterministic:
+        _only_deterministic_algorithms()
+    from or1.dist.watchdog import watched
+    from or1.dist.world import join
+    from or1.model.load import resolve_device
+    from or1.report.rank_display import RankDisplay
+    from or1.run.message_log import RunLog, logged
+
+    with (
+        join(config.dist, resolve_device(config.model.device)) as world,
+        watched(world, config.dist.heartbeat_timeout_s) as watchdog,
+        StopRequest() as stop,
+        contextlib.closing(lock),
+    ):
+        if world.size > 1:
+            messages = _prepare_together(world, config, fresh, lock)
+        with contextlib.ExitStack() as stack:
+            shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
+            log = RunLog(config.run_path) if world.is_main else None
+            stack.enter_context(logged(log))
+            trainer = _train(config, messages, RankDisplay(watchdog, shown, log), world, stop)
+        if trainer is not None and world.is_main:
+            _finish(config, trainer)
+
+
+def rehearse(config: Config, fresh: bool = False) -> None:
+    """Show the plan, and find what would stop `launch` before it loads the model; nothing is written.
+
+    A run that is there with other settings is told at once, and the other mistakes are still looked for.
+    Raises RunError, DataError, ModelError, ModelSourceError, ScorerError.
+    """
+    require_place(config.run_path)
+    changed, refused = [], ""
+    try:
+        if fresh:
+            require_movable(config.run_path)
+        else:
+            changed = check_run_dir(config)
+    except RunError as error:
+        refused = str(error)
+        tell(f"or1: {refused}")
+    quiet_libraries()
+    from or1.data import load_run_data, prompt_lines
+    from or1.model.isolation import rehearse_model
+    from or1.model.load import load_tokenizer
+    from or1.model.source import require_source
+    from or1.run.checkpoint import committed_steps
+
+    tokenizer = load_tokenizer(config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        require_source(config.loss.reference)
+    remarks = _rehearse_models(config, rehearse_model)
+    data = load_run_data(config, tokenizer)
+    print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
+    for line in missing_here(config):
+        print(visible(line))
+    if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
+        print(visible(f"would resume after step {steps[-1]}"
+                      + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
+    for line in remarks:
+        print(visible(line))
+    _try_rewards(config, data, lambda line: print(visible(line)))
+    if refused:
+        raise RunError("the dry run found no other mistake; the run's folder is as said above")
+
+
+def _rehearse_models(config: Config, rehearse_model: Callable[[ModelConfig], list[str]]) -> list[str]:
+    """What the policy and the reference model would be refused for, and remarks about them."""
+    paths = [config.model.path]
+    if config.loss.kl_coef and config.loss.reference:
+        paths.append(config.loss.reference)
+    each = [rehearse_model(config.model.model_copy(update={"path": path})) for path in paths]
+    return list(dict.fromkeys(chain(*each)))
+
+
+def _try_rewards(config: Config, data: RunData, tell: Callable[[str], None]) -> None:
+    """Find what is wrong with the workers or a function of the user's own before minutes go into a model.
+
+    The function is loaded once and not called: a call may cost money or depend on what it was given before. Raises
+    ScorerError, RewardFunctionError.
+    """
+    from or1.reward import make_scorer
+    from or1.reward.capacity import check_workers
+
+    check_workers(config.reward.workers)
+    if config.reward.is_function:
+        prompts = chain(data.prompts, *data.eval_prompts.values())
+        with make_scorer(config.reward.model_copy(update={"workers": 1}), prompts) as scorer:
+            for remark in scorer.remarks:
+                tell(remark)
+
+
+def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
+    """The run's folder made ready, and locked from here on; messages about it."""
+    # Once before, so that `fresh` moves no run that is at work; once more, for the folder that is there after it.
+    lock.take(make=False)
+    messages = prepare_run_dir(config, fresh)
+    lock.take(make=True)
+    print_plan(config, [])
+    return messages + lock.warnings
+
+
+def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) -> list[str]:
+    """The main rank prepares the folder; what stops it there stops all."""
+    messages, problem = [], ""
+    if world.is_main:
+        try:
+            messages = _prepare(config, fresh, lock)
+        except RunError as error:
+            problem = str(error)
+    if found := world.gather(problem.encode())[0].decode():
+        raise RunError(found)
+    return messages
+
+
+def _train(
+    config: Config, messages: list[str], display: RankDisplay, world: World, stop: StopRequest
+) -> Trainer | None:
+    """The trainer and where its weights went, or None if the run was asked to stop before its last step."""
+    from or1.model.load import remarks_of
+    from or1.trainer import Trainer
+
+    for message in messages:
+        display.message(message)
+    trainer = Trainer(
+        config, display, world, lambda: stop.requested, check=lambda data: _try_rewards(config, data, display.message)
+    )
+    if config.reward.is_function:
+        display.message(f"what the reward function prints goes to {config.run_path / LOG_NAME}")
+    for line in chain(remarks_of(trainer.model), trainer.data.lines()):
+        display.message(line)
+    finished = trainer.run()
+    # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
+    world.barrier()
+    if not finished:
+        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
+        return None
+    display.phase("export")
+    trainer.export()
+    return trainer
+
+
+def _finish(config: Config, trainer: Trainer) -> None:
+    from or1.report.page import write_report
+    from or1.report.summary import summarise
+    from or1.report.summary_text import print_summary
+
+    report = write_report(config.run_path)
+    bad_rows = sum(len(r.bad) for r in trainer.data.reports)
+    weights = str(trainer.weights_folder)
+    print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
+
+
+def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
+    """Write checkpoint `step` (default: the newest) of a run as a Hugging Face folder; returns the folder.
+
+    Raises RunError if the folder is not a run or has no such checkpoint.
+    """
+    config = recorded_run(run_dir)
+    quiet_libraries()
+    import torch
+
+    from or1.model.load import export_model, load_model, load_tokenizer
+    from or1.run.checkpoint import CheckpointError, load_checkpoint, step_folders
+    from or1.run.marks import lost_newest
+
+    steps = step_folders(checkpoints_of(run_dir))
+    lost = lost_newest(run_dir)
+    if not steps:
+        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
+                       "another run directory")
+    if step is None and lost:
+        tell(lost)
+    chosen = step if step is not None else max(steps)
+    if chosen not in steps:
+        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
+    try:
+        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+    except CheckpointError as error:
+        others = ", ".join(str(each) for each in steps if each != chosen)
+        remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
+        raise type(error)(f"{error}; {remedy}") from error
+    # In host memory: what several GPUs trained need not fit on one.
+    plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
+    model = load_model(config.model.model_copy(update=plain), packs=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            saved = checkpoint.tensors.get(f"master.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
+                               "has; it is of another model, or was altered")
+            parameter.copy_(saved)
+    return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
+
+
+def _only_deterministic_algorithms() -> None:
+    """Before the first use of the GPU: the same seed and ranks then give the same bits on the same kind of GPU."""
+    # cuBLAS and NCCL read these once: a fixed workspace, and one order of summation.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of libraries out of the display; their errors still show."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

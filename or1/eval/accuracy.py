@@ -1,0 +1,204 @@
+"""avg@k and pass@k of problems that were sampled several times: of a run's own evaluations and of `or1 eval`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from or1.config import EvalSet
+from or1.core.types import Group, Prompt, Status
+from or1.dist.world import SINGLE, World
+from or1.reward.scorer import Scorer
+from or1.reward.terms import RIGHT, is_graded, is_unclosed
+from or1.rollout.across_ranks import collect_spread
+from or1.rollout.collect import Progress, no_progress
+from or1.rollout.engine import Engine, Sampling
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the responses to one problem.
+
+    correct    how many of `samples` were right
+    reward     mean reward of those that have one; NaN if none has
+    best       largest of them
+    tokens     mean length
+    truncated  how many were cut at the limit
+    statuses   how many have each `Status`, by its value
+    graded     how many have a reward that is neither 0 nor 1
+    unclosed   how many ended by themselves and were scored 0 for want of `</think>`
+    """
+
+    source: str
+    samples: int
+    correct: int
+    reward: float
+    tokens: float
+    truncated: int
+    statuses: Mapping[str, int]
+    best: float = math.nan
+    graded: int = 0
+    unclosed: int = 0
+
+    @classmethod
+    def of(cls, group: Group) -> Outcome:
+        """From the responses themselves."""
+        return cls(
+            group.prompt.source,
+            len(group.responses),
+            int((group.rewards >= RIGHT).sum()),
+            mean_reward(group.rewards),
+            float(np.mean([len(r.token_ids) for r in group.responses])),
+            sum(r.truncated for r in group.responses),
+            Counter(score.status.value for score in group.scores),
+            best_reward(group.rewards),
+            sum(map(is_graded, group.rewards)),
+            sum(map(is_unclosed, group.responses, group.scores)),
+        )
+
+
+def mean_reward(rewards: Sequence[float] | np.ndarray) -> float:
+    """Mean without the NaN of responses that have no reward; NaN if all are."""
+    given = [reward for reward in rewards if not math.isnan(reward)]
+    return float(np.mean(given)) if given else math.nan
+
+
+def best_reward(rewards: Iterable[float]) -> float:
+    """The largest that is not NaN; NaN if all are."""
+    return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and the half width of its 95 % interval: 1.96 standard errors of the mean over problems.
+
+    The interval speaks of other problems of the same kind, not of other samples of these; NaN for a single problem.
+    """
+
+    value: float
+    ci95: float
+
+    @classmethod
+    def of(cls, values_P: Sequence[float]) -> Estimate:
+        """From one value per problem; NaN from none."""
+        if not values_P:
+            return cls(math.nan, math.nan)
+        spread = float(np.std(values_P, ddof=1)) if len(values_P) > 1 else math.nan
+        return cls(float(np.mean(values_P)), 1.96 * spread / math.sqrt(len(values_P)))
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One set, or one source of a set.
+
+    avg       mean correctness over `samples` responses (avg@k)
+    pass_at   k -> unbiased chance that one of k responses is right
+    reward    mean over problems of the mean reward of their responses; NaN if no response has a reward
+    graded    share of responses whose reward is neither 0 nor 1
+    unclosed  share of responses that ended without `</think>` and were scored 0 for that
+    """
+
+    name: str
+    samples: int
+    problems: int
+    avg: Estimate
+    pass_at: Mapping[int, Estimate]
+    reward: Estimate
+    length: float
+    truncated: float
+    statuses: Mapping[str, int]
+    best: float = math.nan
+    graded: float = 0.0
+    unclosed: float = 0.0
+
+    def count(self, status: Status) -> int:
+        """Responses of one status."""
+        return self.statuses.get(status.value, 0)
+
+    def remark(self) -> str:
+        """What to know of rewards on a scale of the user's own; empty if there is nothing."""
+        if not 0 < self.best < RIGHT:
+            return ""
+        return (f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
+                f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards")
+
+    def metrics(self) -> dict[str, float]:
+        """As metric names."""
+        total = self.problems * self.samples
+        some = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
+        some |= {"graded": self.graded, "no_think_close": self.unclosed}
+        prefix, avg = f"eval/{self.name}", f"eval/{self.name}/avg@{self.samples}"
+        return {
+            avg: self.avg.value,
+            f"{avg}_ci95": self.avg.ci95,
+            **{f"{prefix}/pass@{k}": estimate.value for k, estimate in self.pass_at.items()},
+            f"{prefix}/reward_mean": self.reward.value,
+            f"{prefix}/reward_mean_ci95": self.reward.ci95,
+            f"{prefix}/len_mean": self.length,
+            f"{prefix}/truncated": self.truncated,
+            **{f"{prefix}/{name}": share for name, share in some.items() if share},
+        }
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased chance that k samples contain a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples; raise samples")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def pass_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
+    """The k of pass@k: those wanted that the samples allow, or 1, 2, 4, ... and all samples."""
+    found = set(wanted) or {2**i for i in range(samples.bit_length())} | {samples}
+    return sorted(k for k in found if 1 <= k <= samples)
+
+
+def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> EvalResult:
+    """The statistics of problems that all have the same number of samples. Raises ValueError for none."""
+    if not outcomes:
+        raise ValueError(f"evaluation set {name!r} has no problems")
+    samples = outcomes[0].samples
+    total = samples * len(outcomes)
+    return EvalResult(
+        name=name,
+        samples=samples,
+        problems=len(outcomes),
+        avg=Estimate.of([outcome.correct / samples for outcome in outcomes]),
+        pass_at={k: Estimate.of([pass_at_k(samples, outcome.correct, k) for outcome in outcomes]) for k in ks},
+        reward=Estimate.of([outcome.reward for outcome in outcomes if not math.isnan(outcome.reward)]),
+        length=float(np.mean([outcome.tokens for outcome in outcomes])),
+        truncated=sum(outcome.truncated for outcome in outcomes) / total,
+        statuses=sum((Counter(outcome.statuses) for outcome in outcomes), Counter()),
+        best=best_reward(outcome.best for outcome in outcomes),
+        graded=sum(outcome.graded for outcome in outcomes) / total,
+        unclosed=sum(outcome.unclosed for outcome in outcomes) / total,
+    )
+
+
+def by_source(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of each source, in order of first appearance."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.source, []).append(outcome)
+    return found
+
+
+def evaluate_set(
+    engine: Engine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    settings: EvalSet,
+    max_tokens: int,
+    *,
+    pass_k: Sequence[int] = (),
+    progress: Progress = no_progress,
+    world: World = SINGLE,
+) -> EvalResult:
+    """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
+    sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
+    groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
+    return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples, pass_k))

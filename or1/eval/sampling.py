@@ -1,0 +1,98 @@
+"""Every response to every prompt, part by part, so that a run can stop anywhere and go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from or1.config import Config
+from or1.core.types import Group, Prompt
+from or1.eval.store import PartStore
+from or1.reward.custom import file_of
+from or1.reward.scorer import Scorer
+from or1.rollout.collect import Progress, collect
+from or1.rollout.engine import Engine, Sampling
+
+_BATCHES = 4
+"""Batches in a part where the engine keeps its own queue: a part ends with its longest response, most slots empty."""
+
+
+def part_size(config: Config, engine: Engine, samples: int) -> int:
+    """Prompts per part: about one batch of transformers' generate, some batches of an engine with a queue."""
+    if config.endpoint.url is not None:
+        return max(1, _BATCHES * config.endpoint.concurrency // samples)
+    from or1.rollout.hf import HfEngine
+
+    batches = 1 if isinstance(engine, HfEngine) else _BATCHES
+    return max(1, batches * config.rollout.batch_size // samples)
+
+
+def sample_parts(
+    engine: Engine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    store: PartStore,
+    *,
+    rows_of: Callable[[Group], Iterable[dict[str, Any]]],
+    progress: Progress,
+) -> int:
+    """Fill `store` with `rows_of` every group; returns how many responses were there. Their parts stay as they are.
+
+    Each part has its own seed and always the same prompts, so a run that was killed ends with the samples of one that
+    was not, as far as the engine repeats itself under a seed.
+    """
+    total, there = len(prompts) * sampling.samples, 0
+    for index, start in enumerate(range(0, len(prompts), store.size)):
+        part = prompts[start : start + store.size]
+        before = start * sampling.samples
+        if index in store:
+            there += len(part) * sampling.samples
+        else:
+            seed = int(np.random.SeedSequence([sampling.seed, index]).generate_state(1, np.uint64)[0] >> 1)
+
+            def shown(done: int, _: int, before: int = before) -> None:
+                progress(before + done, total)
+
+            groups = collect(engine, scorer, part, replace(sampling, seed=seed), shown).groups
+            store.write(index, [row for group in groups for row in rows_of(group)])
+        progress(before + len(part) * sampling.samples, total)
+    return there
+
+
+def there_already(name: str, there: int, total: int) -> str:
+    """The line that says that old results are used; empty if there are none."""
+    return f"{name}: {there:,} of {total:,} responses were there already" if there else ""
+
+
+def inputs_of(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
+    """What the scores of the prompts depend on beside how responses are sampled, for the settings of a PartStore.
+
+    Of a function of the user's own that is its file too, but not what that file imports.
+    """
+    reward = config.reward
+    file = file_of(reward.kind) if reward.is_function else None
+    return {
+        "problems": fingerprint(prompts, reward.is_function),
+        "reward": reward.model_dump(mode="json", exclude={"workers"}),
+        "reward_file": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+
+
+def fingerprint(prompts: Iterable[Prompt], columns: bool = False) -> str:
+    """sha256 of everything about the prompts that their responses and scores depend on.
+
+    columns  the rows' other columns too, which a function of the user's own may read
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = [json.dumps(prompt.row, default=str)] if columns else []
+        for part in (prompt.id, prompt.text, repr(prompt.golds), repr(prompt.tests), *row):
+            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Groups -> what is trained: shaped rewards, advantages, which groups are kept, and minibatches of their responses."""
+
+# P prompts, K kept groups, M responses each
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from or1.config import LossConfig, RewardConfig, StageConfig
+from or1.core.types import Group
+from or1.magic.advantage import group_advantages
+from or1.magic.denominator import Normaliser
+from or1.magic.filters import has_advantage
+from or1.magic.shaping import overlong_penalty
+from or1.model.rows import TrainSequence
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The part of a rollout that is trained.
+
+    kept           groups in rollout order
+    advantages_KM  f64[K, M], NaN for a response without a reward
+    flags          for every group of the rollout, whether it is kept
+    """
+
+    kept: list[Group]
+    advantages_KM: np.ndarray
+    flags: list[bool]
+
+    def advantages_by_group(self) -> list[np.ndarray | None]:
+        """For every group of the rollout its advantages, None where it was left out."""
+        rows = iter(self.advantages_KM)
+        return [next(rows) if flag else None for flag in self.flags]
+
+
+def choose(
+    groups: Sequence[Group], usable: Sequence[bool], loss: LossConfig, reward: RewardConfig, stage: StageConfig
+) -> Trainable:
+    """Advantages (Eq. 2.5) and rejection: T_k = {i : some A_ij is not 0} (Eq. 3.1).
+
+    `usable` says which groups may be trained at all. A group is rejected for its rewards as they were given: a penalty
+    for length alone is no reason to train on a problem that is solved or hopeless (DAPO, section 3.2).
+    """
+    if not groups:
+        return Trainable([], np.empty((0, 0)), [])
+    rewards_PM = np.stack([group.rewards for group in groups])
+    if reward.overlong_buffer:
+        lengths_PM = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
+        penalty_PM = overlong_penalty(lengths_PM, stage.max_response_tokens, reward.overlong_buffer)
+        rewards_PM = rewards_PM + reward.overlong_penalty * penalty_PM
+    truncated_PM = np.array([[r.truncated for r in group.responses] for group in groups])
+    advantages_PM = group_advantages(
+        rewards_PM, truncated_PM=truncated_PM, mask=loss.advantage_mask, scale_std=loss.advantage_std
+    )
+    moves_P = (np.nan_to_num(advantages_PM) != 0).any(axis=1)
+    wanted = [
+        not loss.reject_zero_advantage or (has_advantage(group) and bool(moves))
+        for group, moves in zip(groups, moves_P, strict=True)
+    ]
+    flags = [want and may for want, may in zip(wanted, usable, strict=True)]
+    return Trainable([g for g, flag in zip(groups, flags, strict=True) if flag], advantages_PM[np.array(flags)], flags)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimizer step trains on, and what its summed token losses are divided by."""
+
+    sequences: list[TrainSequence]
+    normaliser: Normaliser
+
+
+def minibatches(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> list[Minibatch]:
+    """Minibatches of at most `minibatch_prompts` groups, in rollout order.
+
+    kept     near-equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own
+    sampled  as the released code: full parts and a rest, and each is divided by the tokens of a full one, so that the
+             step of the rest has its share of the size. Groups that replaced rejected ones do not make a part larger
+    """
+    nominal = stage.minibatch_prompts or stage.prompts_per_step
+    count = len(chosen.kept)
+    if loss.denominator == "sampled":
+        parts = [range(at, min(at + nominal, count)) for at in range(0, count, nominal)]
+    else:
+        parts = np.array_split(np.arange(count), max(math.ceil(count / nominal), 1))
+    groups_of = _sequences_of(chosen)
+    # Partial rollouts may complete fewer groups than a minibatch has.
+    full = min(nominal, len(chosen.flags))
+    made = []
+    for part in parts:
+        scale = full / len(part) if loss.denominator == "sampled" else 1.0
+        normaliser = Normaliser(loss.normaliser, stage.max_response_tokens, scale)
+        made.append(Minibatch([s for i in part for s in groups_of[i]], normaliser))
+    # A batch whose responses have no reward or no known log-prob has nothing to train.
+    return [batch for batch in made if any(s.known_tokens for s in batch.sequences)]
+
+
+def _sequences_of(chosen: Trainable) -> list[list[TrainSequence]]:
+    """The responses of every kept group that can be trained."""
+    return [
+        [
+            TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
+            for response, advantage in zip(group.responses, advantages_M, strict=True)
+            # Left out: a response without a reward, and one that was aborted before its first token.
+            if not math.isnan(advantage) and len(response.token_ids)
+        ]
+        for group, advantages_M in zip(chosen.kept, chosen.advantages_KM, strict=True)
+    ]

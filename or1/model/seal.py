@@ -1,0 +1,36 @@
+"""Exported weights that say of themselves what they are: sizes and sha256 of a folder's files, in one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from or1.core.files import is_unbroken, sealed
+from or1.run.checkpoint import file_entry
+
+NAME = "or1_export.json"
+
+
+def seal_export(folder: Path) -> None:
+    """Note the size and sha256 of every file of an exported model."""
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != NAME}
+    (folder / NAME).write_text(json.dumps(sealed({"files": files}), indent=1) + "\n", encoding="utf-8")
+
+
+def export_problem(folder: Path) -> str:
+    """Return which file of an exported model is not as it was written, "" for none or where nothing was noted."""
+    note = folder / NAME
+    if not note.exists():
+        return ""
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        if not is_unbroken(noted) or not isinstance(noted["files"], dict):
+            return f"{note} was altered"
+        for name, entry in noted["files"].items():
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+            if file_entry(folder / name) != entry:
+                return f"{folder / name} was altered"
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        return f"{note} cannot be read ({type(error).__name__}: {error})"
+    return ""

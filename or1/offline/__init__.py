@@ -1,1 +1,0 @@
-"""Sampling without training: what `or1 eval` and `or1 filter` share."""

@@ -1,0 +1,1 @@
+"""Everything a person sees: the live panel, the summary, tables, and the HTML page."""

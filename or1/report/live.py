@@ -1,0 +1,221 @@
+"""What a person sees in the terminal: the plan before a run, and its progress. `or1.report.summary_text` has the end.
+
+On a terminal the progress is a live panel; elsewhere (a log file, a batch system) it is one plain line per step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Container, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from or1.config import Config, EntropyConfig, StageConfig
+from or1.report.console import default_console, print_pairs, safe
+from or1.report.panel import ROWS, Header, Phase, header, values_table
+from or1.report.records import Course, Record, eval_histories, number, plain_line
+from or1.reward.terms import graded_run
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+_HISTORY = 400  # steps kept for sparklines
+_RECENT = 10  # steps behind the estimate of time left
+_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit moments", "offload": "AdamW in host memory"}
+
+
+class RunDisplay:
+    """Progress of a run.
+
+    with RunDisplay(config.total_steps, config.stage) as display:
+        display.phase("rollout", 3, 64)
+        display.step({"step": 1, "stage": 0, "reward/mean": 0.4, ...})      the record of metrics.jsonl
+        display.message("checkpoint step_20 written")
+
+    The terminal is restored however the block ends. Missing and non-finite metrics show as "-".
+    """
+
+    def __init__(self, total_steps: int, stages: Sequence[StageConfig], console: Console | None = None):
+        self._total, self._stages = total_steps, stages
+        self._console = console or default_console()
+        self._step = 0
+        self._started = time.monotonic()
+        self._step_ends: deque[float] = deque(maxlen=_RECENT + 1)
+        self._phase: Phase | None = None
+        self._history: dict[str, deque[float]] = {row.key: deque(maxlen=_HISTORY) for row in ROWS}
+        self._evals: list[Record] = []
+        self._graded = False
+        self._stage = 0
+        # Built in `step`, not in `_render`, which another thread calls.
+        self._table: RenderableType | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        if self._live is not None:
+            self._phase = None
+            self._live.stop()
+            self._live = None
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Show the current phase (rollout, reward, train, eval, checkpoint) and how far it is."""
+        old = self._phase
+        same = old is not None and old.name == name and done >= old.done
+        self._phase = Phase(name, done, total, old.since if same else time.monotonic())
+        if self._live is not None and not same:
+            self._live.refresh()
+
+    def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the records of a run that resumes: nothing is printed, and the panel starts with their values."""
+        for record in records:
+            self._step = int(number(record.get("step"), self._step + 1))
+            self._stage = int(number(record.get("stage"), self._stage))
+            self._note(record)
+        if records and self._live is not None:
+            self._table = values_table(self._history, self._courses(), self._console)
+            self._live.refresh()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show one record of metrics.jsonl."""
+        self._step = int(number(metrics.get("step"), self._step + 1))
+        stage = int(number(metrics.get("stage"), self._stage))
+        if stage != self._stage:
+            self._stage = stage
+            self.message(f"{self._stage_text()} began at step {self._step}")
+        metrics = self._note(metrics)
+        self._step_ends.append(time.monotonic())
+        self._phase = None
+        if self._live is not None:
+            self._table = values_table(self._history, self._courses(), self._console)
+            self._live.refresh()
+            return
+        if self._step > 0:
+            self.message(plain_line(metrics, self._step, self._total, self._left()))
+        for course in self._courses({history.name for history in eval_histories([metrics])}):
+            line = f"eval step {self._step}: {course.label} {course.last}"
+            if course.change is not None:
+                at = f" {course.start}" if course.steps[0] > 0 else ""
+                line += f", was {course.first}{at} ({course.change_text})"
+            self.message(line)
+
+    def _note(self, record: Mapping[str, Any]) -> Record:
+        """Remember what a record holds; returns it with what is derived from it, and with the step as a number."""
+        metrics = {**record, "step": self._step}
+        if 0 <= self._stage < len(self._stages):
+            metrics["group/kept_share"] = number(metrics.get("group/kept")) / self._stages[self._stage].prompts_per_step
+        failed = sum(number(metrics.get(f"reward/status/{status}"), 0.0) for status in ("crash", "timeout"))
+        # A row from the first failure on.
+        if failed or self._history["reward/failed"]:
+            metrics["reward/failed"] = failed
+        for key, values in self._history.items():
+            if math.isfinite(value := number(metrics.get(key))):
+                values.append(value)
+        if found := {key: value for key, value in metrics.items() if key.startswith("eval/")}:
+            self._evals.append({**found, "step": self._step})
+        self._graded = self._graded or graded_run([metrics])
+        return metrics
+
+    def _courses(self, names: Container[str] | None = None) -> list[Course]:
+        """The evaluations so far, of all sets or of those in `names`, what leads first."""
+        histories = [each for each in eval_histories(self._evals) if names is None or each.name in names]
+        return [course for history in histories for course in history.courses(self._graded)]
+
+    def message(self, text: str) -> None:
+        """Show a line of text that stays, above the live panel."""
+        self._console.print(safe(text, self._console), soft_wrap=True)
+
+    def _left(self) -> float | None:
+        """Estimated seconds to the end, from the last few steps."""
+        intervals = len(self._step_ends) - 1
+        if intervals < 1:
+            return None
+        return (self._step_ends[-1] - self._step_ends[0]) / intervals * max(self._total - self._step, 0)
+
+    def _stage_text(self) -> str:
+        if not 0 <= self._stage < len(self._stages):
+            return ""
+        limit = self._stages[self._stage].max_response_tokens
+        return f"stage {self._stage + 1}/{len(self._stages)}, limit {limit:,} tokens"
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+
+        now, phase = time.monotonic(), self._phase
+        shown = Header(self._step, self._total, now - self._started, self._left(), self._stage_text(), phase,
+                       0.0 if phase is None else now - phase.since)  # fmt: skip
+        return Group(header(shown, self._console), *([] if self._table is None else [self._table]))
+
+
+def print_plan(config: Config, data_lines: Sequence[str], console: Console | None = None) -> None:
+    """What a run will do: shown by `--dry-run` and at the start. `data_lines` describe the data files, one a line."""
+    from rich.text import Text
+
+    console = console or default_console()
+    stages = "1 stage" if len(config.stage) == 1 else f"{len(config.stage)} stages"
+    console.print(Text(f"or1 plan: {config.total_steps} steps in {stages}", style="bold"), soft_wrap=True)
+    pairs = [("model", f"{config.model.path} ({config.model.dtype}, device {config.model.device})")]
+    pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.files)]
+    print_pairs(pairs, console)
+    console.print(_stage_table(config))
+    optim, entropy = config.optim, config.loss.entropy
+    pairs = [("reward", config.reward.kind),
+             ("loss", f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
+              f"temperature {config.rollout.temperature:g}"), ("entropy", _entropy_text(entropy))]  # fmt: skip
+    pairs.append(("optimizer", f"{_OPTIMIZERS[optim.optimizer]}, lr {optim.lr:g} after {optim.warmup_steps} warm-up "
+                  f"updates, gradient norm <= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed "
+                  "row"))  # fmt: skip
+    pairs += [("" if i else "evaluation", line) for i, line in enumerate(_eval_texts(config))]
+    pairs.append(("checkpoint", f"every {config.checkpoint.every_steps} steps, newest {config.checkpoint.keep} kept"))
+    pairs += [("run", config.run_dir), ("seed", str(config.seed))]
+    print_pairs(pairs, console)
+    console.print()
+
+
+def _stage_table(config: Config) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="dim")
+    for title in ("stage", "steps", "max response", "prompts x group", "updates per step", "tokens per step, at most"):
+        table.add_column(title, justify="right")
+    first = 1
+    for number_, stage in enumerate(config.stage, 1):
+        most = stage.prompts_per_step * stage.group_size * stage.max_response_tokens
+        table.add_row(
+            str(number_), f"{first}-{first + stage.steps - 1}", f"{stage.max_response_tokens:,}",
+            f"{stage.prompts_per_step} x {stage.group_size}",
+            "1, on-policy" if stage.on_policy else str(stage.updates_per_step), f"{most:,}",
+        )  # fmt: skip
+        first += stage.steps
+    return table
+
+
+def _entropy_text(entropy: EntropyConfig) -> str:
+    if entropy.control == "none":
+        return "no bonus"
+    if entropy.control == "constant":
+        return f"constant coefficient {entropy.coef:g}"
+    return (f"adaptive ({entropy.variant}): target {entropy.target:g} nats per token, coefficient {entropy.coef:g} "
+            f"moving by {entropy.delta:g} within [{entropy.coef_min:g}, {entropy.coef_max:g}]")  # fmt: skip
+
+
+def _eval_texts(config: Config) -> list[str]:
+    if not config.eval.sets:
+        return ["no held-out sets"]
+    lines = [f"every {config.eval.every_steps} steps, at most {config.eval_max_response_tokens:,} tokens"]
+    for each in config.eval.sets:
+        limit = "" if each.limit is None else f", first {each.limit}"
+        lines.append(f"{each.name}: {each.path}, avg@{each.samples} at temperature {each.temperature:g}{limit}")
+    return lines

@@ -1,0 +1,350 @@
+"""The plots of the report: matplotlib SVG whose colours are CSS variables, so that one file serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from or1.core.types import Status
+from or1.report.page_charts import Chart, Panel, charts
+from or1.report.page_data import RunData
+from or1.report.records import PHASES, EvalHistory, eval_histories, number, other_seconds
+from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# matplotlib must be given real colours; these stand for CSS variables and are swapped in the finished SVG.
+COLORS = {"s0": "#0a0000", "s1": "#0a0001", "s2": "#0a0002", "s3": "#0a0003", "s4": "#0a0004", "s5": "#0a0005"}
+COLORS |= {"s6": "#0a0006", "s7": "#0a0007", "s8": "#0a0008", "ink": "#0b0001", "muted": "#0b0002", "grid": "#0b0003"}
+COLORS |= {"card": "#0b0004"}
+
+_SMOOTH_FROM = 30  # steps
+_MAX_DOTS = 1000
+_MAX_BARS = 80
+_MAX_STEPS_DRAWN_AS_STEPS = 100
+_BINS = 150
+_WIDTH_IN = 5.8
+
+_STYLE = {
+    "svg.fonttype": "none", "font.size": 8.5, "font.family": "DejaVu Sans", "axes.linewidth": 0.8,
+    "axes.edgecolor": COLORS["grid"], "axes.labelcolor": COLORS["muted"], "text.color": COLORS["muted"],
+    "xtick.color": COLORS["grid"], "ytick.color": COLORS["grid"], "xtick.labelcolor": COLORS["muted"],
+    "ytick.labelcolor": COLORS["muted"], "grid.color": COLORS["grid"], "grid.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False,
+    "lines.solid_capstyle": "round", "lines.solid_joinstyle": "round", "axes.axisbelow": True,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Legend:
+    """One entry of the legend, which the page draws: `mark` is line, dash or fill."""
+
+    label: str
+    color: str
+    mark: str = "line"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished plot with the words around it."""
+
+    title: str
+    caption: str
+    svg: str
+    legend: tuple[Legend, ...]
+    wide: bool = False
+
+
+def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
+    """All plots the run has values for, and the titles of those it has none for."""
+    import matplotlib
+
+    plots, missing = [], []
+    with matplotlib.rc_context(_STYLE):
+        for title, draw in _catalogue(run):
+            plot = draw()
+            if plot is None:
+                missing.append(title)
+            else:
+                plots.append(plot)
+    return plots, missing
+
+
+def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
+    if run.graded:
+        yield "Held-out reward", lambda: _mean_rewards(run)
+    yield "Held-out accuracy", lambda: _evaluations(run)
+    reward, *rest = charts(run)
+    yield reward.title, lambda: _lines(run, reward)
+    yield "Outcomes", lambda: _outcomes(run)
+    for chart in rest:
+        yield chart.title, lambda chart=chart: _lines(run, chart)
+    yield "Time per step", lambda: _time(run)
+
+
+def _lines(run: RunData, chart: Chart) -> Plot | None:
+    panels = [panel for panel in chart.panels if any(run.series(line.key)[0] for line in panel.lines)]
+    if not panels:
+        return None
+    figure, axes = _figure(run, [panel.height for panel in panels])
+    legend: list[Legend] = []
+    for ax, panel in zip(axes, panels, strict=True):
+        legend += _draw_panel(run, ax, panel)
+    return Plot(chart.title, chart.caption, _svg(figure, chart.title), tuple(legend))
+
+
+def _draw_panel(run: RunData, ax: Axes, panel: Panel) -> list[Legend]:
+    legend, highest, lowest = [], 0.0, math.inf
+    for line in panel.lines:
+        steps, values = run.series(line.key, line.scale)
+        if steps:
+            draw = _draw_steps if panel.exact else _draw_line
+            draw(ax, steps, values, COLORS[line.color], run.stage_starts())
+            legend.append(Legend(line.label, line.color))
+            highest, lowest = max(highest, *values), min(lowest, *values)
+    if panel.reference is not None:
+        label, xs, ys = panel.reference
+        ax.plot(xs, ys, color=COLORS["muted"], linewidth=1.1, linestyle=(0, (4, 3)), zorder=3)
+        legend.append(Legend(label, "muted", "dash"))
+        highest = max(highest, *ys)
+    if panel.log and lowest > 0 and highest / lowest > 100:
+        ax.set_yscale("log")
+    elif panel.zero and lowest >= 0:
+        ax.set_ylim(0, panel.top or (highest * 1.08 if highest > 0 else 1))
+    _format_y(ax, panel.unit)
+    return legend
+
+
+def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, _: object) -> None:
+    """A value that was set, not sampled. Many are dots: a line through a gate that toggles would fill the panel."""
+    if len(steps) > _MAX_STEPS_DRAWN_AS_STEPS:
+        _draw_dots(ax, steps, values, color, 0.7)
+        return
+    ax.step(steps, values, where="mid", color=color, linewidth=1.4, marker="o" if len(steps) == 1 else "")
+
+
+def _draw_line(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str,
+               stages: Sequence[tuple[int, int]]) -> None:  # fmt: skip
+    """A line through few points; through many, a smoothed line over the raw points."""
+    if len(steps) < _SMOOTH_FROM:
+        ax.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3.2 if len(steps) > 1 else 5)
+        return
+    _draw_dots(ax, steps, values, color, 0.38)
+    breaks = [bisect_left(steps, first) for first, _ in stages[1:]]
+    ax.plot(steps, smooth(values, breaks), color=color, linewidth=1.9)
+
+
+def _draw_dots(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, alpha: float) -> None:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    # One path of zero-length strokes with round caps: a marker per point would make the page megabytes long.
+    stride = math.ceil(len(steps) / _MAX_DOTS)
+    dots = [point for point in zip(steps[::stride], values[::stride], strict=True) for _ in range(2)]
+    path = Path(dots, [Path.MOVETO, Path.LINETO] * (len(dots) // 2))
+    path.should_simplify = False
+    ax.add_patch(PathPatch(path, fill=False, edgecolor=color, alpha=alpha, linewidth=2.6, capstyle="round"))
+
+
+def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
+    """Centred moving average over about a fortieth of the run, never across the indices in `breaks`."""
+    half = max(2, len(values) // 80)
+    edges = [0, *breaks, len(values)]
+    means = []
+    for start, end in pairwise(edges):
+        for i in range(start, end):
+            window = values[max(start, i - half) : min(end, i + half + 1)]
+            means.append(math.fsum(window) / len(window))
+    return means
+
+
+def _figure(run: RunData, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of stacked panels on one step axis, with stage boundaries."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(2 * _WIDTH_IN + 0.5 if wide else _WIDTH_IN, 2.9), layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
+    last = run.last_step
+    for ax in axes:
+        ax.grid(axis="y")
+        ax.margins(x=0.02)
+        ax.set_xlim((-0.5, last + 0.5) if last < 50 else (-0.01 * last, last * 1.01))
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    _mark_stages(run, axes)
+    return figure, list(axes)
+
+
+def _mark_stages(run: RunData, axes: Sequence[Axes]) -> None:
+    starts = run.stage_starts()
+    if len(starts) < 2:
+        return
+    for order, (step, index) in enumerate(starts):
+        left = step - 0.5 if order else 0
+        for ax in axes if order else ():
+            ax.axvline(left, color=COLORS["ink"], linewidth=0.8, alpha=0.6, zorder=4)
+        axes[0].annotate(f"stage {index + 1}", (left, 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
+                         textcoords="offset points", fontsize=7.5)  # fmt: skip
+
+
+def _format_y(ax: Axes, unit: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_major_locator(LogLocator(numticks=5))
+        ax.yaxis.set_minor_locator(LogLocator(numticks=1))
+    else:
+        small = ax.get_gridspec().nrows > 1 and not ax.get_subplotspec().is_first_row()
+        ax.yaxis.set_major_locator(MaxNLocator(2 if small else 5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value) + (" %" if unit == "%" else "")))
+
+
+def tick_label(value: float) -> str:
+    """A number short enough for an axis: 16384 -> 16.4k."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.0e}" if 0 < size < 1e-4 else f"{value:.4g}"
+
+
+def _evaluations(run: RunData) -> Plot | None:
+    histories = eval_histories(run.records)
+    if not histories:
+        return None
+    figure, (ax,) = _figure(run, [1], wide=True)
+    legend = []
+    for order, history in enumerate(histories[:8]):
+        color = f"s{order + 1}"
+        _draw_history(ax, history, COLORS[color])
+        legend.append(Legend(f"{history.name} avg@{history.k}", color))
+        if history.k > 1 and any(math.isfinite(point.pass_at_k) for point in history.points):
+            legend.append(Legend(f"{history.name} pass@{history.k}", color, "dash"))
+    ax.set_ylim(0, min(105, ax.get_ylim()[1]))
+    _format_y(ax, "%")
+    caption = "Accuracy on the evaluation sets; bars are 95 % intervals."
+    return Plot("Held-out accuracy", caption, _svg(figure, "Held-out accuracy"), tuple(legend), wide=True)
+
+
+def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
+    points = [(point.step, 100 * point.avg, 100 * number(point.ci95, 0.0)) for point in history.points]
+    _draw_points(ax, points, color)
+    passed = [(point.step, 100 * point.pass_at_k) for point in history.points if math.isfinite(point.pass_at_k)]
+    if history.k > 1 and passed:
+        ax.plot(*zip(*passed, strict=True), color=color, linewidth=1.2, linestyle=(0, (4, 3)))
+
+
+def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
+    """Measured (step, value, half width of its interval)."""
+    steps, values, errors = zip(*points, strict=True)
+    size = 5 if len(steps) <= 40 else 2.5
+    # matplotlib refuses a negative width, which only a file written by hand has.
+    errors = [max(error, 0.0) for error in errors]
+    ax.errorbar(steps, values, yerr=errors, color=color, linewidth=2, elinewidth=1.1, marker="o", markersize=size)
+
+
+def _mean_rewards(run: RunData) -> Plot | None:
+    histories = [history for history in eval_histories(run.records) if history.mean_reward is not None][:8]
+    if not histories:
+        return None
+    figure, (ax,) = _figure(run, [1], wide=True)
+    for order, history in enumerate(histories):
+        points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
+        _draw_points(ax, points, COLORS[f"s{order + 1}"])
+    _format_y(ax, "")
+    legend = tuple(Legend(history.mean_reward.label, f"s{order + 1}") for order, history in enumerate(histories))
+    caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
+    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), legend, wide=True)
+
+
+def _outcomes(run: RunData) -> Plot | None:
+    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", NO_THINK_CLOSE: "s1", "timeout": "s5",
+             "crash": "s6", "skipped": "s7"}  # fmt: skip
+    layers = {name: [number(r.get(f"reward/status/{name}"), 0.0) * 100 for r in run.records] for name in names}
+    # On disk one status holds both.
+    layers[NO_THINK_CLOSE] = [100 * no_think_close(record) for record in run.records]
+    pairs = zip(layers[Status.TRUNCATED], layers[NO_THINK_CLOSE], strict=True)
+    layers[Status.TRUNCATED] = [max(both - unclosed, 0.0) for both, unclosed in pairs]
+    labels = {name: status_word(name) for name in names}
+    caption = "What became of the responses; timeout and crash are the verifier's."
+    if run.graded:
+        caption += " Rewarded is a reward above 0."
+    return _stack(run, ("Outcomes", caption, "%"), layers, names, labels)
+
+
+def _time(run: RunData) -> Plot | None:
+    names = dict(zip((*PHASES, "other"), ("s1", "s8", "s2", "s5", "s3", "s7", "s0"), strict=True))
+    layers = {name: [number(r.get(f"time/{name}"), 0.0) for r in run.records] for name in PHASES}
+    layers["other"] = [other_seconds(r) for r in run.records]
+    total = sum(map(sum, layers.values())) or 1
+    labels = {name: f"{name} {100 * sum(values) / total:.0f} %" for name, values in layers.items()}
+    caption = "Seconds per step by phase, and each phase's share of the run."
+    return _stack(run, ("Time per step", caption, ""), layers, names, labels)
+
+
+def _stack(run: RunData, words: tuple[str, str, str], layers: dict[str, list[float]], colors: dict[str, str],
+           labels: dict[str, str]) -> Plot | None:  # fmt: skip
+    """Stacked bars; with many steps, stacked areas of binned means."""
+    layers = {name: values for name, values in layers.items() if any(value > 0 for value in values)}
+    if not layers:
+        return None
+    title, caption, unit = words
+    filled = [i for i in range(len(run.records)) if any(values[i] > 0 for values in layers.values())]
+    steps = [run.records[i]["step"] for i in filled]
+    stacks = {name: [values[i] for i in filled] for name, values in layers.items()}
+    wide = title == "Time per step"
+    figure, (ax,) = _figure(run, [1], wide)
+    if len(steps) <= _MAX_BARS:
+        base = [0.0] * len(steps)
+        for name, values in stacks.items():
+            ax.bar(steps, values, 0.86, bottom=base, color=COLORS[colors[name]], linewidth=0)
+            base = [low + value for low, value in zip(base, values, strict=True)]
+    else:
+        size = math.ceil(len(steps) / _BINS)
+        fills = [COLORS[colors[name]] for name in stacks]
+        xs = _binned(steps, size)
+        # Each bin is a step of its own: a slope would spread the time of one evaluation over its neighbours.
+        xs = [steps[0] - 0.5, *xs, steps[-1] + 0.5]
+        ys = [[means[0], *means, means[-1]] for means in (_binned(v, size) for v in stacks.values())]
+        ax.stackplot(xs, *ys, colors=fills, linewidth=0, step="mid")
+    if unit == "%":
+        ax.set_ylim(0, 100)
+    _format_y(ax, unit)
+    legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
+    return Plot(title, caption, _svg(figure, title), legend, wide)
+
+
+def _binned(values: Sequence[float], size: int) -> list[float]:
+    return [math.fsum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an <svg> element for inlining: themed, with its own id space and no reference to any address."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = text.replace("xlink:href=", "href=")
+    prefix = re.sub(r"\W+", "-", title.lower())
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = text.replace('"#', f'"#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    for name, color in COLORS.items():
+        text = text.replace(color, f"var(--{name})")
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', text, count=1)
+    return re.sub(r"\n\s*", "\n", text)

@@ -1,0 +1,173 @@
+"""The live panel of a run: a header that fits every terminal, and a table of the latest values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from or1.core.text import clock, sparkline, value_text
+from or1.report.console import safe
+from or1.report.records import Course
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+TREND = 5  # steps averaged on either side of a trend
+_WIDE = 100  # columns from which the stage stands beside the times
+_HISTORY_FROM = 76  # columns from which there is a history column
+_BAR, _LEAST_BAR, _LEAST_NAME, _GAP = 28, 4, 10, 2
+_NAMES = 20  # columns of a name, so that the two bars begin alike
+_LEGEND = f"over last {TREND}: against the {TREND} before; = unchanged; evaluations: since the first"
+
+
+class Row(NamedTuple):
+    """A metric of the live table; `good` is +1 if more is better, -1 if less is, 0 if neither."""
+
+    key: str
+    label: str
+    kind: str
+    good: int
+
+
+ROWS = (
+    Row("reward/mean", "reward", "fixed3", 1), Row("policy/entropy", "entropy", "fixed3", 0),
+    Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0), Row("completion/len_mean", "length", "count", 0),
+    Row("completion/truncated", "truncated", "percent", -1), Row("group/kept_share", "groups kept", "percent", 0),
+    Row("perf/tokens_per_s", "tokens/s", "count", 0), Row("optim/grad_norm", "grad norm", "short", 0),
+    Row("reward/failed", "crash or timeout", "percent", -1),
+)  # fmt: skip
+
+
+class Phase(NamedTuple):
+    """What a run is doing: `done` of `total`, None if that is not known; `since` a time in seconds."""
+
+    name: str
+    done: int
+    total: int | None
+    since: float
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header shows. Seconds; `left_s` is None while it cannot be estimated."""
+
+    step: int
+    total: int
+    elapsed_s: float
+    left_s: float | None
+    stage: str
+    phase: Phase | None
+    phase_s: float = 0.0
+
+
+def header(shown: Header, console: Console) -> RenderableType:
+    """The run's bar over that of the current phase; the last line is always there, so that nothing jumps."""
+    from rich.console import Group
+    from rich.text import Text
+
+    width, phase = console.width, shown.phase
+    left = "-" if shown.left_s is None else clock(shown.left_s)
+    times = [Text(f"elapsed {clock(shown.elapsed_s)}"), Text(f"left {left}")]
+    stage = Text(shown.stage, style="dim")
+    needed = _NAMES + _BAR + sum(_GAP + len(text) for text in (*times, stage)) + _GAP
+    beside = width >= _WIDE and needed <= width
+    step, progress = Text(f"step {shown.step}/{shown.total}", style="bold"), (shown.step, shown.total)
+    lines = [_line(step, "", progress, [*times, stage] if beside and stage else times, width)]
+    if stage and not beside:
+        lines.append(stage)
+    if phase is None:
+        return Group(*lines, Text(""))
+    count = f" {phase.done}/{phase.total}" if phase.total else f" {phase.done}" if phase.done else ""
+    progress = (phase.done, phase.total) if phase.total else None
+    name = safe(phase.name, console)
+    return Group(*lines, _line(name, count, progress, [Text(clock(shown.phase_s), style="dim")], width))
+
+
+def _line(name: Text, count: str, progress: tuple[int, int] | None, cells: Sequence[Text],
+          width: int) -> RenderableType:  # fmt: skip
+    """name and count, a bar as wide as there is room for, and cells, on one line where they can fit at all."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    rest = sum(_GAP + cell.cell_len for cell in cells)
+    if (room := width - rest - len(count)) < _LEAST_NAME:
+        return Text("  ").join([name + count, *cells])
+    if name.cell_len > room:
+        name.truncate(room - 3)
+        name.append("...")
+    name.append(count)
+    names = max(name.cell_len, _NAMES if width >= _HISTORY_FROM else 0)
+    bar = min(_BAR, width - names - rest - _GAP)
+    grid = Table.grid()
+    grid.add_column(width=names, no_wrap=True)
+    row: list[RenderableType] = [name]
+    if progress is not None and bar >= _LEAST_BAR:
+        done, total = progress
+        grid.add_column(width=_GAP + bar)
+        style = {"complete_style": "cyan", "finished_style": "green"}
+        row.append(_padded(ProgressBar(total=max(total, 1), completed=done, width=bar, **style)))
+    elif bar >= _LEAST_BAR:
+        grid.add_column(width=_GAP + bar)
+        row.append(Text(""))
+    for cell in cells:
+        grid.add_column(width=_GAP + cell.cell_len, no_wrap=True)
+        row.append(_padded(cell))
+    grid.add_row(*row)
+    return grid
+
+
+def _padded(item: RenderableType) -> RenderableType:
+    from rich.padding import Padding
+
+    return Padding(item, (0, 0, 0, _GAP))
+
+
+def values_table(history: Mapping[str, Sequence[float]], courses: Sequence[Course], console: Console) -> RenderableType:
+    """The latest value of every metric in `history` and of every course, with how it has changed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    ascii_only, wide = console.options.ascii_only, console.width >= _HISTORY_FROM
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, header_style="dim")
+    titles = (("", "left"), ("now", "right"), (f"over last {TREND}", "right"), *([("history", "left")] * wide))
+    for title, side in titles:
+        table.add_column(title, justify=side, no_wrap=True)
+    for row in ROWS:
+        if values := list(history[row.key]):
+            trend, style = _trend(values, row)
+            now = Text(value_text(values[-1], row.kind), style="bold")
+            line = Text(sparkline(values, 32, ascii_only), style="blue")
+            table.add_row(Text(row.label), now, Text(trend, style=style), *[line] * wide)
+    for course in courses:
+        style = {1: "green", 0: "dim", -1: "red"}[_sign(course.change or 0.0)]
+        was = course.start if course.change is None else f"from {course.first}"
+        if course.change is not None and course.steps[0] > 0:
+            was += f" {course.start}"
+        change = Text(course.change_text.replace("points", "pts"), style=style)
+        now = Text(course.last, style="bold")
+        table.add_row(safe(course.label, console), now, change, *[Text(was, style="dim")] * wide)
+    return Group(table, Text(_LEGEND, style="dim")) if wide else table
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _trend(values: Sequence[float], row: Row) -> tuple[str, str]:
+    """Change of the mean of the last few steps against the few before, and its style."""
+    span = min(TREND, len(values) // 2)
+    if span == 0:
+        return "", "dim"
+    recent, earlier = values[-span:], values[-2 * span : -span]
+    change = math.fsum(recent) / len(recent) - math.fsum(earlier) / len(earlier)
+    text = value_text(abs(change), row.kind).replace("%", "pts")
+    if text == value_text(0.0, row.kind).replace("%", "pts"):
+        return "=", "dim"
+    good = row.good * _sign(change)
+    return ("+" if change > 0 else "-") + text, {1: "green", 0: "", -1: "red"}[good]

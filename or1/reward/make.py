@@ -1,0 +1,65 @@
+"""Rewards: what a response is worth, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from or1.config import RewardConfig
+    from or1.core.types import Prompt
+    from or1.reward.scorer import Scorer
+
+
+def make_scorer(
+    config: RewardConfig, prompts: Iterable[Prompt] | None = None, folder: Path | None = None
+) -> Scorer:
+    """The scorer of `[reward]`, with its worker processes started and warm.
+
+    prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
+    folder   gets `reward.log`, what the rewards print; None: it is lost
+
+    Raises or1.reward.scorer.ScorerError if a worker does not start, for example because math-verify is missing, if there
+    are more than the machine can hold, if no sandbox works for code, or if a prompt lacks what the verifier compares
+    with.
+    """
+    from or1.reward.capacity import check_workers
+    from or1.reward.output import LOG_NAME
+    from or1.reward.scorer import ScorerError
+    from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
+
+    check_workers(config.workers)
+    log = None if folder is None else folder / LOG_NAME
+    if config.is_function:
+        return CustomScorer(
+            config.kind, workers=config.workers, timeout_s=config.timeout_s, memory_bytes=config.memory_mib << 20,
+            grade_truncated=config.grade_truncated is not False, prompts=prompts or (), log=log,
+        )  # fmt: skip
+    kinds = {kind_of(prompt): prompt.id for prompt in prompts or ()}
+    other = {"math": "code", "code": "math"}.get(config.kind)
+    if other in kinds:
+        raise ScorerError(f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
+                          'reward.kind = "auto", or leave those rows out')
+
+    def math() -> Scorer:
+        return MathScorer(
+            workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close,
+            grade_truncated=bool(config.grade_truncated), log=log,
+        )  # fmt: skip
+
+    makers = {"math": math, "code": lambda: _code_scorer(config, log)}
+    return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
+
+
+def _code_scorer(config: RewardConfig, log: Path | None) -> Scorer:
+    from or1.reward.code.grade import CodeSettings
+    from or1.reward.code.sandbox import find_sandbox
+    from or1.reward.scorers import CodeScorer
+
+    options = config.code.model_dump()
+    settings = CodeSettings(**options | {"sandbox": find_sandbox(config.code.sandbox)})
+    return CodeScorer(
+        workers=config.workers, settings=settings, require_think_close=config.require_think_close,
+        grade_truncated=bool(config.grade_truncated), log=log,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""A vLLM server as a process that or1 starts, watches and ends: `python -m or1.rollout.vllm.process VLLM_ARGUMENTS`.
+
+The server ends with the trainer, however that ends: it reads its standard input, which closes when the trainer dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from or1.rollout.engine import EngineError
+from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
+from or1.rollout.vllm.worker import TOKEN_VARIABLE, WEIGHTS_VARIABLE
+
+START_LIMIT_S = 900.0
+"""A server that does not answer by then is given up; loading 32B weights from a cold disk takes minutes."""
+MODEL_NAME = "policy"
+
+
+def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
+    """Command line of vLLM's OpenAI server, as a module, that `ServerEngine` can talk to."""
+    options = setup.engine_options() | {
+        "host": host, "port": port, "served_model_name": MODEL_NAME, "stream_interval": STREAM_TOKENS,
+        "worker_extension_cls": "or1.rollout.vllm.worker.WeightReceiver",
+        "middleware": "or1.rollout.vllm.worker.RequireToken",
+        "uvicorn_log_level": "error", "disable_log_stats": True,
+    }  # fmt: skip
+    arguments = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        arguments += [f"--no-{flag}" if value is False else f"--{flag}"]
+        arguments += [] if isinstance(value, bool) else [str(value)]
+    return arguments
+
+
+def shared_folder(run_path: Path) -> Path:
+    """Return where a run's weights are for a server on another machine, with transport = "file"."""
+    return run_path / "pushed"
+
+
+def server_environment(setup: VllmSetup, token: str, weights: Path | None = None) -> dict[str, str]:
+    """The trainer's environment without torchrun's part, with what the server needs.
+
+    weights  the folder below which it may read files of weights; None: it reads none
+    """
+    inherited = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    # The development mode is what opens /collective_rpc and /reset_prefix_cache, both behind the token.
+    own = {"VLLM_SERVER_DEV_MODE": "1", TOKEN_VARIABLE: token, "PYTHONPATH": path}
+    own[WEIGHTS_VARIABLE] = "" if weights is None else str(weights.absolute())
+    return inherited | vllm_environment(setup.on_gpu) | own
+
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ServerProcess:
+    """A server on loopback. `start` may be called again after it died."""
+
+    def __init__(self, setup: VllmSetup, devices: str | None, log: Path, weights: Path | None = None):
+        self.token = secrets.token_hex(16)
+        self.url = ""
+        self._setup, self._devices, self._log, self._weights = setup, devices, log, weights
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it and return at once; `await_ready` waits."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        environment = server_environment(self._setup, self.token, self._weights)
+        if self._devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices
+        arguments = server_arguments(self._setup, "127.0.0.1", port)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "or1.rollout.vllm.process", *arguments],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also that of its group."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def await_ready(self) -> None:
+        """Wait until it answers. Raises EngineError, with the end of its log, if it ends before or takes too long."""
+        import httpx
+
+        deadline = time.monotonic() + START_LIMIT_S
+        while self.alive() and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                reply = httpx.get(f"{self.url}/health", headers=bearer(self.token), timeout=5, trust_env=False)
+                if reply.status_code == 200:
+                    return
+            time.sleep(0.2)
+        fate = f"does not answer after {START_LIMIT_S:.0f} s" if self.alive() else "ended before it was ready"
+        self.close()
+        tail = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise EngineError(f"the vLLM server {fate}; the end of {self._log}:\n{tail}")
+
+    def close(self) -> None:
+        """Kill the server and what it started."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+
+
+def may_take_proxy(url: str) -> bool:
+    """Return whether HTTP_PROXY and its like count: a proxy sees the token, and cannot reach loopback."""
+    return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The header that `RequireToken` asks for."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run vLLM's server, and end it when standard input closes."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

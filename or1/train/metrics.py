@@ -1,0 +1,168 @@
+"""Numbers that describe a step, from its rollout and its updates."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from or1.core.types import Group, Status
+from or1.dist.world import World
+from or1.magic.filters import has_advantage
+from or1.model.rows import Microbatch
+from or1.reward.terms import RIGHT, is_graded, is_unclosed
+from or1.rollout.collect import Rollout
+from or1.train.optim import UpdateResult
+from or1_kernels.head import PolicyStats
+
+
+def rollout_entropy(groups: Sequence[Group]) -> float:
+    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token; or NaN.
+
+    It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
+    """
+    logp = np.concatenate([np.empty(0, np.float32), *(r.logp for group in groups for r in group.responses)])
+    known = logp[np.isfinite(logp)]
+    return float(-known.mean(dtype=np.float64)) if len(known) else math.nan
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, statuses and lengths over all groups of a step, before rejection; empty if no group is complete.
+
+    reward/graded              share of rewards that are neither 0 nor 1; see `or1.reward.terms`
+    completion/truncated       share of responses that were cut
+    completion/no_think_close  share of responses that ended without `</think>` and were scored 0 for that
+    reward/status/truncated    share of responses scored 0 for either
+    group/solved, failed       share of groups whose rewards are all equal, and at least 1, or at most 0
+    """
+    if not groups:
+        return {}
+    rewards = np.stack([group.rewards for group in groups])
+    lengths = np.array([len(response.token_ids) for group in groups for response in group.responses])
+    statuses = Counter(score.status for group in groups for score in group.scores)
+    constant = np.array([not has_advantage(group) for group in groups])
+    # A response may have no reward (NaN), and so may all of a group; such a group is neither solved nor failed.
+    scored = ~np.isnan(rewards)
+    mean = np.divide(
+        rewards.sum(axis=1, where=scored), scored.sum(axis=1), out=np.full(len(groups), np.nan),
+        where=scored.any(axis=1),
+    )  # fmt: skip
+    given = rewards[scored] if scored.any() else np.array([np.nan])
+    pairs = [pair for group in groups for pair in zip(group.responses, group.scores, strict=True)]
+    return {
+        "reward/mean": float(given.mean()),
+        **{f"reward/p{q}": float(np.percentile(given, q)) for q in (10, 50, 90)},
+        "reward/graded": float(np.mean([is_graded(reward) for reward in rewards.flat])),
+        "group/frac_zero_std": float(constant.mean()),
+        "group/solved": float((constant & (mean >= RIGHT)).mean()),
+        "group/failed": float((constant & (mean <= 0)).mean()),
+        "completion/len_mean": float(lengths.mean()),
+        "completion/len_max": float(lengths.max()),
+        "completion/count": float(rewards.size),
+        "completion/truncated": float(np.mean([response.truncated for response, _ in pairs])),
+        "completion/no_think_close": float(np.mean([is_unclosed(*pair) for pair in pairs])),
+        **{f"reward/status/{status.value}": statuses[status] / rewards.size for status in Status},
+    }
+
+
+def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
+    """How a rollout fared in the engine. version: the policy about to be updated.
+
+    completion/deadline   share of responses that the deadline aborted
+    group/open            groups that go on under the next policy
+    policy/staleness      mean number of policies between the one that sampled a token and the one that trains on it
+    """
+    responses = [response for group in rollout.groups for response in group.responses]
+    behind = sum(float((version - r.token_versions).sum()) for r in responses)
+    return {
+        "completion/deadline": sum(r.finish == "deadline" for r in responses) / max(len(responses), 1),
+        "group/open": float(len(rollout.open)),
+        "policy/staleness": behind / max(sum(len(r.token_ids) for r in responses), 1),
+    }
+
+
+@dataclass
+class UpdateStats:
+    """Sums over the tokens of a step's updates; kept on the device until `metrics` so that nothing waits for them."""
+
+    tokens: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    ratio_max: torch.Tensor | None = None
+    results: list[UpdateResult] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def add_row(self, batch: Microbatch, stats: PolicyStats, old_is_engine: bool = False) -> None:
+        """Count one packed row. old_is_engine: its old log-probs are the engine's, not the trainer's."""
+        # After the first update of a rollout, the present policy's log-probs hold its own movement too.
+        own = stats.logp if batch.old_logp_N is None or old_is_engine else batch.old_logp_N
+        drift = own.double() - batch.rollout_logp_N.double()
+        values = {
+            "policy/entropy_exact": stats.entropy,
+            "policy/clip_frac": stats.clipped,
+            "policy/ratio_mean": stats.ratio,
+            # k3 estimator of KL(engine || trainer), non-negative for every token.
+            "mismatch/kl": drift.exp() - 1 - drift,
+        }
+        if len(drift):  # a rank's anchor row has none
+            self._note_ratio(drift.max().exp())
+        self.tokens += len(stats.logp)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
+
+    def add_rows(self, rows: UpdateStats) -> None:
+        """Count the rows that another one counted."""
+        self.tokens += rows.tokens
+        for name, total in rows.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        if rows.ratio_max is not None:
+            self._note_ratio(rows.ratio_max)
+
+    def _note_ratio(self, largest: torch.Tensor) -> None:
+        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
+
+    def add_update(self, loss: float, result: UpdateResult) -> None:
+        """Count one optimizer step."""
+        self.losses.append(loss)
+        self.results.append(result)
+
+    def reduce(self, world: World) -> None:
+        """Put together the numbers of all ranks; called once, before `metrics`."""
+        if world.size == 1 or not self.results:
+            return
+        # Every rank has trained a row in every update, if only an anchor, so all have the same names.
+        names = sorted(self.sums)
+        values = world.sum(torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64),
+                                        *(self.sums[name].cpu() for name in names)]))
+        self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
+        # Below every ratio, for a rank that has trained anchors only.
+        mine = torch.zeros((), dtype=torch.float64) if self.ratio_max is None else self.ratio_max.double()
+        self.ratio_max = world.max(mine)
+
+    def metrics(self) -> dict[str, float]:
+        """Token means, and means over the optimizer steps."""
+        if not self.results:
+            return {"optim/updates": 0.0, "optim/skipped": 0.0}
+        return {name: float(total) / self.tokens for name, total in self.sums.items()} | {
+            # Largest weight that a token would have without loss.is_cap.
+            "mismatch/ratio_max": float(self.ratio_max),
+            "optim/loss": float(np.mean(self.losses)),
+            "optim/grad_norm": float(np.mean([r.grad_norm for r in self.results])),
+            "optim/lr": self.results[-1].lr,
+            "optim/updates": float(sum(r.took for r in self.results)),
+            "optim/skipped": float(sum(not r.took for r in self.results)),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Largest memory held so far: allocated GPU memory where there is a GPU, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
