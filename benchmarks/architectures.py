@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from or1.commands.train import quiet_libraries
 from or1.config import ModelConfig
 from or1.config.optim import OptimConfig
+from or1.core.errors import PackingError
+from or1.core.quiet import quiet_libraries
+from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.attention import NAMES
 from or1.model.folder import read_config
-from or1.model.isolation import PackingError, rehearse_model
+from or1.model.isolation import rehearse_model
 from or1.model.load import load_model
-from or1.model.rows import TrainSequence
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, update_policy, with_old_logp

@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
-from or1.model.load import hidden_states, load_model
-from or1.model.rows import Microbatch, TrainSequence, pack
+from or1.core.types import TrainSequence
+from or1.model.forward import hidden_states
+from or1.model.load import load_model
+from or1.model.rows import Microbatch, pack
 from or1.plan.choices import Choices, Workload, choices_of
 from or1.plan.devices import Device, find_device
 from or1.plan.memory import MemoryPlan, gradient_bytes, optimizer_bytes, plan_memory, weight_bytes

@@ -21,10 +21,10 @@ import torch
 from benchmarks.measure import interleaved, stamp
 from benchmarks.step_batch import ARCHITECTURES, make_model
 from or1.config import ModelConfig, OptimConfig
+from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.attention import NAMES, choose_backend
-from or1.model.load import prepare_model
-from or1.model.rows import TrainSequence
+from or1.model.prepare import prepare_model
 from or1.model.shared_prompts import saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW, UpdateResult

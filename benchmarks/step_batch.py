@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from or1.core.types import TrainSequence
 from or1.magic.advantage import group_advantages
-from or1.model.rows import TrainSequence
 
 # config.json of the models on the hub; the tiny one has their proportions but for its vocabulary.
 ARCHITECTURES = {

@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import interleaved, peak_extra_bytes, stamp
 from benchmarks.step_batch import ARCHITECTURES, PEAK_FLOPS, one_long_sequence, ragged_batch, useful_flops
 from benchmarks.step_engines import make_engine
-from or1.model.rows import TrainSequence
+from or1.core.types import TrainSequence
 
 
 def run_case(spec: dict[str, Any]) -> dict[str, Any]:

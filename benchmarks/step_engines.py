@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from benchmarks.measure import ROOT
 from benchmarks.step_batch import GROUP_SIZE, make_model, padded
 from or1.config import ModelConfig, OptimConfig
+from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.attention import NAMES, choose_backend
-from or1.model.load import prepare_model
-from or1.model.rows import TrainSequence
+from or1.model.prepare import prepare_model
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, update_policy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from or1.model.load import hidden_states, lm_head, trained_rows
+from or1.model.forward import hidden_states, lm_head, trained_rows
 from or1.model.rows import Microbatch
 
 

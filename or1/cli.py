@@ -14,7 +14,8 @@ from typing import Any
 from or1 import __version__
 from or1.commands.hints import Parser, set_in_two_words
 from or1.config import Config
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError
 from or1.core.files import NO_ROOM
 from or1.core.terminal import guard_terminal, tell
 from or1.dist.local_ranks import end_with_launcher
@@ -228,9 +229,10 @@ def _positive(text: str) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from or1.core.errors import PlanError
     from or1.plan.devices import find_device
     from or1.plan.estimate import make_plan
-    from or1.plan.shapes import PlanError, shape_of
+    from or1.plan.shapes import shape_of
     from or1.plan.table import plan_json, print_plan_table, verdict
 
     config = load_config(arguments.config, arguments.overrides, files=False)
@@ -254,7 +256,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from or1.commands.train import export_run
+    from or1.run.export import export_run
 
     return _guarded(lambda: print(export_run(arguments.run_dir, arguments.step, arguments.out)))
 

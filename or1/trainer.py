@@ -24,33 +24,37 @@ import torch
 
 from or1.config import Config, StageConfig
 from or1.core import faults
-from or1.core.types import Group, Prompt
+from or1.core.errors import DiskError
+from or1.core.seeds import seed_of
+from or1.core.types import Group, Prompt, Status
 from or1.data import RunData, Sampler, load_run_data
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import Budget
 from or1.dist.world import SINGLE, World
 from or1.eval.accuracy import evaluate_set
 from or1.magic.empty_steps import note_step
+from or1.magic.entropy import rollout_entropy
 from or1.magic.plateau import eval_level
-from or1.magic.selection import Minibatch, Trainable, choose, minibatches
-from or1.magic.unknown_logp import is_known, unknown_tokens
-from or1.model.load import export_model, load_model, load_tokenizer
+from or1.magic.selection import Minibatch, Trainable, choose, is_known, minibatches, unknown_tokens
+from or1.model.export import export_model
+from or1.model.load import load_model, load_tokenizer
 from or1.reward import make_scorer
 from or1.reward.scorer import require_rewards
 from or1.rollout import make_engine
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.hf import HfEngine
 from or1.run.checkpoint import Checkpoint
-from or1.run.checkpoint_writer import CheckpointWriter, DiskError
-from or1.run.directory import TrainState, cap_rows, checkpoints_of, row_cap
+from or1.run.checkpoint_writer import CheckpointWriter
+from or1.run.directory import cap_rows, checkpoints_of, row_cap
 from or1.run.marks import mark_commit
 from or1.run.metrics_log import MetricsWriter, rewind_metrics
 from or1.run.resume import restore
 from or1.run.rollout_log import write_rollouts
+from or1.run.state import TrainState
 from or1.train.engine_check import compare_engine, require_rounding
-from or1.train.metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_entropy, rollout_metrics
+from or1.train.metrics import UpdateStats, engine_metrics, peak_memory_gib, rollout_metrics
 from or1.train.optim import MasterAdamW
-from or1.train.rollout_queue import RolloutFeed, step_seed
+from or1.train.rollout_queue import RolloutFeed
 from or1.train.update import UpdateSettings, prepared, update_policy
 from or1_kernels.objective import PolicyObjective
 
@@ -167,7 +171,7 @@ class Trainer:
             self.display.phase("rollout", done, total)
 
         rollout = self._refilled(number, stage, self.feed.take(number, self.scorer, progress), progress)
-        torch.manual_seed(step_seed(self.config, number))
+        torch.manual_seed(seed_of(self.config.seed, number))
         self.feed.ahead(number + 1, self.scorer)
         if not self.config.rollout.overlap:
             self.engine.release()
@@ -177,7 +181,7 @@ class Trainer:
         """Take the prompts of a step whose rollout exists already, and seed what the step draws."""
         self._drop_solved(index)
         self.feed.skip(number)
-        torch.manual_seed(step_seed(self.config, number))
+        torch.manual_seed(seed_of(self.config.seed, number))
 
     def learn(
         self, number: int, index: int, stage: StageConfig, rollout: Rollout, log: bool = True
@@ -297,8 +301,10 @@ class Trainer:
                 progress=progress, world=self.world,
             )
             metrics |= result.metrics()
-            if remark := self.state.note_evaluation(result, self.config.reward.is_function):
-                self.display.message(remark)
+            remark = result.remark() if self.config.reward.is_function else ""
+            failed = (result.count(Status.CRASH), result.count(Status.TIMEOUT))
+            if first := self.state.note_evaluation(*failed, remark):
+                self.display.message(first)
         return metrics | {"time/eval": time.perf_counter() - began}
 
     def _load_reference(self) -> PreTrainedModel | None:

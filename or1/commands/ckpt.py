@@ -9,18 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from or1.core.errors import CheckpointError, RunError
 from or1.core.text import visible
 from or1.report.live import default_console
-from or1.run.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    read_manifest,
-    remove_step,
-    step_folder,
-    step_folders,
-    verify_checkpoint,
-)
-from or1.run.directory import RunError, checkpoints_of
+from or1.run.checkpoint import MANIFEST, read_manifest, remove_step, step_folder, step_folders, verify_checkpoint
+from or1.run.directory import checkpoints_of
 from or1.run.marks import lost_newest
 
 

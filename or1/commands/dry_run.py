@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from or1.config import Config
-from or1.run.directory import RunError
+from or1.core.errors import RunError
 
 
 def require_place(run_dir: Path) -> None:
@@ -30,11 +30,11 @@ def missing_here(config: Config) -> Iterator[str]:
     """Yield a line for each thing that the config asks for and this machine lacks; another may have it."""
     import torch
 
-    from or1.model.attention import AttentionError, choose_backend
+    from or1.core.errors import AttentionError, EngineError, OptimizerError
+    from or1.model.attention import choose_backend
     from or1.model.load import ModelError, resolve_device
-    from or1.rollout.engine import EngineError
     from or1.rollout.vllm.setup import require_vllm
-    from or1.train.adam import OptimizerError, make_rule
+    from or1.train.adam import make_rule
 
     try:
         device = resolve_device(config.model.device)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from or1.commands.train import quiet_libraries
 from or1.config import Config, EvalSet
 from or1.config.load import dump_config
 from or1.core.files import write_whole
+from or1.core.quiet import quiet_libraries
 from or1.core.types import Group, Prompt, Status
 from or1.data import load_eval_sets
 from or1.eval.accuracy import EvalResult, Outcome, best_reward, by_source, mean_reward, pass_ks, summarise_set

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from or1.commands.train import quiet_libraries
 from or1.config import Config
+from or1.core.quiet import quiet_libraries
 from or1.core.types import Group, Status
 from or1.data import duplicate_lines, load_training_files, times_solved
 from or1.eval.accuracy import Outcome

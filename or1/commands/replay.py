@@ -10,14 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from or1.commands.train import quiet_libraries
+from or1.core.errors import RunError
+from or1.core.quiet import quiet_libraries
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE
 from or1.report.live import RunDisplay, default_console
 from or1.report.rank_display import RankDisplay
 from or1.rollout.collect import Rollout
 from or1.run.checkpoint import committed_steps
-from or1.run.directory import RunError, checkpoints_of, recorded_run
+from or1.run.directory import checkpoints_of, recorded_run
 from or1.run.metrics_log import read_metrics
 from or1.run.rollout_log import read_rollouts
 from or1.trainer import Trainer

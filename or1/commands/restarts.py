@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from or1.core.errors import EXIT_RETRY
 from or1.core.terminal import tell
 from or1.run.checkpoint import committed_steps
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
-_RETRY, _UNFORESEEN = 75, 1
+_UNFORESEEN = 1
 _WANTED = frozenset({129, 130, 143})  # SIGHUP, SIGINT, SIGTERM: somebody ended the run
 
 
@@ -18,7 +19,7 @@ def may_pass(code: int) -> bool:
     """Whether an exit code is of what may be gone next time: a lost rank, a full disk, an exception that or1 does not
     know (a driver's, for example), or a signal that nobody sent to end the run.
     """
-    return code in (_RETRY, _UNFORESEEN) or (code > 128 and code not in _WANTED)
+    return code in (EXIT_RETRY, _UNFORESEEN) or (code > 128 and code not in _WANTED)
 
 
 def keep_running(start: Callable[[bool], int], checkpoints: Path, restarts: int) -> int:

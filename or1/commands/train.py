@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.commands.dry_run import missing_here, require_place
 from or1.commands.stop_request import StopRequest
 from or1.config import Config, ModelConfig
+from or1.core.errors import RunError
+from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
 from or1.core.text import visible
 from or1.report.live import RunDisplay, print_plan
 from or1.reward.output import LOG_NAME
-from or1.run.directory import RunError, check_run_dir, checkpoints_of, prepare_run_dir, recorded_run, require_movable
+from or1.run.directory import check_run_dir, checkpoints_of, prepare_run_dir, require_movable
 from or1.run.lock import RunLock
 
 if TYPE_CHECKING:
@@ -191,48 +191,6 @@ def _finish(config: Config, trainer: Trainer) -> None:
     print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
 
 
-def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
-    """Write checkpoint `step` (default: the newest) of a run as a Hugging Face folder; returns the folder.
-
-    Raises RunError if the folder is not a run or has no such checkpoint.
-    """
-    config = recorded_run(run_dir)
-    quiet_libraries()
-    import torch
-
-    from or1.model.load import export_model, load_model, load_tokenizer
-    from or1.run.checkpoint import CheckpointError, load_checkpoint, step_folders
-    from or1.run.marks import lost_newest
-
-    steps = step_folders(checkpoints_of(run_dir))
-    lost = lost_newest(run_dir)
-    if not steps:
-        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
-                       "another run directory")
-    if step is None and lost:
-        tell(lost)
-    chosen = step if step is not None else max(steps)
-    if chosen not in steps:
-        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
-    try:
-        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
-    except CheckpointError as error:
-        others = ", ".join(str(each) for each in steps if each != chosen)
-        remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
-        raise type(error)(f"{error}; {remedy}") from error
-    # In host memory: what several GPUs trained need not fit on one.
-    plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
-    model = load_model(config.model.model_copy(update=plain), packs=False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            saved = checkpoint.tensors.get(f"master.{name}")
-            if saved is None or saved.shape != parameter.shape:
-                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
-                               "has; it is of another model, or was altered")
-            parameter.copy_(saved)
-    return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
-
-
 def _only_deterministic_algorithms() -> None:
     """Before the first use of the GPU: the same seed and ranks then give the same bits on the same kind of GPU."""
     # cuBLAS and NCCL read these once: a fixed workspace, and one order of summation.
@@ -242,13 +200,3 @@ def _only_deterministic_algorithms() -> None:
 
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def quiet_libraries() -> None:
-    """Keep progress bars and advice of libraries out of the display; their errors still show."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()

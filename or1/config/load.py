@@ -16,24 +16,14 @@ from pydantic.fields import FieldInfo
 from or1.config import Config
 from or1.config.paths import found_from
 from or1.config.peers import known_as, nearest
-from or1.config.rules import Problem, Verb, contradictions
+from or1.config.rules import Verb, contradictions
+from or1.core.errors import ConfigError, Problem
 
 # In place of a refused number that is required: valid for all of them.
 _STAND_IN = 2
 _DEEPEST = 8
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
-
-
-class ConfigError(ValueError):
-    """A config that cannot run; `problems` holds every mistake found."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]):
-        self.source, self.problems = source, tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"{source}: {count}"]
-        lines += [f"  {i}. {p.path}: {p.message}" for i, p in enumerate(problems, 1)]
-        super().__init__("\n".join(lines))
 
 
 def load_config(

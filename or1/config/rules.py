@@ -6,19 +6,12 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from or1.config import Config
 from or1.config.paths import is_dir, is_file
 from or1.config.section import path_problem
-
-
-class Problem(NamedTuple):
-    """One mistake: where (dotted path), and what is wrong with a remedy."""
-
-    path: str
-    message: str
-
+from or1.core.errors import Problem
 
 Verb = Literal["train", "filter", "eval"]
 _VLLM_HOTTEST = 2.0

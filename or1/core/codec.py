@@ -15,16 +15,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from or1.core import types
+from or1.core.errors import WireError
 
 _TREE = "tree"
 # What a tree may name: by these alone, since an attribute of the module may be anything that it imports.
 _OWN = [each for each in vars(types).values() if isinstance(each, type) and each.__module__ == types.__name__]
 _DATACLASSES = {each.__name__: each for each in _OWN if is_dataclass(each)}
 _ENUMS = {each.__name__: each for each in _OWN if issubclass(each, StrEnum)}
-
-
-class WireError(ValueError):
-    """Bytes that hold no tree of or1.core.types."""
 
 
 def dumps(value: Any) -> bytes:

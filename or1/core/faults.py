@@ -15,11 +15,9 @@ import signal
 import time
 from typing import NamedTuple
 
+from or1.core.errors import FaultError
+
 _FORM = re.compile(r"([a-z_.]+):rank(\d+|\*):step(\d+)(\+?):([a-z]+)")
-
-
-class FaultError(ValueError):
-    """OR1_FAULT is not of the form above."""
 
 
 class _Fault(NamedTuple):

@@ -63,3 +63,9 @@ def is_unbroken(data: Mapping[str, Any]) -> bool:
 
 def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, as read back from it."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}

@@ -138,3 +138,34 @@ class OpenGroup:
     prompt: Prompt
     responses: tuple[Response, ...]
     scores: tuple[Score | None, ...]
+
+
+@dataclass(frozen=True)
+class TrainSequence:
+    """One response to train on: `prompt_ids` i32[Lp], `response_ids` i32[L], `rollout_logp` f32[L], its advantage.
+
+    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy. `ref_logp` float[L] is the
+    reference model's, which the KL term reads.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    rollout_logp: np.ndarray
+    advantage: float
+    old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens this sequence takes in a packed row."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the response."""
+        return len(self.response_ids)
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that the loss sums over: those of which the engine reported a finite log-probability."""
+        return int(np.isfinite(self.rollout_logp).sum())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from or1.core.errors import DataError
 from or1.data.difficulty import DifficultyFilter, times_solved
 from or1.data.duplicates import duplicate_lines
 from or1.data.load import BadRow, FileReport, PromptSet, load_prompts
 from or1.data.problems import RunData, load_eval_sets, load_run_data, load_training_files
-from or1.data.rows import DataError
 from or1.data.sampler import Pool, Sampler, SamplerState
 from or1.data.shown import prompt_lines
 from or1.data.solved import SolvedPrompts

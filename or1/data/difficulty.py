@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from or1.data.rows import DataError, Row, RowError
+from or1.core.errors import DataError, RowError
+from or1.data.rows import Row
 
 TOO_EASY, TOO_HARD, UNRATED = "too easy", "too hard", "without a difficulty"
 

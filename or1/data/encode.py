@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from or1.data.rows import DataError, RowError
+from or1.core.errors import DataError, RowError
 from or1.data.schemas import clean, filled
 
 TEMPLATE_LIMIT_S = 60.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 
 from or1.config import Config
+from or1.core.types import Prompt
 from or1.data import RunData
-from or1.eval.sampling import fingerprint
 from or1.reward.custom import file_of
 
 
@@ -18,3 +20,17 @@ def inputs_of(config: Config, data: RunData) -> dict[str, str]:
     if own and (file := file_of(config.reward.kind)) is not None:
         found[f"the reward function in {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
+
+
+def fingerprint(prompts: Iterable[Prompt], columns: bool = False) -> str:
+    """sha256 of everything about the prompts that their responses and scores depend on.
+
+    columns  the rows' other columns too, which a function of the user's own may read
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = [json.dumps(prompt.row, default=str)] if columns else []
+        for part in (prompt.id, prompt.text, repr(prompt.golds), repr(prompt.tests), *row):
+            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()

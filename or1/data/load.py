@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from or1.core.errors import DataError, RowError
 from or1.core.types import CodeTests, Prompt
 from or1.data.difficulty import UNRATED, DifficultyFilter
 from or1.data.encode import Encoder
-from or1.data.rows import DataError, Row, RowError, read_rows
+from or1.data.rows import Row, read_rows
 from or1.data.schemas import Schema, detect
 
 _LISTED = 20

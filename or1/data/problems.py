@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from or1.config import Config, DataConfig
+from or1.core.errors import DataError
 from or1.core.types import Prompt
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
 from or1.data.difficulty import DifficultyFilter, read_rates
 from or1.data.duplicates import duplicate_lines
 from or1.data.load import FileReport, PromptSet, load_prompts
-from or1.data.rows import DataError
 from or1.data.sampler import Pool
 
 

@@ -7,6 +7,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from or1.core.errors import DataError, RowError
 from or1.data.kinds import HEAD_BYTES, foreign_kind
 
 MAX_LINE_BYTES = 256 << 20
@@ -14,14 +15,6 @@ MAX_LINE_BYTES = 256 << 20
 into its line; more than this of them is refused as well (or1.reward.ground_truth.MAX_TEST_BYTES)."""
 
 Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names every offending file and its bad rows."""
-
-
-class RowError(ValueError):
-    """Why one row is unusable."""
 
 
 def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:

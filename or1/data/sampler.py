@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from or1.data.rows import DataError
+from or1.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from or1.core.errors import DataError, GroundTruthError, RowError
 from or1.core.types import CodeTests
-from or1.data.rows import DataError, Row, RowError
-from or1.reward.ground_truth import GroundTruthError, parse_golds, parse_ground_truth, parse_tests, plain_golds
+from or1.data.rows import Row
+from or1.reward.ground_truth import parse_golds, parse_ground_truth, parse_tests, plain_golds
 from or1.reward.math import last_box
 
 Truth = tuple[str, ...] | CodeTests

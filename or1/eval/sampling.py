@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from or1.config import Config
+from or1.core.seeds import seed_of
 from or1.core.types import Group, Prompt
+from or1.data.fingerprint import fingerprint
 from or1.eval.store import PartStore
 from or1.reward.custom import file_of
 from or1.reward.scorer import Scorer
@@ -54,7 +53,7 @@ def sample_parts(
         if index in store:
             there += len(part) * sampling.samples
         else:
-            seed = int(np.random.SeedSequence([sampling.seed, index]).generate_state(1, np.uint64)[0] >> 1)
+            seed = seed_of(sampling.seed, index)
 
             def shown(done: int, _: int, before: int = before) -> None:
                 progress(before + done, total)
@@ -82,17 +81,3 @@ def inputs_of(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
         "reward": reward.model_dump(mode="json", exclude={"workers"}),
         "reward_file": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-
-
-def fingerprint(prompts: Iterable[Prompt], columns: bool = False) -> str:
-    """sha256 of everything about the prompts that their responses and scores depend on.
-
-    columns  the rows' other columns too, which a function of the user's own may read
-    """
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        row = [json.dumps(prompt.row, default=str)] if columns else []
-        for part in (prompt.id, prompt.text, repr(prompt.golds), repr(prompt.tests), *row):
-            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
-        digest.update(prompt.token_ids.tobytes())
-    return digest.hexdigest()

@@ -14,13 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from or1.core.errors import StoreError
 from or1.core.files import SEAL, is_unbroken, sealed, write_whole
 
 _PART = b"or1.part"
-
-
-class StoreError(ValueError):
-    """A folder of results that belongs to something else; the message names it and the remedy."""
 
 
 class PartStore:

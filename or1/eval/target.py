@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from or1.config import Config
-from or1.config.load import ConfigError, load_config
-from or1.config.rules import Problem
+from or1.config.load import load_config
+from or1.core.errors import ConfigError, Problem
 from or1.core.terminal import tell
 from or1.run.places import unreadable
 
@@ -30,7 +30,7 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
     overrides  `a.b=c`, applied last
     step       which checkpoint of a run; None is the newest. It is exported first if it was not yet
 
-    Raises ConfigError, and what `or1.commands.train.export_run` raises.
+    Raises ConfigError, and what `or1.run.export.export_run` raises.
     """
     path = Path(target)
     if problem := unreadable(target):
@@ -68,10 +68,10 @@ def _needed(recipe: str | None, target: str) -> str:
 
 
 def _weights_of_run(run_dir: Path, step: int | None) -> Path:
-    from or1.commands.train import export_run
     from or1.model.seal import export_problem
     from or1.run.checkpoint import step_folders
     from or1.run.directory import checkpoints_of
+    from or1.run.export import export_run
 
     exported = run_dir / "weights"
     kept = step_folders(checkpoints_of(run_dir))

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
+from or1.core.types import Group
 
 AdvantageMask = Literal["none", "before", "after"]
 
@@ -49,3 +52,33 @@ def group_advantages(
         return advantages_PM
     # NaN times 0 would do, but a response without a reward must not become one that is trained with advantage 0.
     return np.where(truncated_PM & ~np.isnan(rewards_PM), 0.0, advantages_PM)
+
+
+def has_advantage(group: Group) -> bool:
+    """Whether the rewards of a group differ, so that its advantages are not all 0."""
+    rewards = group.rewards[~np.isnan(group.rewards)]
+    return rewards.size > 0 and bool(rewards.min() < rewards.max())
+
+
+def reject_zero_advantage(groups: Sequence[Group]) -> list[Group]:
+    """The groups whose rewards differ, in order.
+
+    A group without advantages adds nothing to the policy gradient, but its tokens would dilute the loss and let the
+    entropy term act on prompts that are solved or hopeless.
+    """
+    return [group for group in groups if has_advantage(group)]
+
+
+def overlong_penalty(lengths_PM: np.ndarray, limit: int, buffer: int) -> np.ndarray:
+    """The (non-positive) amount to add to each reward, so that a response is warned before it is cut.
+
+        0                            up to limit - buffer tokens
+        (limit - buffer - L)/buffer  beyond, falling linearly
+        -1                           at the limit, where the response is truncated
+
+    lengths_PM  i64[P, M] response tokens;  limit: max_response_tokens;  buffer: 1 <= buffer <= limit tokens
+    returns     f64[P, M]
+    """
+    if not 1 <= buffer <= limit:
+        raise ValueError(f"overlong buffer is {buffer} tokens; it must lie between 1 and the response limit {limit}")
+    return -np.clip((lengths_PM - (limit - buffer)) / buffer, 0.0, 1.0)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from or1.config import Config
+from or1.core.records import number
 from or1.core.types import Group, Status
-from or1.report.records import number
 
 PATIENCE = 3
 """Empty steps in a row that are told the first time; then 10, 100 and so on."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from or1.core.types import Group
 
 if TYPE_CHECKING:
     from or1.config import EntropyConfig
@@ -81,3 +87,13 @@ class EntropyController:
         """Take up the state of a checkpoint; returns the controller."""
         self.coef, self.gate = float(state["coef"]), bool(state["gate"])
         return self
+
+
+def rollout_entropy(groups: Sequence[Group]) -> float:
+    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token; or NaN.
+
+    It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
+    """
+    logp = np.concatenate([np.empty(0, np.float32), *(r.logp for group in groups for r in group.responses)])
+    known = logp[np.isfinite(logp)]
+    return float(-known.mean(dtype=np.float64)) if len(known) else math.nan

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from or1.config import StageConfig
-from or1.report.records import AVG_KEY, number
+from or1.core.records import AVG_KEY, number
 
 SURENESS = 2.0
 """Standard errors that the rise may be above its estimate: a rise is missed about once in forty looks."""

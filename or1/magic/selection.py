@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from or1.config import LossConfig, RewardConfig, StageConfig
-from or1.core.types import Group
-from or1.magic.advantage import group_advantages
+from or1.core.types import Group, TrainSequence
+from or1.magic.advantage import group_advantages, has_advantage, overlong_penalty
 from or1.magic.denominator import Normaliser
-from or1.magic.filters import has_advantage
-from or1.magic.shaping import overlong_penalty
-from or1.model.rows import TrainSequence
 
 
 @dataclass(frozen=True)
@@ -110,3 +107,13 @@ def _sequences_of(chosen: Trainable) -> list[list[TrainSequence]]:
         ]
         for group, advantages_M in zip(chosen.kept, chosen.advantages_KM, strict=True)
     ]
+
+
+def unknown_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of these groups that are left out."""
+    return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)
+
+
+def is_known(group: Group) -> bool:
+    """Whether anything of a group can be trained."""
+    return any(np.isfinite(r.logp).any() for r in group.responses)

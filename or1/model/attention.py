@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from or1.core.errors import AttentionError
 from or1.dist.ulysses import to_all_heads, to_all_tokens
 from or1.model.soft_attention import PLAIN, Scores, soft_attention, soft_bucket
 
@@ -42,10 +43,6 @@ NAMES = {"flash": "or1_packed_fa", "varlen": "or1_packed_varlen", "sdpa": "or1_p
 _BUCKET_GROWTH, _BUCKET_SLACK = 1.25, 16
 
 _packed: ContextVar[bool] = ContextVar("or1_packed_forward", default=False)
-
-
-class AttentionError(ValueError):
-    """A backend that cannot run here; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)

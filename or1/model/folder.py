@@ -17,12 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from or1.core.errors import ModelError, Or1Error
 from or1.dist.oom_retry import is_out_of_memory
-
-
-class ModelError(ValueError):
-    """A checkpoint that cannot be trained; the message names it and the remedy."""
-
 
 # What files of another shape than transformers expects make it raise; running out of memory is none of these.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError)
@@ -63,7 +59,7 @@ def making(path: str, config: PreTrainedConfig, what: str = "") -> Iterator[None
     try:
         yield
     except Exception as error:
-        own = isinstance(error, ValueError) and type(error).__module__.startswith("or1")
+        own = isinstance(error, Or1Error)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if own or full or isinstance(error, MemoryError) or is_out_of_memory(error):
             raise

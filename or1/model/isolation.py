@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from or1.config import ModelConfig
+from or1.core.errors import ModelError, PackingError
+from or1.core.types import TrainSequence
 from or1.model import attention
-from or1.model.folder import ModelError, making, read_config, silence_dropout
-from or1.model.load import eval_mode, hidden_states, lm_head, prepare_model, trained_rows
-from or1.model.rows import Microbatch, TrainSequence, pack_indexed
+from or1.model.folder import making, read_config, silence_dropout
+from or1.model.forward import eval_mode, hidden_states, lm_head, trained_rows
+from or1.model.prepare import prepare_model
+from or1.model.rows import Microbatch, pack_indexed
 
 EXACT, ROUNDED = 1e-3, 0.1
 """Largest relative difference that rounding explains in fp32 and fp64, which sits near 1e-6, and in 16 bits, near 0.01.
@@ -39,14 +42,6 @@ _SMALL = 50_000_000
 # Prompt and response of each sequence; the first two share their prompt.
 _LENGTHS = ((5, 4), (5, 6), (3, 7))
 _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
-
-
-class PackingError(ModelError):
-    """An architecture that packed rows would train wrongly; `reason` is short and has no numbers."""
-
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from or1.core.errors import MemoryOptionError
+
 # Copying less than this to the host costs more than it frees.
 _MIN_OFFLOAD_BYTES = 1 << 20
-
-
-class MemoryOptionError(ValueError):
-    """An option that cannot be had on this model or machine; the message names it and the remedy."""
 
 
 def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:

@@ -9,45 +9,15 @@ Sequences with the same prompt may share one copy of it (or1.model.shared_prompt
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from or1.core.types import TrainSequence
 from or1.model.row_plan import plan_rows
 from or1.model.shared_prompts import Sharing, Unit, make_units, unit_rows
-
-
-@dataclass(frozen=True)
-class TrainSequence:
-    """One response to train on: `prompt_ids` i32[Lp], `response_ids` i32[L], `rollout_logp` f32[L], its advantage.
-
-    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy. `ref_logp` float[L] is the
-    reference model's, which the KL term reads.
-    """
-
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    rollout_logp: np.ndarray
-    advantage: float
-    old_logp: np.ndarray | None = None
-    ref_logp: np.ndarray | None = None
-
-    @property
-    def packed_tokens(self) -> int:
-        """Tokens this sequence takes in a packed row."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens of the response."""
-        return len(self.response_ids)
-
-    @property
-    def known_tokens(self) -> int:
-        """Tokens that the loss sums over: those of which the engine reported a finite log-probability."""
-        return int(np.isfinite(self.rollout_logp).sum())
 
 
 @dataclass(frozen=True)
@@ -190,3 +160,13 @@ def _to_microbatch(
         ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
     )
+
+
+def keep_known(batch: Microbatch) -> Microbatch:
+    """A packed row without those tokens among the trained ones; as context of later tokens they stay."""
+    known_N = batch.rollout_logp_N.isfinite()
+    if known_N.all():
+        return batch
+    per_token = ("rows_N", "targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
+    present = {name: values for name in per_token if (values := getattr(batch, name)) is not None}
+    return replace(batch, **{name: values[known_N] for name, values in present.items()})

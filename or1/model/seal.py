@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from or1.core.files import is_unbroken, sealed
-from or1.run.checkpoint import file_entry
+from or1.core.files import file_entry, is_unbroken, sealed
 
 NAME = "or1_export.json"
 

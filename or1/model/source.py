@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from or1.core.errors import ModelSourceError
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
                "*.spm", "*.bpe", "spiece.model", "tekken.json")  # fmt: skip
 _ONE_TRY_S = 10
-
-
-class ModelSourceError(ValueError):
-    """A model that is neither in a folder nor at the hub; the message names it and the remedy."""
 
 
 def require_tokenizer(path: str) -> None:

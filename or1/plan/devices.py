@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 
-from or1.plan.shapes import PlanError
+from or1.core.errors import PlanError
 
 GIB = 2**30
 # GB/s each way: 16 lanes of PCIe 4 in practice; a 400 Gbit/s network card a GPU.

@@ -12,11 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from or1.core.errors import PlanError
 from or1.plan.known import KNOWN
-
-
-class PlanError(ValueError):
-    """What cannot be planned; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from or1.config import Config, EntropyConfig, StageConfig
+from or1.core.records import Record, number
 from or1.report.console import default_console, print_pairs, safe
 from or1.report.panel import ROWS, Header, Phase, header, values_table
-from or1.report.records import Course, Record, eval_histories, number, plain_line
+from or1.report.records import Course, eval_histories, plain_line
 from or1.reward.terms import graded_run
 
 if TYPE_CHECKING:

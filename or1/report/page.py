@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from or1.core.errors import ReportError
+from or1.core.records import number
 from or1.core.text import count_text, duration, value_text, visible
-from or1.report.page_data import ReportError, RunData, load_run
+from or1.report.page_data import RunData, load_run
 from or1.report.page_plots import Plot, render_plots
 from or1.report.page_samples import Sample, SampleStep, load_samples
 from or1.report.page_style import STYLE
-from or1.report.records import Course, EvalHistory, EvalPoint, eval_histories, number
+from or1.report.records import Course, EvalHistory, EvalPoint, eval_histories
 from or1.reward.terms import NO_THINK_CLOSE, status_word
 from or1.run.message_log import read_log
 

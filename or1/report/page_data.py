@@ -17,7 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from or1.config import Config, StageConfig
-from or1.report.records import PHASES, Record, number, other_seconds, sampled, step_seconds
+from or1.core.errors import ReportError
+from or1.core.records import Record, number
+from or1.report.records import PHASES, other_seconds, sampled, step_seconds
 from or1.reward.terms import NO_THINK_CLOSE, graded_run, no_think_close
 from or1.run.marks import read_marks
 from or1.run.metrics_log import read_lines
@@ -25,10 +27,6 @@ from or1.run.metrics_log import read_lines
 _LARGEST = 1e100
 """A number beyond this is none that a run measures, and sums of such numbers overflow."""
 KEPT_SHARE = "group/kept_share"  # of the step's groups; not in the file
-
-
-class ReportError(ValueError):
-    """The folder is not a run, or holds nothing to report yet; the message says which and what to do."""
 
 
 @dataclass(frozen=True)

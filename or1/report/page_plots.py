@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from or1.core.records import number
 from or1.core.types import Status
 from or1.report.page_charts import Chart, Panel, charts
 from or1.report.page_data import RunData
-from or1.report.records import PHASES, EvalHistory, eval_histories, number, other_seconds
+from or1.report.records import PHASES, EvalHistory, eval_histories, other_seconds
 from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
 
 if TYPE_CHECKING:

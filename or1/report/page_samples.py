@@ -9,8 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from or1.core.records import number
 from or1.report.page_data import RunData
-from or1.report.records import number
 from or1.reward.terms import RIGHT
 
 if TYPE_CHECKING:

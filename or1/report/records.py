@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from or1.config import StageConfig
+from or1.core.records import AVG_KEY, Record, number
 from or1.core.text import duration, value_text
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
-# Nine digits at most: int() refuses thousands of them, and no run has so many samples.
-AVG_KEY = re.compile(r"eval/([^/]+)/avg@([0-9]{1,9})")
 _LINE = (
     (" reward {}", "reward/mean", "fixed3", 5), (" entropy {}", "policy/entropy", "fixed3", 5),
     ("coef {}", "policy/entropy_coef", "fixed4", 6), (" len {}", "completion/len_mean", "tokens", 3),
@@ -22,20 +19,6 @@ _LINE = (
 )  # fmt: skip
 
 _FAILURES = ((" crash {}", "reward/status/crash"), (" timeout {}", "reward/status/timeout"))
-
-Record = Mapping[str, Any]
-
-
-def number(value: object, default: float = math.nan) -> float:
-    """A metric as a float; `default` for anything missing, not a number, or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return default
-    try:
-        result = float(value)
-    except OverflowError:
-        return default
-    return result if math.isfinite(result) else default
-
 
 def sampled(record: Record, stages: Sequence[StageConfig]) -> int:
     """Return how many responses a training step sampled; 0 if neither the record nor its stage tells."""

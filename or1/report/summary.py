@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 from or1.config import Config
+from or1.core.records import Record, number
 from or1.core.types import Status
 from or1.magic.empty_steps import nothing_trained
-from or1.report.records import PHASES, Course, Record, eval_histories, number, other_seconds, sampled, step_seconds
+from or1.report.records import PHASES, Course, eval_histories, other_seconds, sampled, step_seconds
 from or1.report.summary_text import Summary
 from or1.reward.terms import NO_THINK_CLOSE, graded_run, no_think_close
-from or1.run.directory import TrainState
 from or1.run.metrics_log import read_metrics
+from or1.run.state import TrainState
 
 
 def summarise(

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from or1.reward.scorer import ScorerError
+from or1.core.errors import ScorerError
 
 WORKERS_PER_CORE = 32
 """More of them would not all be ready in time: each takes about a second of a core to start."""

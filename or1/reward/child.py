@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from or1.core.errors import Or1Error
 from or1.core.processes import die_with
 from or1.core.types import Score
 
@@ -154,7 +155,7 @@ def cause_of(error: BaseException) -> str:
     said = _text_of(error)
     if len(said) > MAX_CAUSE:
         said = f"{said[:MAX_CAUSE]} ... (of {len(said):,} characters)"
-    if type(error).__module__.startswith("or1."):
+    if isinstance(error, Or1Error):
         return said
     name = type(error).__name__
     text = f"{name}: {said}" if said else name

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from or1.core.errors import RewardFunctionError
 from or1.core.text import visible
 from or1.core.types import Prompt
-from or1.reward.scorer import RewardFunctionError
 
 _SHOWN = 20
 

@@ -26,8 +26,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from or1.core.errors import RewardFunctionError
 from or1.core.types import Score, Status
-from or1.reward.scorer import RewardFunctionError
 
 Job = Mapping[str, Any]
 

@@ -19,15 +19,12 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from or1.core.errors import GroundTruthError, TestedError
 from or1.core.types import CodeTests
-from or1.reward.code.tested import TestedError, complete
+from or1.reward.code.tested import complete
 
 MAX_TEST_BYTES = 256 << 20
 """Tests of one problem that unpack to more are refused."""
-
-
-class GroundTruthError(ValueError):
-    """Why a row's ground truth is unusable."""
 
 
 def parse_ground_truth(truth: Any) -> tuple[str, ...] | CodeTests:

@@ -20,13 +20,13 @@ def make_scorer(
     prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
     folder   gets `reward.log`, what the rewards print; None: it is lost
 
-    Raises or1.reward.scorer.ScorerError if a worker does not start, for example because math-verify is missing, if there
+    Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing, if there
     are more than the machine can hold, if no sandbox works for code, or if a prompt lacks what the verifier compares
     with.
     """
+    from or1.core.errors import ScorerError
     from or1.reward.capacity import check_workers
     from or1.reward.output import LOG_NAME
-    from or1.reward.scorer import ScorerError
     from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
 
     check_workers(config.workers)

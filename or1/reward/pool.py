@@ -25,11 +25,11 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from or1.core.errors import RewardFunctionError, ScorerError
 from or1.core.processes import kill_descendants
 from or1.core.text import visible
 from or1.core.types import Score, Status
 from or1.reward.child import NUMBER_BYTES
-from or1.reward.scorer import RewardFunctionError, ScorerError
 from or1.reward.worker import READY, WAIT
 
 START_LIMIT_S = 120.0

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol, Self
 
+from or1.core.errors import ScorerError
 from or1.core.types import Group, Prompt, Response, Score, Status
-
-
-class ScorerError(ValueError):
-    """A scorer that cannot work at all: the message names the cause and a remedy."""
-
-
-class RewardFunctionError(ScorerError):
-    """A function of the user's own that cannot be loaded or called."""
 
 
 class Scorer(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from or1.core.errors import ScorerError
 from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import math
 from or1.reward.code.extract import last_python_block
@@ -18,7 +19,7 @@ from or1.reward.code.sandbox import START_LIMIT_S
 from or1.reward.columns import check_columns
 from or1.reward.output import LOG_NAME
 from or1.reward.pool import WorkerPool, done
-from or1.reward.scorer import Scorer, ScorerError
+from or1.reward.scorer import Scorer
 
 MATH_MEMORY_BYTES = 2 << 30
 """Address space of a process that grades mathematics."""

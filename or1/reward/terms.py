@@ -16,8 +16,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from or1.core.records import Record, number
 from or1.core.types import Response, Score, Status
-from or1.report.records import Record, number
 
 RIGHT = 1.0
 """A response is solved from this reward on, so that a program that passes half of its tests is not."""

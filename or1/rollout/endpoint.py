@@ -19,16 +19,14 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from or1.config import EndpointConfig
+from or1.core.errors import EndpointError
+from or1.core.seeds import seed_of_32_bits
 from or1.core.terminal import tell
 from or1.core.types import Prompt, Response
 from or1.rollout.engine import Finished, Sampling, Slot
 
 _MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE_S = 60.0
-
-
-class EndpointError(ValueError):
-    """A server that cannot be used or has stopped answering; the message names it and the remedy."""
 
 
 class EndpointEngine:
@@ -100,7 +98,7 @@ class EndpointEngine:
         """There is nothing to end."""
 
     def _respond(self, prompt: Prompt, sampling: Sampling, p: int, s: int) -> Response:
-        seed = int(np.random.SeedSequence([sampling.seed, p, s]).generate_state(1, np.uint32)[0] >> 1)
+        seed = seed_of_32_bits(sampling.seed, p, s)
         answer = self._ask("/chat/completions", {
             "model": self.model, "messages": list(prompt.messages), "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from or1.core.seeds import seed_of
 from or1.core.types import Prompt, Response
 
 if TYPE_CHECKING:
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
 
 Weights = Callable[[], "Iterable[tuple[str, Tensor]]"]
 """Gives the trainer's present weights under their Hugging Face names, one tensor at a time."""
-
-
-class EngineError(ValueError):
-    """An engine that cannot work or has stopped working; the message names the cause and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Sampling:
     def slot_seed(self, prompt: int, sample: int) -> int:
         """The seed of one response: `sample` of the `prompt`-th prompt of the call."""
         number = prompt if self.numbers is None else self.numbers[prompt]
-        return int(np.random.SeedSequence([self.seed, number, sample]).generate_state(1, np.uint64)[0] >> 1)
+        return seed_of(self.seed, number, sample)
 
 
 class Finished(NamedTuple):

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
-from or1.model.load import eos_token_ids, eval_mode
+from or1.model.forward import eval_mode
+from or1.model.load import eos_token_ids
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 
 # Probability 1 in the whole numbers that are sampled from; a token below 1e-16 has none of it.

@@ -57,7 +57,7 @@ def serve(config: Config, host: str, port: int) -> None:
     import os
     import sys
 
-    from or1.rollout.engine import EngineError
+    from or1.core.errors import EngineError
     from or1.rollout.vllm.setup import VllmSetup, require_vllm
     from or1.rollout.vllm.worker import TOKEN_VARIABLE
 

@@ -9,7 +9,6 @@ the manifest says which rows are where, so that any number of ranks can read the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from or1.core.files import SEAL, is_unbroken
+from or1.core.errors import CheckpointError, ForeignFileError
+from or1.core.files import SEAL, file_entry, is_unbroken
 from or1.dist.world import SINGLE, World, split_evenly
 
 FORMAT = 2
@@ -37,14 +37,6 @@ _KEYS = frozenset({"format", "step", "world_size", "files", "tensors", "state", 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # What a file that is no JSON of ours, or JSON of another shape, makes its reader raise.
 _MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the remedy."""
-
-
-class ForeignFileError(CheckpointError):
-    """A file or link in a checkpoint, or a name in its manifest, that or1 did not write; nothing there is opened."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +222,6 @@ def _files_below(path: Path) -> set[str]:
         if stat.S_ISREG(mode) and not _LITTER.fullmatch(each.name):
             found.add(each.relative_to(path).as_posix())
     return found
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file, as read back from it."""
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> CheckpointError | None:

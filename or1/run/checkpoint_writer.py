@@ -24,15 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from or1.core import faults
-from or1.core.files import fsync, sealed, write_whole
+from or1.core.errors import CheckpointError, DiskError
+from or1.core.files import file_entry, fsync, sealed, write_whole
 from or1.dist.world import SINGLE, World, split_evenly
 from or1.run.checkpoint import (
     FORMAT,
     MANIFEST,
     Checkpoint,
-    CheckpointError,
     committed_steps,
-    file_entry,
     partial_folder,
     remove_step,
     step_folder,
@@ -44,10 +43,6 @@ _REMEDIES = {
     errno.EDQUOT: "the quota is used up: make room within it, or lower checkpoint.keep",
     errno.EFBIG: "this process may not write files of that size: raise the limit (ulimit -f)",
 }
-
-
-class DiskError(ValueError):
-    """A checkpoint that could not be written; the message names the path, the bytes and the remedy."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: World = SINGLE) -> Path:

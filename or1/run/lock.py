@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
+from or1.core.errors import RunError
 from or1.core.files import without_links
-from or1.run.directory import RunError
 
 LOCK = ".lock"
 

@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from or1.core.errors import MetricsError
 from or1.core.files import without_links, write_whole
 
 _SUMS = ".metrics.sums"  # the crc32 of each line of metrics.jsonl
 _ASIDE = "metrics.jsonl.damaged"
 _MOST_STEPS = 10**9
-
-
-class MetricsError(ValueError):
-    """The metrics of a run were taken from under it; the message names the file and the remedy."""
 
 
 class MetricsWriter:

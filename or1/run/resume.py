@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from or1.core.errors import CheckpointError, Or1Error
 from or1.data import SamplerState
-from or1.run.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_latest, remove_partials, step_folder
-from or1.run.directory import TrainState, checkpoints_of
+from or1.run.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, step_folder
+from or1.run.directory import checkpoints_of
 from or1.run.in_flight import InFlight
 from or1.run.marks import lost_newest
-
-if TYPE_CHECKING:
-    from or1.trainer import Trainer
+from or1.run.state import TrainState
 
 _REQUIRED = frozenset({"entropy", "policy_version", "sampler", "stages", "step", "totals", "updates", "watch"})
 # What state of another shape makes its reader raise; RuntimeError is torch's, for sizes that do not match.
 _UNFIT = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RuntimeError)
 
 
-def restore(trainer: Trainer, step: int | None) -> TrainState | None:
+def restore(trainer: Any, step: int | None) -> TrainState | None:
     """Put the checkpoint of `step` into model, optimizer and budget; of the newest for None. None without one.
 
     Collective. Raises CheckpointError if there are checkpoints and none can be used.
@@ -57,7 +56,7 @@ def restore(trainer: Trainer, step: int | None) -> TrainState | None:
     return state
 
 
-def _fill(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
+def _fill(trainer: Any, checkpoint: Checkpoint) -> TrainState:
     """Return the state of a checkpoint, its tensors in the optimizer. Raises CheckpointError if they do not fit."""
     try:
         _require_counts(checkpoint)
@@ -68,7 +67,7 @@ def _fill(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
         trainer.optimizer.load_state_tensors(checkpoint.tensors, state.updates)
     except _UNFIT as error:
         # or1's own errors are of settings that do not fit, and an older checkpoint would not either.
-        if type(error).__module__.startswith("or1") and not isinstance(error, CheckpointError):
+        if isinstance(error, Or1Error) and not isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({type(error).__name__}: {error}); it was "
@@ -97,7 +96,7 @@ def _require_counts(checkpoint: Checkpoint) -> None:
         raise ValueError("inputs holds other things than fingerprints")
 
 
-def _fit_to_data(trainer: Trainer, state: TrainState) -> None:
+def _fit_to_data(trainer: Any, state: TrainState) -> None:
     """Go on with the data there is, if some of it has gone since the checkpoint; say so."""
     if lost := state.in_flight.lost:
         trainer.display.message(f"{lost} groups under way are dropped: data.train no longer has their prompts")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from or1.core.errors import RolloutError
 from or1.core.types import Group, Prompt, Response, Score, Status
 
 SCHEMA = pa.schema(
@@ -38,10 +39,6 @@ SCHEMA = pa.schema(
 
 _SUM = b"or1.sha256"
 _REMEDY = "restore that file, or replay a step after a later checkpoint"
-
-
-class RolloutError(ValueError):
-    """Rollouts that cannot be written or read back; the message names the file and the remedy."""
 
 
 def write_rollouts(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from or1.config import OptimConfig
+from or1.core.errors import OptimizerError
 
 # bitsandbytes' and torchao's block, and the size below which 8 bits save nothing worth their error.
 _BLOCK, _MIN_QUANTIZED = 256, 4096
@@ -19,10 +20,6 @@ _BLOCK, _MIN_QUANTIZED = 256, 4096
 State = dict[str, Tensor]
 # What any rule's `flatten` may give.
 FLAT_KEYS = ("step", "exp_avg", "exp_avg_sq", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale")
-
-
-class OptimizerError(ValueError):
-    """An optimizer that cannot be had, or a state that is not its own; the message names it and the remedy."""
 
 
 class Rule(Protocol):

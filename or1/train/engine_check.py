@@ -10,13 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from or1.config import Config
-from or1.core.types import Prompt
+from or1.core.errors import RunError
+from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.dist.world import World
-from or1.model.rows import TrainSequence
 from or1.rollout.engine import Engine, Sampling
 from or1.rollout.hf import HfEngine
-from or1.run.directory import RunError
 from or1.train.metrics import UpdateStats
 from or1.train.update import UpdateSettings, with_old_logp
 from or1_kernels.objective import PolicyObjective

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from collections import Counter
@@ -14,22 +13,12 @@ import torch
 
 from or1.core.types import Group, Status
 from or1.dist.world import World
-from or1.magic.filters import has_advantage
+from or1.magic.advantage import has_advantage
 from or1.model.rows import Microbatch
 from or1.reward.terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.collect import Rollout
 from or1.train.optim import UpdateResult
 from or1_kernels.head import PolicyStats
-
-
-def rollout_entropy(groups: Sequence[Group]) -> float:
-    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token; or NaN.
-
-    It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
-    """
-    logp = np.concatenate([np.empty(0, np.float32), *(r.logp for group in groups for r in group.responses)])
-    known = logp[np.isfinite(logp)]
-    return float(-known.mean(dtype=np.float64)) if len(known) else math.nan
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
+from or1.core.errors import OptimizerError
 from or1.dist.fsdp import local_shard
 from or1.dist.world import SINGLE, World
-from or1.train.adam import FLAT_KEYS, OptimizerError, State, make_rule, round_stochastically
+from or1.train.adam import FLAT_KEYS, State, make_rule, round_stochastically
 
 # Longest first: "exp_avg." begins "exp_avg.codes." too.
 _PREFIXES = sorted((f"{key}." for key in ("master", *FLAT_KEYS)), key=len, reverse=True)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
-
 from or1.config import Config, StageConfig
+from or1.core.seeds import seed_of
 from or1.core.types import OpenGroup, Prompt
 from or1.data import Sampler
 from or1.dist.world import SINGLE, World
@@ -17,7 +16,7 @@ from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.collect import Progress, Rollout
 from or1.rollout.engine import Engine, Sampling
-from or1.run.directory import TrainState
+from or1.run.state import TrainState
 
 Work = tuple[list[Prompt], list[OpenGroup]]
 
@@ -67,7 +66,7 @@ class RolloutFeed:
         """`count` more groups for step `number`, to replace rejected ones; `attempt` counts from 1."""
         _, stage = self._state.stages.at(self._config, number)
         prompts = self._fresh(count)
-        sampling = self._sampling(stage, step_seed(self._config, number, attempt))
+        sampling = self._sampling(stage, seed_of(self._config.seed, number, attempt))
         return exchange(self._world, self._make(prompts, sampling, [], scorer, progress), prompts, [])
 
     def skip(self, number: int) -> None:
@@ -110,7 +109,7 @@ class RolloutFeed:
         _, stage = self._state.stages.at(self._config, number)
         carried = self._state.in_flight.carried
         prompts = self._fresh(max(stage.prompts_per_step - len(carried), 0))
-        return prompts, self._sampling(stage, step_seed(self._config, number)), carried
+        return prompts, self._sampling(stage, seed_of(self._config.seed, number)), carried
 
     def _fresh(self, count: int) -> list[Prompt]:
         if not count:
@@ -133,8 +132,3 @@ class RolloutFeed:
         return collect_share(
             self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress
         )
-
-
-def step_seed(config: Config, number: int, *refill: int) -> int:
-    """The seed of step `number`, or of one of its refills; a resumed run draws the same."""
-    return int(np.random.SeedSequence([config.seed, number, *refill]).generate_state(1, np.uint64)[0] >> 1)

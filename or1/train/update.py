@@ -13,18 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from or1.core import faults
+from or1.core.types import TrainSequence
 from or1.dist.fsdp import local_shard
 from or1.dist.oom_peers import row_on_all_ranks
 from or1.dist.oom_retry import Budget
-from or1.dist.ulysses import join_slices, my_slice
 from or1.dist.world import SINGLE, World
 from or1.magic.denominator import TOKEN_MEAN, Normaliser
 from or1.magic.selection import Minibatch
-from or1.magic.unknown_logp import keep_known
-from or1.model.load import eval_mode, hidden_states, lm_head, trained_rows
+from or1.model.forward import eval_mode, hidden_states, lm_head, trained_rows
 from or1.model.row_plan import plan_ranks
-from or1.model.rows import Microbatch, TrainSequence, pack_rows, units_of
+from or1.model.rows import Microbatch, keep_known, pack_rows, units_of
 from or1.model.shared_prompts import Sharing
+from or1.model.slices import join_slices, my_slice
 from or1.rollout.collect import Progress, no_progress
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW

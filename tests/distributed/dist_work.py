@@ -12,11 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.config import DistConfig, ModelConfig, OptimConfig
-from or1.core.types import Prompt
+from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.dist.world import World, join
 from or1.model.load import load_model, load_tokenizer
-from or1.model.rows import TrainSequence
 from or1.model.shared_prompts import Sharing
 from or1.rollout.engine import Sampling
 from or1.rollout.hf import HfEngine

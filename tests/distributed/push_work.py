@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from or1.config import DistConfig, ModelConfig, VllmConfig
+from or1.core.errors import EngineError
 from or1.core.types import Prompt
 from or1.dist.world import World, join
-from or1.model.load import load_model, named_weights
-from or1.rollout.engine import EngineError, Sampling
+from or1.model.export import named_weights
+from or1.model.load import load_model
+from or1.rollout.engine import Sampling
 from or1.rollout.vllm import push as vllm_push
 from or1.rollout.vllm import server as vllm_server
 from or1.rollout.vllm import worker as vllm_worker

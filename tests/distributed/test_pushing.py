@@ -10,7 +10,8 @@ from push_work import broadcast_to_a_failing_server, pushed_to_a_dead_server
 from rank_processes import run_ranks
 
 from or1.config import ModelConfig
-from or1.model.load import load_model, named_weights, weight_forms
+from or1.model.export import named_weights, weight_forms
+from or1.model.load import load_model
 
 
 @pytest.mark.timeout(100)

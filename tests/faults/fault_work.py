@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from or1.config import DistConfig
+from or1.core.errors import DiskError
 from or1.dist.world import join, split_evenly
 from or1.rollout.vllm.push import FilePush
 from or1.run.checkpoint import Checkpoint, committed_steps, load_latest
-from or1.run.checkpoint_writer import DiskError, save_checkpoint
+from or1.run.checkpoint_writer import save_checkpoint
 
 
 def write_shards(folder: Path, size: int) -> None:

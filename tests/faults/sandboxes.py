@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from or1.core.errors import ScorerError
 from or1.core.types import Score
 from or1.reward.code.grade import CodeSettings, grade_job
 from or1.reward.code.sandbox import Inside, Limits, find_sandbox
 from or1.reward.ground_truth import parse_ground_truth
-from or1.reward.scorer import ScorerError
 
 MEMORY_MIB = 512
 

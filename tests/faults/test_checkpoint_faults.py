@@ -16,15 +16,9 @@ from small_run import arguments, lines
 
 from or1.cli import main
 from or1.core import faults
-from or1.run.checkpoint import (
-    Checkpoint,
-    ForeignFileError,
-    committed_steps,
-    load_checkpoint,
-    load_latest,
-    verify_checkpoint,
-)
-from or1.run.checkpoint_writer import CheckpointWriter, DiskError, save_checkpoint
+from or1.core.errors import DiskError, ForeignFileError
+from or1.run.checkpoint import Checkpoint, committed_steps, load_checkpoint, load_latest, verify_checkpoint
+from or1.run.checkpoint_writer import CheckpointWriter, save_checkpoint
 
 
 def small_checkpoint(step: int) -> Checkpoint:

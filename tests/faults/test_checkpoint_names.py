@@ -13,16 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from or1.cli import main
+from or1.core.errors import CheckpointError, ForeignFileError
 from or1.core.files import sealed
-from or1.run.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    ForeignFileError,
-    load_checkpoint,
-    load_latest,
-    remove_partials,
-    verify_checkpoint,
-)
+from or1.run.checkpoint import Checkpoint, load_checkpoint, load_latest, remove_partials, verify_checkpoint
 from or1.run.checkpoint_writer import save_checkpoint
 
 SHARD = "shard_0.safetensors"

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from or1.core.errors import RewardFunctionError, ScorerError
 from or1.core.processes import descendants
 from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import capacity, output, pool
 from or1.reward.capacity import WORKER_MIB, WORKERS_PER_CORE, check_workers
 from or1.reward.child import MAX_CAUSE
 from or1.reward.output import LOG_NAME, OutputLog
-from or1.reward.scorer import RewardFunctionError, ScorerError
 from or1.reward.scorers import CustomScorer, MathScorer
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, subreapers and pidfds")

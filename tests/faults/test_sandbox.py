@@ -191,8 +191,8 @@ def test_sandboxes_work_from_a_thread(sandbox: str) -> None:
 
 
 def test_without_isolation_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from or1.core.errors import ScorerError
     from or1.reward.code import sandbox
-    from or1.reward.scorer import ScorerError
 
     monkeypatch.setattr(sandbox, "_wrapper", lambda kind, uid: [])
     with pytest.raises(ScorerError, match=r'apt-get install bubblewrap.*reward.code.sandbox = "none"'):

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 
 from or1.config import Config
-from or1.core.types import Prompt
+from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.load import load_model, load_tokenizer
-from or1.model.rows import TrainSequence
 from or1.rollout import make_engine
 from or1.rollout.engine import Sampling
 from or1.train.update import UpdateSettings, with_old_logp

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from or1.cli import main
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError
 from or1.core.types import Prompt, Response, Score, Status
 from or1.rollout.collect import collect
 from or1.rollout.engine import Finished, Sampling

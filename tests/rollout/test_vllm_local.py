@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("vllm")
 
 from or1.config import OptimConfig
-from or1.core.types import Prompt, Response, Score, Status
+from or1.core.errors import EngineError
+from or1.core.types import Prompt, Response, Score, Status, TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.magic.advantage import group_advantages
-from or1.model.rows import TrainSequence
 from or1.rollout.collect import collect
-from or1.rollout.engine import EngineError, Sampling
+from or1.rollout.engine import Sampling
 from or1.rollout.vllm import local as vllm_local
 from or1.rollout.vllm.local import LocalEngine
 from or1.train.metrics import UpdateStats

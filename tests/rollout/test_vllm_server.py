@@ -18,7 +18,8 @@ pytest.importorskip("vllm")
 
 import httpx
 
-from or1.rollout.engine import EngineError, Sampling
+from or1.core.errors import EngineError
+from or1.rollout.engine import Sampling
 from or1.rollout.vllm.process import ServerProcess, bearer
 from or1.rollout.vllm.push import BroadcastPush, FilePush
 from or1.rollout.vllm.server import ServerEngine

@@ -18,11 +18,11 @@ from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE, join
 from or1.magic import rollout_entropy as masked_entropy
-from or1.magic.filters import has_advantage
+from or1.magic.advantage import has_advantage
+from or1.magic.entropy import rollout_entropy
 from or1.report.rank_display import RankDisplay
 from or1.rollout.across_ranks import exchange
 from or1.rollout.collect import Rollout
-from or1.train.metrics import rollout_entropy
 from or1.trainer import Trainer
 
 ADDER = Path(__file__).resolve().parents[2] / "examples" / "tiny-adder"

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import pytest
 
+from or1.core.errors import GroundTruthError, ScorerError
 from or1.core.types import Score, Status
 from or1.reward.code.grade import CodeSettings, grade_job
 from or1.reward.code.sandbox import find_sandbox
-from or1.reward.ground_truth import GroundTruthError, parse_ground_truth
-from or1.reward.scorer import ScorerError
+from or1.reward.ground_truth import parse_ground_truth
 
 
 @pytest.fixture(scope="module")

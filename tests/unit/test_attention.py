@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from or1.core.errors import AttentionError
 from or1.model import soft_attention
-from or1.model.attention import AttentionError, Layout, _interface, choose_backend, packed_attention
+from or1.model.attention import Layout, _interface, choose_backend, packed_attention
 from or1.model.soft_attention import Scores
 
 GPU = torch.cuda.is_available()

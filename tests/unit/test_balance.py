@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from or1.core.types import TrainSequence
 from or1.model.row_plan import SequenceCost, imbalance, plan_ranks, plan_rows, slots_used
-from or1.model.rows import TrainSequence, pack_rows
+from or1.model.rows import pack_rows
 
 # Qwen2.5-7B: attention over 32K tokens costs about half of what the matrices do.
 COST = SequenceCost(linear=1.0, quadratic=1 / 70_000)

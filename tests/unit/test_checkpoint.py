@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from or1.config import OptimConfig
-from or1.run.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    committed_steps,
-    load_checkpoint,
-    load_latest,
-    remove_partials,
-)
+from or1.core.errors import CheckpointError
+from or1.run.checkpoint import Checkpoint, committed_steps, load_checkpoint, load_latest, remove_partials
 from or1.run.checkpoint_writer import save_checkpoint
 from or1.train.optim import MasterAdamW
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from or1.config import RewardConfig
+from or1.core.errors import ScorerError
 from or1.core.types import CodeTests, Prompt, Response, Score, Status
 from or1.reward import make_scorer
 from or1.reward.code.compare import same_output, same_value
@@ -20,7 +21,6 @@ from or1.reward.code.grade import CodeSettings, grade_job
 from or1.reward.code.inside import wire
 from or1.reward.code.sandbox import Inside, Limits, find_sandbox
 from or1.reward.ground_truth import parse_ground_truth
-from or1.reward.scorer import ScorerError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
-from or1.config.load import ConfigError, dump_config, load_config
+from or1.config.load import dump_config, load_config
+from or1.core.errors import ConfigError
 
 QUICKSTART = "examples/quickstart.toml"
 

@@ -21,8 +21,9 @@ import pytest
 
 from or1.cli import main
 from or1.config import Config
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
 from or1.config.peers import settings
+from or1.core.errors import ConfigError
 
 SEEDS = [int(os.environ["OR1_FUZZ_SEED"])] if "OR1_FUZZ_SEED" in os.environ else range(6)
 CONFIGS = int(os.environ.get("OR1_FUZZ_CONFIGS", "50"))

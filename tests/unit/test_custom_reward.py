@@ -12,12 +12,12 @@ from small_run import arguments
 
 from or1.cli import main
 from or1.config import RewardConfig
+from or1.core.errors import RewardFunctionError, ScorerError
 from or1.core.types import Group, Prompt, Response, Score, Status
-from or1.magic.advantage import group_advantages
-from or1.magic.filters import has_advantage
+from or1.magic.advantage import group_advantages, has_advantage
 from or1.reward import custom, make_scorer
 from or1.reward.output import LOG_NAME
-from or1.reward.scorer import RewardFunctionError, ScorerError, require_rewards
+from or1.reward.scorer import require_rewards
 from or1.train.metrics import rollout_metrics
 
 FUNCTIONS = """

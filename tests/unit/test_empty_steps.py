@@ -13,7 +13,7 @@ from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_
 
 from or1.core.types import Group, Score, Status
 from or1.magic.empty_steps import note_step, nothing_trained
-from or1.run.directory import TrainState
+from or1.run.state import TrainState
 
 
 def of_statuses(*statuses: Status, rewards: float = 0.0) -> Group:

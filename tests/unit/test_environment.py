@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from or1.commands.environment import package_lines
+from or1.commands.doctor import package_lines
 
 
 def test_the_doctor_names_every_package_of_the_project_and_no_other(root: Path) -> None:

@@ -17,7 +17,7 @@ from or1.eval.accuracy import Estimate, Outcome, by_source, pass_at_k, pass_ks, 
 from or1.report.page_samples import _kind
 from or1.report.summary import summarise
 from or1.reward.terms import is_solved
-from or1.run.directory import TrainState
+from or1.run.state import TrainState
 from or1.train.metrics import rollout_metrics
 
 
@@ -138,9 +138,10 @@ def test_rewards_on_a_scale_below_one_are_remarked_once_in_a_run(tmp_path: Path)
     state = TrainState.start(config)
     low, failing = replace(outcome(0), best=0.5), replace(outcome(0), best=math.nan, statuses={"crash": 4})
     result = summarise_set("x", [low, failing], [1])
-    assert state.note_evaluation(summarise_set("x", [replace(low, best=0.0)], [1]), True) == ""
-    assert "x: the best reward is 0.5, but accuracy" in state.note_evaluation(result, True)
-    assert state.note_evaluation(result, True) == "" == TrainState.start(config).note_evaluation(result, False)
+    failures, remark = (result.count(Status.CRASH), 0), result.remark()
+    assert summarise_set("x", [replace(low, best=0.0)], [1]).remark() == "" == state.note_evaluation(*failures, "")
+    assert "x: the best reward is 0.5, but accuracy" in remark == state.note_evaluation(*failures, remark)
+    assert state.note_evaluation(0, 0, remark) == ""
     assert summarise_set("x", [low, outcome(1)], [1]).remark() == ""
     counts = summarise(config, state, 0).counts
     assert counts["crashes in evaluations"] == 8 and "timeouts in evaluations" not in counts

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.config import EntropyConfig, ModelConfig, OptimConfig
+from or1.core.errors import RunError
+from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.magic.denominator import Normaliser
 from or1.magic.entropy import EntropyController
 from or1.model.load import load_model
-from or1.model.rows import TrainSequence, pack_rows
-from or1.run.directory import RunError, TrainState
+from or1.model.rows import pack_rows
+from or1.run.state import TrainState
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, _train_row, update_policy, with_old_logp

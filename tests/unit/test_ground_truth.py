@@ -8,8 +8,9 @@ import zlib
 
 import pytest
 
+from or1.core.errors import GroundTruthError
 from or1.core.types import CodeTests
-from or1.reward.ground_truth import GroundTruthError, parse_golds, parse_ground_truth, parse_tests
+from or1.reward.ground_truth import parse_golds, parse_ground_truth, parse_tests
 
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n"
 

@@ -12,12 +12,13 @@ import torch
 from small_run import ROOT, arguments, lines
 
 from or1.cli import main
+from or1.core.errors import MetricsError, RunError
 from or1.core.files import SEAL, is_unbroken, sealed
 from or1.run.checkpoint import Checkpoint, load_latest, verify_checkpoint
 from or1.run.checkpoint_writer import save_checkpoint
-from or1.run.directory import RunError, row_cap
+from or1.run.directory import row_cap
 from or1.run.marks import lost_history, lost_newest, mark_commit
-from or1.run.metrics_log import MetricsError, MetricsWriter, read_metrics, rewind_metrics
+from or1.run.metrics_log import MetricsWriter, read_metrics, rewind_metrics
 
 TINY = {"stage__0__steps": 2, "stage__1__steps": 1}
 LONGER = TINY | {"stage__1__steps": 2}

@@ -16,12 +16,11 @@ from transformers import MambaConfig
 from benchmarks.architectures import CASES, page, verdict, write_checkpoint
 from or1.cli import main
 from or1.config import ModelConfig
+from or1.core.errors import AttentionError, DistError, PackingError
 from or1.dist.fsdp import decoder_layers
 from or1.dist.ulysses import check_heads
-from or1.dist.world import DistError
 from or1.model import isolation
-from or1.model.attention import AttentionError
-from or1.model.isolation import PackingError, _one_of_each, rehearse_model, require_isolation
+from or1.model.isolation import _one_of_each, rehearse_model, require_isolation
 from or1.model.load import ModelError, load_model, remarks_of
 
 BY_NAME = {case.name: case for case in CASES}

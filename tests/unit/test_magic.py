@@ -8,9 +8,8 @@ import pytest
 from or1.config import Config, EntropyConfig
 from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.eval.accuracy import pass_at_k
-from or1.magic.advantage import group_advantages
+from or1.magic.advantage import group_advantages, has_advantage, reject_zero_advantage
 from or1.magic.entropy import EntropyController
-from or1.magic.filters import has_advantage, reject_zero_advantage
 from or1.magic.stages import last_step_of, stage_at
 
 

@@ -12,12 +12,11 @@ from hand_run import ZERO, group, response
 
 from or1.config import Config, LossConfig, RewardConfig, StageConfig
 from or1.magic import group_advantages as torch_advantages
-from or1.magic.advantage import group_advantages
+from or1.magic.advantage import group_advantages, overlong_penalty
 from or1.magic.alarms import BASELINE_STEPS, PATIENCE, REPEAT, EntropyWatch
 from or1.magic.denominator import Normaliser
 from or1.magic.plateau import has_plateaued
 from or1.magic.selection import choose, minibatches
-from or1.magic.shaping import overlong_penalty
 from or1.magic.stages import StageProgress
 
 STAGE = {"steps": 100, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}

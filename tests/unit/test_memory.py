@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from or1.config import ModelConfig, OptimConfig
-from or1.dist.oom_retry import Budget, MemoryLimitError, RowMemoryError, ShorterRowsError
-from or1.model.load import hidden_states, load_model
-from or1.model.memory import MemoryOptionError, _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
-from or1.model.rows import TrainSequence, pack
+from or1.core.errors import MemoryLimitError, MemoryOptionError, RowMemoryError, ShorterRowsError
+from or1.core.types import TrainSequence
+from or1.dist.oom_retry import Budget
+from or1.model.forward import hidden_states
+from or1.model.load import load_model
+from or1.model.memory import _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
+from or1.model.rows import pack
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, update_policy, with_old_logp

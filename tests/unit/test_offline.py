@@ -17,13 +17,14 @@ import pytest
 from or1.commands.eval import _measured, run_evaluation
 from or1.commands.filter import run_filter
 from or1.config import Config, EndpointConfig
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError, EndpointError, StoreError
 from or1.core.types import Prompt
 from or1.eval.source import Source
-from or1.eval.store import PartStore, StoreError
+from or1.eval.store import PartStore
 from or1.eval.target import Target, resolve_target
 from or1.reward.custom import file_of
-from or1.rollout.endpoint import EndpointEngine, EndpointError
+from or1.rollout.endpoint import EndpointEngine
 from or1.rollout.engine import Sampling
 
 SCHEMA = pa.schema({"x": pa.int64()})

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
+from or1.core.errors import OptimizerError
 from or1.run.checkpoint import Checkpoint, load_checkpoint
 from or1.run.checkpoint_writer import save_checkpoint
-from or1.train.adam import OptimizerError, round_stochastically
+from or1.train.adam import round_stochastically
 from or1.train.optim import MasterAdamW
 
 CHOICES = [

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from or1.config import ModelConfig
+from or1.core.types import TrainSequence
 from or1.model.attention import packed_forward
-from or1.model.load import hidden_states, load_model
-from or1.model.rows import TrainSequence, pack, pack_indexed
+from or1.model.forward import hidden_states
+from or1.model.load import load_model
+from or1.model.rows import pack, pack_indexed
 from or1_kernels import _native
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError, PlanError
 from or1.plan.choices import choices_of, workload_of
 from or1.plan.devices import find_device
 from or1.plan.estimate import largest_row, make_plan
 from or1.plan.memory import plan_memory
-from or1.plan.shapes import PlanError, parse_shape, shape_of
+from or1.plan.shapes import parse_shape, shape_of
 from or1.plan.timing import sequence_cost, step_time
 
 RECIPES = {"or1-math-7b": 8, "or1-7b": 8, "or1-32b": 32}

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
+from or1.core.types import TrainSequence
 from or1.model.load import load_model
-from or1.model.rows import Microbatch, TrainSequence, pack
+from or1.model.rows import Microbatch, pack
 from or1.plan.activations import activations, layer_saved
 from or1.plan.choices import Choices, choices_of
 from or1.plan.devices import Device, find_device
@@ -77,7 +78,7 @@ def test_weights_gradients_and_optimizer_are_exact(folder: str, dtype: str) -> N
     assert list(shape.tensor_sizes()).count(0) == 0
     assert sorted(shape.tensor_sizes()) == sorted(p.numel() for p in model.parameters())
 
-    from or1.model.load import hidden_states
+    from or1.model.forward import hidden_states
 
     batch = row(30, 20)
     row_loss(model, hidden_states(model, batch), batch, trained=10).backward()

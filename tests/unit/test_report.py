@@ -22,7 +22,7 @@ from or1.report.page_plots import smooth, tick_label
 from or1.report.records import eval_histories
 from or1.report.summary import summarise
 from or1.reward.terms import graded_run
-from or1.run.directory import TrainState
+from or1.run.state import TrainState
 
 STAGES = ({"steps": 24, "max_response_tokens": 96, "prompts_per_step": 16, "group_size": 8},
           {"steps": 36, "max_response_tokens": 192, "prompts_per_step": 16, "group_size": 8})  # fmt: skip

@@ -28,21 +28,21 @@ from small_run import ROOT
 import or1.run.checkpoint_writer as writing
 from or1.cli import _guarded, main
 from or1.config import EvalSet
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError, DiskError, RolloutError, RunError, StoreError
 from or1.core.files import SEAL
 from or1.core.types import OpenGroup, Prompt
 from or1.data import SamplerState
 from or1.dist.oom_retry import Budget
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE
-from or1.eval.store import PartStore, StoreError
+from or1.eval.store import PartStore
 from or1.report.rank_display import RankDisplay
 from or1.run.checkpoint import Checkpoint, committed_steps
-from or1.run.checkpoint_writer import CheckpointWriter, DiskError
-from or1.run.directory import RunError
+from or1.run.checkpoint_writer import CheckpointWriter
 from or1.run.in_flight import InFlight
 from or1.run.lock import RunLock
-from or1.run.rollout_log import RolloutError, read_rollouts, write_rollouts
+from or1.run.rollout_log import read_rollouts, write_rollouts
 from or1.trainer import Trainer
 
 

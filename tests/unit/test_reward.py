@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from or1.config import RewardConfig
+from or1.core.errors import ScorerError
 from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import make_scorer
 from or1.reward.math import MAX_BOX_CHARS, grade, last_box, screen
-from or1.reward.scorer import ScorerError
 from or1.reward.scorers import MathScorer
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"

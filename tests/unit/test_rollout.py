@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from or1.config import ModelConfig
-from or1.core.types import Prompt
-from or1.model.load import ModelError, export_model, hidden_states, lm_head, load_model, load_tokenizer
-from or1.model.rows import TrainSequence, pack_indexed
+from or1.core.types import Prompt, TrainSequence
+from or1.model.export import export_model
+from or1.model.forward import hidden_states, lm_head
+from or1.model.load import ModelError, load_model, load_tokenizer
+from or1.model.rows import pack_indexed
 from or1.rollout.engine import Finished, Sampling
 from or1.rollout.hf import HfEngine, RowSampler
 

@@ -16,7 +16,8 @@ from small_run import ROOT, arguments
 from or1.cli import main
 from or1.config import Config
 from or1.config.load import dump_config, load_config
-from or1.run.directory import RECORD, RunError, prepare_run_dir, recorded_config
+from or1.core.errors import RunError
+from or1.run.directory import RECORD, prepare_run_dir, recorded_config
 from or1.run.lock import RunLock
 from or1.run.marks import NAME as MARKS
 
@@ -295,7 +296,8 @@ def test_a_dry_run_notes_what_this_machine_lacks(tmp_path: Path, capsys: pytest.
 def test_a_missing_hub_model_is_one_try_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from or1.model.source import ModelSourceError, require_source, require_tokenizer
+    from or1.core.errors import ModelSourceError
+    from or1.model.source import require_source, require_tokenizer
 
     tries = []
 

@@ -11,11 +11,12 @@ import pytest
 from small_run import ROOT, arguments
 
 from or1.cli import main
-from or1.config.load import ConfigError, load_config
+from or1.config.load import load_config
+from or1.core.errors import ConfigError, RunError, StoreError
 from or1.core.files import without_links, write_whole
-from or1.eval.store import PartStore, StoreError
+from or1.eval.store import PartStore
 from or1.run import lock as run_lock
-from or1.run.directory import RECORD, RunError, cap_rows, prepare_run_dir, recorded_config, row_cap
+from or1.run.directory import RECORD, cap_rows, prepare_run_dir, recorded_config, row_cap
 from or1.run.lock import RunLock
 from or1.run.metrics_log import rewind_metrics
 

@@ -13,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from or1.config import EndpointConfig, VllmConfig
-from or1.rollout.endpoint import EndpointEngine, EndpointError
+from or1.core.errors import EndpointError
+from or1.rollout.endpoint import EndpointEngine
 
 KEY = "sk-secret"
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from or1.config import ModelConfig, OptimConfig
+from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
-from or1.model.load import hidden_states, load_model
-from or1.model.rows import TrainSequence, pack, pack_indexed
+from or1.model.forward import hidden_states
+from or1.model.load import load_model
+from or1.model.rows import pack, pack_indexed
 from or1.model.shared_prompts import make_units, saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW

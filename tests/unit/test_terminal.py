@@ -17,7 +17,7 @@ from small_run import arguments
 from or1 import cli
 from or1.commands import doctor
 from or1.commands.ckpt import list_checkpoints
-from or1.commands.environment import Line
+from or1.commands.doctor import Line
 from or1.core.terminal import tell_traceback
 from or1.core.text import visible
 from or1.dist import watchdog

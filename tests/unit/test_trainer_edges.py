@@ -15,6 +15,7 @@ from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_
 from rich.console import Console
 
 from or1.config import EvalSet, ModelConfig, OptimConfig
+from or1.core.errors import ModelSourceError, ScorerError
 from or1.core.types import Score, Status
 from or1.data.fingerprint import inputs_of
 from or1.dist.watchdog import Watchdog
@@ -22,14 +23,12 @@ from or1.dist.world import SINGLE
 from or1.eval.accuracy import evaluate_set
 from or1.magic.selection import choose, minibatches
 from or1.model.load import ModelError, load_model, load_tokenizer
-from or1.model.source import ModelSourceError
 from or1.report.live import RunDisplay
 from or1.report.rank_display import RankDisplay
 from or1.reward import make_scorer
-from or1.reward.scorer import ScorerError
-from or1.run.directory import TrainState
 from or1.run.message_log import RunLog
 from or1.run.metrics_log import read_metrics
+from or1.run.state import TrainState
 from or1.train.optim import MasterAdamW, OptimizerError
 from or1.trainer import Trainer
 

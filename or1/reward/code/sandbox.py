@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from or1.core.errors import ScorerError
 from or1.reward.code.inside import wire
 from or1.reward.code.protections import PROBE, failures, is_required
 from or1.reward.code.usage import children_of, resident_bytes, scratch_files
-from or1.reward.scorer import ScorerError
 
 START_LIMIT_S = 20.0
 """For a sandbox to come up on a busy machine, and for a program to compile."""

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from or1.core.errors import TestedError
+
 MODULES = {"np": "numpy", "pd": "pandas", "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "sympy": "sympy"}
 """Name -> module that tests use without an import, beside the standard library's."""
 
@@ -29,10 +31,6 @@ COMPARING = frozenset({
     "reduce", "chain", "partial", "ListNode", "TreeNode", "list_node", "tree_node", "is_same_list", "is_same_tree",
 })  # fmt: skip
 """Names of the prelude that tests use to compare, beside a function of the program with a name of its own."""
-
-
-class TestedError(ValueError):
-    """Why no program could be told right by these tests."""
 
 
 class Script(NamedTuple):

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from or1.core import faults
+from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response
-from or1.model.load import named_weights
-from or1.rollout.engine import EngineError, Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.model.export import named_weights
+from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.rollout.vllm.ranks import Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 

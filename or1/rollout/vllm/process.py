@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from or1.rollout.engine import EngineError
+from or1.core.errors import EngineError
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 from or1.rollout.vllm.worker import TOKEN_VARIABLE, WEIGHTS_VARIABLE
 

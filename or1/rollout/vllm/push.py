@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from or1.dist.world import open_store
-from or1.model.load import named_weights, weight_forms
+from or1.model.export import named_weights, weight_forms
 from or1.rollout.vllm.memory_folder import MemoryFolder
 from or1.rollout.vllm.worker import GROUP_TIMEOUT_S, address_towards, broadcast, make_group
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from or1.core.errors import EngineError
 from or1.core.types import Response
-from or1.rollout.engine import EngineError, Job
+from or1.rollout.engine import Job
 
 
 @dataclass(frozen=True)

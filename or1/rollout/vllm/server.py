@@ -14,8 +14,9 @@ import httpx
 import numpy as np
 
 from or1.config import VllmConfig
+from or1.core.errors import EngineError, ServerLost
 from or1.core.types import Prompt, Response
-from or1.rollout.engine import EngineError, Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 from or1.rollout.vllm.process import MODEL_NAME, ServerProcess, bearer, may_take_proxy, shared_folder
 from or1.rollout.vllm.push import BroadcastPush, FilePush, Push
 from or1.rollout.vllm.setup import VllmSetup
@@ -32,10 +33,6 @@ STALL_S = 300.0
 DRAIN_S = 30.0
 """How long the blocks of aborted requests may stay held after a push."""
 RPC_LIMIT_S = 600.0
-
-
-class ServerLost(EngineError):
-    """The server died or hangs."""
 
 
 @dataclass

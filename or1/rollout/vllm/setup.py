@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from or1.rollout.engine import EngineError, Job, Sampling
+from or1.core.errors import EngineError
+from or1.rollout.engine import Job, Sampling
 
 if TYPE_CHECKING:
     from or1.config import Config

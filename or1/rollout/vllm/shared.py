@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from or1.dist.world import World
-from or1.model.load import named_weights
+from or1.model.export import named_weights
 from or1.rollout.vllm.server import ServerEngine, http_client
 from or1.rollout.vllm.setup import VllmSetup
 

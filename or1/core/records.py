@@ -1,0 +1,25 @@
+"""Values in a record of metrics.jsonl, which may be missing or of another type."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Nine digits at most: int() refuses thousands of them, and no run has so many samples.
+AVG_KEY = re.compile(r"eval/([^/]+)/avg@([0-9]{1,9})")
+
+
+Record = Mapping[str, Any]
+
+
+def number(value: object, default: float = math.nan) -> float:
+    """A metric as a float; `default` for anything missing, not a number, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return default
+    try:
+        result = float(value)
+    except OverflowError:
+        return default
+    return result if math.isfinite(result) else default

@@ -1,0 +1,165 @@
+"""No rank waits for ever for one that is gone.
+
+Each rank tells the others every second what it is doing, through torchrun's key-value store and a thread of its own. A
+rank that falls silent, or says that it failed, ends the run everywhere: with a message that names it, its phase and the
+work it had left, and with the stacks of this rank's threads, which show the collective it waited in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from or1.core.errors import EXIT_RETRY
+from or1.core.terminal import tell, tell_traceback
+from or1.dist.world import World
+
+_PERIOD_S = 1.0
+_DIAGNOSIS_S = 6.0
+_KEY = "or1/alive/{}"
+
+
+class Watchdog:
+    """What this rank does, for the others to see, and what they do."""
+
+    def __init__(self, world: World, timeout_s: float):
+        self.world, self.timeout_s = world, timeout_s
+        self._period = min(_PERIOD_S, timeout_s / 5)
+        self._mine: dict[str, Any] = {"step": 0, "phase": "start", "done": 0, "total": None}
+        self._seen: dict[int, tuple[dict[str, Any], float]] = {}
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._beats = 0
+        self._thread: threading.Thread | None = None
+        if world.size > 1:
+            # A connection of its own: the process group's is locked while a collective sets up.
+            self._store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                timeout=timedelta(seconds=max(timeout_s, 5)),
+            )  # fmt: skip
+            self._publish()
+            world.barrier()
+            self._thread = threading.Thread(target=self._watch, name="or1-watchdog", daemon=True)
+            self._thread.start()
+
+    def beat(self, **doing: Any) -> None:
+        """Say what this rank does: step, phase, done, total."""
+        former, self._mine = self._mine, self._mine | doing
+        # A new phase is told at once: it may be the one that this rank dies in.
+        if self._thread is not None and any(former[key] != self._mine[key] for key in ("phase", "step")):
+            with contextlib.suppress(RuntimeError):
+                self._publish()
+
+    def close(self) -> None:
+        """This rank is through; the others no longer expect a sign of it."""
+        self._end("through", True)
+
+    def fail(self, error: BaseException) -> None:
+        """This rank ends with an error. If that is a collective's, wait for the watch to name the rank that is gone."""
+        if self._thread is not None and is_collective_error(error):
+            tell_traceback(error)
+            self.timeout_s = min(self.timeout_s, 3 * self._period)
+            self._thread.join(self.timeout_s + _DIAGNOSIS_S)
+            self._give_up(f"a collective failed here, and {self._table()}")
+        told = self._thread is not None and self.world.is_main
+        self._end("failed", f"{type(error).__name__}: {error}"[:2000])
+        if told:
+            # The store may end with this process: the others should read why before that.
+            time.sleep(2 * self._period)
+
+    def _end(self, key: str, value: Any) -> None:
+        if self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        self._thread = None
+        self.beat(**{key: value})
+        # Nobody is left to tell if the store is gone.
+        with contextlib.suppress(RuntimeError):
+            self._publish()
+
+    def _publish(self) -> None:
+        with self._lock:
+            self._beats += 1
+            self._store.set(_KEY.format(self.world.rank), json.dumps(self._mine | {"beat": self._beats}))
+
+    def _watch(self) -> None:
+        others = [r for r in range(self.world.size) if r != self.world.rank]
+        looked = time.monotonic()
+        while not self._stopped.wait(self._period):
+            try:
+                self._publish()
+                found = self._store.multi_get([_KEY.format(r) for r in others])
+            except RuntimeError as error:
+                self._give_up(f"the store of rank 0's node is gone ({str(error).splitlines()[0]})")
+            now = time.monotonic()
+            self._forgive(now - looked - self._period)
+            looked = now
+            for rank, text in zip(others, found, strict=True):
+                status = json.loads(text)
+                if rank not in self._seen or self._seen[rank][0] != status:
+                    self._seen[rank] = status, now
+                silent_s = now - self._seen[rank][1]
+                if "failed" in status:
+                    self._give_up(f"{_describe(rank, status)} failed: {status['failed']}")
+                if "through" not in status and silent_s > self.timeout_s:
+                    self._give_up(f"{_describe(rank, status)} has given no sign of life for {silent_s:.0f} s")
+
+    def _forgive(self, late_s: float) -> None:
+        """After a look that came much too late, give the others that time: what held this rank may have held all.
+
+        A frozen container or a paused virtual machine stops every rank, and the clock goes on.
+        """
+        if late_s > 2 * self._period:
+            self._seen = {rank: (status, seen + late_s) for rank, (status, seen) in self._seen.items()}
+
+    def _table(self) -> str:
+        now = time.monotonic()
+        lines = [f"{_describe(rank, s)} was last heard of {now - t:.0f} s ago" for rank, (s, t) in self._seen.items()]
+        return "; ".join(lines) or "no other rank was heard of"
+
+    def _give_up(self, reason: str) -> None:
+        tell(
+            f"\nor1: {reason}.\nThis is {_describe(self.world.rank, self._mine)}; it ends too, since no step can be "
+            "finished without the other. The same command resumes from the newest checkpoint. Stacks of this rank:"
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        # Not sys.exit: the main thread sits in a collective that never returns.
+        os._exit(EXIT_RETRY)
+
+
+@contextlib.contextmanager
+def watched(world: World, timeout_s: float) -> Iterator[Watchdog]:
+    """A watchdog for the block; an error that leaves the block is told to the other ranks."""
+    watchdog = Watchdog(world, timeout_s)
+    try:
+        yield watchdog
+    except BaseException as error:
+        watchdog.fail(error)
+        raise
+    watchdog.close()
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether this is what a collective raises when a peer closed its connection or a wait took too long."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text or "connection" in text)
+    )
+
+
+def _describe(rank: int, status: dict[str, Any]) -> str:
+    text = f"rank {rank} (step {status['step']}, phase {status['phase']!r}"
+    if status.get("total"):
+        text += f", {status['total'] - status['done']} of {status['total']} pending"
+    return text + ")"

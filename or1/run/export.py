@@ -1,0 +1,54 @@
+"""A checkpoint of a run as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from or1.core.errors import RunError
+from or1.core.quiet import quiet_libraries
+from or1.core.terminal import tell
+from or1.run.directory import checkpoints_of, recorded_run
+
+
+def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
+    """Write checkpoint `step` (default: the newest) of a run as a Hugging Face folder; returns the folder.
+
+    Raises RunError if the folder is not a run or has no such checkpoint.
+    """
+    config = recorded_run(run_dir)
+    quiet_libraries()
+    import torch
+
+    from or1.core.errors import CheckpointError
+    from or1.model.export import export_model
+    from or1.model.load import load_model, load_tokenizer
+    from or1.run.checkpoint import load_checkpoint, step_folders
+    from or1.run.marks import lost_newest
+
+    steps = step_folders(checkpoints_of(run_dir))
+    lost = lost_newest(run_dir)
+    if not steps:
+        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
+                       "another run directory")
+    if step is None and lost:
+        tell(lost)
+    chosen = step if step is not None else max(steps)
+    if chosen not in steps:
+        raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
+    try:
+        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+    except CheckpointError as error:
+        others = ", ".join(str(each) for each in steps if each != chosen)
+        remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
+        raise type(error)(f"{error}; {remedy}") from error
+    # In host memory: what several GPUs trained need not fit on one.
+    plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
+    model = load_model(config.model.model_copy(update=plain), packs=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            saved = checkpoint.tensors.get(f"master.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
+                               "has; it is of another model, or was altered")
+            parameter.copy_(saved)
+    return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")
