@@ -19,9 +19,13 @@ _SKIPPED = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where results go."""
-    parser.addoption("--bench-out", default=os.environ.get("OR1_BENCH_OUT"), metavar="DIR",
-                     help="folder for head.json, score_rows.json, packing.json and head.png (default: "
-                          "$OR1_BENCH_OUT, or nothing is written)")
+    parser.addoption(
+        "--bench-out",
+        default=os.environ.get("OR1_BENCH_OUT"),
+        metavar="DIR",
+        help="folder for head.json, score_rows.json, packing.json and head.png (default: "
+        "$OR1_BENCH_OUT, or nothing is written)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

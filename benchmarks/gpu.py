@@ -69,8 +69,11 @@ class Context:
 
         self.rows.append(row)
         write_json(self.out / f"{self.name}.json", self.rows, part=self.name, rehearsal=self.rehearse)
-        words = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
-                 if not isinstance(v, (list, dict)))
+        words = (
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in row.items()
+            if not isinstance(v, (list, dict))
+        )
         print("  " + " ".join(words), flush=True)
 
     def check(self, what: str, ok: bool, **numbers: object) -> None:
@@ -99,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         return _run_part(arguments.part[0], arguments.out, arguments.rehearse)
     environment = _environment(arguments)
     if not arguments.rehearse and not _has_gpu(environment):
-        print("torch sees no GPU here; these are GPU checks. --rehearse runs them scaled down on a CPU.",
-              file=sys.stderr)
+        print(
+            "torch sees no GPU here; these are GPU checks. --rehearse runs them scaled down on a CPU.", file=sys.stderr
+        )
         return 2
     results = [_spawn(name, arguments, environment) for name in arguments.part or PARTS]
     return _summary(results, arguments.out)
@@ -142,8 +146,11 @@ def _summary(results: list[dict], out: Path) -> int:
     for result in results:
         path = out / f"{result['part']}.json"
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        result |= {"rows": len(rows), "not_ok": sum(not r.get("ok", True) for r in rows),
-                   "skipped": sum("skipped" in r for r in rows)}
+        result |= {
+            "rows": len(rows),
+            "not_ok": sum(not r.get("ok", True) for r in rows),
+            "skipped": sum("skipped" in r for r in rows),
+        }
         skipped |= {r["skipped"]: r["why"] for r in rows if "skipped" in r}
         head_rows += [r for r in rows if "variant" in r]
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -171,8 +178,19 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
 def _install(wheels: Path, site: Path) -> Path:
     """Put every wheel of the folder into `site`, each by itself, so that one that does not fit costs only itself."""
     for wheel in sorted(wheels.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site),
-                   "--upgrade", str(wheel)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(site),
+            "--upgrade",
+            str(wheel),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             print(f"not installed: {wheel.name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)

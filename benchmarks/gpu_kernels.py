@@ -16,10 +16,12 @@ from or1_kernels import PolicyObjective, linear_logprob_entropy, linear_policy_l
 
 IMPL = "triton"
 OBJECTIVES = {
-    "ppo": PolicyObjective(), "clip_higher": PolicyObjective(clip_high=0.28),
+    "ppo": PolicyObjective(),
+    "clip_higher": PolicyObjective(clip_high=0.28),
     "ppo_kl_is": PolicyObjective(kl_coef=0.05, is_cap=2.0),
     "cispo": PolicyObjective(kind="cispo", clip_low=1.0, clip_high=0.3),
-    "cispo_kl": PolicyObjective(kind="cispo", kl_coef=0.1)}
+    "cispo_kl": PolicyObjective(kind="cispo", kl_coef=0.1),
+}
 NEEDS = ((True, True), (True, False), (False, True), (False, False))
 _FIELDS = ("logp", "entropy", "dhidden", "dweight")
 
@@ -37,8 +39,11 @@ def constants(problem: Problem) -> dict[str, Tensor]:
     """The log-probs that an objective may read, drawn around old_logp."""
     gen = torch.Generator(device=problem.hidden.device).manual_seed(7)
     noise_2N = 0.25 * torch.randn(2, len(problem.targets), generator=gen, device=problem.hidden.device)
-    return {"old_logp": problem.old_logp, "rollout_logp": problem.old_logp + noise_2N[0],
-            "ref_logp": problem.old_logp + noise_2N[1]}
+    return {
+        "old_logp": problem.old_logp,
+        "rollout_logp": problem.old_logp + noise_2N[0],
+        "ref_logp": problem.old_logp + noise_2N[1],
+    }
 
 
 def plain(problem: Problem, objective: PolicyObjective, dtype: torch.dtype, block: int) -> SimpleNamespace:
@@ -51,8 +56,14 @@ def plain(problem: Problem, objective: PolicyObjective, dtype: torch.dtype, bloc
         r = slice(start, start + block)
         logp_R, entropy_R = reference.logprob_entropy(reference.logits(hidden[r], weight), problem.targets[r])
         loss, _ = reference.policy_loss(
-            logp_R, entropy_R, problem.advantages[r].to(wide), token_weight_N=problem.token_weight[r].to(wide),
-            objective=objective, entropy_coef=0.01, **{f"{k}_N": v[r] for k, v in named.items()})
+            logp_R,
+            entropy_R,
+            problem.advantages[r].to(wide),
+            token_weight_N=problem.token_weight[r].to(wide),
+            objective=objective,
+            entropy_coef=0.01,
+            **{f"{k}_N": v[r] for k, v in named.items()},
+        )
         loss.backward()
         rows.append((logp_R.detach(), entropy_R.detach()))
     empty = (hidden.new_zeros(0),) * 2
@@ -66,8 +77,17 @@ def fused(problem: Problem, objective: PolicyObjective, needs=(True, True), **op
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     hidden, weight = hidden.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
     loss, stats = linear_policy_loss(
-        hidden, weight, problem.targets, problem.advantages, token_weight=problem.token_weight, objective=objective,
-        entropy_coef=0.01, impl=IMPL, **constants(problem), **options)
+        hidden,
+        weight,
+        problem.targets,
+        problem.advantages,
+        token_weight=problem.token_weight,
+        objective=objective,
+        entropy_coef=0.01,
+        impl=IMPL,
+        **constants(problem),
+        **options,
+    )
     if any(needs):
         loss.backward()
     return SimpleNamespace(logp=stats.logp, entropy=stats.entropy, dhidden=hidden.grad, dweight=weight.grad)
@@ -90,17 +110,27 @@ def _exactness(context: Context) -> None:
         for rows in counts:
             for dtype in (torch.bfloat16, torch.float32):
                 name, objective = next(kinds)
-                problem = make_problem(Shape("", 16 if small else 256, vocab), rows, dtype=dtype,
-                                       device=context.device)
+                problem = make_problem(Shape("", 16 if small else 256, vocab), rows, dtype=dtype, device=context.device)
                 truth, peer = plain(problem, objective, torch.float64, 256), plain(problem, objective, dtype, 1 << 14)
                 # All combinations where they are cheap, in turn where they are not.
                 for needs in NEEDS if rows < 1000 else (NEEDS[0], next(wants)):
                     mine = fused(problem, objective, needs)
-                    worst = {f: excess(getattr(mine, f), getattr(peer, f), getattr(truth, f))
-                             for f in _FIELDS if getattr(mine, f) is not None}
+                    worst = {
+                        f: excess(getattr(mine, f), getattr(peer, f), getattr(truth, f))
+                        for f in _FIELDS
+                        if getattr(mine, f) is not None
+                    }
                     made = (mine.dhidden is not None, mine.dweight is not None)
-                    context.check("error at most twice plain torch's", made == needs and max(worst.values()) <= 1,
-                                  vocab=vocab, rows=rows, dtype=str(dtype), objective=name, needs=str(needs), **worst)
+                    context.check(
+                        "error at most twice plain torch's",
+                        made == needs and max(worst.values()) <= 1,
+                        vocab=vocab,
+                        rows=rows,
+                        dtype=str(dtype),
+                        objective=name,
+                        needs=str(needs),
+                        **worst,
+                    )
                 del truth, peer, mine
 
 
@@ -148,8 +178,10 @@ def _strided_upstream(context: Context) -> None:
     problem = make_problem(Shape("", 32, 301), 90, device=context.device)
     wide = torch.randn(90, 6, device=context.device)
     results = []
-    for impl, upstream in ((IMPL, (wide[:, 2], wide.flip(1)[:, 1])),
-                           ("reference", (wide[:, 2].clone(), wide.flip(1)[:, 1].clone()))):
+    for impl, upstream in (
+        (IMPL, (wide[:, 2], wide.flip(1)[:, 1])),
+        ("reference", (wide[:, 2].clone(), wide.flip(1)[:, 1].clone())),
+    ):
         leaves = problem.hidden.detach().requires_grad_(), problem.weight.detach().requires_grad_()
         torch.autograd.backward(linear_logprob_entropy(*leaves, problem.targets, impl=impl), upstream)
         results.append([x.grad for x in leaves])
@@ -174,12 +206,13 @@ def _bitwise(context: Context) -> None:
 
 def _beyond_int32(context: Context) -> None:
     """A chunk whose logits number more than 2^31 equals smaller chunks."""
-    shape, rows, whole = ((Shape("", 16, 1031), 40, 40) if context.rehearse
-                          else (Shape("", 256, 152064), 16384, 16384))
+    shape, rows, whole = (Shape("", 16, 1031), 40, 40) if context.rehearse else (Shape("", 256, 152064), 16384, 16384)
     problem = make_problem(shape, rows, dtype=torch.bfloat16, device=context.device)
     one, many = (fused(problem, PolicyObjective(), chunk_rows=c) for c in (whole, whole // 8))
-    worst = max((a.float() - b.float()).abs().max().item() / max(b.float().abs().max().item(), 1e-30)
-                for a, b in ((getattr(one, f), getattr(many, f)) for f in _FIELDS))
+    worst = max(
+        (a.float() - b.float()).abs().max().item() / max(b.float().abs().max().item(), 1e-30)
+        for a, b in ((getattr(one, f), getattr(many, f)) for f in _FIELDS)
+    )
     context.check("a chunk beyond 2^31 logits", worst <= 2**-7, elements=whole * shape.vocab, relative_error=worst)
 
 
@@ -193,8 +226,18 @@ def _no_host_wait(context: Context) -> None:
 
     def step(**options) -> None:
         hidden, weight = problem.hidden.detach().requires_grad_(), problem.weight.detach().requires_grad_()
-        loss, _ = linear_policy_loss(hidden, weight, problem.targets, problem.advantages, entropy_coef=0.01,
-                                     token_weight=problem.token_weight, rows=rows, impl=IMPL, **named, **options)
+        loss, _ = linear_policy_loss(
+            hidden,
+            weight,
+            problem.targets,
+            problem.advantages,
+            entropy_coef=0.01,
+            token_weight=problem.token_weight,
+            rows=rows,
+            impl=IMPL,
+            **named,
+            **options,
+        )
         loss.backward()
         logp, entropy = linear_logprob_entropy(hidden, weight, problem.targets, impl=IMPL)
         (logp + entropy).sum().backward()

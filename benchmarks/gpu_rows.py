@@ -32,8 +32,17 @@ def _gemm_forms(context: Context) -> None:
             flops = 2 * rows * hidden * vocab
             for name, fn in _forms(context, rows, hidden, vocab).items():
                 best = min(measure.interleaved({name: fn}, context.device, _ROUNDS)[name])
-                context.add({"gemm": name, "shape": model.name, "rows": rows, "hidden": hidden, "vocab": vocab,
-                             "ms": 1e3 * best, "tflops": flops / best / 1e12})
+                context.add(
+                    {
+                        "gemm": name,
+                        "shape": model.name,
+                        "rows": rows,
+                        "hidden": hidden,
+                        "vocab": vocab,
+                        "ms": 1e3 * best,
+                        "tflops": flops / best / 1e12,
+                    }
+                )
 
 
 def _forms(context: Context, rows: int, hidden: int, vocab: int):
@@ -67,15 +76,24 @@ def _passes(context: Context) -> None:
     slopes = (torch.ones_like(inv_tau), torch.full_like(inv_tau, 0.01))
     copy_to = torch.empty_like(logits)
     best = min(measure.interleaved({"copy": lambda: copy_to.copy_(logits)}, device, _ROUNDS)["copy"])
-    context.add({"pass": "copy", "impl": "torch", "rows": rows, "vocab": vocab, "ms": 1e3 * best,
-                 "gb_per_s": 2 * logits.nbytes / best / 1e9})
+    context.add(
+        {
+            "pass": "copy",
+            "impl": "torch",
+            "rows": rows,
+            "vocab": vocab,
+            "ms": 1e3 * best,
+            "gb_per_s": 2 * logits.nbytes / best / 1e9,
+        }
+    )
     for impl in ("native", "torch") if context.rehearse else ("triton", "torch"):
         backend = backends.resolve(impl, device, torch.float32)
         stats = finish(backend.row_sums(logits, targets, inv_tau, transform), inv_tau)
         calls = {"row_sums": lambda b=backend: b.row_sums(logits, targets, inv_tau, transform)}
         for name, dtype in (("row_grads fp32", None), ("row_grads bf16", torch.bfloat16)):
             calls[name] = lambda b=backend, d=dtype, s=stats: b.row_grads_(
-                copy_to, targets, inv_tau, transform, s, slopes, out_dtype=d)
+                copy_to, targets, inv_tau, transform, s, slopes, out_dtype=d
+            )
         for name, call in calls.items():
             # In place: logits anew before every round, outside of the timing.
             times = []
@@ -83,5 +101,13 @@ def _passes(context: Context) -> None:
                 copy_to.copy_(logits)
                 times.append(measure.seconds(call, device))
             moved = logits.nbytes * {"row_sums": 1, "row_grads fp32": 2, "row_grads bf16": 1.5}[name]
-            context.add({"pass": name, "impl": impl, "rows": rows, "vocab": vocab, "ms": 1e3 * min(times[1:]),
-                         "gb_per_s": moved / min(times[1:]) / 1e9})
+            context.add(
+                {
+                    "pass": name,
+                    "impl": impl,
+                    "rows": rows,
+                    "vocab": vocab,
+                    "ms": 1e3 * min(times[1:]),
+                    "gb_per_s": moved / min(times[1:]) / 1e9,
+                }
+            )

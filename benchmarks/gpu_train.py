@@ -15,8 +15,13 @@ def run(context: Context) -> None:
     """Train, then check what the run left: finite losses, an accuracy before and after, a resumable checkpoint."""
     run_dir = context.out / "train-run"
     steps = (1, 1) if context.rehearse else (8, 8)
-    settings = {"run_dir": run_dir, "model.device": context.device.type, "seed": 1, "eval.every_steps": 8,
-                "checkpoint.every_steps": 8}
+    settings = {
+        "run_dir": run_dir,
+        "model.device": context.device.type,
+        "seed": 1,
+        "eval.every_steps": 8,
+        "checkpoint.every_steps": 8,
+    }
     config = _config(context.out / "train.toml", steps, small=context.rehearse)
     command = [sys.executable, "-m", "or1", "train", str(config), "--fresh"]
     command += [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
@@ -29,8 +34,13 @@ def run(context: Context) -> None:
         context.check(f"or1 train ends within {_LIMIT_S} s", False)
         return
     seconds = time.monotonic() - began
-    context.check("or1 train exits with 0", done.returncode == 0, seconds=seconds, code=done.returncode,
-                  stderr=done.stderr[-2000:] if done.returncode else "")
+    context.check(
+        "or1 train exits with 0",
+        done.returncode == 0,
+        seconds=seconds,
+        code=done.returncode,
+        stderr=done.stderr[-2000:] if done.returncode else "",
+    )
     if done.returncode:
         return
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -29,24 +29,42 @@ class Setting:
     tf32: bool = False
 
     def __str__(self) -> str:
-        words = [self.shape.name, str(self.tokens), self.logits, f"{self.masked:.0%} masked",
-                 str(self.dtype).removeprefix("torch.")]
+        words = [
+            self.shape.name,
+            str(self.tokens),
+            self.logits,
+            f"{self.masked:.0%} masked",
+            str(self.dtype).removeprefix("torch."),
+        ]
         return " ".join([*words, "TF32"] if self.tf32 else words)
 
     def problem(self, device: torch.device) -> Problem:
         """The inputs."""
-        return make_problem(self.shape, self.tokens, logits=self.logits, masked=self.masked, dtype=self.dtype,
-                            device=device)
+        return make_problem(
+            self.shape, self.tokens, logits=self.logits, masked=self.masked, dtype=self.dtype, device=device
+        )
 
 
 def settings(device: torch.device, models: tuple[Shape, ...] = MODELS) -> list[Setting]:
     """The grid of a device, most telling first: bf16 models on a GPU, a scaled-down head on a CPU."""
     if device.type == "cuda":
         bf16 = {"dtype": torch.bfloat16}
-        kinds = [("peaked", 0.0, False), ("peaked", 0.0, True), ("peaked", 0.5, False), ("flat", 0.0, False),
-                 ("flat", 0.5, False), ("flat", 0.0, True), ("peaked", 0.5, True), ("flat", 0.5, True)]
-        grid = [Setting(m, t, logits, masked, tf32=tf32, **bf16)
-                for logits, masked, tf32 in kinds for t in (32768, 8192) for m in models]
+        kinds = [
+            ("peaked", 0.0, False),
+            ("peaked", 0.0, True),
+            ("peaked", 0.5, False),
+            ("flat", 0.0, False),
+            ("flat", 0.5, False),
+            ("flat", 0.0, True),
+            ("peaked", 0.5, True),
+            ("flat", 0.5, True),
+        ]
+        grid = [
+            Setting(m, t, logits, masked, tf32=tf32, **bf16)
+            for logits, masked, tf32 in kinds
+            for t in (32768, 8192)
+            for m in models
+        ]
         # Between the two sizes, for the plot of time and memory against tokens.
         return grid + [Setting(m, t, **bf16) for t in (2048, 16384) for m in models]
     grid = [Setting(SMALL, 512, logits, masked) for logits in ("peaked", "flat") for masked in (0.0, 0.5)]
@@ -87,13 +105,28 @@ def row(
     error = errors(variant.runner(sample, task)(), truth(sample, task))
     best, floor = min(times_s), min(gemm_times_s)
     return describe(setting) | {
-        "variant": variant.name, "task": task, "ms": 1e3 * best, "ms_all": [1e3 * t for t in times_s],
-        "peak_extra_gib": peak / 2**30, "tflops": problem.flops / best / 1e12, "gemms_ms": 1e3 * floor,
-        "to_gemms": best / floor, "error": error}
+        "variant": variant.name,
+        "task": task,
+        "ms": 1e3 * best,
+        "ms_all": [1e3 * t for t in times_s],
+        "peak_extra_gib": peak / 2**30,
+        "tflops": problem.flops / best / 1e12,
+        "gemms_ms": 1e3 * floor,
+        "to_gemms": best / floor,
+        "error": error,
+    }
 
 
 def describe(setting: Setting) -> dict:
     """The setting as columns."""
     s = setting
-    return {"shape": s.shape.name, "tokens": s.tokens, "hidden": s.shape.hidden, "vocab": s.shape.vocab,
-            "logits": s.logits, "masked": s.masked, "dtype": str(s.dtype).removeprefix("torch."), "tf32": s.tf32}
+    return {
+        "shape": s.shape.name,
+        "tokens": s.tokens,
+        "hidden": s.shape.hidden,
+        "vocab": s.shape.vocab,
+        "logits": s.logits,
+        "masked": s.masked,
+        "dtype": str(s.dtype).removeprefix("torch."),
+        "tf32": s.tf32,
+    }

@@ -121,8 +121,13 @@ def stamp() -> dict[str, object]:
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {"commit": _commit(), "device": device_name(), "threads": torch.get_num_threads(), "versions": versions,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "commit": _commit(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 @cache

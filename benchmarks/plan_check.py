@@ -55,9 +55,15 @@ def sizes(on_gpu: bool) -> Size:
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], vocab: int) -> Qwen2Config:
     return Qwen2Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads[0],
-        num_key_value_heads=heads[1], vocab_size=vocab, max_position_embeddings=65_536, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        vocab_size=vocab,
+        max_position_embeddings=65_536,
+        tie_word_embeddings=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,15 @@ class _Planned:
         """The plan of exactly these rows."""
         length = self.size.tokens // 4
         work = Workload(
-            max_prompt=_PROMPT, max_response=length, mean_prompt=_PROMPT, mean_response=length - _PROMPT,
-            sequences=4 * self.size.rows, updates=1, old_logp_pass=False, generated_together=1,
-        )  # fmt: skip
+            max_prompt=_PROMPT,
+            max_response=length,
+            mean_prompt=_PROMPT,
+            mean_response=length - _PROMPT,
+            sequences=4 * self.size.rows,
+            updates=1,
+            old_logp_pass=False,
+            generated_together=1,
+        )
         trained = self.size.tokens - 4 * (_PROMPT - 1)
         return plan_memory(self.shape, self.choices, self.device, work, trained)
 
@@ -197,8 +209,13 @@ def _report(cases: list[Case], out_dir: Path, device: str) -> None:
 
     table = Table("setting", "quantity", "planned MiB", "measured MiB", "off by", title=f"or1 plan against {device}")
     for case in cases:
-        table.add_row(case.setting, case.quantity, f"{case.planned / 2**20:,.2f}", f"{case.measured / 2**20:,.2f}",
-                      f"{case.error:+.1%}")  # fmt: skip
+        table.add_row(
+            case.setting,
+            case.quantity,
+            f"{case.planned / 2**20:,.2f}",
+            f"{case.measured / 2**20:,.2f}",
+            f"{case.error:+.1%}",
+        )
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     rows = [vars(case) | {"error": case.error} for case in cases]
     record = {"device": device, "torch": torch.__version__, "tolerance": TOLERANCE, "cases": rows}

@@ -87,9 +87,14 @@ RUNS = (
 
 
 def plan(
-    recipe: str, gpus: int, overrides: tuple[str, ...] = (), *, engine: Mapping[str, float] = NO_COST,
-    mean_share: float | None = None, stage: int = 0,
-) -> Plan:  # fmt: skip
+    recipe: str,
+    gpus: int,
+    overrides: tuple[str, ...] = (),
+    *,
+    engine: Mapping[str, float] = NO_COST,
+    mean_share: float | None = None,
+    stage: int = 0,
+) -> Plan:
     """The plan of a recipe on H800s. mean_share: mean response over the limit of `stage`, None: what or1 plan takes."""
     config = load_config(RECIPES / f"{recipe}.toml", overrides, files=False)
     device = replace(DEVICE, efficiency=replace(DEVICE.efficiency, **engine))
@@ -115,8 +120,10 @@ def memory_table() -> Iterator[str]:
         found = plan(recipe, gpus)
         peak = found.heaviest.memory.peak
         needs = f"{peak.total / GIB:.1f}" + ("" if found.fits else ", **too much**")
-        yield (f"| {recipe} | {gpus} | {needs} | {peak.name} | {found.device.usable / GIB:.1f} | "
-               f"{found.largest_tokens:,} |")  # fmt: skip
+        yield (
+            f"| {recipe} | {gpus} | {needs} | {peak.name} | {found.device.usable / GIB:.1f} | "
+            f"{found.largest_tokens:,} |"
+        )
 
 
 def _row(name: str, seconds: dict[str, float]) -> str:
@@ -148,19 +155,27 @@ def rollout_table() -> Iterator[str]:
     yield "| H800 GPUs | Table 9, s | or1 plan, s | or1 plan, engine of the report, s |"
     yield "|---|---|---|---|"
     for gpus, measured in TABLE_9.items():
-        ours = [plan("or1-7b", gpus, _BASELINE, engine=engine).stages[0].time.split["rollout"]
-                for engine in (NO_COST, ENGINE)]  # fmt: skip
+        ours = [
+            plan("or1-7b", gpus, _BASELINE, engine=engine).stages[0].time.split["rollout"]
+            for engine in (NO_COST, ENGINE)
+        ]
         yield f"| {gpus} | {measured} | {ours[0]:.0f} | {ours[1]:.0f} |"
 
 
 def tables() -> str:
     """All of them as Markdown."""
-    parts = {"Memory": memory_table(), "A step": split_table(), "OR1-32B by mean length, engine of the report":
-             length_table(), "Rollouts of 1,024 responses": rollout_table()}  # fmt: skip
+    parts = {
+        "Memory": memory_table(),
+        "A step": split_table(),
+        "OR1-32B by mean length, engine of the report": length_table(),
+        "Rollouts of 1,024 responses": rollout_table(),
+    }
     lines = [f"{name}\n\n" + "\n".join(rows) for name, rows in parts.items()]
     layer, response = (1e3 * ENGINE[name] for name in ("engine_layer_s", "engine_response_s"))
-    note = (f"The engine of the report, from the first and last row of Table 9: for a token of each running response "
-            f"{layer:.2f} ms a layer and {response:.2f} ms a response.")  # fmt: skip
+    note = (
+        f"The engine of the report, from the first and last row of Table 9: for a token of each running response "
+        f"{layer:.2f} ms a layer and {response:.2f} ms a response."
+    )
     return "\n\n".join([*lines, note])
 
 

@@ -62,10 +62,18 @@ def measure(architecture: str, prompts: list[int], responses: list[int], rounds:
         times = interleaved({s: lambda s=s: update(s) for s in ("off", "on")}, device, rounds)
         best = {sharing: min(values) for sharing, values in times.items()}
         saved = saved_fraction([s.prompt_ids for s in sequences], responses)
-        rows.append({"prompt": prompt, "saved": saved, "off_s": best["off"], "on_s": best["on"],
-                     "speedup": best["off"] / best["on"]})  # fmt: skip
-        print(f"{prompt:>8} {saved:>8.1%} {best['off']:>9.3f} {best['on']:>9.3f} {rows[-1]['speedup']:>8.2f}x",
-              flush=True)  # fmt: skip
+        rows.append(
+            {
+                "prompt": prompt,
+                "saved": saved,
+                "off_s": best["off"],
+                "on_s": best["on"],
+                "speedup": best["off"] / best["on"],
+            }
+        )
+        print(
+            f"{prompt:>8} {saved:>8.1%} {best['off']:>9.3f} {best['on']:>9.3f} {rows[-1]['speedup']:>8.2f}x", flush=True
+        )
     return rows
 
 

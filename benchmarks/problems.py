@@ -77,8 +77,14 @@ class Problem:
 
 
 def make_problem(
-    shape: Shape, tokens: int, *, logits: str = "peaked", masked: float = 0.0, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", seed: int = 0,
+    shape: Shape,
+    tokens: int,
+    *,
+    logits: str = "peaked",
+    masked: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Problem:
     """A problem of `tokens` rows, a fraction `masked` of them prompt rows that carry no loss.
 

@@ -36,8 +36,15 @@ def show_head(console: Console, rows: Sequence[dict], skipped: dict[str, str]) -
             table.add_column(name, justify="right")
         for r in sorted(group, key=lambda r: (r["task"] != "policy", r["task"], r["ms"])):
             errors = (("-" if x is None else f"{x:.0e}") for x in r["error"].values())
-            table.add_row(r["task"], r["variant"], f"{r['ms']:.1f}", f"{r['to_gemms']:.2f}",
-                          f"{r['peak_extra_gib']:.3f}", f"{r['tflops']:.3g}", *errors)
+            table.add_row(
+                r["task"],
+                r["variant"],
+                f"{r['ms']:.1f}",
+                f"{r['to_gemms']:.2f}",
+                f"{r['peak_extra_gib']:.3f}",
+                f"{r['tflops']:.3g}",
+                *errors,
+            )
         console.print(table)
     for name, why in skipped.items():
         console.print(f"skipped {name}: {why}", highlight=False)
@@ -57,8 +64,9 @@ def show_plain(console: Console, title: str, rows: Sequence[dict]) -> None:
 
 def plot_head(path: Path, rows: Sequence[dict]) -> Path | None:
     """Milliseconds and peak GiB against tokens, task "policy", a column a shape; None without two sizes to join."""
-    kept = [r for r in rows if (r["logits"], r["masked"], r["tf32"]) == ("peaked", 0.0, False)
-            and r["task"] == "policy"]
+    kept = [
+        r for r in rows if (r["logits"], r["masked"], r["tf32"]) == ("peaked", 0.0, False) and r["task"] == "policy"
+    ]
     series: dict[str, dict[str, list[dict]]] = {}
     for r in kept:
         series.setdefault(f"{r['shape']} {r['dtype']}", {}).setdefault(r["variant"], []).append(r)
@@ -75,8 +83,13 @@ def plot_head(path: Path, rows: Sequence[dict]) -> Path | None:
         for axis, key, label in zip(axes[:, column], ("ms", "peak_extra_gib"), ("ms", "peak extra GiB"), strict=True):
             for name, line in lines.items():
                 mine = name.startswith("or1")
-                axis.plot([r["tokens"] for r in line], [r[key] for r in line], "o-" if mine else "s--",
-                          linewidth=2 if mine else 1, label=name)
+                axis.plot(
+                    [r["tokens"] for r in line],
+                    [r[key] for r in line],
+                    "o-" if mine else "s--",
+                    linewidth=2 if mine else 1,
+                    label=name,
+                )
             axis.set(yscale="log", xlabel="tokens", ylabel=label)
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)

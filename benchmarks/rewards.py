@@ -59,8 +59,10 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rewards.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{ANSWERS:,} maths answers in {found['maths_s']:.1f} s, {PROGRAMS} programs with {TESTS} tests in "
-          f"{found['programs_s']:.1f} s, {WORKERS} workers")  # fmt: skip
+    print(
+        f"{ANSWERS:,} maths answers in {found['maths_s']:.1f} s, {PROGRAMS} programs with {TESTS} tests in "
+        f"{found['programs_s']:.1f} s, {WORKERS} workers"
+    )
     return 0
 
 

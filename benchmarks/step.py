@@ -135,13 +135,19 @@ def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
                 continue
             if engine["name"] == "or1":
                 ours[where] = numbers["seconds"]
-            rows.append((
-                *where, engine["label"], f"{numbers['seconds']:.2f}", f"{numbers['tokens_per_s']:,.0f}",
-                f"{numbers['mfu']:.1%}" if numbers["mfu"] else "-",
-                f"{numbers['peak_gib']:.2f}" if numbers["peak_gib"] is not None else "-",
-                f"{numbers['seconds'] / ours[where]:.2f}x" if where in ours else "-",
-                f"{numbers['loss']:.7f}", f"{numbers['grad_norm']:.6f}",
-            ))  # fmt: skip
+            rows.append(
+                (
+                    *where,
+                    engine["label"],
+                    f"{numbers['seconds']:.2f}",
+                    f"{numbers['tokens_per_s']:,.0f}",
+                    f"{numbers['mfu']:.1%}" if numbers["mfu"] else "-",
+                    f"{numbers['peak_gib']:.2f}" if numbers["peak_gib"] is not None else "-",
+                    f"{numbers['seconds'] / ours[where]:.2f}x" if where in ours else "-",
+                    f"{numbers['loss']:.7f}",
+                    f"{numbers['grad_norm']:.6f}",
+                )
+            )
     return rows
 
 

@@ -16,18 +16,33 @@ from or1.magic.advantage import group_advantages
 # config.json of the models on the hub; the tiny one has their proportions but for its vocabulary.
 ARCHITECTURES = {
     "tiny": {
-        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
     },
     "qwen2.5-1.5b": {
-        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
     },
     "qwen2.5-7b": {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 
 # Dense 16-bit peak, FLOP/s, by what the device's name contains.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -37,8 +52,13 @@ GROUP_SIZE = 4
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
     """A model of the architecture with the same random weights at every call."""
-    config = Qwen2Config(**ARCHITECTURES[name], max_position_embeddings=1 << 20, rope_theta=1e6, use_cache=False,
-                         attn_implementation=attention)  # fmt: skip
+    config = Qwen2Config(
+        **ARCHITECTURES[name],
+        max_position_embeddings=1 << 20,
+        rope_theta=1e6,
+        use_cache=False,
+        attn_implementation=attention,
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     try:
@@ -97,9 +117,15 @@ def padded(sequences: Sequence[TrainSequence], device: torch.device) -> dict[str
     """The batch as TRL's trainer holds it: prompts padded on the left, completions on the right."""
     prompt_width = max(len(s.prompt_ids) for s in sequences)
     width = max(len(s.response_ids) for s in sequences)
-    out = {name: torch.zeros(len(sequences), columns, dtype=torch.int64) for name, columns in (
-        ("prompt_ids", prompt_width), ("prompt_mask", prompt_width), ("completion_ids", width),
-        ("completion_mask", width))}  # fmt: skip
+    out = {
+        name: torch.zeros(len(sequences), columns, dtype=torch.int64)
+        for name, columns in (
+            ("prompt_ids", prompt_width),
+            ("prompt_mask", prompt_width),
+            ("completion_ids", width),
+            ("completion_mask", width),
+        )
+    }
     for b, s in enumerate(sequences):
         p, n = len(s.prompt_ids), len(s.response_ids)
         out["prompt_ids"][b, prompt_width - p :] = torch.as_tensor(s.prompt_ids)

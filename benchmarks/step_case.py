@@ -31,8 +31,9 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
     engines = {}
     for engine in spec["engines"]:
         try:
-            engines[engine["label"]] = make_engine(engine["name"], spec["architecture"], sequences, device,
-                                                   **engine["options"])  # fmt: skip
+            engines[engine["label"]] = make_engine(
+                engine["name"], spec["architecture"], sequences, device, **engine["options"]
+            )
         except ImportError as error:
             result["engines"][engine["label"]] = {"error": f"not installed: {error}"}
     first, peaks = {}, {}
@@ -48,9 +49,11 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
             # One engine a process on a GPU: weights, optimizer and activations are all its own.
             peaks[label] = torch.cuda.max_memory_allocated()
         seconds = min(times[label], default=first[label]["first_seconds"])
-        result["engines"][label] = _numbers(spec, sequences, seconds) | first[label] | {
-            "all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None,
-        }  # fmt: skip
+        result["engines"][label] = (
+            _numbers(spec, sequences, seconds)
+            | first[label]
+            | {"all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None}
+        )
     return result | {"stamp": stamp()}
 
 

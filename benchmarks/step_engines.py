@@ -69,9 +69,16 @@ class Or1Engine:
     """The update of or1's trainer. `checkpointing`, `optimizer` and `row_tokens` are the config's."""
 
     def __init__(
-        self, architecture: str, sequences: Sequence[TrainSequence], device: torch.device, *,
-        checkpointing: str = "none", optimizer: str = "adamw", row_tokens: int = 0, sharing: str = "auto",
-    ):  # fmt: skip
+        self,
+        architecture: str,
+        sequences: Sequence[TrainSequence],
+        device: torch.device,
+        *,
+        checkpointing: str = "none",
+        optimizer: str = "adamw",
+        row_tokens: int = 0,
+        sharing: str = "auto",
+    ):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = make_model(architecture, dtype, device, NAMES[choose_backend("auto", device, dtype)])
         config = ModelConfig(path=architecture, gradient_checkpointing=checkpointing)
@@ -136,9 +143,14 @@ class PlainEngine(PaddedEngine):
     """transformers and a log-softmax over all logits, as in a first version of any RL loop."""
 
     def __init__(
-        self, architecture: str, sequences: Sequence[TrainSequence], device: torch.device, *, micro_batch: int = 0,
+        self,
+        architecture: str,
+        sequences: Sequence[TrainSequence],
+        device: torch.device,
+        *,
+        micro_batch: int = 0,
         checkpointing: str = "none",
-    ):  # fmt: skip
+    ):
         model = make_model(architecture, torch.float32, device, "sdpa")
         if checkpointing != "none":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,9 +176,15 @@ class TrlEngine(PaddedEngine):
     """TRL's GRPOTrainer: its model preparation and its `_compute_loss`, fed with the batch instead of a rollout."""
 
     def __init__(
-        self, architecture: str, sequences: Sequence[TrainSequence], device: torch.device, *, liger: bool = False,
-        micro_batch: int = 0, checkpointing: str = "none",
-    ):  # fmt: skip
+        self,
+        architecture: str,
+        sequences: Sequence[TrainSequence],
+        device: torch.device,
+        *,
+        liger: bool = False,
+        micro_batch: int = 0,
+        checkpointing: str = "none",
+    ):
         model = make_model(architecture, torch.float32, device, "sdpa")
         self.trainer = _trainer(model, len(sequences), micro_batch or len(sequences), checkpointing != "none", liger)
         super().__init__(self.trainer.model, sequences, micro_batch)
@@ -196,14 +214,24 @@ def _trainer(model: PreTrainedModel, rows: int, micro_batch: int, checkpointing:
     # A group of one is no group to TRL: a single long row is taken for half of one, whose loss counts alone.
     accumulate = -(-rows // micro_batch) if rows > 1 else 2
     args = GRPOConfig(
-        output_dir=str(Path(tempfile.gettempdir()) / "or1-benchmark-trl"), per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulate, num_generations=GROUP_SIZE if rows > 1 else 2,
-        steps_per_generation=accumulate, loss_type="dapo", temperature=1.0, beta=0.0,
-        bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=checkpointing, use_liger_kernel=liger, report_to=[],
-    )  # fmt: skip
+        output_dir=str(Path(tempfile.gettempdir()) / "or1-benchmark-trl"),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulate,
+        num_generations=GROUP_SIZE if rows > 1 else 2,
+        steps_per_generation=accumulate,
+        loss_type="dapo",
+        temperature=1.0,
+        beta=0.0,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=checkpointing,
+        use_liger_kernel=liger,
+        report_to=[],
+    )
     prompts = Dataset.from_list([{"prompt": "1+1="}] * max(rows, 2))
-    return GRPOTrainer(model=model, reward_funcs=_no_reward, args=args, train_dataset=prompts,
-                       processing_class=tokenizer)  # fmt: skip
+    return GRPOTrainer(
+        model=model, reward_funcs=_no_reward, args=args, train_dataset=prompts, processing_class=tokenizer
+    )
 
 
 def _no_reward(completions: list, **_: Any) -> list[float]:

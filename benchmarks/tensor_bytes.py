@@ -41,9 +41,11 @@ def saved_bytes(model: PreTrainedModel, batch: Microbatch) -> SavedBytes:
 def row_loss(model: PreTrainedModel, hidden_TH: Tensor, batch: Microbatch, trained: int) -> Tensor:
     """The policy loss of a packed row as the update computes it; `trained` is its denominator."""
     loss, _ = lm_head(model)(
-        trained_rows(hidden_TH, batch), batch.targets_N, advantages=batch.advantages_N,
+        trained_rows(hidden_TH, batch),
+        batch.targets_N,
+        advantages=batch.advantages_N,
         token_weight=torch.full_like(batch.advantages_N, 1 / trained),
-    )  # fmt: skip
+    )
     return loss
 
 

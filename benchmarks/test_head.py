@@ -44,8 +44,13 @@ def test_head(setting, variant, task, benchmark, record, skip_variant):
             run()
             measure.synchronize(DEVICE)
 
-        benchmark.pedantic(timed, setup=lambda: gemm_times.append(measure.seconds(gemms, DEVICE)), rounds=ROUNDS,
-                           warmup_rounds=1, iterations=1)
+        benchmark.pedantic(
+            timed,
+            setup=lambda: gemm_times.append(measure.seconds(gemms, DEVICE)),
+            rounds=ROUNDS,
+            warmup_rounds=1,
+            iterations=1,
+        )
         times = list(benchmark.stats.stats.data)
         row = head.row(setting, variant, task, problem, times_s=times, gemm_times_s=gemm_times[1:])
     benchmark.group = str(setting)
@@ -72,11 +77,20 @@ def test_cpu_targets_time_and_memory(record):
             cpu[name] = min(cpu[name], time.process_time() - began)
     peaks = {name: measure.peak_extra_bytes(run, DEVICE) for name, run in runs.items()}
     for name in fns:
-        record("cpu_target", {"variant": name, "s": wall[name], "cpu_s": cpu[name],
-                              "peak_extra_mib": peaks.get(name, 0) / 2**20})
+        record(
+            "cpu_target",
+            {"variant": name, "s": wall[name], "cpu_s": cpu[name], "peak_extra_mib": peaks.get(name, 0) / 2**20},
+        )
     faster, smaller = wall["naive torch"] / wall["or1"], peaks["naive torch"] / peaks["or1"]
-    record("cpu_target", {"variant": "or1 against naive torch", "s": faster, "cpu_s": cpu["naive torch"] / cpu["or1"],
-                          "peak_extra_mib": smaller})
+    record(
+        "cpu_target",
+        {
+            "variant": "or1 against naive torch",
+            "s": faster,
+            "cpu_s": cpu["naive torch"] / cpu["or1"],
+            "peak_extra_mib": smaller,
+        },
+    )
     assert smaller >= 8
     # By CPU time: what else the machine does changes it little.
     assert faster >= 2 or cpu["or1"] <= 1.15 * cpu["gemms"]

@@ -37,8 +37,11 @@ def first_fit_decreasing(sizes, capacity):
     return bins
 
 
-PACKERS = {"or1 best fit (C++)": _native.pack_best_fit, "first fit (Python)": first_fit_decreasing,
-           "in order (Python)": in_order}
+PACKERS = {
+    "or1 best fit (C++)": _native.pack_best_fit,
+    "first fit (Python)": first_fit_decreasing,
+    "in order (Python)": in_order,
+}
 
 
 @pytest.mark.parametrize("count", [256, 4096])
@@ -50,5 +53,14 @@ def test_packing(packer, count, benchmark, record):
     assert sorted(i for b in bins for i in b) == list(range(count))
     assert all(sum(sizes[i] for i in b) <= capacity for b in bins)
     benchmark.group = f"{count} sequences"
-    record("packing", {"packer": packer, "sequences": count, "tokens": sum(sizes), "rows": len(bins),
-                       "empty": 1 - sum(sizes) / (len(bins) * capacity), "ms": 1e3 * benchmark.stats.stats.min})
+    record(
+        "packing",
+        {
+            "packer": packer,
+            "sequences": count,
+            "tokens": sum(sizes),
+            "rows": len(bins),
+            "empty": 1 - sum(sizes) / (len(bins) * capacity),
+            "ms": 1e3 * benchmark.stats.stats.min,
+        },
+    )

@@ -49,5 +49,15 @@ def test_score_rows(impl, step, softcap, benchmark, record):
     seconds = benchmark.stats.stats.min
     moved = logits.numel() * 4 * (1 if step == "row_sums" else 2)
     benchmark.group = f"{step}, {'softcap' if softcap else 'plain'}"
-    record("score_rows", {"pass": step, "softcap": softcap or 0.0, "impl": impl, "rows": ROWS, "vocab": VOCAB,
-                          "ms": 1e3 * seconds, "GB/s": moved / seconds / 1e9})
+    record(
+        "score_rows",
+        {
+            "pass": step,
+            "softcap": softcap or 0.0,
+            "impl": impl,
+            "rows": ROWS,
+            "vocab": VOCAB,
+            "ms": 1e3 * seconds,
+            "GB/s": moved / seconds / 1e9,
+        },
+    )

@@ -26,16 +26,35 @@ def measure(side: str, vocab: int, tokens: int) -> dict[str, float | str]:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4 * tokens))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=4 * tokens,
+        )
+    )
     words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     trainer = trl.GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=tokenizer,
-        args=trl.GRPOConfig(tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
-                            entropy_coef=0.01, num_generations=2, per_device_train_batch_size=2),
-        train_dataset=Dataset.from_dict({"prompt": ["a"] * 4}))
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        processing_class=tokenizer,
+        args=trl.GRPOConfig(
+            tempfile.mkdtemp(),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            entropy_coef=0.01,
+            num_generations=2,
+            per_device_train_batch_size=2,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 4}),
+    )
     if side == "or1":
         from or1.integrations.trl import patch
 
@@ -45,7 +64,8 @@ def measure(side: str, vocab: int, tokens: int) -> dict[str, float | str]:
         ids = torch.randint(2, vocab, (2, length + 4))
         begin = time.perf_counter()
         logps, entropies, *_ = trainer._get_per_token_logps_and_entropies(
-            model, ids, torch.ones_like(ids), length, compute_entropy=True)
+            model, ids, torch.ones_like(ids), length, compute_entropy=True
+        )
         (logps.mean() - 0.01 * entropies.mean()).backward()
         return time.perf_counter() - begin
 

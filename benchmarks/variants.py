@@ -45,9 +45,12 @@ class Variant:
         def run() -> SimpleNamespace:
             loss, logp, entropy = self.forward(problem, task, hidden, weight)
             loss.backward()
-            out = SimpleNamespace(logp=None if logp is None else logp.detach(),
-                                  entropy=None if entropy is None else entropy.detach(),
-                                  dhidden=hidden.grad, dweight=weight.grad)
+            out = SimpleNamespace(
+                logp=None if logp is None else logp.detach(),
+                entropy=None if entropy is None else entropy.detach(),
+                dhidden=hidden.grad,
+                dweight=weight.grad,
+            )
             hidden.grad = weight.grad = None
             return out
 
@@ -79,12 +82,22 @@ def _or1(**options) -> Forward:
         rows = p.live if p.masked else None
         if task == "ce":  # on-policy with an advantage of 1: the gradient of -logp
             ones = torch.ones_like(p.advantages)
-            loss, stats = linear_policy_loss(hidden, weight, p.targets, ones, token_weight=p.token_weight, rows=rows,
-                                             **options)
+            loss, stats = linear_policy_loss(
+                hidden, weight, p.targets, ones, token_weight=p.token_weight, rows=rows, **options
+            )
         else:
             loss, stats = linear_policy_loss(
-                hidden, weight, p.targets, p.advantages, token_weight=p.token_weight, old_logp=p.old_logp,
-                objective=OBJECTIVE, entropy_coef=p.entropy_coef(task), rows=rows, **options)
+                hidden,
+                weight,
+                p.targets,
+                p.advantages,
+                token_weight=p.token_weight,
+                old_logp=p.old_logp,
+                objective=OBJECTIVE,
+                entropy_coef=p.entropy_coef(task),
+                rows=rows,
+                **options,
+            )
         return loss, stats.logp, stats.entropy
 
     return forward
@@ -142,20 +155,34 @@ def _trl_chunked(p: Problem, task: str, hidden: Tensor, weight: Tensor):
     # Positions of its arguments: bias, targets, temperature, chunk_size, final softcap, logit scale, outputs.
     logp, entropy, *_ = head.apply(rows, weight, None, targets, 1.0, 8192, None, 1.0, outputs)
     if keep is not None:
-        logp, entropy = (None if x is None else x.new_zeros(len(p.targets)).index_copy(0, keep, x)
-                         for x in (logp, entropy))
+        logp, entropy = (
+            None if x is None else x.new_zeros(len(p.targets)).index_copy(0, keep, x) for x in (logp, entropy)
+        )
     return task_loss(p, task, logp, entropy), logp, entropy
 
 
 def _liger_grpo(p: Problem, task: str, hidden: Tensor, weight: Tensor):
     loss_class = imports.load("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     # Compiling its loss on a CPU takes a C++ build of seconds and changes little.
-    head = loss_class(beta=0.0, use_ref_model=False, epsilon_low=OBJECTIVE.clip_low, epsilon_high=OBJECTIVE.clip_high,
-                      loss_type="dapo", temperature=1.0, compiled=hidden.is_cuda)
+    head = loss_class(
+        beta=0.0,
+        use_ref_model=False,
+        epsilon_low=OBJECTIVE.clip_low,
+        epsilon_high=OBJECTIVE.clip_high,
+        loss_type="dapo",
+        temperature=1.0,
+        compiled=hidden.is_cuda,
+    )
     shape = (p.documents, len(p.targets) // p.documents)
     mask = (p.token_weight != 0).float().view(shape)
-    loss, _ = head(hidden.view(*shape, -1), weight, p.targets.view(shape), mask, p.advantages.view(shape)[:, 0],
-                   old_per_token_logps=p.old_logp.view(shape))
+    loss, _ = head(
+        hidden.view(*shape, -1),
+        weight,
+        p.targets.view(shape),
+        mask,
+        p.advantages.view(shape)[:, 0],
+        old_per_token_logps=p.old_logp.view(shape),
+    )
     return loss, None, None
 
 
@@ -190,24 +217,51 @@ def _cce(p: Problem, task: str, hidden: Tensor, weight: Tensor):
 
 
 _SCORED = ("policy", "ce")
-VARIANTS = {v.name: v for v in (
-    Variant("or1", _or1(), TASKS, _anywhere),
-    Variant("or1 lean", _or1(preset="lean"), TASKS, _anywhere),
-    Variant("or1 grad_row_eps=1e-4", _or1(grad_row_eps=1e-4), ("policy, no entropy",), _anywhere),
-    Variant("or1 scores", _or1_scores(stash=False), _SCORED, _anywhere),
-    Variant("or1 scores, stashed", _or1_scores(stash=True), _SCORED, _anywhere, full_logits=True),
-    Variant("naive torch", _naive, TASKS, _anywhere, full_logits=True),
-    Variant("TRL default", _trl_default, _SCORED, _why_not_trl_default, full_logits=True),
-    Variant("TRL chunked", _trl_chunked, _SCORED, _installed("trl.kernels.chunked_logprob", "trl", "trl.kernels"),
-            tf32=True),
-    Variant("verl torch", _verl_torch, ("policy",),
-            _installed("verl.utils.experimental.torch_functional", "verl", "verl.utils"), tf32=True),
-    Variant("verl Triton", _verl_triton, ("policy",),
-            _installed("verl.utils.kernel.kernels", "verl", "verl.utils", gpu=True)),
-    Variant("Liger FL-GRPO", _liger_grpo, ("policy, no entropy",), _installed("liger_kernel.chunked_loss"), tf32=True),
-    Variant("Liger FLCE", _liger_flce(None), ("ce",),
-            _installed("liger_kernel.transformers.fused_linear_cross_entropy", gpu=True)),
-    Variant("Liger FLCE, fp32 dW", _liger_flce(torch.float32), ("ce",),
-            _installed("liger_kernel.transformers.fused_linear_cross_entropy", gpu=True)),
-    Variant("CCE", _cce, ("ce",), _installed("cut_cross_entropy", gpu=True)),
-)}
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("or1", _or1(), TASKS, _anywhere),
+        Variant("or1 lean", _or1(preset="lean"), TASKS, _anywhere),
+        Variant("or1 grad_row_eps=1e-4", _or1(grad_row_eps=1e-4), ("policy, no entropy",), _anywhere),
+        Variant("or1 scores", _or1_scores(stash=False), _SCORED, _anywhere),
+        Variant("or1 scores, stashed", _or1_scores(stash=True), _SCORED, _anywhere, full_logits=True),
+        Variant("naive torch", _naive, TASKS, _anywhere, full_logits=True),
+        Variant("TRL default", _trl_default, _SCORED, _why_not_trl_default, full_logits=True),
+        Variant(
+            "TRL chunked",
+            _trl_chunked,
+            _SCORED,
+            _installed("trl.kernels.chunked_logprob", "trl", "trl.kernels"),
+            tf32=True,
+        ),
+        Variant(
+            "verl torch",
+            _verl_torch,
+            ("policy",),
+            _installed("verl.utils.experimental.torch_functional", "verl", "verl.utils"),
+            tf32=True,
+        ),
+        Variant(
+            "verl Triton",
+            _verl_triton,
+            ("policy",),
+            _installed("verl.utils.kernel.kernels", "verl", "verl.utils", gpu=True),
+        ),
+        Variant(
+            "Liger FL-GRPO", _liger_grpo, ("policy, no entropy",), _installed("liger_kernel.chunked_loss"), tf32=True
+        ),
+        Variant(
+            "Liger FLCE",
+            _liger_flce(None),
+            ("ce",),
+            _installed("liger_kernel.transformers.fused_linear_cross_entropy", gpu=True),
+        ),
+        Variant(
+            "Liger FLCE, fp32 dW",
+            _liger_flce(torch.float32),
+            ("ce",),
+            _installed("liger_kernel.transformers.fused_linear_cross_entropy", gpu=True),
+        ),
+        Variant("CCE", _cce, ("ce",), _installed("cut_cross_entropy", gpu=True)),
+    )
+}

@@ -21,8 +21,16 @@ from or1.core.terminal import guard_terminal, tell
 from or1.dist.local_ranks import end_with_launcher
 
 # A place that this user may not use, or that is of another kind than a run's.
-_NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-               errno.ELOOP)  # fmt: skip
+_NOT_USABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
 _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up ({}); make room within it",
@@ -75,8 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
     plan.add_argument("--device", metavar="NAME", help="device to plan for, such as H200 (default: this machine's)")
     plan.add_argument("--gpus", type=_positive, default=1, metavar="N", help="GPUs that share the model (default: 1)")
-    plan.add_argument("--mean-response", type=_positive, metavar="TOKENS",
-                      help="mean response, for times (default: half of each stage's limit)")  # fmt: skip
+    plan.add_argument(
+        "--mean-response",
+        type=_positive,
+        metavar="TOKENS",
+        help="mean response, for times (default: half of each stage's limit)",
+    )
     plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
     plan.set_defaults(run=_plan)
 
@@ -99,8 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     serve = verbs.add_parser("serve", help="run the vLLM server of a config, for a trainer on this or another machine")
     serve.add_argument("config", help="TOML file")
     serve.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; another than loopback only in a "
-                       "network that you trust")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; another than loopback only in a network that you trust",
+    )
     serve.add_argument("--port", type=int, default=8000)
     serve.set_defaults(run=_serve)
     return parser
@@ -114,8 +129,11 @@ def _add_checkpoint_verbs(verbs: argparse._SubParsersAction) -> None:
 
     checkpoints = verbs.add_parser("ckpt", help="list, verify or remove checkpoints of a run")
     actions = checkpoints.add_subparsers(required=True, metavar="ls|verify|prune")
-    for name, text in (("ls", "list them"), ("verify", "read every file and compare its sha256"),
-                       ("prune", "keep the newest that verify, remove the others")):  # fmt: skip
+    for name, text in (
+        ("ls", "list them"),
+        ("verify", "read every file and compare its sha256"),
+        ("prune", "keep the newest that verify, remove the others"),
+    ):
         action = actions.add_parser(name, help=text)
         action.add_argument("run_dir", type=Path)
         action.set_defaults(run=_checkpoints, action=name, step=None, keep=None)
@@ -156,8 +174,13 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--dry-run", action="store_true", help="check config, data and run_dir, show the plan, no more")
     train.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
     train.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine; calls torchrun")
-    train.add_argument("--restarts", type=_positive, default=0, metavar="N",
-                       help="start again after a crash or exit 75; give up after N in vain")  # fmt: skip
+    train.add_argument(
+        "--restarts",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="start again after a crash or exit 75; give up after N in vain",
+    )
     train.set_defaults(run=_train)
 
 
@@ -284,8 +307,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _guarded(action: Callable[[], object]) -> int:
     """Run an action; or1's own errors, all ValueErrors with a remedy in the message, become one line and a code."""
     # By name, because their modules import torch.
-    codes = {"DataError": EXIT_DATA, "DiskError": EXIT_RETRY, "ForeignFileError": EXIT_USAGE,
-             "RewardFunctionError": EXIT_USAGE, "ServerLost": EXIT_RETRY, "ShorterRowsError": EXIT_RETRY}  # fmt: skip
+    codes = {
+        "DataError": EXIT_DATA,
+        "DiskError": EXIT_RETRY,
+        "ForeignFileError": EXIT_USAGE,
+        "RewardFunctionError": EXIT_USAGE,
+        "ServerLost": EXIT_RETRY,
+        "ShorterRowsError": EXIT_RETRY,
+    }
     try:
         action()
     except ConfigError:
@@ -303,10 +332,16 @@ def _guarded(action: Callable[[], object]) -> int:
         if error.filename is None:
             raise
         if error.errno in _NOT_USABLE:
-            return _fail(f"{error.filename!r} cannot be used ({error.strerror}); correct that path or its rights, and "
-                         "repeat the command", EXIT_RUN)  # fmt: skip
-        return _fail(f"{error.filename!s} cannot be used ({error}); see what it is and who may read and write it, or "
-                     "choose another folder", EXIT_RUN)
+            return _fail(
+                f"{error.filename!r} cannot be used ({error.strerror}); correct that path or its rights, and "
+                "repeat the command",
+                EXIT_RUN,
+            )
+        return _fail(
+            f"{error.filename!s} cannot be used ({error}); see what it is and who may read and write it, or "
+            "choose another folder",
+            EXIT_RUN,
+        )
     return 0
 
 

@@ -227,22 +227,26 @@ class Trainer:
             self.state.solved.note(rollout.groups, self.config.data.solved_visits)
         tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
         stats.reduce(self.world)
-        return metrics | stats.metrics() | {
-            "group/kept": float(len(chosen.kept)),
-            "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
-            "policy/entropy_controller": self.state.entropy.coef,
-            "optim/out_of_memory": float(self.budget.out_of_memory),
-            "optim/row_tokens": float(self.budget.max_tokens),
-            "data/epoch": float(self.state.sampler.epoch),
-            "data/dropped_solved": float(len(self.state.solved.dropped)),
-            "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + synced - train_began),
-            # A rollout made ahead costs what the step waits for it after training.
-            "time/rollout": rollout.generate_s + synced - trained,
-            "time/reward": rollout.reward_s,
-            "time/reward_exposed": rollout.reward_s,
-            "time/train": trained - train_began,
-            "time/sync": time.perf_counter() - synced,
-        }  # fmt: skip
+        return (
+            metrics
+            | stats.metrics()
+            | {
+                "group/kept": float(len(chosen.kept)),
+                "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
+                "policy/entropy_controller": self.state.entropy.coef,
+                "optim/out_of_memory": float(self.budget.out_of_memory),
+                "optim/row_tokens": float(self.budget.max_tokens),
+                "data/epoch": float(self.state.sampler.epoch),
+                "data/dropped_solved": float(len(self.state.solved.dropped)),
+                "perf/tokens_per_s": tokens / (rollout.generate_s + rollout.reward_s + synced - train_began),
+                # A rollout made ahead costs what the step waits for it after training.
+                "time/rollout": rollout.generate_s + synced - trained,
+                "time/reward": rollout.reward_s,
+                "time/reward_exposed": rollout.reward_s,
+                "time/train": trained - train_began,
+                "time/sync": time.perf_counter() - synced,
+            }
+        )
 
     def _push(self, prompts: list[Prompt]) -> dict[str, float]:
         """The present weights to the engine, as the next version; now and then, see that they arrived.
@@ -291,14 +295,21 @@ class Trainer:
         began = time.perf_counter()
         metrics: dict[str, float] = {}
         for settings in self.config.eval.sets:
+
             def progress(done: int, total: int, name: str = settings.name) -> None:
                 self.display.phase(f"eval {name}", done, total)
 
             prompts = self.data.eval_prompts[settings.name]
             limit = self.config.eval_max_response_tokens
             result = evaluate_set(
-                self.engine, self.scorer, prompts, settings, limit, pass_k=self.config.eval.pass_k,
-                progress=progress, world=self.world,
+                self.engine,
+                self.scorer,
+                prompts,
+                settings,
+                limit,
+                pass_k=self.config.eval.pass_k,
+                progress=progress,
+                world=self.world,
             )
             metrics |= result.metrics()
             remark = result.remark() if self.config.reward.is_function else ""
@@ -373,8 +384,11 @@ class Trainer:
         config = self.config
         return UpdateSettings(
             PolicyObjective(
-                kind=config.loss.kind, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-                kl_coef=config.loss.kl_coef, is_cap=config.loss.is_cap,
+                kind=config.loss.kind,
+                clip_low=config.loss.clip_low,
+                clip_high=config.loss.clip_high,
+                kl_coef=config.loss.kl_coef,
+                is_cap=config.loss.is_cap,
             ),
             alpha,
             config.rollout.temperature,
@@ -383,4 +397,4 @@ class Trainer:
             lambda done, total: self.display.phase("train", done, total),
             world=self.world,
             old_is_engine=config.loss.old_logp == "rollout",
-        )  # fmt: skip
+        )

@@ -33,8 +33,14 @@ def free_port() -> int:
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun would set."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _main(pipe: Connection, variables: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:

@@ -7,12 +7,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "model.path": str(ROOT / "examples/tiny-adder"), "data.train": str(ROOT / "examples/tiny-adder/train.jsonl"),
-    "eval.sets": "[]", "checkpoint.every_steps": 1, "checkpoint.keep": 100, "log.tensorboard": "false",
-    "reward.workers": 1, "stage.0.prompts_per_step": 4, "stage.1.prompts_per_step": 4, "stage.0.group_size": 4,
-    "stage.1.group_size": 4, "stage.0.steps": 4, "stage.1.steps": 2, "optim.max_tokens_per_rank": 96,
-    "dist.timeout_s": 60, "dist.heartbeat_timeout_s": 5,
-}  # fmt: skip
+    "model.path": str(ROOT / "examples/tiny-adder"),
+    "data.train": str(ROOT / "examples/tiny-adder/train.jsonl"),
+    "eval.sets": "[]",
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 100,
+    "log.tensorboard": "false",
+    "reward.workers": 1,
+    "stage.0.prompts_per_step": 4,
+    "stage.1.prompts_per_step": 4,
+    "stage.0.group_size": 4,
+    "stage.1.group_size": 4,
+    "stage.0.steps": 4,
+    "stage.1.steps": 2,
+    "optim.max_tokens_per_rank": 96,
+    "dist.timeout_s": 60,
+    "dist.heartbeat_timeout_s": 5,
+}
 
 
 def arguments(run_dir: Path, *flags: str, **settings: object) -> list[str]:

@@ -24,8 +24,9 @@ from benchmarks.paper.runs import ensure_base, run_all
 
 def main() -> None:
     """Run what is missing, write the page, print the verdicts."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--claims", default=",".join(c.key for c in CLAIMS), help="those to run, by name")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate of every run")
@@ -40,10 +41,7 @@ def main() -> None:
     pairs.sort(key=lambda pair: pair[1])
     console = Console()
     records, base_s = _run(pairs, args.work or args.out / "work", args, console)
-    cost = {
-        "runs": len(records),
-        "processor minutes": (base_s + sum(r["cpu_s"] for r in records.values())) / 60,
-    }
+    cost = {"runs": len(records), "processor minutes": (base_s + sum(r["cpu_s"] for r in records.values())) / 60}
     page = write_page(args.out, chosen, records, cost, args.lr)
     table = Table(title="The report's claims in miniature", title_justify="left")
     for column in ("claim", "verdict", "statements that hold"):
@@ -65,8 +63,13 @@ def _chosen(parser: argparse.ArgumentParser, keys: str) -> list[Claim]:
 def _run(
     pairs: list[tuple[str, int]], work: Path, args: argparse.Namespace, console: Console
 ) -> tuple[dict[tuple[str, int], Record], float]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     records: dict[tuple[str, int], Record] = {}
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("base model", total=len(pairs))

@@ -47,13 +47,21 @@ class Arm:
     def config(self, base: Path, run_dir: Path, seed: int) -> dict[str, Any]:
         """The settings of `or1 train` for one seed of this arm, starting from the model in `base`."""
         stages = [
-            {"steps": self.steps // len(self.limits), "max_response_tokens": limit, "prompts_per_step": self.prompts,
-             "minibatch_prompts": self.minibatch, "reuse": self.reuse, "group_size": self.group}
+            {
+                "steps": self.steps // len(self.limits),
+                "max_response_tokens": limit,
+                "prompts_per_step": self.prompts,
+                "minibatch_prompts": self.minibatch,
+                "reuse": self.reuse,
+                "group_size": self.group,
+            }
             for limit in self.limits
-        ]  # fmt: skip
+        ]
         test = {"name": "test", "path": str(base / "heldout.jsonl"), "temperature": 0.6}
         return {
-            "run_dir": str(run_dir), "seed": seed, "stage": stages,
+            "run_dir": str(run_dir),
+            "seed": seed,
+            "stage": stages,
             "model": {"path": str(base), "dtype": "float32", "device": "cpu"},
             "data": {"train": [str(base / "train.jsonl")], "max_prompt_tokens": 16},
             "rollout": {"engine": "hf", "temperature": self.temperature, "batch_size": 512},
@@ -63,7 +71,7 @@ class Arm:
             "checkpoint": {"every_steps": 10 * self.steps},
             "log": {"tensorboard": False, "rollouts_every_steps": self.steps},
             "eval": {"every_steps": self.steps // EVALUATIONS, "max_response_tokens": LONGEST, "sets": [test]},
-        }  # fmt: skip
+        }
 
 
 def _off_policy(updates: int, **more: Any) -> Arm:

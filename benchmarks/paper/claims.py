@@ -167,66 +167,111 @@ _ON, _TWO, _FOUR = "(1,32,32,1)", "(2,32,16,1)", "(4,32,8,1)"
 _ADAPTIVE = "(4,32,8,1) adaptive"
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("C1", "The faster entropy collapses, the worse the test accuracy (section 4.2)", (
-        Statement("constant 0.25", "end", "higher", "constant 0.05"),
-        Statement("constant 0.25", "accuracy", "higher", "constant 0.05"),
-    )),
-    Claim("C2", "On-policy, batch and group size barely move the entropy (section 4.3)", (
-        Statement("(1,16,16,1)", "entropy", "same", _ON, STEPS),
-        Statement("(1,8,8,1)", "entropy", "same", _ON, STEPS),
-        Statement("group 4", "entropy", "same", _ON),
-        Statement("group 16", "entropy", "same", _ON),
-    )),
-    Claim("C3", "More SGD steps a rollout collapse the entropy; on-policy is best in the end (ablation 6)", (
-        Statement(_TWO, "entropy", "lower", _ON),
-        Statement(_FOUR, "entropy", "lower", _ON),
-        Statement("(2,32,32,2)", "entropy", "lower", _ON),
-        Statement("(4,32,32,4)", "entropy", "lower", _ON),
-        Statement(_ON, "accuracy", "higher", _TWO),
-        Statement(_ON, "accuracy", "higher", _FOUR),
-    )),
-    Claim("C4", "The cause is off-policy data, not the small minibatch (ablation 7)", (
-        Statement("(1,16,16,1)", "entropy", "higher", _TWO, STEPS),
-        Statement("(1,8,8,1)", "entropy", "higher", _FOUR, STEPS),
-        Statement("(1,8,8,1)", "entropy", "higher", _FOUR),
-        Statement("(1,16,16,1)", "accuracy", "higher", _TWO),
-        Statement("(1,8,8,1)", "accuracy", "higher", _FOUR),
-    ), by="responses"),
-    Claim("C5", "A larger rollout batch does not rescue many SGD steps", (
-        Statement("(4,128,32,1)", "entropy", "lower", _ON, STEPS // 2),
-        Statement("(4,128,32,1)", "entropy", "no higher", _FOUR, STEPS // 2),
-    )),
-    Claim("C6", "A constant entropy coefficient decays or explodes (ablation 8)", (
-        Statement("constant 0.005", "rise", "lower", None),
-        Statement("constant 0.25", "rise", "higher", None),
-        Statement("constant 0.5", "rise", "higher", None),
-        Statement("constant 0.5", "accuracy", "lower", "constant 0.005"),
-    )),
-    Claim("C8", "Adaptive control keeps the entropy of off-policy training, oscillating, and helps (ablation 9)", (
-        Statement(_ADAPTIVE, "end", "higher", _FOUR),
-        Statement(_ADAPTIVE, "swing", "higher", _FOUR),
-        Statement(_ADAPTIVE, "accuracy", "higher", _FOUR),
-    )),
-    Claim("C9", "Clip-higher: 0.25 and 0.265 keep the entropy, 0.28 only adds more (ablation 10)", (
-        Statement("clip 0.25", "end", "higher", _FOUR),
-        Statement("clip 0.265", "end", "higher", _FOUR),
-        Statement("clip 0.28", "end", "higher", "clip 0.265"),
-        Statement("clip 0.265", "accuracy", "higher", _FOUR),
-        Statement("clip 0.28", "accuracy", "no higher", "clip 0.265"),
-    )),
-    Claim("C10", "Temperature 1 keeps more entropy than 0.6: worse early, better finally (ablation 4)", (
-        Statement("temperature 1", "entropy", "higher", "temperature 0.6"),
-        Statement("temperature 1", "early", "lower", "temperature 0.6"),
-        Statement("temperature 1", "accuracy", "higher", "temperature 0.6"),
-    )),
-    Claim("C12", "Short context first: the same accuracy for fewer tokens (ablation 2)", (
-        Statement("short, then long", "accuracy", "same", "temperature 1"),
-        Statement("short, then long", "tokens", "lower", "temperature 1"),
-    )),
-    Claim("C14", "Masking the advantages of truncated responses gains nothing at full length (ablation 3)", (
-        Statement("mask before", "accuracy", "no higher", "no mask"),
-        Statement("mask after", "accuracy", "no higher", "no mask"),
-        Statement("mask before", "cut", "higher", "no mask"),
-        Statement("mask before", "reward", "lower", "no mask"),
-    )),
-)  # fmt: skip
+    Claim(
+        "C1",
+        "The faster entropy collapses, the worse the test accuracy (section 4.2)",
+        (
+            Statement("constant 0.25", "end", "higher", "constant 0.05"),
+            Statement("constant 0.25", "accuracy", "higher", "constant 0.05"),
+        ),
+    ),
+    Claim(
+        "C2",
+        "On-policy, batch and group size barely move the entropy (section 4.3)",
+        (
+            Statement("(1,16,16,1)", "entropy", "same", _ON, STEPS),
+            Statement("(1,8,8,1)", "entropy", "same", _ON, STEPS),
+            Statement("group 4", "entropy", "same", _ON),
+            Statement("group 16", "entropy", "same", _ON),
+        ),
+    ),
+    Claim(
+        "C3",
+        "More SGD steps a rollout collapse the entropy; on-policy is best in the end (ablation 6)",
+        (
+            Statement(_TWO, "entropy", "lower", _ON),
+            Statement(_FOUR, "entropy", "lower", _ON),
+            Statement("(2,32,32,2)", "entropy", "lower", _ON),
+            Statement("(4,32,32,4)", "entropy", "lower", _ON),
+            Statement(_ON, "accuracy", "higher", _TWO),
+            Statement(_ON, "accuracy", "higher", _FOUR),
+        ),
+    ),
+    Claim(
+        "C4",
+        "The cause is off-policy data, not the small minibatch (ablation 7)",
+        (
+            Statement("(1,16,16,1)", "entropy", "higher", _TWO, STEPS),
+            Statement("(1,8,8,1)", "entropy", "higher", _FOUR, STEPS),
+            Statement("(1,8,8,1)", "entropy", "higher", _FOUR),
+            Statement("(1,16,16,1)", "accuracy", "higher", _TWO),
+            Statement("(1,8,8,1)", "accuracy", "higher", _FOUR),
+        ),
+        by="responses",
+    ),
+    Claim(
+        "C5",
+        "A larger rollout batch does not rescue many SGD steps",
+        (
+            Statement("(4,128,32,1)", "entropy", "lower", _ON, STEPS // 2),
+            Statement("(4,128,32,1)", "entropy", "no higher", _FOUR, STEPS // 2),
+        ),
+    ),
+    Claim(
+        "C6",
+        "A constant entropy coefficient decays or explodes (ablation 8)",
+        (
+            Statement("constant 0.005", "rise", "lower", None),
+            Statement("constant 0.25", "rise", "higher", None),
+            Statement("constant 0.5", "rise", "higher", None),
+            Statement("constant 0.5", "accuracy", "lower", "constant 0.005"),
+        ),
+    ),
+    Claim(
+        "C8",
+        "Adaptive control keeps the entropy of off-policy training, oscillating, and helps (ablation 9)",
+        (
+            Statement(_ADAPTIVE, "end", "higher", _FOUR),
+            Statement(_ADAPTIVE, "swing", "higher", _FOUR),
+            Statement(_ADAPTIVE, "accuracy", "higher", _FOUR),
+        ),
+    ),
+    Claim(
+        "C9",
+        "Clip-higher: 0.25 and 0.265 keep the entropy, 0.28 only adds more (ablation 10)",
+        (
+            Statement("clip 0.25", "end", "higher", _FOUR),
+            Statement("clip 0.265", "end", "higher", _FOUR),
+            Statement("clip 0.28", "end", "higher", "clip 0.265"),
+            Statement("clip 0.265", "accuracy", "higher", _FOUR),
+            Statement("clip 0.28", "accuracy", "no higher", "clip 0.265"),
+        ),
+    ),
+    Claim(
+        "C10",
+        "Temperature 1 keeps more entropy than 0.6: worse early, better finally (ablation 4)",
+        (
+            Statement("temperature 1", "entropy", "higher", "temperature 0.6"),
+            Statement("temperature 1", "early", "lower", "temperature 0.6"),
+            Statement("temperature 1", "accuracy", "higher", "temperature 0.6"),
+        ),
+    ),
+    Claim(
+        "C12",
+        "Short context first: the same accuracy for fewer tokens (ablation 2)",
+        (
+            Statement("short, then long", "accuracy", "same", "temperature 1"),
+            Statement("short, then long", "tokens", "lower", "temperature 1"),
+        ),
+    ),
+    Claim(
+        "C14",
+        "Masking the advantages of truncated responses gains nothing at full length (ablation 3)",
+        (
+            Statement("mask before", "accuracy", "no higher", "no mask"),
+            Statement("mask after", "accuracy", "no higher", "no mask"),
+            Statement("mask before", "cut", "higher", "no mask"),
+            Statement("mask before", "reward", "lower", "no mask"),
+        ),
+    ),
+)

@@ -25,9 +25,7 @@ _SMOOTH = 5  # steps that a point of the entropy curve is the mean of
 _MARKS = {"reproduced": "**reproduced**", "not reproduced": "**not reproduced**", "inconclusive": "inconclusive"}
 
 
-def write_page(
-    out: Path, chosen: Sequence[Claim], records: Records, cost: Mapping[str, float], lr: float
-) -> Path:
+def write_page(out: Path, chosen: Sequence[Claim], records: Records, cost: Mapping[str, float], lr: float) -> Path:
     """README.md, a plot for each claim and study.json in `out`; returns the page. `cost` is printed as it is."""
     out.mkdir(parents=True, exist_ok=True)
     findings = {claim.key: [decide(s, records) for s in claim.statements] for claim in chosen}
@@ -57,26 +55,28 @@ def _head(cost: Mapping[str, float], commits: Sequence[str], lr: float) -> str:
     rule, _, note = textwrap.dedent(claims.__doc__.partition("\n\n")[2]).partition("\n\n    ")
     table, _, rest = note.partition("\n\n")
     costs = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
-    return "\n\n".join([
-        "# The report's study of entropy collapse, in miniature",
-        "Made by `python -m benchmarks.paper OUT_DIR`; the numbers behind it are in `study.json`. It shows what a "
-        "0.2 M-parameter model on two-digit sums does, and says nothing about large ones: a claim that fails here may "
-        "hold there.",
-        f"Commit of the runs: {', '.join(commits)}. Cost: {costs}.",
-        "## The task",
-        "```\n" + task.__doc__.partition("\n\n")[2].rstrip() + "\n```",
-        f"Runs take {STEPS} rollout steps at lr {lr:g}, {PROMPTS} prompts by 8 responses, unless their arm says "
-        "otherwise: (N_SGD, D_R, D_T, N_reuse) as in the report. Entropy coefficients are 50 times the report's; the "
-        f"adaptive controller has target {ADAPTIVE['target']}, delta {ADAPTIVE['delta']}, coefficient up to "
-        f"{ADAPTIVE['coef_max']}. Test accuracy is of {task.HELD_OUT} held-out problems at temperature 0.6, the mean "
-        "of the last two evaluations.",
-        "Batches, steps and the controller's delta were fixed in trials with other seeds, so that on-policy training "
-        "learns within a run; with half as many prompts, noise hid most differences. The study was run at lr 3e-4 and "
-        "at 1e-4 with the same arms, seeds and rule, and both pages stand beside each other; at 3e-4 the updates of "
-        "one rollout are noisier, and C3 stayed undecided.",
-        "## The rule",
-        f"{rule}\n\n```\n{textwrap.dedent('    ' + table)}\n```\n\n{rest.rstrip()}",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            "# The report's study of entropy collapse, in miniature",
+            "Made by `python -m benchmarks.paper OUT_DIR`; the numbers behind it are in `study.json`. It shows what a "
+            "0.2 M-parameter model on two-digit sums does, and says nothing about large ones: a claim that fails here "
+            "may hold there.",
+            f"Commit of the runs: {', '.join(commits)}. Cost: {costs}.",
+            "## The task",
+            "```\n" + task.__doc__.partition("\n\n")[2].rstrip() + "\n```",
+            f"Runs take {STEPS} rollout steps at lr {lr:g}, {PROMPTS} prompts by 8 responses, unless their arm says "
+            "otherwise: (N_SGD, D_R, D_T, N_reuse) as in the report. Entropy coefficients are 50 times the report's; "
+            f"the adaptive controller has target {ADAPTIVE['target']}, delta {ADAPTIVE['delta']}, coefficient up to "
+            f"{ADAPTIVE['coef_max']}. Test accuracy is of {task.HELD_OUT} held-out problems at temperature 0.6, the "
+            "mean of the last two evaluations.",
+            "Batches, steps and the controller's delta were fixed in trials with other seeds, so that on-policy "
+            "training learns within a run; with half as many prompts, noise hid most differences. The study was "
+            "run at lr 3e-4 and at 1e-4 with the same arms, seeds and rule, and both pages stand beside each other; at "
+            "3e-4 the updates of one rollout are noisier, and C3 stayed undecided.",
+            "## The rule",
+            f"{rule}\n\n```\n{textwrap.dedent('    ' + table)}\n```\n\n{rest.rstrip()}",
+        ]
+    )
 
 
 def _table(chosen: Sequence[Claim], findings: Mapping[str, list[Finding]]) -> str:
@@ -89,8 +89,16 @@ def _table(chosen: Sequence[Claim], findings: Mapping[str, list[Finding]]) -> st
 
 
 def _section(claim: Claim, findings: Sequence[Finding]) -> str:
-    lines = [f"## {claim.key}", "", f"{claim.title}.", "", f"![{claim.key}]({claim.key}.svg)", "",
-             "| statement | effect, 95 % interval | seeds | verdict |", "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"## {claim.key}",
+        "",
+        f"{claim.title}.",
+        "",
+        f"![{claim.key}]({claim.key}.svg)",
+        "",
+        "| statement | effect, 95 % interval | seeds | verdict |",
+        "|---|---|---|---|",
+    ]
     for f in findings:
         lines.append(f"| {f.statement.words()} | {_effect(f)} | {f.seeds} | {_MARKS[f.verdict]} |")
     return "\n".join(lines)
@@ -103,8 +111,14 @@ def _alarms(records: Records) -> str:
         fired[arm][2] += 1
         for i, word in enumerate(("collapse", "explo")):
             fired[arm][i] += any(word in text for text in record["messages"])
-    lines = ["## Entropy alarms", "", "Runs in which `or1 train` warned by itself:", "",
-             "| arm | warned of collapse | warned of explosion | runs |", "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "## Entropy alarms",
+        "",
+        "Runs in which `or1 train` warned by itself:",
+        "",
+        "| arm | warned of collapse | warned of explosion | runs |",
+        "|---|---|---|---|",
+    ]
     rows = [f"| {arm} | {low} | {high} | {runs} |" for arm, (low, high, runs) in fired.items() if low or high]
     return "\n".join([*lines, *rows]) if rows else "No run made the entropy alarms speak."
 
@@ -127,13 +141,20 @@ def _write_json(path: Path, findings: Mapping[str, list[Finding]], records: Reco
         key: {
             "verdict": conclude(found),
             "statements": [
-                {"words": f.statement.words(), "mean": f.mean, "low": f.low, "high": f.high, "seeds": f.seeds,
-                 "log": MEASURES[f.statement.measure].log, "verdict": f.verdict}
+                {
+                    "words": f.statement.words(),
+                    "mean": f.mean,
+                    "low": f.low,
+                    "high": f.high,
+                    "seeds": f.seeds,
+                    "log": MEASURES[f.statement.measure].log,
+                    "verdict": f.verdict,
+                }
                 for f in found
             ],
         }
         for key, found in findings.items()
-    }  # fmt: skip
+    }
     runs = [{k: v for k, v in record.items() if k != "settings"} for _, record in sorted(records.items())]
     arms = {name: arm.__dict__ for name, arm in ARMS.items()}
     text = json.dumps({**more, "claims": claims_json, "arms": arms, "runs": runs})

@@ -19,9 +19,14 @@ Record = dict[str, Any]
 
 # What the statements and the plots read, from the metrics of every step.
 _SERIES = {
-    "entropy": "policy/entropy", "reward": "reward/mean", "truncated": "completion/truncated",
-    "length": "completion/len_mean", "coef": "policy/entropy_coef", "kept": "group/kept", "rollout_s": "time/rollout",
-}  # fmt: skip
+    "entropy": "policy/entropy",
+    "reward": "reward/mean",
+    "truncated": "completion/truncated",
+    "length": "completion/len_mean",
+    "coef": "policy/entropy_coef",
+    "kept": "group/kept",
+    "rollout_s": "time/rollout",
+}
 
 
 def ensure_base(work: Path) -> float:
@@ -106,9 +111,14 @@ def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
     Trainer(Config.model_validate(settings), messages).run()
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record = {
-        "arm": name, "seed": seed, "commit": stamp()["commit"], "cpu_s": _cpu_seconds() - began,
-        "messages": messages.texts, "settings": settings, **_summary([json.loads(line) for line in lines]),
-    }  # fmt: skip
+        "arm": name,
+        "seed": seed,
+        "commit": stamp()["commit"],
+        "cpu_s": _cpu_seconds() - began,
+        "messages": messages.texts,
+        "settings": settings,
+        **_summary([json.loads(line) for line in lines]),
+    }
     _write(_record_path(settings), record)
     shutil.rmtree(run_dir)
     return record

@@ -25,9 +25,15 @@ for step in range(121):
     entropy = magic.rollout_entropy(old_logp[:, None], torch.ones(len(tokens), 1))
     alpha = controller.alpha(entropy)
     loss, stats = linear_policy_loss(
-        hidden, policy.weight, tokens, magic.group_advantages(rewards).flatten(), old_logp=old_logp,
-        token_weight=mask[:, 0] / magic.token_denominator(mask), objective=PolicyObjective(clip_high=0.28),
-        entropy_coef=alpha)
+        hidden,
+        policy.weight,
+        tokens,
+        magic.group_advantages(rewards).flatten(),
+        old_logp=old_logp,
+        token_weight=mask[:, 0] / magic.token_denominator(mask),
+        objective=PolicyObjective(clip_high=0.28),
+        entropy_coef=alpha,
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -15,8 +15,17 @@ if __name__ == "__main__":
     patch_model(model)
     rows = [tokenizer(f"{p['question']}={p['answer']}") for p in problems(128)]
     args = TrainingArguments(
-        tempfile.mkdtemp(), use_cpu=True, report_to=[], save_strategy="no", logging_steps=4, max_steps=12,
-        per_device_train_batch_size=16, gradient_accumulation_steps=2, learning_rate=1e-3, disable_tqdm=True)
+        tempfile.mkdtemp(),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=4,
+        max_steps=12,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+    )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     Trainer(model, args, train_dataset=rows, data_collator=collator).train()
 

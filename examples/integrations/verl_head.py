@@ -21,10 +21,20 @@ if __name__ == "__main__":
     logp, entropy = out.log_probs, out.entropy
     print(f"mean log-prob {logp.mean():.3f}, entropy {entropy.mean():.3f}, no logits: {out.logits is None}")
 
-    config = FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=8, optim=OptimizerConfig(lr=1e-6),
-                             policy_loss=PolicyLossConfig(loss_mode="magic"), clip_ratio_high=0.28)
+    config = FSDPActorConfig(
+        rollout_n=8,
+        ppo_micro_batch_size_per_gpu=8,
+        optim=OptimizerConfig(lr=1e-6),
+        policy_loss=PolicyLossConfig(loss_mode="magic"),
+        clip_ratio_high=0.28,
+    )
     loss, metrics = get_policy_loss_fn("magic")(
-        old_log_prob=logp.detach(), log_prob=logp, advantages=torch.randn(8, 1).expand_as(logp),
-        response_mask=ids["attention_mask"], loss_agg_mode="token-mean", config=config)
+        old_log_prob=logp.detach(),
+        log_prob=logp,
+        advantages=torch.randn(8, 1).expand_as(logp),
+        response_mask=ids["attention_mask"],
+        loss_agg_mode="token-mean",
+        config=config,
+    )
     loss.backward()
     print(f"loss {loss:.4f}, {metrics}")

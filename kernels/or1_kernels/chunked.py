@@ -135,8 +135,14 @@ class Engine:
             raw_CV, inputs, stats = raw_CV[index_K], inputs.rows(index_K), RowStats(*(x[index_K] for x in stats))
             slopes = Slopes(slopes.logp[index_K], slopes.entropy[index_K])
         draw_CV = self.settings.backend.row_grads_(
-            raw_CV, inputs.targets, inputs.inv_tau, self.settings.transform, stats, slopes[:2],
-            out_dtype=self.gemms.operand)
+            raw_CV,
+            inputs.targets,
+            inputs.inv_tau,
+            self.settings.transform,
+            stats,
+            slopes[:2],
+            out_dtype=self.gemms.operand,
+        )
         gemms.zero_behind_rows(draw_CV)
         if self.dbias_V is not None:
             self.dbias_V += draw_CV.sum(0, dtype=self.acc)
@@ -194,9 +200,7 @@ def score_backward(
     return engine.grads()
 
 
-def score_and_grads(
-    engine: Engine, inputs: RowInputs, slopes_of: Callable[[slice, RowStats], Slopes]
-) -> RowStats:
+def score_and_grads(engine: Engine, inputs: RowInputs, slopes_of: Callable[[slice, RowStats], Slopes]) -> RowStats:
     """Statistics and gradients in one go, three GEMMs a chunk in all.
 
     slopes_of(rows, stats of these rows) -> Slopes may depend on these rows only.

@@ -34,9 +34,25 @@ def _fake_grads(hidden_NH: Tensor, weight_VH: Tensor, dtype: torch.dtype, needs:
 
 @torch.library.custom_op("or1::policy_loss", mutates_args=())
 def policy_loss(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, per_row_PN: Tensor,
-    entropy_coef: Tensor, *, names: str, kind: str, low: float, high: float, kl_coef: float, is_cap: float | None,
-    scale: float, softcap: float | None, impl: str, preset: str, chunk_rows: int | None, eps: float | None,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    per_row_PN: Tensor,
+    entropy_coef: Tensor,
+    *,
+    names: str,
+    kind: str,
+    low: float,
+    high: float,
+    kl_coef: float,
+    is_cap: float | None,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+    preset: str,
+    chunk_rows: int | None,
+    eps: float | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """policy.policy_pass: loss, logp, entropy, ratio, clipped, left_out, three gradients in the params' dtype."""
@@ -77,8 +93,17 @@ policy_loss.register_autograd(_policy_backward, setup_context=_policy_setup)
 
 @torch.library.custom_op("or1::logprob_entropy", mutates_args=())
 def logprob_entropy(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, inv_tau_N: Tensor, *, scale: float,
-    softcap: float | None, impl: str, preset: str, chunk_rows: int | None,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    inv_tau_N: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+    preset: str,
+    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """chunked.score: logp, entropy, peak, log_norm, each [N]."""
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
@@ -93,9 +118,19 @@ def _(hidden_NH, weight_VH, bias_V, targets_N, inv_tau_N, **_):
 
 @torch.library.custom_op("or1::logprob_entropy_backward", mutates_args=())
 def logprob_entropy_backward(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, inv_tau_N: Tensor,
-    stats_and_slopes_6N: Tensor, *, scale: float, softcap: float | None, impl: str, preset: str,
-    chunk_rows: int | None, needs: Sequence[bool],
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    inv_tau_N: Tensor,
+    stats_and_slopes_6N: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+    preset: str,
+    chunk_rows: int | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """chunked.score_backward: the three gradients in the params' dtype, empty where not needed."""
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))

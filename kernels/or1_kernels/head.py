@@ -90,8 +90,13 @@ def linear_policy_loss(
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
     inputs = head.row_inputs(hidden, weight, targets)
-    per_row = {"advantages": advantages, "token_weight": token_weight, "old_logp": old_logp,
-               "rollout_logp": rollout_logp, "ref_logp": ref_logp}
+    per_row = {
+        "advantages": advantages,
+        "token_weight": token_weight,
+        "old_logp": old_logp,
+        "rollout_logp": rollout_logp,
+        "ref_logp": ref_logp,
+    }
     per_row = checks.as_constants(per_row, like_N=inputs.inv_tau)
     index_M = _row_index(rows, per_row["token_weight"])
     if index_M is not None:
@@ -166,8 +171,11 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if ctx.unit_upstream:
             # Not a Python `if` on its value: a GPU's host would wait for it.
-            torch._assert_async(dloss == 1, "main_grad already holds the weight's gradient for dloss = 1, but the "
-                                "loss was scaled; put the factor into token_weight")
+            torch._assert_async(
+                dloss == 1,
+                "main_grad already holds the weight's gradient for dloss = 1, but the "
+                "loss was scaled; put the factor into token_weight",
+            )
         return *(None if x is None else scaled(x, dloss, ctx.dtype) for x in ctx.saved_tensors), None
 
 
@@ -215,15 +223,34 @@ def _eager_policy_loss(
 def _traced_policy_loss(
     inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, ...]:
-    per_row = {"inv_tau": inputs.inv_tau, "advantages": rows.advantages, "token_weight": rows.token_weight,
-               "old_logp": rows.old_logp, "rollout_logp": rows.rollout_logp, "ref_logp": rows.ref_logp}
+    per_row = {
+        "inv_tau": inputs.inv_tau,
+        "advantages": rows.advantages,
+        "token_weight": rows.token_weight,
+        "old_logp": rows.old_logp,
+        "rollout_logp": rows.rollout_logp,
+        "ref_logp": rows.ref_logp,
+    }
     per_row = {name: x for name, x in per_row.items() if x is not None}
     coef = torch.as_tensor(rows.entropy_coef, dtype=inputs.inv_tau.dtype, device=weight_VH.device)
     o = rows.objective
     out = policy_loss(
-        inputs.hidden, weight_VH, head.bias, inputs.targets, torch.stack(list(per_row.values())), coef,
-        names=",".join(per_row), kind=o.kind, low=o.clip_low, high=o.clip_high, kl_coef=o.kl_coef, is_cap=o.is_cap,
-        eps=head.grad_row_eps, needs=list(needs), **head.scalars())
+        inputs.hidden,
+        weight_VH,
+        head.bias,
+        inputs.targets,
+        torch.stack(list(per_row.values())),
+        coef,
+        names=",".join(per_row),
+        kind=o.kind,
+        low=o.clip_low,
+        high=o.clip_high,
+        kl_coef=o.kl_coef,
+        is_cap=o.is_cap,
+        eps=head.grad_row_eps,
+        needs=list(needs),
+        **head.scalars(),
+    )
     return out[0], *(x.detach() for x in out[1:6])
 
 
@@ -232,18 +259,30 @@ def _reference_policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     logp_N, entropy_N = reference.logprob_entropy(_reference_logits(inputs, weight_VH, head), inputs.targets)
     loss, terms = reference.policy_loss(
-        logp_N, entropy_N, rows.advantages, token_weight_N=rows.token_weight, objective=rows.objective,
-        entropy_coef=rows.entropy_coef, old_logp_N=rows.old_logp, rollout_logp_N=rows.rollout_logp,
-        ref_logp_N=rows.ref_logp)
+        logp_N,
+        entropy_N,
+        rows.advantages,
+        token_weight_N=rows.token_weight,
+        objective=rows.objective,
+        entropy_coef=rows.entropy_coef,
+        old_logp_N=rows.old_logp,
+        rollout_logp_N=rows.rollout_logp,
+        ref_logp_N=rows.ref_logp,
+    )
     per_row = (x.detach() for x in (logp_N, entropy_N, terms.ratio_N, terms.clipped_N))
     return loss, PolicyStats(*per_row, impl="reference")
 
 
 def _reference_logits(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> Tensor:
     acc = inputs.inv_tau.dtype
-    return reference.logits(inputs.hidden.to(acc), weight_VH.to(acc), temperature=1 / inputs.inv_tau,
-                            bias_V=None if head.bias is None else head.bias.to(acc), softcap=head.softcap,
-                            logit_scale=head.logit_scale)
+    return reference.logits(
+        inputs.hidden.to(acc),
+        weight_VH.to(acc),
+        temperature=1 / inputs.inv_tau,
+        bias_V=None if head.bias is None else head.bias.to(acc),
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
 
 
 def _row_index(rows: Tensor | str | None, token_weight_N: Tensor) -> Tensor | None:
@@ -257,6 +296,8 @@ def _row_index(rows: Tensor | str | None, token_weight_N: Tensor) -> Tensor | No
 def _spread(stats: PolicyStats, index_M: Tensor | None, num_rows: int) -> PolicyStats:
     if index_M is None:
         return stats
-    whole = (x.new_zeros(num_rows).index_copy_(0, index_M, x)
-             for x in (stats.logp, stats.entropy, stats.ratio, stats.clipped))
+    whole = (
+        x.new_zeros(num_rows).index_copy_(0, index_M, x)
+        for x in (stats.logp, stats.entropy, stats.ratio, stats.clipped)
+    )
     return PolicyStats(*whole, stats.impl, stats.left_out)

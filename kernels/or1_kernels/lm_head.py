@@ -23,8 +23,14 @@ class LMHead(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, softcap: float | None = None,
-        logit_scale: float = 1.0, **factory: Any
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, **factory)
         self.softcap = softcap
@@ -33,8 +39,14 @@ class LMHead(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> "LMHead":
         """A head over the very Parameters of `linear`: an embedding tied to it stays tied."""
-        head = cls(linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap,
-                   logit_scale=logit_scale, device="meta")
+        head = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            device="meta",
+        )
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
@@ -44,8 +56,10 @@ class LMHead(nn.Linear):
         """Logits, log-probs and entropies, or the policy loss, by which arguments are given; see the class."""
         if targets is None:
             if advantages is not None or options:
-                raise ValueError(f"LMHead got {sorted(options) or 'advantages'} but no targets; pass the token ids "
-                                 "to score, or hidden alone for logits")
+                raise ValueError(
+                    f"LMHead got {sorted(options) or 'advantages'} but no targets; pass the token ids "
+                    "to score, or hidden alone for logits"
+                )
             return super().forward(hidden)
         shared = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if advantages is None:

@@ -34,8 +34,14 @@ def row_grads_(
 ) -> Tensor:
     """rows.row_grads_ for f32 CPU logits with adjacent columns."""
     scale, softcap, threads = _scalars(transform)
-    _native.row_grads(*_arrays(logits_CV, targets_C, inv_tau_C), scale, softcap, torch.stack(stats).numpy(),
-                      torch.stack(slopes).numpy(), threads)
+    _native.row_grads(
+        *_arrays(logits_CV, targets_C, inv_tau_C),
+        scale,
+        softcap,
+        torch.stack(stats).numpy(),
+        torch.stack(slopes).numpy(),
+        threads,
+    )
     return logits_CV if out_dtype is None else logits_CV.to(out_dtype)
 
 

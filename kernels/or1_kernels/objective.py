@@ -43,8 +43,10 @@ class PolicyObjective:
         if self.kind not in _SURROGATES:
             raise ValueError(f"objective.kind is {self.kind!r}; it must be one of {sorted(_SURROGATES)}")
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"objective.clip_low is {self.clip_low}; a ratio is clipped below at 1 - clip_low >= 0, "
-                             "so choose it in [0, 1]")
+            raise ValueError(
+                f"objective.clip_low is {self.clip_low}; a ratio is clipped below at 1 - clip_low >= 0, "
+                "so choose it in [0, 1]"
+            )
         for name in ("clip_high", "kl_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}; it must be at least 0")
@@ -59,8 +61,10 @@ def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
     if isinstance(given, str):
         return PolicyObjective(kind=given)
     if not isinstance(given, PolicyObjective):
-        raise TypeError(f"objective is {given!r}, a {type(given).__name__}; pass a PolicyObjective, or its kind as "
-                        f"text, one of {sorted(_SURROGATES)}")
+        raise TypeError(
+            f"objective is {given!r}, a {type(given).__name__}; pass a PolicyObjective, or its kind as "
+            f"text, one of {sorted(_SURROGATES)}"
+        )
     return given
 
 
@@ -142,8 +146,12 @@ def token_loss(
 def check_inputs(objective: PolicyObjective, rollout_logp_N: Tensor | None, ref_logp_N: Tensor | None) -> None:
     """Raise ValueError when a log-prob that the objective reads is missing."""
     if objective.is_cap is not None and rollout_logp_N is None:
-        raise ValueError(f"objective.is_cap is {objective.is_cap} but rollout_logp is missing; pass the engine's "
-                         "log-probs or set is_cap=None")
+        raise ValueError(
+            f"objective.is_cap is {objective.is_cap} but rollout_logp is missing; pass the engine's "
+            "log-probs or set is_cap=None"
+        )
     if objective.kl_coef != 0 and ref_logp_N is None:
-        raise ValueError(f"objective.kl_coef is {objective.kl_coef} but ref_logp is missing; pass the reference "
-                         "model's log-probs or set kl_coef=0")
+        raise ValueError(
+            f"objective.kl_coef is {objective.kl_coef} but ref_logp is missing; pass the reference "
+            "model's log-probs or set kl_coef=0"
+        )

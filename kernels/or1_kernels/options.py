@@ -62,11 +62,19 @@ class HeadOptions:
         _require("preset", self.preset, self.preset in PRESETS, f"must be one of {PRESETS}")
         _require("softcap", self.softcap, self.softcap is None or self.softcap > 0, "must be above 0; None: no cap")
         _require("logit_scale", self.logit_scale, self.logit_scale > 0, "must be above 0; fold a sign into the weight")
-        _require("chunk_rows", self.chunk_rows, self.chunk_rows is None or self.chunk_rows >= 1,
-                 "must be at least 1; None: chosen by size")
+        _require(
+            "chunk_rows",
+            self.chunk_rows,
+            self.chunk_rows is None or self.chunk_rows >= 1,
+            "must be at least 1; None: chosen by size",
+        )
         _require("stash_bytes", self.stash_bytes, self.stash_bytes >= 0, "must be at least 0; 0 recomputes everything")
-        _require("grad_row_eps", self.grad_row_eps, self.grad_row_eps is None or self.grad_row_eps >= 0,
-                 "must be at least 0; None keeps every row")
+        _require(
+            "grad_row_eps",
+            self.grad_row_eps,
+            self.grad_row_eps is None or self.grad_row_eps >= 0,
+            "must be at least 0; None keeps every row",
+        )
         if self.impl == "reference":
             for name in ("grad_row_eps", "main_grad", "group"):
                 _require(name, "set", getattr(self, name) is None, "is not part of impl='reference'; use impl='torch'")
@@ -90,8 +98,13 @@ class HeadOptions:
 
     def scalars(self) -> dict[str, float | int | str | None]:
         """What the operators of `compiled` take beside tensors."""
-        return {"scale": self.logit_scale, "softcap": self.softcap, "impl": self.impl, "preset": self.preset,
-                "chunk_rows": self.chunk_rows}
+        return {
+            "scale": self.logit_scale,
+            "softcap": self.softcap,
+            "impl": self.impl,
+            "preset": self.preset,
+            "chunk_rows": self.chunk_rows,
+        }
 
     def traceable(self) -> bool:
         """Whether the operators of `compiled` can express this call; a stash is a matter of speed and ignored there."""

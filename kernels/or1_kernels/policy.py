@@ -33,8 +33,9 @@ class PolicyRows:
     def terms(self, logp_C: Tensor, c: slice = slice(None)) -> TokenLoss:
         """The objective over rows c."""
         old, rollout, ref = (None if x is None else x[c] for x in (self.old_logp, self.rollout_logp, self.ref_logp))
-        return token_loss(self.objective, logp_C, self.advantages[c], old_logp_N=old, rollout_logp_N=rollout,
-                          ref_logp_N=ref)
+        return token_loss(
+            self.objective, logp_C, self.advantages[c], old_logp_N=old, rollout_logp_N=rollout, ref_logp_N=ref
+        )
 
     def slopes(self, c: slice, stats: RowStats) -> chunked.Slopes:
         """dL/dlogp and dL/dentropy of rows c."""
@@ -72,7 +73,10 @@ class PolicyPass(NamedTuple):
 
 
 def policy_pass(
-    engine: chunked.Engine, inputs: chunked.RowInputs, rows: PolicyRows, needs: tuple[bool, bool, bool],
+    engine: chunked.Engine,
+    inputs: chunked.RowInputs,
+    rows: PolicyRows,
+    needs: tuple[bool, bool, bool],
     main_grad_VH: Tensor | None = None,
 ) -> PolicyPass:
     """Loss, statistics and the wanted gradients; three GEMMs, or one when nothing is wanted."""

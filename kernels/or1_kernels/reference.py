@@ -56,6 +56,7 @@ def policy_loss(
     ref_logp_N: Tensor | None = None,
 ) -> tuple[Tensor, TokenLoss]:
     """(loss [], per-token terms). Differentiating the loss gives what TokenLoss.slope_N states in closed form."""
-    terms = token_loss(objective, logp_N, advantages_N, old_logp_N=old_logp_N, rollout_logp_N=rollout_logp_N,
-                       ref_logp_N=ref_logp_N)
+    terms = token_loss(
+        objective, logp_N, advantages_N, old_logp_N=old_logp_N, rollout_logp_N=rollout_logp_N, ref_logp_N=ref_logp_N
+    )
     return (token_weight_N * (terms.loss_N - entropy_coef * entropy_N)).sum(), terms

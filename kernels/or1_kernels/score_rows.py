@@ -27,8 +27,9 @@ def _tanh(u):
     t = tl.exp2(tl.abs(u) * -2.8853900817779268)  # exp(-2 |u|)
     far = (1 - t) / (1 + t)
     s = u * u
-    p = ((((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s
-         - 3.33332819422e-1)
+    p = (
+        ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+    ) * s - 3.33332819422e-1
     return tl.where(tl.abs(u) < 0.625, u + u * s * p, tl.where(u < 0, -far, far))
 
 
@@ -48,7 +49,16 @@ def _floored(d):
 
 @triton.jit
 def row_sums_kernel(
-    logits_CV, targets_C, inv_tau_C, out_4C, stride, num_rows, vocab, scale, softcap, CAPPED: tl.constexpr,
+    logits_CV,
+    targets_C,
+    inv_tau_C,
+    out_4C,
+    stride,
+    num_rows,
+    vocab,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -89,8 +99,20 @@ def row_sums_kernel(
 
 @triton.jit
 def row_grads_kernel(
-    logits_CV, out_CV, targets_C, inv_tau_C, stats_4C, slopes_2C, stride, out_stride, num_rows, vocab, scale, softcap,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    logits_CV,
+    out_CV,
+    targets_C,
+    inv_tau_C,
+    stats_4C,
+    slopes_2C,
+    stride,
+    out_stride,
+    num_rows,
+    vocab,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_V, out_V = logits_CV + row * stride, out_CV + row * out_stride
@@ -128,9 +150,19 @@ def row_sums(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform:
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(logits_CV):
         row_sums_kernel[(num_rows,)](
-            logits_CV, targets_C.contiguous(), inv_tau_C.contiguous(), out_4C, logits_CV.stride(0), num_rows, vocab,
-            transform.scale, transform.softcap or 1.0, CAPPED=transform.softcap is not None, BLOCK=_block(vocab),
-            num_warps=NUM_WARPS)
+            logits_CV,
+            targets_C.contiguous(),
+            inv_tau_C.contiguous(),
+            out_4C,
+            logits_CV.stride(0),
+            num_rows,
+            vocab,
+            transform.scale,
+            transform.softcap or 1.0,
+            CAPPED=transform.softcap is not None,
+            BLOCK=_block(vocab),
+            num_warps=NUM_WARPS,
+        )
     return RowSums(*out_4C)
 
 
@@ -149,9 +181,22 @@ def row_grads_(
     out_CV = logits_CV if out_dtype in (None, torch.float32) else logits_CV.view(out_dtype)[:, :vocab]
     with torch.cuda.device_of(logits_CV):
         row_grads_kernel[(num_rows,)](
-            logits_CV, out_CV, targets_C.contiguous(), inv_tau_C.contiguous(), torch.stack(stats),
-            torch.stack(slopes), logits_CV.stride(0), out_CV.stride(0), num_rows, vocab, transform.scale,
-            transform.softcap or 1.0, CAPPED=transform.softcap is not None, BLOCK=_block(vocab), num_warps=NUM_WARPS)
+            logits_CV,
+            out_CV,
+            targets_C.contiguous(),
+            inv_tau_C.contiguous(),
+            torch.stack(stats),
+            torch.stack(slopes),
+            logits_CV.stride(0),
+            out_CV.stride(0),
+            num_rows,
+            vocab,
+            transform.scale,
+            transform.softcap or 1.0,
+            CAPPED=transform.softcap is not None,
+            BLOCK=_block(vocab),
+            num_warps=NUM_WARPS,
+        )
     return out_CV
 
 

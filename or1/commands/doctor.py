@@ -58,8 +58,10 @@ def _gpu_lines() -> list[Line]:
         built = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         return [Line("GPU", "absent", f"none that torch sees ({built})")]
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [Line(f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
-            for i, p in enumerate(found)]  # fmt: skip
+    return [
+        Line(f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+        for i, p in enumerate(found)
+    ]
 
 
 def _sandbox_lines() -> list[Line]:
@@ -123,8 +125,10 @@ def _canary(config: Config) -> Iterator[Line]:
                 if version is not None:
                     engine.update_weights(version)
                 found = compare_engine(engine, model, prompts, config)
-                text = (f"{type(engine).__name__} {when}: log-probs of {found.tokens} tokens differ from the trainer's "
-                        f"by {found.mean_abs:.1e} on average, {found.max_abs:.1e} at most; KL {found.kl:.1e}")
+                text = (
+                    f"{type(engine).__name__} {when}: log-probs of {found.tokens} tokens differ from the trainer's "
+                    f"by {found.mean_abs:.1e} on average, {found.max_abs:.1e} at most; KL {found.kl:.1e}"
+                )
                 yield Line("canary", "ok" if found.agrees else "problem", text)
         finally:
             engine.close()
@@ -138,14 +142,28 @@ class Line(NamedTuple):
     text: str
 
 
-_REQUIRED = ("torch", "transformers", "safetensors", "numpy", "pyarrow", "pydantic", "math-verify", "rich",
-             "tensorboard", "matplotlib")
+_REQUIRED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "math-verify",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+)
 
 
 _OPTIONAL = {
-    "triton": "GPU kernels of the head", "liger-kernel": "fused norms", "flash-attn": "faster attention",
-    "torchao": "8-bit moments", "trl": "or1's loss inside TRL", "verl": "or1's loss inside verl",
-}  # fmt: skip
+    "triton": "GPU kernels of the head",
+    "liger-kernel": "fused norms",
+    "flash-attn": "faster attention",
+    "torchao": "8-bit moments",
+    "trl": "or1's loss inside TRL",
+    "verl": "or1's loss inside verl",
+}
 
 
 def machine_lines() -> list[Line]:
@@ -165,8 +183,13 @@ def package_lines() -> list[Line]:
         version = _version(name)
         lines.append(Line(name, "problem" if version is None else "ok", version or "missing; reinstall or1"))
     native = importlib.util.find_spec("or1_kernels._native")
-    lines.append(Line("or1_kernels", "problem" if native is None else "ok",
-                      "no native module; reinstall or1 with a C++17 compiler" if native is None else "native module"))
+    lines.append(
+        Line(
+            "or1_kernels",
+            "problem" if native is None else "ok",
+            "no native module; reinstall or1 with a C++17 compiler" if native is None else "native module",
+        )
+    )
     for name, purpose in _OPTIONAL.items():
         version = _version(name)
         lines.append(Line(name, "absent" if version is None else "ok", version or f"not installed ({purpose})"))

@@ -20,8 +20,9 @@ def require_place(run_dir: Path) -> None:
         if not place.is_dir():
             raise RunError(f"run_dir = {str(run_dir)!r} cannot be made: {place} is not a folder; {remedy}")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise RunError(f"run_dir = {str(run_dir)!r} cannot be written: this user may not write in {place}; "
-                           f"{remedy}")
+            raise RunError(
+                f"run_dir = {str(run_dir)!r} cannot be written: this user may not write in {place}; {remedy}"
+            )
     except OSError as error:
         raise RunError(f"run_dir = {str(run_dir)!r} cannot be looked at ({error}); {remedy}") from error
 
@@ -58,5 +59,7 @@ def missing_here(config: Config) -> Iterator[str]:
             yield f"not here: {error}"
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % config.dist.sequence_parallel:
-        yield (f"not here: dist.sequence_parallel = {config.dist.sequence_parallel} needs a multiple of as many ranks, "
-               f"and this start has {ranks}; add --nproc, or lower it")
+        yield (
+            f"not here: dist.sequence_parallel = {config.dist.sequence_parallel} needs a multiple of as many ranks, "
+            f"and this start has {ranks}; add --nproc, or lower it"
+        )

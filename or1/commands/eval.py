@@ -33,11 +33,21 @@ from or1.rollout.engine import Sampling
 from or1.run.checkpoint import committed_steps
 from or1.run.directory import checkpoints_of
 
-TRANSCRIPTS = pa.schema({
-    "set": pa.string(), "prompt_id": pa.string(), "source": pa.string(), "prompt": pa.string(),
-    "golds": pa.list_(pa.string()), "sample": pa.int32(), "response": pa.string(), "tokens": pa.int32(),
-    "reward": pa.float64(), "status": pa.string(), "finish": pa.string(),
-})  # fmt: skip
+TRANSCRIPTS = pa.schema(
+    {
+        "set": pa.string(),
+        "prompt_id": pa.string(),
+        "source": pa.string(),
+        "prompt": pa.string(),
+        "golds": pa.list_(pa.string()),
+        "sample": pa.int32(),
+        "response": pa.string(),
+        "tokens": pa.int32(),
+        "reward": pa.float64(),
+        "status": pa.string(),
+        "finish": pa.string(),
+    }
+)
 """One row a response. `prompt` is the question as text; `tokens` is the length of the response."""
 
 
@@ -73,11 +83,15 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
         "max_response_tokens": config.eval_max_response_tokens,
         "interval": "ci95: half width, 1.96 standard errors of the mean over problems",
         "sets": {
-            each.name: _plain(result) | {"temperature": each.temperature, "top_p": each.top_p,
-                                         "by_source": {s.name: _plain(s) for s in sources[each.name]}}
+            each.name: _plain(result)
+            | {
+                "temperature": each.temperature,
+                "top_p": each.top_p,
+                "by_source": {s.name: _plain(s) for s in sources[each.name]},
+            }
             for each, result in zip(config.eval.sets, results, strict=True)
         },
-    }  # fmt: skip
+    }
     write_whole(out / "eval.json", json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     remarks = [line for result in results if config.reward.is_function and (line := result.remark())]
     where = f"results: {out / 'eval.json'}, transcripts: {out / 'transcripts'}"
@@ -131,11 +145,18 @@ def _rows(name: str, group: Group) -> Iterator[dict[str, Any]]:
     prompt = group.prompt
     for sample, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
         yield {
-            "set": name, "prompt_id": prompt.id, "source": prompt.source, "prompt": prompt.text,
-            "golds": list(prompt.golds), "sample": sample, "response": response.text,
-            "tokens": len(response.token_ids), "reward": score.reward, "status": score.status.value,
+            "set": name,
+            "prompt_id": prompt.id,
+            "source": prompt.source,
+            "prompt": prompt.text,
+            "golds": list(prompt.golds),
+            "sample": sample,
+            "response": response.text,
+            "tokens": len(response.token_ids),
+            "reward": score.reward,
+            "status": score.status.value,
             "finish": response.finish,
-        }  # fmt: skip
+        }
 
 
 _COUNTED = ("source", "tokens", "reward", "status", "finish")

@@ -23,11 +23,20 @@ from or1.reward import make_scorer
 from or1.reward.scorers import remarks_of
 from or1.rollout.engine import Sampling
 
-DIFFICULTY = pa.schema({
-    "prompt_id": pa.string(), "source": pa.string(), "prompt": pa.string(), "samples": pa.int32(),
-    "passes": pa.int32(), "pass_rate": pa.float64(), "truncated": pa.int32(), "no_answer": pa.int32(),
-    "failed": pa.int32(), "tokens_mean": pa.float64(),
-})  # fmt: skip
+DIFFICULTY = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "source": pa.string(),
+        "prompt": pa.string(),
+        "samples": pa.int32(),
+        "passes": pa.int32(),
+        "pass_rate": pa.float64(),
+        "truncated": pa.int32(),
+        "no_answer": pa.int32(),
+        "failed": pa.int32(),
+        "tokens_mean": pa.float64(),
+    }
+)
 """One row a prompt. `passes` of `samples` responses were right; `failed` ones timed out or crashed the verifier."""
 
 
@@ -82,12 +91,17 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
     outcome = Outcome.of(group)
     statuses = outcome.statuses
     yield {
-        "prompt_id": group.prompt.id, "source": outcome.source, "prompt": group.prompt.text,
-        "samples": outcome.samples, "passes": outcome.correct, "pass_rate": outcome.correct / outcome.samples,
-        "truncated": outcome.truncated, "no_answer": statuses.get(Status.NO_ANSWER.value, 0),
+        "prompt_id": group.prompt.id,
+        "source": outcome.source,
+        "prompt": group.prompt.text,
+        "samples": outcome.samples,
+        "passes": outcome.correct,
+        "pass_rate": outcome.correct / outcome.samples,
+        "truncated": outcome.truncated,
+        "no_answer": statuses.get(Status.NO_ANSWER.value, 0),
         "failed": statuses.get(Status.TIMEOUT.value, 0) + statuses.get(Status.CRASH.value, 0),
         "tokens_mean": outcome.tokens,
-    }  # fmt: skip
+    }
 
 
 def _summarise(config: Config, store: PartStore, out: Path) -> None:

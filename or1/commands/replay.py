@@ -23,9 +23,21 @@ from or1.run.metrics_log import read_metrics
 from or1.run.rollout_log import read_rollouts
 from or1.trainer import Trainer
 
-COMPARED = ("reward/mean", "group/kept", "policy/entropy", "policy/entropy_coef", "policy/entropy_exact",
-            "policy/clip_frac", "policy/ratio_mean", "mismatch/kl", "optim/loss", "optim/grad_norm", "optim/lr",
-            "optim/updates", "optim/skipped")  # fmt: skip
+COMPARED = (
+    "reward/mean",
+    "group/kept",
+    "policy/entropy",
+    "policy/entropy_coef",
+    "policy/entropy_exact",
+    "policy/clip_frac",
+    "policy/ratio_mean",
+    "mismatch/kl",
+    "optim/loss",
+    "optim/grad_norm",
+    "optim/lr",
+    "optim/updates",
+    "optim/skipped",
+)
 
 
 def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str, float]:

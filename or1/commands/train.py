@@ -95,8 +95,11 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     for line in missing_here(config):
         print(visible(line))
     if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
-        print(visible(f"would resume after step {steps[-1]}"
-                      + (f", with changed {', '.join(changed)}" if changed else "")))  # fmt: skip
+        print(
+            visible(
+                f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else "")
+            )
+        )
     for line in remarks:
         print(visible(line))
     _try_rewards(config, data, lambda line: print(visible(line)))

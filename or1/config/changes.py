@@ -10,8 +10,16 @@ from typing import Any
 from or1.config import Config
 
 # What steers what is watched and kept, where the engine runs, how the ranks share the work, and what graders may take.
-_FREE = ("log", "checkpoint", "eval", "dist", "rollout.vllm", "rollout.verify_every", "reward.workers",
-         "reward.memory_mib")  # fmt: skip
+_FREE = (
+    "log",
+    "checkpoint",
+    "eval",
+    "dist",
+    "rollout.vllm",
+    "rollout.verify_every",
+    "reward.workers",
+    "reward.memory_mib",
+)
 # How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
 _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
 _ABSENT = object()

@@ -26,9 +26,7 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train", *, files: bool = True
-) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train", *, files: bool = True) -> Config:
     """Read a TOML file or a run's config.resolved.json, apply `a.b=c` overrides, validate for what is to be done.
 
     files  False: the files it names need not be there
@@ -85,30 +83,37 @@ def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
     """Write one `a.b=c` into `data`; c is read as TOML, or as a plain string where it is not. Lists take an index."""
     key, sep, raw = text.partition("=")
     if not sep or not key.strip():
-        return Problem(f"--set {_shorter(text)}", "is not of the form section.key=value; write it as one word, for "
-                       "example --set optim.lr=1e-6")
+        return Problem(
+            f"--set {_shorter(text)}",
+            "is not of the form section.key=value; write it as one word, for example --set optim.lr=1e-6",
+        )
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
     except (ValueError, RecursionError) as error:
-        return Problem(f"--set {_shorter(key.strip())}",
-                       f"has a value that cannot be read ({type(error).__name__}: {error})")  # fmt: skip
+        return Problem(
+            f"--set {_shorter(key.strip())}", f"has a value that cannot be read ({type(error).__name__}: {error})"
+        )
     *parents, last = key.strip().split(".")
     if len(parents) > _DEEPEST:
-        return Problem(f"--set {_shorter(key.strip())}", f"names {len(parents) + 1} levels; no setting has more than "
-                       "four, as eval.sets.0.path")
+        return Problem(
+            f"--set {_shorter(key.strip())}",
+            f"names {len(parents) + 1} levels; no setting has more than four, as eval.sets.0.path",
+        )
     node: Any = data
     for part in parents:
         node = _child(node, part)
         if node is None:
-            return Problem(f"--set {_shorter(text)}", f"{_shown(part)} in {_shown(key.strip())} is not a table of the "
-                           "config")
+            return Problem(
+                f"--set {_shorter(text)}", f"{_shown(part)} in {_shown(key.strip())} is not a table of the config"
+            )
     if isinstance(node, list):
         place = _index(last, node)
         if place is None:
-            return Problem(f"--set {_shorter(text)}", f"{_shown(last)} is not an index into a list of {len(node)}; "
-                           "count from 0")
+            return Problem(
+                f"--set {_shorter(text)}", f"{_shown(last)} is not an index into a list of {len(node)}; count from 0"
+            )
         node[place] = value
     else:
         node[last] = value
@@ -181,8 +186,11 @@ def _stand_in(field: FieldInfo) -> Any:
 
 def _follows_from(problem: Problem, refused: Sequence[Problem]) -> bool:
     """Whether a contradiction is about a value that was refused, or about the one that stands in its place."""
-    return any(f"{problem.path}.".startswith(f"{each.path}.")
-               or f"{each.path.rpartition('.')[2]} = {_STAND_IN}" in problem.message for each in refused)  # fmt: skip
+    return any(
+        f"{problem.path}.".startswith(f"{each.path}.")
+        or f"{each.path.rpartition('.')[2]} = {_STAND_IN}" in problem.message
+        for each in refused
+    )
 
 
 def _explain(error: Any) -> Problem:
@@ -191,13 +199,15 @@ def _explain(error: Any) -> Problem:
     path = ".".join(str(part) for part in location)
     match error["type"]:
         case "extra_forbidden":
-            return Problem(path, f"unknown key; {_hint(location, section, error['input'])} "
-                           f"Known keys: {', '.join(section)}")
+            return Problem(
+                path, f"unknown key; {_hint(location, section, error['input'])} Known keys: {', '.join(section)}"
+            )
         case "missing":
             return Problem(path, f"missing; add it. {field_help}")
         case "string_pattern_mismatch":
-            return Problem(path, f"{_shown(error['input'])} is refused: it is not of the form of this setting. "
-                           f"{field_help}")
+            return Problem(
+                path, f"{_shown(error['input'])} is refused: it is not of the form of this setting. {field_help}"
+            )
         case "literal_error":
             close = difflib.get_close_matches(str(error["input"])[:100], error["ctx"]["expected"].split("'")[1::2], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -48,16 +48,21 @@ def found_from(source: Path, config: Config) -> Config:
     kind = f"{data(script)}{colon}{name}" if script.endswith(".py") else reward.kind
     sets = tuple(each.model_copy(update={"path": data(each.path)}) for each in config.eval.sets)
     mix = tuple(part.model_copy(update={"path": data(part.path)}) for part in given.mix)
-    files = {"train": tuple(map(data, given.train)), "mix": mix,
-             "decontaminate_against": tuple(map(data, given.decontaminate_against)),
-             "difficulty_file": given.difficulty_file and data(given.difficulty_file)}  # fmt: skip
-    return config.model_copy(update={
-        "model": config.model.model_copy(update={"path": model(config.model.path)}),
-        "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
-        "reward": reward.model_copy(update={"kind": kind}),
-        "eval": config.eval.model_copy(update={"sets": sets}),
-        "data": given.model_copy(update=files),
-    })  # fmt: skip
+    files = {
+        "train": tuple(map(data, given.train)),
+        "mix": mix,
+        "decontaminate_against": tuple(map(data, given.decontaminate_against)),
+        "difficulty_file": given.difficulty_file and data(given.difficulty_file),
+    }
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": model(config.model.path)}),
+            "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
+            "reward": reward.model_copy(update={"kind": kind}),
+            "eval": config.eval.model_copy(update={"sets": sets}),
+            "data": given.model_copy(update=files),
+        }
+    )
 
 
 def _found(path: str, places: list[Path], there: Callable[[str | Path], bool]) -> str:

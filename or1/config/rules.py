@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import glob
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from or1.config import Config
-from or1.config.paths import is_dir, is_file
-from or1.config.section import path_problem
+from or1.config.file_rules import (
+    files_exist,
+    nothing_to_execute,
+    paths_usable,
+    positions_reach,
+    reward_file_exists,
+    training_files,
+)
 from or1.core.errors import Problem
 
 Verb = Literal["train", "filter", "eval"]
@@ -24,14 +27,16 @@ def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> 
 
     files  False: whatever files exist
     """
-    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (_training_files, _files_exist)]
+    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (training_files, files_exist)]
     return [problem for rule in rules for problem in rule(config)]
 
 
 def _stages_given(config: Config) -> Iterator[Problem]:
     if not config.stage:
-        yield Problem("stage", "missing; add at least one [[stage]] with steps, max_response_tokens, prompts_per_step "
-                      "and group_size")
+        yield Problem(
+            "stage",
+            "missing; add at least one [[stage]] with steps, max_response_tokens, prompts_per_step and group_size",
+        )
 
 
 def _data_given(config: Config) -> Iterator[Problem]:
@@ -42,21 +47,15 @@ def _data_given(config: Config) -> Iterator[Problem]:
         yield Problem("data.mix", "stands beside data.train; name the files in one of them")
 
 
-def _training_files(config: Config) -> Iterator[Problem]:
-    data = config.data
-    named = [(f"data.train.{i}", path) for i, path in enumerate(data.train)]
-    named += [(f"data.mix.{i}.path", part.path) for i, part in enumerate(data.mix)]
-    named += [(f"data.decontaminate_against.{i}", path) for i, path in enumerate(data.decontaminate_against)]
-    named += [] if data.difficulty_file is None else [("data.difficulty_file", data.difficulty_file)]
-    yield from _missing_files(named)
-
-
 def _difficulty_given(config: Config) -> Iterator[Problem]:
     data = config.data
     given = [name for name in ("difficulty_model", "difficulty_file") if getattr(data, name) is not None]
     if data.keep_difficulty is not None and len(given) != 1:
-        yield Problem("data.keep_difficulty", f"needs one source of counts but has {' and '.join(given) or 'none'}; "
-                      "set data.difficulty_model or data.difficulty_file")
+        yield Problem(
+            "data.keep_difficulty",
+            f"needs one source of counts but has {' and '.join(given) or 'none'}; "
+            "set data.difficulty_model or data.difficulty_file",
+        )
     if data.keep_difficulty is None and given:
         yield Problem(f"data.{given[0]}", "has no effect without data.keep_difficulty; set it, for example to [1, 15]")
     if data.keep_difficulty is not None and data.keep_difficulty[0] > data.keep_difficulty[1]:
@@ -71,144 +70,61 @@ def _sets_given(config: Config) -> Iterator[Problem]:
 def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
     def rule(config: Config) -> Iterator[Problem]:
         if not config.stage and getattr(config, section).max_response_tokens is None:
-            yield Problem(f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; "
-                          "set it")
+            yield Problem(
+                f"{section}.max_response_tokens", "missing, and there is no [[stage]] to take it from; set it"
+            )
 
     return rule
 
 
 def _no_endpoint(config: Config) -> Iterator[Problem]:
     if config.endpoint.url is not None:
-        yield Problem("endpoint.url", "a server that or1 cannot give weights to is for `or1 eval` and `or1 filter`; "
-                      "remove it")
-
-
-def _missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    # A file may be named twice, which doubles its share; it is missing once.
-    for path, where in {path: where for where, path in reversed(named)}.items():
-        if is_dir(path):
-            yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
-        elif not is_file(path) and glob.has_magic(path):
-            yield Problem(where, f"{path!r} is a pattern, which or1 does not expand; name the files, one by one"
-                          f"{_some(path) or ', of which none is there'}")
-        elif not is_file(path):
-            yield Problem(where, f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
-                          'README, "Data", names the formats, and the first lines of a recipe the contents')
-
-
-def _some(pattern: str) -> str:
-    """The first files of a pattern, for a message; empty if there are none."""
-    found = sorted(name for name in glob.glob(pattern) if is_file(name))
-    return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
-
-
-def _files_exist(config: Config) -> Iterator[Problem]:
-    yield from _missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
-    if config.endpoint.url is not None:
-        return
-    yield from _model_there(config, "model.path", config.model.path)
-    if config.loss.kl_coef > 0 and config.loss.reference is not None:
-        yield from _model_there(config, "loss.reference", config.loss.reference)
-
-
-def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
-    model = Path(path)
-    # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
-    files = (*config.data.files, *(each.path for each in config.eval.sets))
-    data = {part for each in files for part in Path(each).parts[:1]}
-    looks_local = (path.startswith((".", "/", "~")) or path.count("/") != 1
-                   or is_dir(model.parent) or data.intersection(model.parts[:1]))  # fmt: skip
-    if looks_local and not is_file(model / "config.json"):
-        yield Problem(where, f"no config.json in {path!r} (looked in {Path.cwd()}); "
-                      "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B")
-
-
-def _paths_usable(config: Config) -> Iterator[Problem]:
-    """What is a path only sometimes, so that its field cannot tell."""
-    for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind)):
-        if path is not None and (problem := path_problem(path)):
-            yield Problem(where, problem)
-
-
-def _reward_file_exists(config: Config) -> Iterator[Problem]:
-    place = config.reward.kind.rpartition(":")[0]
-    if place.endswith(".py") and not is_file(place):
-        yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
+        yield Problem(
+            "endpoint.url", "a server that or1 cannot give weights to is for `or1 eval` and `or1 filter`; remove it"
+        )
 
 
 def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
     if config.reward.is_function and config.reward.require_think_close:
-        yield Problem("reward.require_think_close", "true has no effect with a function of your own, which is given "
-                      "all of the text; remove it, and let the function look for </think>")
-
-
-def _nothing_to_execute(config: Config) -> Iterator[Problem]:
-    """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
-    folder = Path(config.model.path)
-    if not is_file(folder / "config.json"):
-        return
-    unsafe = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-    if unsafe and not any(folder.glob("*.safetensors")):
-        yield Problem("model.path", f"{folder / unsafe[0]} is pickled, which or1 never reads; convert it with "
-                      "transformers' save_pretrained, in a place where it may run code")
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        if is_file(path) and '"auto_map"' in _text(path):
-            yield Problem("model.path", f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
-                          "never runs; use a model that transformers knows, and remove auto_map")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""  # What reads the folder in earnest says what is wrong with the file.
-
-
-def _positions_reach(config: Config) -> Iterator[Problem]:
-    """A response limit beyond the positions that a model folder names; what a hub id names is not known yet."""
-    path = Path(config.model.path) / "config.json"
-    if not is_file(path) or config.endpoint.url is not None:
-        return
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        known = known.get("text_config", known)
-        positions, rope = known["max_position_embeddings"], known.get("rope_scaling") or known.get("rope_parameters")
-        # Scaled positions reach farther, each kind of them in its own way.
-        if not isinstance(positions, int) or (rope and rope.get("rope_type", "default") != "default"):
-            return
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        return  # What reads the folder in earnest says what is wrong with the file.
-    limits = [(f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)]
-    limits += [("eval.max_response_tokens", config.eval.max_response_tokens),
-               ("filter.max_response_tokens", config.filter.max_response_tokens)]
-    for where, limit in limits:
-        if limit is not None and limit > positions:
-            yield Problem(where, f"{limit} is more than max_position_embeddings = {positions} in {path}, beyond which "
-                          "the model was not made to go; lower it, or raise that where the model can do more")
+        yield Problem(
+            "reward.require_think_close",
+            "true has no effect with a function of your own, which is given "
+            "all of the text; remove it, and let the function look for </think>",
+        )
 
 
 def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     limit, beat = config.dist.timeout_s, config.dist.heartbeat_timeout_s
     if beat > limit:
-        yield Problem("dist.heartbeat_timeout_s", f"{beat:g} is above dist.timeout_s = {limit:g}, so a dead rank would "
-                      "be noticed by that alone; lower it")
+        yield Problem(
+            "dist.heartbeat_timeout_s",
+            f"{beat:g} is above dist.timeout_s = {limit:g}, so a dead rank would be noticed by that alone; lower it",
+        )
 
 
 def _stages_fit(config: Config) -> Iterator[Problem]:
     for i, stage in enumerate(config.stage):
         if stage.prompts_per_step * stage.group_size > _MOST_RESPONSES:
-            yield Problem(f"stage.{i}.prompts_per_step", f"{stage.prompts_per_step} times group_size = "
-                          f"{stage.group_size} is more than {_MOST_RESPONSES} responses a step; lower one of them")
+            yield Problem(
+                f"stage.{i}.prompts_per_step",
+                f"{stage.prompts_per_step} times group_size = "
+                f"{stage.group_size} is more than {_MOST_RESPONSES} responses a step; lower one of them",
+            )
         minibatch = stage.minibatch_prompts
         if minibatch is not None and minibatch > stage.prompts_per_step:
-            yield Problem(f"stage.{i}.minibatch_prompts", f"{minibatch} is more than prompts_per_step = "
-                          f"{stage.prompts_per_step}; lower it, or leave it out for on-policy training")
+            yield Problem(
+                f"stage.{i}.minibatch_prompts",
+                f"{minibatch} is more than prompts_per_step = "
+                f"{stage.prompts_per_step}; lower it, or leave it out for on-policy training",
+            )
         longest = config.data.max_prompt_tokens + stage.max_response_tokens
         if longest > config.optim.max_tokens_per_rank:
-            yield Problem("optim.max_tokens_per_rank", f"{config.optim.max_tokens_per_rank} is less than the longest "
-                          f"sequence of stage {i} ({config.data.max_prompt_tokens} prompt + "
-                          f"{stage.max_response_tokens} response tokens); raise it to at least {longest}")
+            yield Problem(
+                "optim.max_tokens_per_rank",
+                f"{config.optim.max_tokens_per_rank} is less than the longest "
+                f"sequence of stage {i} ({config.data.max_prompt_tokens} prompt + "
+                f"{stage.max_response_tokens} response tokens); raise it to at least {longest}",
+            )
 
 
 def _temperatures_sound(config: Config) -> Iterator[Problem]:
@@ -216,8 +132,10 @@ def _temperatures_sound(config: Config) -> Iterator[Problem]:
     named += [(f"eval.sets.{i}.temperature", each.temperature) for i, each in enumerate(config.eval.sets)]
     for where, temperature in named:
         if 0 < temperature < _COLDEST:
-            yield Problem(where, f"{temperature:g} divides logits into infinities; set 0, which is greedy, or at least "
-                          f"{_COLDEST:g}")
+            yield Problem(
+                where,
+                f"{temperature:g} divides logits into infinities; set 0, which is greedy, or at least {_COLDEST:g}",
+            )
 
 
 def _entropy_bounds(config: Config) -> Iterator[Problem]:
@@ -225,11 +143,16 @@ def _entropy_bounds(config: Config) -> Iterator[Problem]:
     if entropy.coef_min > entropy.coef_max:
         yield Problem("loss.entropy.coef_min", f"{entropy.coef_min} is above coef_max = {entropy.coef_max}; swap them")
     if entropy.control == "adaptive" and not entropy.coef_min <= entropy.coef <= entropy.coef_max:
-        yield Problem("loss.entropy.coef", f"{entropy.coef} is outside [{entropy.coef_min}, {entropy.coef_max}], "
-                      "the bounds of the adaptive controller; start inside them")
+        yield Problem(
+            "loss.entropy.coef",
+            f"{entropy.coef} is outside [{entropy.coef_min}, {entropy.coef_max}], "
+            "the bounds of the adaptive controller; start inside them",
+        )
     if entropy.control == "none" and entropy.coef > 0:
-        yield Problem("loss.entropy.coef", f'{entropy.coef} has no effect under control = "none"; '
-                      'set control = "constant" or remove coef')
+        yield Problem(
+            "loss.entropy.coef",
+            f'{entropy.coef} has no effect under control = "none"; set control = "constant" or remove coef',
+        )
 
 
 def _betas_valid(config: Config) -> Iterator[Problem]:
@@ -240,8 +163,11 @@ def _betas_valid(config: Config) -> Iterator[Problem]:
 
 def _weights_are_16_bit(config: Config) -> Iterator[Problem]:
     if config.optim.weights == "stochastic" and config.model.dtype != "bfloat16":
-        yield Problem("optim.weights", f'"stochastic" rounds bf16 weights, but model.dtype = "{config.model.dtype}"; '
-                      'set model.dtype = "bfloat16" or remove it')
+        yield Problem(
+            "optim.weights",
+            f'"stochastic" rounds bf16 weights, but model.dtype = "{config.model.dtype}"; '
+            'set model.dtype = "bfloat16" or remove it',
+        )
 
 
 def _eval_names_unique(config: Config) -> Iterator[Problem]:
@@ -255,18 +181,27 @@ def _importance_weights_sound(config: Config) -> Iterator[Problem]:
     if loss.is_cap is None:
         for name, value in (("partial_tokens", rollout.partial_tokens), ("overlap", rollout.overlap or None)):
             if value is not None:
-                yield Problem(f"rollout.{name}", f"{str(value).lower()} trains on tokens of older policies, which "
-                              "needs importance weights; set loss.is_cap, for example to 2.0, or remove this")
+                yield Problem(
+                    f"rollout.{name}",
+                    f"{str(value).lower()} trains on tokens of older policies, which "
+                    "needs importance weights; set loss.is_cap, for example to 2.0, or remove this",
+                )
         return
     for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if value != off:
-            yield Problem(f"rollout.{name}", f"{value} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
-                          "from a truncated distribution, whose probabilities are those of the whole one divided by "
-                          "the mass that survives, so every importance weight would be multiplied by that mass; set "
-                          f"{name} = {off}, or remove loss.is_cap")
+            yield Problem(
+                f"rollout.{name}",
+                f"{value} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
+                "from a truncated distribution, whose probabilities are those of the whole one divided by "
+                "the mass that survives, so every importance weight would be multiplied by that mass; set "
+                f"{name} = {off}, or remove loss.is_cap",
+            )
     if loss.old_logp == "rollout":
-        yield Problem("loss.is_cap", f'{loss.is_cap} has no effect with loss.old_logp = "rollout", where the ratio '
-                      'itself compares with the engine; set old_logp = "auto", or remove is_cap')
+        yield Problem(
+            "loss.is_cap",
+            f'{loss.is_cap} has no effect with loss.old_logp = "rollout", where the ratio '
+            'itself compares with the engine; set old_logp = "auto", or remove is_cap',
+        )
 
 
 def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
@@ -277,28 +212,41 @@ def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
             continue
         # transformers' generate reports log-probs among all tokens, so the ratio is right there.
         if loss.old_logp == "rollout" and rollout.engine != "hf":
-            yield Problem(f"rollout.{name}", f'{value} together with loss.old_logp = "rollout": vLLM reports log-probs '
-                          "among the tokens that survive, so every ratio would be multiplied by the mass that "
-                          f'survives and start outside 1; set {name} = {off}, or loss.old_logp = "auto", or '
-                          'rollout.engine = "hf"')
+            yield Problem(
+                f"rollout.{name}",
+                f'{value} together with loss.old_logp = "rollout": vLLM reports log-probs '
+                "among the tokens that survive, so every ratio would be multiplied by the mass that "
+                f'survives and start outside 1; set {name} = {off}, or loss.old_logp = "auto", or '
+                'rollout.engine = "hf"',
+            )
         if loss.entropy.control == "adaptive":
-            yield Problem(f"rollout.{name}", f'{value} together with loss.entropy.control = "adaptive": the controller '
-                          "estimates the policy's entropy from the sampled tokens, and tokens of a truncated "
-                          "distribution say something else, on each engine in its own way, so that the target would "
-                          f'not be held; set {name} = {off}, or control = "constant" or "none"')
+            yield Problem(
+                f"rollout.{name}",
+                f'{value} together with loss.entropy.control = "adaptive": the controller '
+                "estimates the policy's entropy from the sampled tokens, and tokens of a truncated "
+                "distribution say something else, on each engine in its own way, so that the target would "
+                f'not be held; set {name} = {off}, or control = "constant" or "none"',
+            )
 
 
 def _engine_fits(config: Config) -> Iterator[Problem]:
     rollout, vllm = config.rollout, config.rollout.vllm
     if rollout.overlap and rollout.engine != "vllm":
-        yield Problem("rollout.overlap", f'true needs an engine with weights of its own, but rollout.engine = '
-                      f'"{rollout.engine}"; set it to "vllm"')
+        yield Problem(
+            "rollout.overlap",
+            f'true needs an engine with weights of its own, but rollout.engine = "{rollout.engine}"; set it to "vllm"',
+        )
     if vllm.url is not None and vllm.placement != "server":
-        yield Problem("rollout.vllm.url", f'{vllm.url!r} has no effect with placement = "{vllm.placement}"; set '
-                      'placement = "server", or remove url')
+        yield Problem(
+            "rollout.vllm.url",
+            f'{vllm.url!r} has no effect with placement = "{vllm.placement}"; set placement = "server", or remove url',
+        )
     if rollout.partial_tokens is not None and len({stage.group_size for stage in config.stage}) > 1:
-        yield Problem("rollout.partial_tokens", f"{rollout.partial_tokens} carries groups from one stage into the "
-                      "next, so all stages need the same group_size")
+        yield Problem(
+            "rollout.partial_tokens",
+            f"{rollout.partial_tokens} carries groups from one stage into the "
+            "next, so all stages need the same group_size",
+        )
 
 
 def _vllm_samples(config: Config) -> Iterator[Problem]:
@@ -309,37 +257,53 @@ def _vllm_samples(config: Config) -> Iterator[Problem]:
     named += [(f"eval.sets.{i}.temperature", each.temperature) for i, each in enumerate(config.eval.sets)]
     for where, temperature in named:
         if temperature > _VLLM_HOTTEST:
-            yield Problem(where, f"{temperature:g} is above {_VLLM_HOTTEST:g}, the highest that vLLM samples at; lower "
-                          'it, or set rollout.engine = "hf"')
+            yield Problem(
+                where,
+                f"{temperature:g} is above {_VLLM_HOTTEST:g}, the highest that vLLM samples at; lower "
+                'it, or set rollout.engine = "hf"',
+            )
 
 
 def _magic_variants_sound(config: Config) -> Iterator[Problem]:
     loss, reward = config.loss, config.reward
     if loss.reference is not None and loss.kl_coef == 0:
-        yield Problem("loss.reference", f"{loss.reference!r} has no effect with loss.kl_coef = 0; set kl_coef, for "
-                      "example to 1e-3, or remove it")
+        yield Problem(
+            "loss.reference",
+            f"{loss.reference!r} has no effect with loss.kl_coef = 0; set kl_coef, for example to 1e-3, or remove it",
+        )
     if loss.refill_rounds and not loss.reject_zero_advantage:
-        yield Problem("loss.refill_rounds", f"{loss.refill_rounds} has no effect without rejection; set "
-                      "loss.reject_zero_advantage = true, or remove it")
+        yield Problem(
+            "loss.refill_rounds",
+            f"{loss.refill_rounds} has no effect without rejection; set "
+            "loss.reject_zero_advantage = true, or remove it",
+        )
     if loss.refill_rounds and (config.rollout.overlap or config.rollout.partial_tokens is not None):
-        yield Problem("loss.refill_rounds", f"{loss.refill_rounds} needs whole rollouts made in their own step; remove "
-                      "it, or rollout.overlap and rollout.partial_tokens")
+        yield Problem(
+            "loss.refill_rounds",
+            f"{loss.refill_rounds} needs whole rollouts made in their own step; remove "
+            "it, or rollout.overlap and rollout.partial_tokens",
+        )
     for i, stage in enumerate(config.stage):
         if reward.overlong_buffer > stage.max_response_tokens:
-            yield Problem("reward.overlong_buffer", f"{reward.overlong_buffer} tokens is more than "
-                          f"stage.{i}.max_response_tokens = {stage.max_response_tokens}; lower it")
+            yield Problem(
+                "reward.overlong_buffer",
+                f"{reward.overlong_buffer} tokens is more than "
+                f"stage.{i}.max_response_tokens = {stage.max_response_tokens}; lower it",
+            )
         if stage.until == "plateau" and not config.eval.sets:
-            yield Problem(f"stage.{i}.until", '"plateau" is told by evaluations, but there are none; add '
-                          '[[eval.sets]], or set until = "steps"')
+            yield Problem(
+                f"stage.{i}.until",
+                '"plateau" is told by evaluations, but there are none; add [[eval.sets]], or set until = "steps"',
+            )
 
 
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    _paths_usable,
-    _files_exist,
-    _reward_file_exists,
+    paths_usable,
+    files_exist,
+    reward_file_exists,
     _think_close_is_looked_for,
-    _nothing_to_execute,
-    _positions_reach,
+    nothing_to_execute,
+    positions_reach,
     _heartbeat_is_shorter,
     _stages_fit,
     _temperatures_sound,
@@ -354,7 +318,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _magic_variants_sound,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
-    "train": (_stages_given, _data_given, _training_files, _difficulty_given, _no_endpoint),
-    "filter": (_data_given, _training_files, _limit_given("filter")),
+    "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),
+    "filter": (_data_given, training_files, _limit_given("filter")),
     "eval": (_sets_given, _limit_given("eval")),
 }

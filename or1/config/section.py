@@ -37,8 +37,10 @@ def path_problem(value: str) -> str:
         return "a path must not be empty or hold a NUL character; name a file or folder"
     longest = max(map(len, encoded.split(b"/")))
     if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
-        return (f"a path has at most {_LONGEST_PATH} bytes, and {_LONGEST_NAME} between two slashes; this has "
-                f"{len(encoded)} and {longest}; shorten it")
+        return (
+            f"a path has at most {_LONGEST_PATH} bytes, and {_LONGEST_NAME} between two slashes; this has "
+            f"{len(encoded)} and {longest}; shorten it"
+        )
     return ""
 
 

@@ -37,8 +37,10 @@ def loads(data: bytes) -> Any:
         arrays = load(data)
         return _rebuilt(json.loads(arrays.pop(_TREE).tobytes()), arrays)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
-        raise WireError(f"{len(data)} bytes from another rank are no groups of this or1 ({type(error).__name__}: "
-                        f"{error}); run the same or1 on every rank") from error  # fmt: skip
+        raise WireError(
+            f"{len(data)} bytes from another rank are no groups of this or1 ({type(error).__name__}: "
+            f"{error}); run the same or1 on every rank"
+        ) from error
 
 
 def _plain(value: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -86,9 +86,11 @@ def decontamination_lines(overlaps: Sequence[Overlap], n_prompts: int, dropped: 
     if not overlaps:
         return [f"decontamination: none of {n_prompts:,} training prompts repeats an evaluation problem"]
     by_set = ", ".join(f"{count:,} in {name}" for name, count in Counter(o.eval_set for o in overlaps).items())
-    fate = "left out" if dropped else "kept; data.decontaminate = \"drop\" leaves them out"
-    lines = [f"decontamination: {len(overlaps):,} of {n_prompts:,} training prompts repeat an evaluation problem "
-             f"({by_set}): {fate}"]
+    fate = "left out" if dropped else 'kept; data.decontaminate = "drop" leaves them out'
+    lines = [
+        f"decontamination: {len(overlaps):,} of {n_prompts:,} training prompts repeat an evaluation problem "
+        f"({by_set}): {fate}"
+    ]
     lines += [f"  {o.prompt_id} ~ {o.eval_set} {o.eval_id}: {o.words[:100]}" for o in overlaps[:listed]]
     return lines + ([f"  and {len(overlaps) - listed:,} more"] if len(overlaps) > listed else [])
 

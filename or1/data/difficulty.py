@@ -90,6 +90,8 @@ def read_rates(path: str, high: int) -> tuple[dict[str, int], list[str]]:
     warnings = []
     samples = min(row["samples"] for row in rows)
     if high >= samples:
-        warnings.append(f"{Path(path).name} counts out of {samples}, so keep_difficulty up to {high} keeps prompts "
-                        f"that were always solved; end at {samples - 1} to leave them out")
+        warnings.append(
+            f"{Path(path).name} counts out of {samples}, so keep_difficulty up to {high} keeps prompts "
+            f"that were always solved; end at {samples - 1} to leave them out"
+        )
     return times_solved((row["prompt"], row["passes"], row["samples"]) for row in rows), warnings

@@ -26,12 +26,16 @@ def duplicate_lines(prompts: Sequence[Prompt]) -> list[str]:
     if not repeats:
         return []
     again, one = repeats[0]
-    lines = [f"duplicates: {len(repeats):,} of {len(by_id):,} training prompts have the text of an earlier one "
-             f"({again.id} that of {one.id}); kept, so they are trained on more often"]  # fmt: skip
+    lines = [
+        f"duplicates: {len(repeats):,} of {len(by_id):,} training prompts have the text of an earlier one "
+        f"({again.id} that of {one.id}); kept, so they are trained on more often"
+    ]
     if unlike:
         again, one = unlike[0]
-        lines.append(f"  {len(unlike):,} of them with another answer, so one of the two is wrong: {again.id} has "
-                     f"{_answer(again)}, {one.id} has {_answer(one)}")  # fmt: skip
+        lines.append(
+            f"  {len(unlike):,} of them with another answer, so one of the two is wrong: {again.id} has "
+            f"{_answer(again)}, {one.id} has {_answer(one)}"
+        )
     return lines
 
 

@@ -89,12 +89,16 @@ class Encoder:
                     messages, add_generation_prompt=True, tokenize=True, return_dict=False
                 )
         except _TooSlowError as error:
-            self._broken = (f"the chat template of {self._name()} has not put one prompt into tokens after "
-                            f"{seconds:.0f} s; it may loop without end, so mend the tokenizer's chat_template")
+            self._broken = (
+                f"the chat template of {self._name()} has not put one prompt into tokens after "
+                f"{seconds:.0f} s; it may loop without end, so mend the tokenizer's chat_template"
+            )
             raise DataError(self._broken) from error
         except TemplateSyntaxError as error:
-            self._broken = (f"the chat template of {self._name()} is not Jinja: {error.message} in line "
-                            f"{error.lineno}; mend the tokenizer's chat_template")
+            self._broken = (
+                f"the chat template of {self._name()} is not Jinja: {error.message} in line "
+                f"{error.lineno}; mend the tokenizer's chat_template"
+            )
             raise DataError(self._broken) from error
         except Exception as error:  # a template is code that came with a model, and may fail in any way
             cause = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"

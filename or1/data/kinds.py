@@ -23,8 +23,11 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it with unlz4"),
     (b"PK\x03\x04", "a zip archive or a workbook of Excel", f"unpack or export it; {_READS}"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", f"unpack it; {_READS}"),
-    (b"ARROW1", "an Arrow or Feather file", f"{_READS}; convert the file, for example with pandas: "
-     "pandas.read_feather(FILE).to_parquet(NEW)"),
+    (
+        b"ARROW1",
+        "an Arrow or Feather file",
+        f"{_READS}; convert the file, for example with pandas: pandas.read_feather(FILE).to_parquet(NEW)",
+    ),
     (b"\xff\xff\xff\xff", "an Arrow stream", _ARROW),
     (b"FEA1", "a Feather file of version 1", f"{_READS}; convert the file with pyarrow.feather.read_table"),
     (b"SQLite format 3\0", "an SQLite database", f"{_READS}; export the table"),
@@ -34,12 +37,10 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (BOM_UTF16_LE, "UTF-16 text", _UTF16),
     (BOM_UTF16_BE, "UTF-16 text", _UTF16),
     *((start, "UTF-16 text", _UTF16) for start in (b"{\0", b"[\0", b"\0{", b"\0[")),
-)  # fmt: skip
+)
 _MARKUP = re.compile(rb"\s*<[!?a-zA-Z]")
 # The first line opens an object that goes on in the second: with a key, or with the first row of {"data": [ ...
-_PRETTY = re.compile(
-    rb"\s*\{[^\n]{0,999}\n\s*\"|\s*\{[^\n]{0,999}\[[ \t\r]*\n(?:[ \t]+[{\]]|\{[^\n]*,[ \t\r]*\n)"
-)
+_PRETTY = re.compile(rb"\s*\{[^\n]{0,999}\n\s*\"|\s*\{[^\n]{0,999}\[[ \t\r]*\n(?:[ \t]+[{\]]|\{[^\n]*,[ \t\r]*\n)")
 _CELL = re.compile(rb"\s*\"?[A-Za-z_][\w .-]{0,60}\"?\s*")
 _SEPARATORS = {b",": "CSV", b"\t": "TSV", b";": "CSV"}
 
@@ -56,14 +57,18 @@ def foreign_kind(path: str, head: bytes) -> str | None:
         return f"is a tar archive; unpack it; {_READS}"
     head = head.removeprefix(BOM_UTF8)
     if _MARKUP.match(head):
-        return ("is HTML or XML, mostly a web page saved in place of the file; download the file itself "
-                f"(of a hub the /resolve/ address, not /blob/); {_READS}")  # fmt: skip
+        return (
+            "is HTML or XML, mostly a web page saved in place of the file; download the file itself "
+            f"(of a hub the /resolve/ address, not /blob/); {_READS}"
+        )
     if head.startswith(b"PAR1") or path.endswith(".parquet"):
         return None
     lines = [line.strip() for line in head.splitlines() if line.strip()]
     if _PRETTY.match(head) and lines[0] != lines[0].rstrip(b"{[,:"):
-        return (f"is pretty-printed JSON, an object over several lines; {_READS}: "
-                "write one object a line (jq -c), or all objects as one array")  # fmt: skip
+        return (
+            f"is pretty-printed JSON, an object over several lines; {_READS}: "
+            "write one object a line (jq -c), or all objects as one array"
+        )
     return _table_kind(path, lines)
 
 
@@ -72,8 +77,18 @@ def _table_kind(path: str, lines: list[bytes]) -> str | None:
     if not lines or any(line.startswith((b"{", b"[")) for line in lines):
         return None
     name = path.lower().rpartition(".")[2]
-    kind = name.upper() if name in ("csv", "tsv") else next(
-        (kind for separator, kind in _SEPARATORS.items()
-         if separator in lines[0] and all(map(_CELL.fullmatch, lines[0].split(separator)))), None)  # fmt: skip
-    return kind and (f"is {kind}; {_READS}; convert the file, for example with pandas: "
-                     f"pandas.read_csv(FILE).to_parquet(NEW)")  # fmt: skip
+    kind = (
+        name.upper()
+        if name in ("csv", "tsv")
+        else next(
+            (
+                kind
+                for separator, kind in _SEPARATORS.items()
+                if separator in lines[0] and all(map(_CELL.fullmatch, lines[0].split(separator)))
+            ),
+            None,
+        )
+    )
+    return kind and (
+        f"is {kind}; {_READS}; convert the file, for example with pandas: pandas.read_csv(FILE).to_parquet(NEW)"
+    )

@@ -47,8 +47,10 @@ class FileReport:
     def summary(self) -> str:
         """One line for a person."""
         filtered = "".join(f"{count} {reason}, " for reason, count in self.filtered.items())
-        return (f"{self.path}: {self.rows} rows ({self.schema}), {self.kept} kept, {self.over_long} over-long, "
-                f"{filtered}{len(self.bad)} bad")
+        return (
+            f"{self.path}: {self.rows} rows ({self.schema}), {self.kept} kept, {self.over_long} over-long, "
+            f"{filtered}{len(self.bad)} bad"
+        )
 
     def lines(self) -> list[str]:
         """Summary and listing."""
@@ -157,13 +159,19 @@ class _Loader(NamedTuple):
             return [f"{report.path}: has no rows; remove it from the data or fill it"]
         listing = [f"  {line}" for line in report.listing()]
         if len(report.bad) > max_bad_fraction * report.rows:
-            return [f"{report.path}: {len(report.bad)} of {report.rows} rows are unusable, more than "
-                    f"max_bad_fraction = {max_bad_fraction:g}; mend or remove them, or raise the limit", *listing]
+            return [
+                f"{report.path}: {len(report.bad)} of {report.rows} rows are unusable, more than "
+                f"max_bad_fraction = {max_bad_fraction:g}; mend or remove them, or raise the limit",
+                *listing,
+            ]
         if report.kept == 0:
             filtered = "".join(f"{count} are {reason}, " for reason, count in report.filtered.items())
-            return [f"{report.path}: nothing usable is left of {report.rows} rows: {report.over_long} are longer than "
-                    f"max_prompt_tokens = {self.max_prompt_tokens}, {filtered}{len(report.bad)} are bad; "
-                    f"raise the limit or mend the file{self._known_models(report)}", *listing]
+            return [
+                f"{report.path}: nothing usable is left of {report.rows} rows: {report.over_long} are longer than "
+                f"max_prompt_tokens = {self.max_prompt_tokens}, {filtered}{len(report.bad)} are bad; "
+                f"raise the limit or mend the file{self._known_models(report)}",
+                *listing,
+            ]
         return []
 
     def _known_models(self, report: FileReport) -> str:

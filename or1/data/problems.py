@@ -48,12 +48,15 @@ def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
     data = config.data
     return {
         each.name: load_prompts(
-            [each.path], tokenizer, max_prompt_tokens=data.max_prompt_tokens, max_bad_fraction=data.max_bad_fraction,
+            [each.path],
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_bad_fraction=data.max_bad_fraction,
             prompt_suffix=data.prompt_suffix if each.prompt_suffix is None else each.prompt_suffix,
             answers=not config.reward.is_function,
         )
         for each in config.eval.sets
-    }  # fmt: skip
+    }
 
 
 def load_run_data(config: Config, tokenizer: Any) -> RunData:
@@ -75,9 +78,14 @@ def load_training_files(config: Config, tokenizer: Any, difficulty: DifficultyFi
     """The problems of data.train or data.mix, file after file. Raises DataError."""
     data = config.data
     return load_prompts(
-        data.files, tokenizer, max_prompt_tokens=data.max_prompt_tokens, prompt_suffix=data.prompt_suffix,
-        max_bad_fraction=data.max_bad_fraction, difficulty=difficulty, answers=not config.reward.is_function,
-    )  # fmt: skip
+        data.files,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        prompt_suffix=data.prompt_suffix,
+        max_bad_fraction=data.max_bad_fraction,
+        difficulty=difficulty,
+        answers=not config.reward.is_function,
+    )
 
 
 def _difficulty(data: DataConfig) -> tuple[DifficultyFilter | None, list[str]]:
@@ -115,8 +123,10 @@ def _without(loaded: PromptSet, left_out: set[str], weights: Sequence[float]) ->
     for i, report in enumerate(loaded.reports):
         stay = [p for p in loaded.prompts[place : place + report.kept] if p.id not in left_out]
         if not stay:
-            raise DataError(f"{report.path}: every usable prompt repeats an evaluation problem; remove the file from "
-                            'the data, or set data.decontaminate = "report"')
+            raise DataError(
+                f"{report.path}: every usable prompt repeats an evaluation problem; remove the file from "
+                'the data, or set data.decontaminate = "report"'
+            )
         if weights:
             pools.append(Pool(len(prompts), len(stay), weights[i]))
         prompts += stay

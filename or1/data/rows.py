@@ -47,8 +47,13 @@ def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
         line += 1
         if len(raw) > MAX_LINE_BYTES:
             size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(file)
-            yield line, RowError(f"line of {size} bytes is over the limit of {MAX_LINE_BYTES}; leave out columns that "
-                                 "are not needed, or write the file as parquet")
+            yield (
+                line,
+                RowError(
+                    f"line of {size} bytes is over the limit of {MAX_LINE_BYTES}; leave out columns that "
+                    "are not needed, or write the file as parquet"
+                ),
+            )
         elif raw.strip():
             yield line, _parse_line(raw.removeprefix(BOM_UTF8) if line == 1 else raw)
 
@@ -87,8 +92,10 @@ def _read_array(path: str, raw: bytes) -> Iterator[tuple[int, Row | RowError]]:
         rows = json.loads(text, object_pairs_hook=_unique_or_error)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{path}: is not a whole JSON array ({error.msg} at {where}); write it anew, or "
-                        "as JSONL, of which a broken line costs itself only") from error
+        raise DataError(
+            f"{path}: is not a whole JSON array ({error.msg} at {where}); write it anew, or "
+            "as JSONL, of which a broken line costs itself only"
+        ) from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deeply") from error
     for number, row in enumerate(rows, 1):

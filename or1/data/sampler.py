@@ -55,8 +55,10 @@ class Sampler:
         if not 0 <= state.cursor < self.n or state.epoch < 0:
             raise DataError(f"{state} does not fit {self.n} prompts; resume with the data files the run started with")
         if skip_N is not None and skip_N.all():
-            raise DataError(f"all {self.n} prompts are to be skipped; add harder ones to data.train, or set "
-                            "data.drop_solved = false")
+            raise DataError(
+                f"all {self.n} prompts are to be skipped; add harder ones to data.train, or set "
+                "data.drop_solved = false"
+            )
         epoch, cursor = state.epoch, state.cursor
         parts = []
         while count > 0:
@@ -99,6 +101,8 @@ def _shares(n: int, pools: Sequence[Pool]) -> list[int]:
         counts[p] += 1
     for pool, count in zip(pools, counts, strict=True):
         if count == 0:
-            raise DataError(f"a file of data.mix has weight {pool.weight:g} of {total:g}, which is less than one of "
-                            f"the {n} prompts of an epoch; raise it or leave the file out")
+            raise DataError(
+                f"a file of data.mix has weight {pool.weight:g} of {total:g}, which is less than one of "
+                f"the {n} prompts of an epoch; raise it or leave the file out"
+            )
     return counts

@@ -73,8 +73,10 @@ def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | Non
         known = ", ".join([schema.label for schema in _SCHEMAS] + ([] if answers else list(_QUESTIONS)))
         columns = ", ".join(rows[0]) or "none"
         remedy = ", or write a reward function of your own, which needs no answers" if answers else ""
-        raise DataError(f"{path}: no row has the columns of a known schema; the first has {columns}; "
-                        f"rename them to one of: {known}{remedy}")
+        raise DataError(
+            f"{path}: no row has the columns of a known schema; the first has {columns}; "
+            f"rename them to one of: {known}{remedy}"
+        )
     return None
 
 
@@ -146,17 +148,36 @@ def _live_code_bench_question(row: Row) -> str:
     if not isinstance(question, str):
         raise RowError("column 'question_content' is not text")
     filled(question, "column 'question_content'")
-    return (f"### Question\n{question.strip()}\n\n### Format\n{how} Write it in one code block:\n"
-            f"```python\n{code}\n```\n\n### Answer\n")
+    return (
+        f"### Question\n{question.strip()}\n\n### Format\n{how} Write it in one code block:\n"
+        f"```python\n{code}\n```\n\n### Answer\n"
+    )
 
 
-_TEST_COLUMNS = frozenset({
-    "inputs", "outputs", "fn_name", "test_code", "import_prefix", "entry_point", "functional", "test", "assert_case",
-    "test_list", "test_setup_code", "test_imports",
-    "public_test_cases", "private_test_cases", "metadata", "input_output",
-    # What tells which names of a script of asserts are the program's.
-    "code", "canonical_solution", "prompt",
-})  # fmt: skip
+_TEST_COLUMNS = frozenset(
+    {
+        "inputs",
+        "outputs",
+        "fn_name",
+        "test_code",
+        "import_prefix",
+        "entry_point",
+        "functional",
+        "test",
+        "assert_case",
+        "test_list",
+        "test_setup_code",
+        "test_imports",
+        "public_test_cases",
+        "private_test_cases",
+        "metadata",
+        "input_output",
+        # What tells which names of a script of asserts are the program's.
+        "code",
+        "canonical_solution",
+        "prompt",
+    }
+)
 
 _QUESTIONS = ("prompt", "question", "problem")
 _SCHEMAS = (

@@ -24,6 +24,8 @@ def prompt_lines(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
     lines = [f"first prompt as the model sees it ({prompt.id}, {len(prompt.token_ids):,} tokens):"]
     lines += [f"  | {line}" for line in text.split("\n")]
     if not tokenizer.chat_template:
-        lines.append("no chat template: plain text, as a base model continues it; a model that was taught to chat "
-                     "needs the chat_template of its tokenizer")  # fmt: skip
+        lines.append(
+            "no chat template: plain text, as a base model continues it; a model that was taught to chat "
+            "needs the chat_template of its tokenizer"
+        )
     return lines

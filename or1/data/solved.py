@@ -51,8 +51,10 @@ class SolvedPrompts:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a manifest."""
-        by_answer = {name: sorted(p for p, a in self.always.items() if a is right)
-                     for name, right in (("solved", True), ("unsolved", False))}  # fmt: skip
+        by_answer = {
+            name: sorted(p for p, a in self.always.items() if a is right)
+            for name, right in (("solved", True), ("unsolved", False))
+        }
         return {"stage": self.stage, **by_answer, "dropped": sorted(self.dropped)}
 
     @classmethod

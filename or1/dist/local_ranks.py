@@ -41,21 +41,22 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> int:
     # This process holds the store, so that the ranks can still tell each other what happened when one is gone.
     store = open_store("127.0.0.1")
     shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
         _LAUNCHER: str(os.getpid()),
         **_gloo_on_loopback(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
-    }  # fmt: skip
+    }
     # Before start_processes, which sets handlers of its own for these.
     former = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGQUIT)}
     with tempfile.TemporaryDirectory(prefix="or1_ranks_", ignore_cleanup_errors=True) as logs:
         return _run(nproc, arguments, (shared, logs), former)
 
 
-def _run(
-    nproc: int, arguments: Sequence[str], surroundings: tuple[dict[str, str], str], former: dict[int, Any]
-) -> int:
+def _run(nproc: int, arguments: Sequence[str], surroundings: tuple[dict[str, str], str], former: dict[int, Any]) -> int:
     """Start the ranks and wait for them; `surroundings` are their variables, and a folder for torch's own files."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 

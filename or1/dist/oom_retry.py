@@ -71,7 +71,7 @@ class Budget:
             raise MemoryLimitError(
                 f"out of memory with a packed row of {self.max_tokens} tokens, and the longest sequence has {longest}: "
                 'a row cannot be shorter. Set model.gradient_checkpointing = "offload", optim.optimizer = "adamw8bit" '
-                f"or \"offload\", or lower the stage's max_response_tokens ({reason})"
+                f'or "offload", or lower the stage\'s max_response_tokens ({reason})'
             )
         before, self.max_tokens = self.max_tokens, max(longest, self.max_tokens // 2)
         self.out_of_memory += 1
@@ -95,5 +95,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 # Allocations that do not go through torch's own allocators.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
-                  "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)

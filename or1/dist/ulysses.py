@@ -24,8 +24,10 @@ def check_heads(config: PretrainedConfig, size: int) -> None:
     config = config.get_text_config()
     query = getattr(config, "num_attention_heads", None)
     if not isinstance(query, int):
-        raise DistError(f"dist.sequence_parallel = {size}, but {config.model_type} has no num_attention_heads in its "
-                        "config; set it to 1")
+        raise DistError(
+            f"dist.sequence_parallel = {size}, but {config.model_type} has no num_attention_heads in its "
+            "config; set it to 1"
+        )
     key = getattr(config, "num_key_value_heads", None) or query
     for name, heads in (("attention heads", query), ("key-value heads", key)):
         if heads % size:

@@ -44,9 +44,11 @@ class Watchdog:
         if world.size > 1:
             # A connection of its own: the process group's is locked while a collective sets up.
             self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
                 timeout=timedelta(seconds=max(timeout_s, 5)),
-            )  # fmt: skip
+            )
             self._publish()
             world.barrier()
             self._thread = threading.Thread(target=self._watch, name="or1-watchdog", daemon=True)

@@ -162,9 +162,7 @@ def open_store(address: str) -> dist.TCPStore:
     # Without a socket of our own, TCPStore listens on every interface, whatever address the caller names.
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
-    return dist.TCPStore(
-        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def split_evenly(count: int, parts: int) -> Sequence[range]:

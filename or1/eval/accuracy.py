@@ -123,8 +123,10 @@ class EvalResult:
         """What to know of rewards on a scale of the user's own; empty if there is nothing."""
         if not 0 < self.best < RIGHT:
             return ""
-        return (f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
-                f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards")
+        return (
+            f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
+            f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards"
+        )
 
     def metrics(self) -> dict[str, float]:
         """As metric names."""

@@ -70,8 +70,10 @@ class PartStore:
                 for group in range(file.num_row_groups):
                     yield file.read_row_group(group, columns=columns)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{self.final} cannot be read ({type(error).__name__}: {error}); restore it, or remove "
-                             "it to sample its rows anew") from error
+            raise StoreError(
+                f"{self.final} cannot be read ({type(error).__name__}: {error}); restore it, or remove "
+                "it to sample its rows anew"
+            ) from error
 
     def merge(self) -> None:
         """Put all rows into `final`, a row group per part, committed by rename; then the parts are removed."""
@@ -102,8 +104,10 @@ class PartStore:
             if not isinstance(before["part_size"], int) or not isinstance(before["merged"], bool):
                 raise ValueError("part_size or merged is missing")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise StoreError(f"{self._record} does not say how its parts were made ({type(error).__name__}: {error}); "
-                             "start anew with --fresh, which moves these aside") from error
+            raise StoreError(
+                f"{self._record} does not say how its parts were made ({type(error).__name__}: {error}); "
+                "start anew with --fresh, which moves these aside"
+            ) from error
         return before
 
     def _write_record(self) -> None:
@@ -115,8 +119,10 @@ class PartStore:
         before.pop(SEAL, None)
         changed = [key for key in sorted(before | self._settings) if before.get(key) != self._settings.get(key)]
         if changed:
-            raise StoreError(f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
-                             "another folder with --out, or start anew with --fresh, which moves these aside")
+            raise StoreError(
+                f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
+                "another folder with --out, or start anew with --fresh, which moves these aside"
+            )
         self._merged = merged and self.final.is_file()
         if self._merged:
             self._remove_parts()

@@ -54,16 +54,21 @@ def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], st
         config = load_config(_needed(recipe, target), [_set("model.path", str(path)), *overrides], "eval")
         return Target(config, config.run_path / "eval" / _file_name(path.resolve().name))
     if path.is_dir():
-        raise _refusal(target, "has no config.resolved.json and no config.json, so it is no run and no checkpoint; "
-                       "name another folder")
+        raise _refusal(
+            target,
+            "has no config.resolved.json and no config.json, so it is no run and no checkpoint; name another folder",
+        )
     config = load_config(target, overrides, "eval")
     return Target(config, config.run_path / "eval" / path.stem)
 
 
 def _needed(recipe: str | None, target: str) -> str:
     if recipe is None:
-        raise _refusal(target, "says nothing of evaluation sets; add --config with a TOML file that has "
-                       "[[eval.sets]], such as one of examples/recipes/eval-*.toml")
+        raise _refusal(
+            target,
+            "says nothing of evaluation sets; add --config with a TOML file that has "
+            "[[eval.sets]], such as one of examples/recipes/eval-*.toml",
+        )
     return recipe
 
 

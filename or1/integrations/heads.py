@@ -61,8 +61,11 @@ class _HeadForward:
         self.head = head
 
     def __call__(
-        self, *args: Any, score_targets: Tensor | None = None, score_options: dict[str, Any] | None = None,
-        **kwargs: Any
+        self,
+        *args: Any,
+        score_targets: Tensor | None = None,
+        score_options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         if score_targets is None:
             return self.head._or1_logits(*args, **kwargs)
@@ -90,15 +93,18 @@ def require_supported(head: nn.Module) -> None:
         if variants:
             raise UnsupportedHeadError(
                 f"the LM head has the LoRA variant {next(iter(variants.values()))!r}; only plain LoRA (also with "
-                "dropout, bias and rslora) is a matrix product. Drop the variant, or take lm_head out of the targets")
+                "dropout, bias and rslora) is a matrix product. Drop the variant, or take lm_head out of the targets"
+            )
         require_supported(head.base_layer)
     elif not isinstance(head, nn.Linear):
         raise UnsupportedHeadError(
             f"the LM head is {type(head).__name__}; it must be torch.nn.Linear, or one with a LoRA or modules_to_save "
-            "adapter of PEFT")
+            "adapter of PEFT"
+        )
     elif not head.weight.is_floating_point():
         raise UnsupportedHeadError(
-            f"the LM head's weight is {head.weight.dtype}; leave lm_head out of the quantization")
+            f"the LM head's weight is {head.weight.dtype}; leave lm_head out of the quantization"
+        )
 
 
 def operands(head: nn.Module, hidden_NH: Tensor) -> Operands:
@@ -118,7 +124,8 @@ def operands(head: nn.Module, hidden_NH: Tensor) -> Operands:
     if isinstance(weight, DTensor):
         raise UnsupportedHeadError(
             f"the LM head's weight is a DTensor {weight.placements} inside its own forward (tensor parallelism); "
-            "leave lm_head out of the parallelize plan, or score shards with linear_logprob_entropy(group=...)")
+            "leave lm_head out of the parallelize plan, or score shards with linear_logprob_entropy(group=...)"
+        )
     return Operands(hidden_NH.to(weight.dtype), weight, head.bias)
 
 

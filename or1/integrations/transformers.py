@@ -109,11 +109,14 @@ def install(model: nn.Module, settings: ScoreSettings) -> None:
     """patch_model, with everything that can be set; a second call replaces the settings."""
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{type(inner).__name__} has no LM head; patch a transformers model for causal "
-                                    "language modelling")
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no LM head; patch a transformers model for causal language modelling"
+        )
     if inner.base_model is inner:
-        raise UnsupportedModelError(f"{type(inner).__name__} has no backbone of its own (base_model_prefix "
-                                    f"{inner.base_model_prefix!r}), so hidden states cannot be had without logits")
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no backbone of its own (base_model_prefix "
+            f"{inner.base_model_prefix!r}), so hidden states cannot be had without logits"
+        )
     options = logit_transform(inner.config) | _checked(settings.options)
     heads.install(unwrap(inner.get_output_embeddings()))
     inner._or1_settings = ScoreSettings(settings.flag, settings.fp32, options)
@@ -121,8 +124,11 @@ def install(model: nn.Module, settings: ScoreSettings) -> None:
         # None where the class's own forward stood; another library may have put its own in its place.
         inner._or1_forward = vars(inner).get("forward")
         inner.forward = _Forward(inner)
-    say(logging.INFO, f"or1: {type(inner).__name__} scores its labels with or1's fused LM head, without logits "
-                      f"({', '.join(f'{name} {value}' for name, value in _facts(inner, options).items())})")
+    say(
+        logging.INFO,
+        f"or1: {type(inner).__name__} scores its labels with or1's fused LM head, without logits "
+        f"({', '.join(f'{name} {value}' for name, value in _facts(inner, options).items())})",
+    )
 
 
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,8 +142,10 @@ def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
         except TypeError as error:
             if name not in _OPTIONS:
                 raise
-            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}, which is no value for it ({error}); see "
-                            "or1_kernels.HeadOptions") from error
+            raise TypeError(
+                f"{name} is {value!r}, a {type(value).__name__}, which is no value for it ({error}); see "
+                "or1_kernels.HeadOptions"
+            ) from error
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature!r}; a patched model takes one number above 0 for all tokens")
@@ -146,8 +154,11 @@ def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _facts(inner: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:
     vocabulary = getattr(inner.config.get_text_config(), "vocab_size", "unknown")
-    return {"impl": options.get("impl", "auto"), "vocabulary": vocabulary,
-            "temperature": options.get("temperature", 1.0)}  # fmt: skip
+    return {
+        "impl": options.get("impl", "auto"),
+        "vocabulary": vocabulary,
+        "temperature": options.get("temperature", 1.0),
+    }
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -166,8 +177,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 def logit_transform(config: Any) -> dict[str, float | None]:
     """softcap and logit_scale of a model's config, under the names that transformers' families use for them."""
     text = config.get_text_config()
-    scale = next((value for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                  if (value := getattr(text, name, None)) is not None), None)
+    scale = next(
+        (
+            value
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(text, name, None)) is not None
+        ),
+        None,
+    )
     divisor = getattr(text, "logits_scaling", None)
     if scale is None and divisor is not None:
         # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
@@ -187,8 +204,12 @@ class _Forward:
         return inspect.signature(types.MethodType(type(self.model).forward, self.model))
 
     def __call__(
-        self, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> Any:
         model = self.model
         # accelerate makes a method of it again when it takes its own wrapper for mixed precision away.
@@ -208,14 +229,20 @@ class _Forward:
     def _warn_of_logits(self) -> None:
         if not getattr(self, "warned", False) and not torch.compiler.is_compiling():
             self.warned = True
-            say(logging.WARNING, f"or1: {type(self.model).__name__} was called in training without labels, so it makes "
+            say(
+                logging.WARNING,
+                f"or1: {type(self.model).__name__} was called in training without labels, so it makes "
                 "logits and or1's head is not used. Trainer takes the labels away for label_smoothing_factor > 0 and "
-                "for compute_loss_func; leave these out, or unpatch the model")
+                "for compute_loss_func; leave these out, or unpatch the model",
+            )
 
 
 def _scored_call(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], labels: tuple[Tensor | None, Tensor | None],
-    num_items: Tensor | int | None
+    model: PreTrainedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: tuple[Tensor | None, Tensor | None],
+    num_items: Tensor | int | None,
 ) -> ScoredOutput | tuple[Any, ...]:
     as_dict = kwargs.pop("return_dict", None)
     ignore_index = kwargs.pop("ignore_index", IGNORED)
@@ -264,8 +291,10 @@ def score_hidden(
 def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
     module = sys.modules[type(model).__module__]
     if not hasattr(module, "load_balancing_loss_func"):
-        raise UnsupportedModelError(f"{type(model).__name__} returns router logits but its module has no "
-                                    "load_balancing_loss_func; set output_router_logits=False")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns router logits but its module has no "
+            "load_balancing_loss_func; set output_router_logits=False"
+        )
     config = model.config.get_text_config()
     experts = next(x for name in ("num_experts", "num_local_experts") if (x := getattr(config, name, None)) is not None)
     return module.load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)

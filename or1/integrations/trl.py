@@ -23,9 +23,19 @@ OLDEST, NEWEST = Version("1.0.0"), Version("1.16.0")
 # From here on TRL itself asks its models for log-probs, with this keyword; before, it reads logits.
 _FUSED_FLAG, _ASKS_FOR_LOGPROBS = "fused_lm_head", Version("1.15.0")
 _RETURNS_AUX_LOSS = Version("1.7.0")
-_MULTIMODAL = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "image_sizes",
-               "token_type_ids", "mm_token_type_ids", "image_position_ids", "pixel_position_ids", "spatial_shapes",
-               "num_tiles")
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+    "pixel_position_ids",
+    "spatial_shapes",
+    "num_tiles",
+)
 
 
 class UnsupportedTRLError(RuntimeError):
@@ -48,8 +58,9 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     """
     version = _check(trainer)
     if "temperature" in options:
-        raise ValueError(f"temperature is {options['temperature']}; set GRPOConfig.temperature, which sampling also "
-                         "obeys")
+        raise ValueError(
+            f"temperature is {options['temperature']}; set GRPOConfig.temperature, which sampling also obeys"
+        )
     settings = ScoreSettings(
         flag=_FUSED_FLAG,
         fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
@@ -74,10 +85,13 @@ def _check(trainer: Any) -> Version:
     if not OLDEST <= Version(version.base_version) <= NEWEST:
         raise UnsupportedTRLError(
             f"trl is {version}; this or1 is tested with {OLDEST} to {NEWEST}. Install one of these, or call "
-            "or1.integrations.trl.patch from an or1 that names yours")
+            "or1.integrations.trl.patch from an or1 that names yours"
+        )
     if not isinstance(trainer, GRPOTrainer):
-        raise UnsupportedTRLError(f"the trainer is {type(trainer).__name__}; patch takes TRL's GRPOTrainer. For others "
-                                  "there is or1.integrations.transformers.patch_model")
+        raise UnsupportedTRLError(
+            f"the trainer is {type(trainer).__name__}; patch takes TRL's GRPOTrainer. For others "
+            "there is or1.integrations.transformers.patch_model"
+        )
     return version
 
 
@@ -92,13 +106,22 @@ class _Scores:
         self.outputs = outputs
 
     def __call__(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
-        batch_size: int | None = None, compute_entropy: bool = False, *, compute_aux_loss: bool = False, **extra: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        *,
+        compute_aux_loss: bool = False,
+        **extra: Any,
     ) -> tuple[Tensor | None, ...]:
         given = [name for name in _MULTIMODAL if extra.get(name) is not None]
         if given:
-            raise UnsupportedTRLError(f"the batch has {given}; with images or token types or1 needs trl >= "
-                                      f"{_ASKS_FOR_LOGPROBS}")
+            raise UnsupportedTRLError(
+                f"the batch has {given}; with images or token types or1 needs trl >= {_ASKS_FOR_LOGPROBS}"
+            )
         options = {_FUSED_FLAG: True} | ({"output_router_logits": True} if compute_aux_loss else {})
         parts = []
         size = batch_size or len(input_ids)

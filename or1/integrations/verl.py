@@ -46,9 +46,9 @@ class UnsupportedVerlError(RuntimeError):
 def install(**controller: Any) -> EntropyController:
     """Put the fused head in place of verl's and register the policy loss "magic". Idempotent.
 
-    controller: settings of or1.magic.entropy.EntropyController; none are the released recipe's (target 0.2 nats, delta 1e-4,
-    coefficient in [0, 5e-3] from 0). Returns the controller of this process; a later call replaces it. Raises
-    UnsupportedVerlError if this verl lacks what is replaced.
+    controller: settings of or1.magic.entropy.EntropyController; none are the released recipe's (target 0.2 nats,
+    delta 1e-4, coefficient in [0, 5e-3] from 0). Returns the controller of this process; a later call replaces it.
+    Raises UnsupportedVerlError if this verl lacks what is replaced.
     """
     _MAGIC.controller = EntropyController(**controller)
     if not _MAGIC.installed:
@@ -59,8 +59,12 @@ def install(**controller: Any) -> EntropyController:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor = 1.0, reduction: str = "none",
-    dist_process_group: ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "none",
+    dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-probs, entropy), f32 and shaped as labels, with verl's arguments; any vocabulary size.
 
@@ -75,7 +79,8 @@ def linear_cross_entropy(
         temperature = temperature.expand(labels.shape).reshape(-1)
     hidden_NH = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
     logp_N, entropy_N = linear_logprob_entropy(
-        hidden_NH, weight, labels.reshape(-1).long(), temperature=temperature, group=dist_process_group)
+        hidden_NH, weight, labels.reshape(-1).long(), temperature=temperature, group=dist_process_group
+    )
     return logp_N.view(labels.shape), entropy_N.view(labels.shape)
 
 
@@ -144,8 +149,13 @@ _MAGIC = _Magic()
 
 
 def policy_loss(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: Any = None, **given: Any
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    **given: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The clipped loss of MAGIC (report, Eq. 3.1) with verl's arguments: tensors [B, C], rollout_is_weights in `given`.
 
@@ -156,8 +166,9 @@ def policy_loss(
     from verl.trainer.ppo.core_algos import agg_loss
 
     if loss_agg_mode != "token-mean":
-        raise UnsupportedVerlError(f'actor.loss_agg_mode is {loss_agg_mode!r}; MAGIC divides by trained tokens, set '
-                                   '"token-mean"')
+        raise UnsupportedVerlError(
+            f'actor.loss_agg_mode is {loss_agg_mode!r}; MAGIC divides by trained tokens, set "token-mean"'
+        )
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     objective = PolicyObjective(clip_low=low, clip_high=high)
     shape = log_prob.shape
@@ -197,8 +208,10 @@ def _install_worker() -> None:
         # Something that verl's workers need is not installed: no training can begin in this process.
         return
     if not hasattr(worker, "train_mini_batch"):
-        raise UnsupportedVerlError(f"this verl has no {name}.TrainingWorker.train_mini_batch, which trains on a whole "
-                                   f"rollout; tested with verl {TESTED}")
+        raise UnsupportedVerlError(
+            f"this verl has no {name}.TrainingWorker.train_mini_batch, which trains on a whole "
+            f"rollout; tested with verl {TESTED}"
+        )
     worker.train_mini_batch = _once_a_rollout(worker.train_mini_batch)
 
 

@@ -1,4 +1,4 @@
-"""MAGIC, the recipe of the Skywork-OR1 report, as functions without I/O; those of `or1.magic.tensors` are the public ones."""
+"""MAGIC, the recipe of the Skywork-OR1 report, as functions without I/O. or1.magic.tensors has the public ones."""
 
 from typing import Any
 

@@ -71,18 +71,23 @@ def collapse_advice(config: Config, stage: StageConfig) -> str:
     """What to change against a collapse, the most likely cause in this config first."""
     advice = []
     if stage.updates_per_step > 1:
-        advice.append(f"make the step on-policy: minibatch_prompts = prompts_per_step, reuse = 1 (now "
-                      f"{stage.updates_per_step} updates a rollout; more updates collapse sooner, Ablation 6)")
+        advice.append(
+            f"make the step on-policy: minibatch_prompts = prompts_per_step, reuse = 1 (now "
+            f"{stage.updates_per_step} updates a rollout; more updates collapse sooner, Ablation 6)"
+        )
     if config.loss.entropy.control == "none":
         advice.append('set loss.entropy.control = "adaptive" with a target (it prevented collapse, Ablation 9)')
     elif config.loss.entropy.control == "constant":
         advice.append('set loss.entropy.control = "adaptive" (a constant coefficient decays or explodes, Ablation 8)')
     else:
-        advice.append(f"raise loss.entropy.coef_max = {config.loss.entropy.coef_max:g} or loss.entropy.delta = "
-                      f"{config.loss.entropy.delta:g}, the bonus is too weak to hold its target")
+        advice.append(
+            f"raise loss.entropy.coef_max = {config.loss.entropy.coef_max:g} or loss.entropy.delta = "
+            f"{config.loss.entropy.delta:g}, the bonus is too weak to hold its target"
+        )
     if config.rollout.temperature < 1:
-        advice.append(f"raise rollout.temperature = {config.rollout.temperature:g} to 1 (0.6 starts near collapse, "
-                      "Ablation 4)")
+        advice.append(
+            f"raise rollout.temperature = {config.rollout.temperature:g} to 1 (0.6 starts near collapse, Ablation 4)"
+        )
     if stage.updates_per_step > 1 and config.loss.clip_high <= 0.2:
         advice.append("raise loss.clip_high to 0.25 (clip-higher, Ablation 10)")
     return "or ".join(f"{item}; " for item in advice).removesuffix("; ")
@@ -93,15 +98,20 @@ def explosion_advice(config: Config, stage: StageConfig) -> str:
     entropy = config.loss.entropy
     advice = []
     if entropy.control == "constant":
-        advice.append(f'lower loss.entropy.coef = {entropy.coef:g} or set control = "adaptive" (constant coefficients '
-                      "of 5e-4 and more exploded, Ablation 8)")
+        advice.append(
+            f'lower loss.entropy.coef = {entropy.coef:g} or set control = "adaptive" (constant coefficients '
+            "of 5e-4 and more exploded, Ablation 8)"
+        )
     if entropy.control == "adaptive":
         advice.append(f"lower loss.entropy.delta = {entropy.delta:g} or loss.entropy.coef_max = {entropy.coef_max:g}")
         if stage.updates_per_step >= 4:
-            advice.append(f"take fewer updates a rollout (now {stage.updates_per_step}; adaptive control is unstable "
-                          "from 4 on, section 4.5)")
+            advice.append(
+                f"take fewer updates a rollout (now {stage.updates_per_step}; adaptive control is unstable "
+                "from 4 on, section 4.5)"
+            )
     if config.loss.clip_high >= 0.28:
-        advice.append(f"lower loss.clip_high = {config.loss.clip_high:g} to 0.25 (0.28 shot up without gain, "
-                      "Ablation 10)")
+        advice.append(
+            f"lower loss.clip_high = {config.loss.clip_high:g} to 0.25 (0.28 shot up without gain, Ablation 10)"
+        )
     advice.append(f"lower optim.lr = {config.optim.lr:g}")
     return "or ".join(f"{item}; " for item in advice).removesuffix("; ")

@@ -16,19 +16,25 @@ from or1.core.types import Group, Status
 PATIENCE = 3
 """Empty steps in a row that are told the first time; then 10, 100 and so on."""
 _SHOWN = 3
-_CHOOSE = ("`or1 filter` with data.keep_difficulty keeps the problems that the model solves sometimes",
-           "a graded reward, with more values than 0 and 1, also tells responses apart")  # fmt: skip
+_CHOOSE = (
+    "`or1 filter` with data.keep_difficulty keeps the problems that the model solves sometimes",
+    "a graded reward, with more values than 0 and 1, also tells responses apart",
+)
 _REMEDIES = {
-    Status.NO_ANSWER: ("most responses hold no answer to grade: read some in rollouts/, and ask for the form that the "
-                       "verifier reads, for example with data.prompt_suffix",),
+    Status.NO_ANSWER: (
+        "most responses hold no answer to grade: read some in rollouts/, and ask for the form that the "
+        "verifier reads, for example with data.prompt_suffix",
+    ),
     Status.TRUNCATED: ("most responses are cut at the limit: raise max_response_tokens of the stage",),
     Status.TIMEOUT: ("most responses take longer to grade than reward.timeout_s: raise it",),
     Status.CRASH: ("grading most responses crashes: mend the reward; the first crashes are told with their causes",),
     Status.SKIPPED: ("the reward function returns None for most responses: let it return a number",),
-    Status.WRONG: ("if some responses are right, the reward or the answers in the data are not: compare some in "
-                   "rollouts/", *_CHOOSE),
+    Status.WRONG: (
+        "if some responses are right, the reward or the answers in the data are not: compare some in rollouts/",
+        *_CHOOSE,
+    ),
     Status.OK: _CHOOSE,
-}  # fmt: skip
+}
 
 
 def note_step(totals: Counter[str], groups: Sequence[Group], kept: bool, config: Config) -> str:
@@ -48,8 +54,10 @@ def note_step(totals: Counter[str], groups: Sequence[Group], kept: bool, config:
     if row != PATIENCE and (row < 10 or set(str(row)[1:]) != {"0"} or str(row)[0] != "1"):
         return ""
     statuses = Counter(score.status for group in groups for score in group.scores)
-    return (f"nothing is trained, {row} steps in a row: {_seen(groups)} ({_shares(statuses)}). "
-            f"Remedies: {'; '.join(_remedies(statuses, config))}")
+    return (
+        f"nothing is trained, {row} steps in a row: {_seen(groups)} ({_shares(statuses)}). "
+        f"Remedies: {'; '.join(_remedies(statuses, config))}"
+    )
 
 
 def nothing_trained(records: Sequence[Mapping[str, Any]]) -> str:
@@ -86,8 +94,10 @@ def _seen(groups: Sequence[Group]) -> str:
     if unscored:
         parts.append(f"{unscored:,} groups have no reward at all")
     if other:
-        parts.append(f"{other:,} groups with different rewards were left out for other reasons, such as a log-prob of "
-                     "the engine that is not finite, or loss.advantage_mask")
+        parts.append(
+            f"{other:,} groups with different rewards were left out for other reasons, such as a log-prob of "
+            "the engine that is not finite, or loss.advantage_mask"
+        )
     return ", and ".join(parts)
 
 

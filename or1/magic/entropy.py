@@ -45,17 +45,29 @@ class EntropyController:
 
     def __post_init__(self) -> None:
         if self.variant not in ("script", "paper") or self.control not in ("none", "constant", "adaptive"):
-            raise ValueError(f"variant is {self.variant!r} and control {self.control!r}; choose script or paper, and "
-                             "none, constant or adaptive")
+            raise ValueError(
+                f"variant is {self.variant!r} and control {self.control!r}; choose script or paper, and "
+                "none, constant or adaptive"
+            )
         if not self.delta > 0 or not self.coef_min <= self.coef_max or self.target < 0:
-            raise ValueError(f"delta={self.delta}, coef in [{self.coef_min}, {self.coef_max}], target={self.target}; "
-                             "delta must be above 0, target at least 0, and the bounds in order")
+            raise ValueError(
+                f"delta={self.delta}, coef in [{self.coef_min}, {self.coef_max}], target={self.target}; "
+                "delta must be above 0, target at least 0, and the bounds in order"
+            )
 
     @classmethod
     def start(cls, config: EntropyConfig) -> EntropyController:
         """The controller before the first step."""
-        return cls(config.coef, True, config.target, config.delta, config.coef_min, config.coef_max, config.variant,
-                   config.control)
+        return cls(
+            config.coef,
+            True,
+            config.target,
+            config.delta,
+            config.coef_min,
+            config.coef_max,
+            config.variant,
+            config.control,
+        )
 
     def alpha(self, entropy: float) -> float:
         """The coefficient to apply in the step whose rollout has this entropy. Changes no state."""

@@ -109,8 +109,10 @@ class StageProgress:
         if self.is_last_step(config, step):
             return f"its {stage.steps} steps are done"
         if stage.until == "plateau" and has_plateaued(self.history, stage):
-            return (f"over {stage.plateau_evals} evaluations accuracy or mean reward surely gains less than "
-                    f"{stage.plateau_gain:g}, and truncation falls less than that")
+            return (
+                f"over {stage.plateau_evals} evaluations accuracy or mean reward surely gains less than "
+                f"{stage.plateau_gain:g}, and truncation falls less than that"
+            )
         return None
 
     def to_json(self) -> dict[str, Any]:

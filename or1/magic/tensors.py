@@ -55,8 +55,10 @@ def reject_zero_advantage(mask_BT: Tensor, rewards_PM: Tensor) -> Tensor:
     prompts that are solved or hopeless. Raises ValueError if B is not P M.
     """
     if len(mask_BT) != rewards_PM.numel():
-        raise ValueError(f"mask has {len(mask_BT)} rows and rewards are {list(rewards_PM.shape)}; it must have a row a "
-                         "reward, group after group")
+        raise ValueError(
+            f"mask has {len(mask_BT)} rows and rewards are {list(rewards_PM.shape)}; it must have a row a "
+            "reward, group after group"
+        )
     keep_B = has_advantage(rewards_PM).repeat_interleave(rewards_PM.shape[1]).to(mask_BT.device)
     return mask_BT * keep_B[:, None].to(mask_BT.dtype)
 

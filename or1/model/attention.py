@@ -62,8 +62,13 @@ class Layout:
 
     def as_kwargs(self) -> dict[str, object]:
         """The keyword arguments with which transformers models hand a layout down to their attention."""
-        return {"cu_seq_lens_q": self.cu_q, "cu_seq_lens_k": self.cu_k, "max_length_q": self.max_q,
-                "max_length_k": self.max_k, "kv_rows": self.kv_rows_U}  # fmt: skip
+        return {
+            "cu_seq_lens_q": self.cu_q,
+            "cu_seq_lens_k": self.cu_k,
+            "max_length_q": self.max_q,
+            "max_length_k": self.max_k,
+            "kv_rows": self.kv_rows_U,
+        }
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def packed_forward() -> Iterator[None]:
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """"flash", "varlen" or "sdpa" for `model.attention`. Raises AttentionError if an explicit choice cannot run."""
+    """ "flash", "varlen" or "sdpa" for `model.attention`. Raises AttentionError if an explicit choice cannot run."""
     on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if wanted == "auto":
@@ -88,15 +93,23 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
             'use "auto" or "sdpa"'
         )
     if wanted == "flash" and not has_flash:
-        raise AttentionError('model.attention = "flash", but flash-attn is not installed; '
-                             'pip install "or1[flash-attn]", or use "varlen"')
+        raise AttentionError(
+            'model.attention = "flash", but flash-attn is not installed; pip install "or1[flash-attn]", or use "varlen"'
+        )
     return wanted
 
 
 def packed_attention(
-    q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, scale: float | None = None,
-    *, window: int | None = None, backend: str = "sdpa", scores: Scores = PLAIN,
-) -> Tensor:  # fmt: skip
+    q_TQD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    layout: Layout,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    backend: str = "sdpa",
+    scores: Scores = PLAIN,
+) -> Tensor:
     """Causal attention within documents, float[T, Q, D].
 
     q_TQD   float[T, Q, D];  k_TGD, v_TGD float[T, G, D] with G dividing Q
@@ -118,11 +131,19 @@ def _flash(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: 
 
     # flash-attn counts the keys to the left of the query, without the query's own.
     return flash_attn_varlen_func(
-        q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, causal=True,
+        q_TQD,
+        k_UGD,
+        v_UGD,
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
+        causal=True,
         softmax_scale=scores.scale,
-        window_size=(-1 if scores.window is None else scores.window - 1, 0), softcap=scores.softcap or 0.0,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
+        softcap=scores.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    )
 
 
 def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: Scores) -> Tensor:
@@ -137,8 +158,10 @@ def _varlen(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores:
     elif window is None:
         options["is_causal"] = True
     else:
-        raise AttentionError(f"this torch's varlen attention has no sliding window ({window} tokens); "
-                             'set model.attention = "flash" or "sdpa"')
+        raise AttentionError(
+            f"this torch's varlen attention has no sliding window ({window} tokens); "
+            'set model.attention = "flash" or "sdpa"'
+        )
     return varlen_attn(
         q_TQD, k_UGD, v_UGD, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scores.scale, **options
     )
@@ -247,9 +270,14 @@ def _sdpa_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores)
         return soft_bucket(q_SQLD, k_SGLD, v_SGLD, scores)
     mask = None if scores.window is None else _window_mask(q_SQLD.shape[2], scores.window, q_SQLD.device)
     out_SQLD = scaled_dot_product_attention(
-        q_SQLD, k_SGLD, v_SGLD, attn_mask=mask, is_causal=mask is None, scale=scores.scale,
+        q_SQLD,
+        k_SGLD,
+        v_SGLD,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scores.scale,
         enable_gqa=q_SQLD.shape[1] != k_SGLD.shape[1],
-    )  # fmt: skip
+    )
     return out_SQLD.transpose(1, 2).flatten(0, 1)
 
 
@@ -268,8 +296,10 @@ def _refuse(kwargs: dict[str, object]) -> None:
     for name in ("dropout", "position_bias", "indices", "block_indices", "sinks"):
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, float | int) and value == 0):
-            raise AttentionError(f"the model's attention uses {name}, which or1's packed attention does not have; "
-                                 "docs/models.md lists architectures that train")
+            raise AttentionError(
+                f"the model's attention uses {name}, which or1's packed attention does not have; "
+                "docs/models.md lists architectures that train"
+            )
 
 
 def _scores(kwargs: dict[str, object], scale: float | None, group: dist.ProcessGroup | None) -> Scores:
@@ -282,15 +312,24 @@ def _scores(kwargs: dict[str, object], scale: float | None, group: dist.ProcessG
 
 def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        *, scaling: float | None = None, sliding_window: int | None = None, **kwargs: object,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
         group = kwargs.get("sequence_group")
         scores = _scores(kwargs, scaling, group)
         if kwargs.get("cu_seq_lens_q") is None:
             if _packed.get():
-                raise AttentionError("the model's layers do not hand the layout of a packed row on to their attention; "
-                                     "docs/models.md lists architectures that train")
+                raise AttentionError(
+                    "the model's layers do not hand the layout of a packed row on to their attention; "
+                    "docs/models.md lists architectures that train"
+                )
             if scores.soft:
                 return _generating(module, query, key, value, attention_mask, scores), None
             if sliding_window is not None:
@@ -298,9 +337,12 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         _refuse(kwargs)
         layout = Layout(
-            kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"],
+            kwargs["cu_seq_lens_q"],
+            kwargs["cu_seq_lens_k"],
+            kwargs["max_length_q"],
+            kwargs["max_length_k"],
             kwargs.get("kv_rows"),
-        )  # fmt: skip
+        )
         q_TQD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
         if group is not None:
             q_TQD, k_TGD, v_TGD = (to_all_tokens(x.contiguous(), group) for x in (q_TQD, k_TGD, v_TGD))

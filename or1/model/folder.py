@@ -174,21 +174,36 @@ def require_weights(path: str, model: PreTrainedModel, info: dict[str, Any]) -> 
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         texts = [f"{name} ({list(found)} in the file, {list(want)} in the model)" for name, found, want in shapes]
-        _refuse(path, "has tensors of another shape than config.json says", texts, "take config.json and weights of "
-                "one checkpoint")  # fmt: skip
+        _refuse(
+            path,
+            "has tensors of another shape than config.json says",
+            texts,
+            "take config.json and weights of one checkpoint",
+        )
     if missing:
         also = f"; it has unknown ones, such as {unexpected[0]}" if unexpected else ""
-        _refuse(path, "lacks tensors of the model", missing, "they would be random. Download the checkpoint again, or "
-                "correct the names", also)  # fmt: skip
+        _refuse(
+            path,
+            "lacks tensors of the model",
+            missing,
+            "they would be random. Download the checkpoint again, or correct the names",
+            also,
+        )
     if info.get("error_msgs"):
-        raise ModelError(f"the weights of {path!r} cannot be loaded: {str(info['error_msgs'][0])[:300]}; download the "
-                         "checkpoint again")  # fmt: skip
+        raise ModelError(
+            f"the weights of {path!r} cannot be loaded: {str(info['error_msgs'][0])[:300]}; download the "
+            "checkpoint again"
+        )
     _require_floats(path, model, unexpected)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # One pass without a temporary of the tensor's size; NaN comes through both.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            _refuse(path, f"has tensors with NaN or infinite values in {tensor.dtype}", [name],
-                    "download the checkpoint again")  # fmt: skip
+            _refuse(
+                path,
+                f"has tensors with NaN or infinite values in {tensor.dtype}",
+                [name],
+                "download the checkpoint again",
+            )
 
 
 def _refuse(path: str, what: str, names: list[str], remedy: str, also: str = "") -> None:
@@ -204,8 +219,12 @@ def _require_floats(path: str, model: PreTrainedModel, unexpected: list[str]) ->
         for name, kind in _kinds(file):
             if kind in _FLOATS or name in unused or any(re.search(pattern, name) for pattern in patterns):
                 continue
-            _refuse(path, f"has tensors of type {kind}", [f"{name} in {file.name}"], "or1 trains floating-point "
-                    "weights. Take the checkpoint from which the quantized one was made")  # fmt: skip
+            _refuse(
+                path,
+                f"has tensors of type {kind}",
+                [f"{name} in {file.name}"],
+                "or1 trains floating-point weights. Take the checkpoint from which the quantized one was made",
+            )
 
 
 def weight_files(path: str, named: str | None = None) -> list[Path]:

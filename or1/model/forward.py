@@ -21,9 +21,7 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
 
     With a `sequence_group`, `batch` is this rank's slice of the row (`sequence_parallel.my_slice`), and so is T.
     """
-    layout = attention.Layout(
-        batch.cu_seqlens, batch.cu_keys, batch.max_seqlen, batch.max_keys, batch.kv_rows_U
-    )
+    layout = attention.Layout(batch.cu_seqlens, batch.cu_keys, batch.max_seqlen, batch.max_keys, batch.kv_rows_U)
     with attention.packed_forward():
         output = (model.decode if is_sharded(model) else model.get_decoder())(
             input_ids=batch.ids_T[None],

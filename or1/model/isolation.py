@@ -109,8 +109,10 @@ def _rehearse_with(settings: PreTrainedConfig, config: ModelConfig, dtype: torch
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype)
             size = sum(p.numel() for p in model.parameters())
             if size > _SMALL:
-                return [f"packed rows of {settings.model_type} are checked when the model is loaded: "
-                        f"{size / 1e6:.0f} M parameters are too many for a dry run"]  # fmt: skip
+                return [
+                    f"packed rows of {settings.model_type} are checked when the model is loaded: "
+                    f"{size / 1e6:.0f} M parameters are too many for a dry run"
+                ]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
@@ -151,9 +153,10 @@ def _one_of_each(layers: nn.ModuleList) -> int:
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
         settings = tuple(
             (name, value if isinstance(value, str | bool) else value is None)
-            for module in layer.modules() for name, value in sorted(vars(module).items())
+            for module in layer.modules()
+            for name, value in sorted(vars(module).items())
             if isinstance(value, str | bool | int | None) and not name.startswith("_")
-        )  # fmt: skip
+        )
         return tuple(type(m) for m in layer.modules()), shapes, settings
 
     kinds = [kind(layer) for layer in layers]
@@ -205,8 +208,10 @@ def _sequences(model: PreTrainedModel) -> list[TrainSequence]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     drawn = [random.integers(0, vocabulary, sum(lengths), dtype=np.int32) for lengths in _LENGTHS]
     drawn[1][: _LENGTHS[1][0]] = drawn[0][: _LENGTHS[0][0]]
-    return [TrainSequence(ids[:n], ids[n:], np.zeros(len(ids) - n, np.float32), 1.0)
-            for ids, (n, _) in zip(drawn, _LENGTHS, strict=True)]  # fmt: skip
+    return [
+        TrainSequence(ids[:n], ids[n:], np.zeros(len(ids) - n, np.float32), 1.0)
+        for ids, (n, _) in zip(drawn, _LENGTHS, strict=True)
+    ]
 
 
 def _embedded(model: PreTrainedModel, batch: Microbatch) -> tuple[Tensor, Tensor]:
@@ -257,14 +262,18 @@ def _difference(
     engine = _alone(model, sequences)
     found = max(_apart(hidden_NH, engine[0]), _apart(logp_N[:, None], engine[1][:, None]))
     if not found <= limit:
-        return _Finding("packed documents are not what the model computes for each alone",
-                        f"relative difference {found:.1e}, limit {limit:g}")  # fmt: skip
+        return _Finding(
+            "packed documents are not what the model computes for each alone",
+            f"relative difference {found:.1e}, limit {limit:g}",
+        )
     with suppress(*_CANNOT), _attention(model, "eager"):
         plain = _alone(model, sequences)
         found = max(_apart(hidden_NH, plain[0]), _apart(logp_N[:, None], plain[1][:, None]))
         if not found <= limit:
-            return _Finding("its own plain attention computes something that or1's packed attention leaves out",
-                            f"relative difference {found:.1e}, limit {limit:g}")  # fmt: skip
+            return _Finding(
+                "its own plain attention computes something that or1's packed attention leaves out",
+                f"relative difference {found:.1e}, limit {limit:g}",
+            )
     return None
 
 

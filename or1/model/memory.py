@@ -26,8 +26,9 @@ def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
     Raises MemoryOptionError for a model that transformers cannot checkpoint.
     """
     if not model.supports_gradient_checkpointing:
-        raise MemoryOptionError(f"{type(model).__name__} cannot be checkpointed by transformers; "
-                                'set model.gradient_checkpointing = "none"')
+        raise MemoryOptionError(
+            f'{type(model).__name__} cannot be checkpointed by transformers; set model.gradient_checkpointing = "none"'
+        )
     # transformers 5.23 renames the method and warns at the old name, which is the only one before.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -21,8 +21,9 @@ def put_head(model: PreTrainedModel, path: str) -> PreTrainedModel:
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
     if model.get_decoder() is model:
-        raise ModelError(f"{path!r}: transformers gives no decoder of {model.config.model_type} apart from its head; "
-                         "unsupported")  # fmt: skip
+        raise ModelError(
+            f"{path!r}: transformers gives no decoder of {model.config.model_type} apart from its head; unsupported"
+        )
     settings = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
     scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)

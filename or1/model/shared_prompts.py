@@ -2,8 +2,8 @@
 
     prompt  response 1  response 2  response 3        instead of        prompt response 1  prompt response 2  ...
 
-Every response attends to the prompt and to itself (or1.model.attention), at the positions it would have alone, so hidden
-states, loss and gradients are those of the unshared row, and the prompt's layers are computed once.
+Every response attends to the prompt and to itself (or1.model.attention), at the positions it would have alone, so
+hidden states, loss and gradients are those of the unshared row, and the prompt's layers are computed once.
 """
 
 # P prompt tokens

@@ -58,14 +58,13 @@ def soft_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores) 
         back = at_q[:, None] - at_k
         mask = back >= 0 if window is None else (back >= 0) & (back < window)
         block = (q_SQLD[:, :, start:end], k_SGLD[:, :, first:end], v_SGLD[:, :, first:end], mask, scores)
-        parts.append(checkpoint(soft_attention, *block, use_reentrant=False) if step < length
-                     else soft_attention(*block))  # fmt: skip
+        parts.append(
+            checkpoint(soft_attention, *block, use_reentrant=False) if step < length else soft_attention(*block)
+        )
     return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
 
 
-def soft_attention(
-    q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor | None, scores: Scores
-) -> Tensor:
+def soft_attention(q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     """Attention with a soft cap on its scores and a sink beside the keys, float[S, Q, L, D], as its equation says.
 
     mask  bool, true where a query sees a key, or float, added to the scores; None: all see all

@@ -81,13 +81,14 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
         masters=weight == 2 and _option(optim, "weights", "master") == "master",
         optimizer=_option(optim, "optimizer", "adamw"),
         checkpointing=_checkpointing(model.gradient_checkpointing),
-        attention="varlen" if device.is_gpu and weight == 2 and _option(model, "attention", "auto") != "sdpa"
+        attention="varlen"
+        if device.is_gpu and weight == 2 and _option(model, "attention", "auto") != "sdpa"
         else "sdpa",
         liger=device.is_gpu and weight < 8 and _option(model, "liger", "off") != "off",
         mlp_tile_tokens=_option(model, "mlp_tile_tokens", 0),
         max_tokens=optim.max_tokens_per_rank,
         gpus=gpus,
-    )  # fmt: skip
+    )
 
 
 def _checkpointing(value: bool | str) -> str:
@@ -99,9 +100,7 @@ def _option(section: object, name: str, default):
     return getattr(section, name, default)
 
 
-def workload_of(
-    config: Config, stage: StageConfig, device: Device, gpus: int, mean_response: int | None
-) -> Workload:
+def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, mean_response: int | None) -> Workload:
     """One step of `stage`. `mean_response` None: half the stage's limit."""
     sequences = stage.prompts_per_step * stage.group_size
     updates = stage.updates_per_step // stage.reuse
@@ -114,8 +113,7 @@ def workload_of(
         sequences=sequences,
         updates=updates,
         reuse=stage.reuse,
-        old_logp_pass=config.loss.old_logp == "recompute"
-        or (config.loss.old_logp == "auto" and not stage.on_policy),
+        old_logp_pass=config.loss.old_logp == "recompute" or (config.loss.old_logp == "auto" and not stage.on_policy),
         **_engine_of(config, device, -(-sequences // gpus)),
     )
 
@@ -128,8 +126,12 @@ def _engine_of(config: Config, device: Device, sequences: int) -> dict[str, obje
     if engine != "vllm" or vllm is None:
         return {"engine": "hf", "generated_together": min(config.rollout.batch_size, sequences)}
     elsewhere = vllm.placement == "server" and (vllm.devices is not None or vllm.url is not None)
-    return {"engine": "server" if elsewhere else "vllm", "generated_together": sequences,
-            "engine_share": vllm.gpu_memory, "tensor_parallel": vllm.tensor_parallel}  # fmt: skip
+    return {
+        "engine": "server" if elsewhere else "vllm",
+        "generated_together": sequences,
+        "engine_share": vllm.gpu_memory,
+        "tensor_parallel": vllm.tensor_parallel,
+    }
 
 
 def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[tuple[str, Choices, Workload]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def _qwen2(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], *, vocab: int = 152_064,
-           tied: bool = False) -> dict[str, Any]:  # fmt: skip
+def _qwen2(
+    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], *, vocab: int = 152_064, tied: bool = False
+) -> dict[str, Any]:
     return _config("qwen2", hidden, intermediate, layers, heads, vocab=vocab, tied=tied)
 
 
@@ -22,13 +23,19 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], 
     return _config("llama", hidden, intermediate, layers, heads, vocab=128_256, tied=tied)
 
 
-def _config(family: str, hidden: int, intermediate: int, layers: int, heads: tuple[int, int], *, vocab: int,
-            tied: bool) -> dict[str, Any]:  # fmt: skip
+def _config(
+    family: str, hidden: int, intermediate: int, layers: int, heads: tuple[int, int], *, vocab: int, tied: bool
+) -> dict[str, Any]:
     return {
-        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
         "tie_word_embeddings": tied,
-    }  # fmt: skip
+    }
 
 
 _SMALL_VOCAB = 151_936

@@ -13,8 +13,18 @@ from or1.plan.devices import GIB, Device
 from or1.plan.head import head_buffers
 from or1.plan.shapes import ModelShape
 
-COMPONENTS = ("weights", "gradients", "optimizer", "activations", "head buffers", "KV cache", "gathered layers",
-              "generation", "batch", "temporaries")  # fmt: skip
+COMPONENTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "head buffers",
+    "KV cache",
+    "gathered layers",
+    "generation",
+    "batch",
+    "temporaries",
+)
 # Moments in 8 bits: torchao's block with one fp32 scale, and the size below which they stay in full.
 _BLOCK, _MIN_QUANTIZED = 256, 4096
 # What vLLM keeps beside weights and cache: CUDA graphs and the activations that it profiles.
@@ -93,15 +103,25 @@ def plan_memory(
     trained = choices.max_tokens if trained_tokens is None else trained_tokens
     phases = [
         Phase("rollout", held | _generation(shape, choices, device, work)),
-        Phase("update", grads | _gathered(shape, choices) | {"batch": batch_bytes(work, choices)}
-              | _row(shape, choices, device, trained)),
+        Phase(
+            "update",
+            grads
+            | _gathered(shape, choices)
+            | {"batch": batch_bytes(work, choices)}
+            | _row(shape, choices, device, trained),
+        ),
         Phase("optimizer", grads | {"temporaries": _update_temporaries(shape, choices, device)}),
-    ]  # fmt: skip
+    ]
     if work.engine == "vllm":
-        phases.append(Phase("sync", held | {"generation": _engine_memory(shape, device, work, choices)}
-                            | _gathered(shape, choices)))  # fmt: skip
-    host = {"optimizer": states if offloaded else 0,
-            "activations": activations(shape, choices, choices.max_tokens).host}  # fmt: skip
+        phases.append(
+            Phase(
+                "sync", held | {"generation": _engine_memory(shape, device, work, choices)} | _gathered(shape, choices)
+            )
+        )
+    host = {
+        "optimizer": states if offloaded else 0,
+        "activations": activations(shape, choices, choices.max_tokens).host,
+    }
     return MemoryPlan(tuple(phases), {name: size for name, size in host.items() if size})
 
 
@@ -163,10 +183,7 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
     scores = sequences * shape.vocab * (e + 5 * choices.arithmetic) + tokens * (8 + choices.arithmetic)
     prompts = sequences * work.max_prompt
     prefill = prompts * e * (3 * shape.intermediate + 3 * shape.hidden) + prompts * 4 * shape.hidden
-    moments = [
-        (cache, growth + scores),
-        (kv_cache_bytes(shape, choices, prompts), prefill),
-    ]
+    moments = [(cache, growth + scores), (kv_cache_bytes(shape, choices, prompts), prefill)]
     worst = max(moments, key=sum)
     parts = {"KV cache": worst[0], "generation": worst[1]}
     # Sharded weights are gathered whole: a layer at a time for every token would wait for the links instead.

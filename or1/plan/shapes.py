@@ -49,9 +49,15 @@ class ModelShape:
         """Parameter shapes of one layer, by name."""
         h, i, q, k = self.hidden, self.intermediate, self.q_width, self.kv_width
         shapes: dict[str, tuple[int, ...]] = {}
-        linears = [("q_proj", q, h, self.qkv_bias), ("k_proj", k, h, self.qkv_bias), ("v_proj", k, h, self.qkv_bias),
-                   ("o_proj", h, q, self.out_bias), ("gate_proj", i, h, self.mlp_bias),
-                   ("up_proj", i, h, self.mlp_bias), ("down_proj", h, i, self.mlp_bias)]  # fmt: skip
+        linears = [
+            ("q_proj", q, h, self.qkv_bias),
+            ("k_proj", k, h, self.qkv_bias),
+            ("v_proj", k, h, self.qkv_bias),
+            ("o_proj", h, q, self.out_bias),
+            ("gate_proj", i, h, self.mlp_bias),
+            ("up_proj", i, h, self.mlp_bias),
+            ("down_proj", h, i, self.mlp_bias),
+        ]
         for name, rows, columns, bias in linears:
             shapes[f"{name}.weight"] = (rows, columns)
             if bias:
@@ -62,8 +68,10 @@ class ModelShape:
 
     def root_tensors(self) -> dict[str, tuple[int, ...]]:
         """Parameter shapes outside the layers, by name; a tied head is the embedding and not listed."""
-        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab, self.hidden),
-                                              "norm.weight": (self.hidden,)}  # fmt: skip
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens.weight": (self.vocab, self.hidden),
+            "norm.weight": (self.hidden,),
+        }
         return shapes if self.tied else shapes | {"lm_head.weight": (self.vocab, self.hidden)}
 
     def tensor_sizes(self) -> Iterator[int]:
@@ -111,8 +119,9 @@ def _read_shape(file: Path, name: str) -> ModelShape:
     except PlanError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise PlanError(f"{file} does not describe a model ({type(error).__name__}: {error}); take the file of the "
-                        "checkpoint") from error  # fmt: skip
+        raise PlanError(
+            f"{file} does not describe a model ({type(error).__name__}: {error}); take the file of the checkpoint"
+        ) from error
 
 
 def _cached(hub_id: str) -> list[Path]:
@@ -131,17 +140,26 @@ def parse_shape(config: Mapping[str, Any], name: str) -> ModelShape:
             f"model_type {family!r} of {name!r} is not one that or1 plan can count; it knows {', '.join(rules)}. "
             "Train with a small optim.max_tokens_per_rank and watch perf/peak_mem_gib instead"
         )
-    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if key not in config]  # fmt: skip
+    missing = [
+        key
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if key not in config
+    ]
     if missing:
         raise PlanError(f"the config.json of {name!r} has no {', '.join(missing)}; take the file of the checkpoint")
     heads = config["num_attention_heads"]
     return ModelShape(
-        name=name, family=family, vocab=config["vocab_size"], hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"], layers=config["num_hidden_layers"], heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads, tied=bool(config.get("tie_word_embeddings", False)),
+        name=name,
+        family=family,
+        vocab=config["vocab_size"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        tied=bool(config.get("tie_word_embeddings", False)),
         **rules[family](config),
-    )  # fmt: skip
+    )
 
 
 def _even_head_dim(config: Mapping[str, Any]) -> int:
@@ -160,8 +178,12 @@ def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", False))
-    return {"head_dim": _even_head_dim(config), "qkv_bias": bias, "out_bias": bias,
-            "mlp_bias": bool(config.get("mlp_bias", False))}  # fmt: skip
+    return {
+        "head_dim": _even_head_dim(config),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+    }
 
 
 def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,18 +52,28 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
     shape, device, choices = plan.shape, plan.device, plan.choices
     gpus = "" if choices.gpus == 1 else f"{choices.gpus} x "
     yield f"or1 plan: {visible(shape.name)}, {count_text(shape.parameters)} parameters, on {gpus}{device.name}"
-    yield (f"  device       {device.memory / GIB:.1f} GiB, {device.usable / GIB:.1f} usable, "
-           f"{device.tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({why_device})")  # fmt: skip
+    yield (
+        f"  device       {device.memory / GIB:.1f} GiB, {device.usable / GIB:.1f} usable, "
+        f"{device.tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({why_device})"
+    )
     eff = device.efficiency
-    yield (f"  assumed      {eff.matmul:.0%} of that in matrix products, {eff.attention:.0%} in attention, "
-           f"{eff.memory:.0%} of the bandwidth")  # fmt: skip
+    yield (
+        f"  assumed      {eff.matmul:.0%} of that in matrix products, {eff.attention:.0%} in attention, "
+        f"{eff.memory:.0%} of the bandwidth"
+    )
     work = plan.heaviest.work
-    yield (f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
-           "--mean-response says otherwise, the longest at it; no group rejected")  # fmt: skip
-    yield ("               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
-           "checkpoints and evaluations are not planned")  # fmt: skip
-    yield (f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "
-           f"{choices.optimizer}, weights {8 * choices.weight} bit, gradients {8 * choices.grad} bit")  # fmt: skip
+    yield (
+        f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
+        "--mean-response says otherwise, the longest at it; no group rejected"
+    )
+    yield (
+        "               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
+        "checkpoints and evaluations are not planned"
+    )
+    yield (
+        f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "
+        f"{choices.optimizer}, weights {8 * choices.weight} bit, gradients {8 * choices.grad} bit"
+    )
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -93,9 +103,15 @@ def _time_table(plan: Plan) -> Table:
         seconds = time.split.values()
         shares = " ".join(f"{s / time.total:.0%}" for s in seconds)
         table.add_row(
-            str(number), f"{work.sequences:,}", f"{work.max_response:,}", duration(time.total),
-            *map(duration, seconds), shares, count_text(time.tokens_per_s), f"{time.mfu:.0%}",
-        )  # fmt: skip
+            str(number),
+            f"{work.sequences:,}",
+            f"{work.max_response:,}",
+            duration(time.total),
+            *map(duration, seconds),
+            shares,
+            count_text(time.tokens_per_s),
+            f"{time.mfu:.0%}",
+        )
     return table
 
 
@@ -121,8 +137,10 @@ def conclusions(plan: Plan) -> list[str]:
         f"To change it: {_advice_on_time(plan, slowest)}.",
     ]
     if plan.largest_tokens:
-        lines.append(f"Largest optim.max_tokens_per_rank that fits: {plan.largest_tokens:,} (the longest sequence has "
-                     f"up to {plan.longest:,} tokens).")  # fmt: skip
+        lines.append(
+            f"Largest optim.max_tokens_per_rank that fits: {plan.largest_tokens:,} (the longest sequence has "
+            f"up to {plan.longest:,} tokens)."
+        )
     else:
         lines.append("No optim.max_tokens_per_rank fits: weights, gradients and optimizer alone are too much.")
     return lines
@@ -131,12 +149,18 @@ def conclusions(plan: Plan) -> list[str]:
 def _advice_on_time(plan: Plan, part: str) -> str:
     if part == "generation":
         faster = 'rollout.engine = "vllm", or ' if hasattr(plan.config.rollout, "vllm") else ""
-        return (f"{faster}a larger rollout.batch_size, if it fits" if plan.heaviest.work.engine == "hf"
-                else "a shorter context: stages that grow it; rollout.overlap or partial_tokens, which do not wait for "
-                "the longest response; more GPUs, which do")  # fmt: skip
+        return (
+            f"{faster}a larger rollout.batch_size, if it fits"
+            if plan.heaviest.work.engine == "hf"
+            else "a shorter context: stages that grow it; rollout.overlap or partial_tokens, which do not wait for "
+            "the longest response; more GPUs, which do"
+        )
     if part == "optimizer":
-        return ("more prompts a minibatch" if plan.choices.optimizer != "offload"
-                else 'optim.optimizer = "adamw8bit", which stays on the GPU')  # fmt: skip
+        return (
+            "more prompts a minibatch"
+            if plan.choices.optimizer != "offload"
+            else 'optim.optimizer = "adamw8bit", which stays on the GPU'
+        )
     return _WHAT_TO_CHANGE[part]
 
 
@@ -153,16 +177,25 @@ def verdict(plan: Plan) -> str:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The numbers of a plan: bytes, seconds, tokens."""
     return {
-        "model": plan.shape.name, "parameters": plan.shape.parameters, "device": asdict(plan.device),
-        "usable_bytes": plan.device.usable, "gpus": plan.choices.gpus, "fits": plan.fits,
-        "largest_max_tokens_per_rank": plan.largest_tokens, "remedy": plan.remedy and list(plan.remedy),
+        "model": plan.shape.name,
+        "parameters": plan.shape.parameters,
+        "device": asdict(plan.device),
+        "usable_bytes": plan.device.usable,
+        "gpus": plan.choices.gpus,
+        "fits": plan.fits,
+        "largest_max_tokens_per_rank": plan.largest_tokens,
+        "remedy": plan.remedy and list(plan.remedy),
         "stages": [
             {
-                "phases": {phase.name: phase.parts for phase in stage.memory.phases}, "host": stage.memory.host,
-                "peak_bytes": stage.memory.peak.total, "seconds": stage.time.parts,
-                "split_seconds": stage.time.split, "tokens": stage.time.tokens,
-                "tokens_per_s": stage.time.tokens_per_s, "mfu": stage.time.mfu,
+                "phases": {phase.name: phase.parts for phase in stage.memory.phases},
+                "host": stage.memory.host,
+                "peak_bytes": stage.memory.peak.total,
+                "seconds": stage.time.parts,
+                "split_seconds": stage.time.split,
+                "tokens": stage.time.tokens,
+                "tokens_per_s": stage.time.tokens_per_s,
+                "mfu": stage.time.mfu,
             }
             for stage in plan.stages
         ],
-    }  # fmt: skip
+    }

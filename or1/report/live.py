@@ -63,8 +63,9 @@ class RunDisplay:
             self._live.start(refresh=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._phase = None
             self._live.stop()
@@ -154,8 +155,15 @@ class RunDisplay:
         from rich.console import Group
 
         now, phase = time.monotonic(), self._phase
-        shown = Header(self._step, self._total, now - self._started, self._left(), self._stage_text(), phase,
-                       0.0 if phase is None else now - phase.since)  # fmt: skip
+        shown = Header(
+            self._step,
+            self._total,
+            now - self._started,
+            self._left(),
+            self._stage_text(),
+            phase,
+            0.0 if phase is None else now - phase.since,
+        )
         return Group(header(shown, self._console), *([] if self._table is None else [self._table]))
 
 
@@ -171,12 +179,23 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     print_pairs(pairs, console)
     console.print(_stage_table(config))
     optim, entropy = config.optim, config.loss.entropy
-    pairs = [("reward", config.reward.kind),
-             ("loss", f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
-              f"temperature {config.rollout.temperature:g}"), ("entropy", _entropy_text(entropy))]  # fmt: skip
-    pairs.append(("optimizer", f"{_OPTIMIZERS[optim.optimizer]}, lr {optim.lr:g} after {optim.warmup_steps} warm-up "
-                  f"updates, gradient norm <= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed "
-                  "row"))  # fmt: skip
+    pairs = [
+        ("reward", config.reward.kind),
+        (
+            "loss",
+            f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
+            f"temperature {config.rollout.temperature:g}",
+        ),
+        ("entropy", _entropy_text(entropy)),
+    ]
+    pairs.append(
+        (
+            "optimizer",
+            f"{_OPTIMIZERS[optim.optimizer]}, lr {optim.lr:g} after {optim.warmup_steps} warm-up "
+            f"updates, gradient norm <= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed "
+            "row",
+        )
+    )
     pairs += [("" if i else "evaluation", line) for i, line in enumerate(_eval_texts(config))]
     pairs.append(("checkpoint", f"every {config.checkpoint.every_steps} steps, newest {config.checkpoint.keep} kept"))
     pairs += [("run", config.run_dir), ("seed", str(config.seed))]
@@ -195,10 +214,13 @@ def _stage_table(config: Config) -> Table:
     for number_, stage in enumerate(config.stage, 1):
         most = stage.prompts_per_step * stage.group_size * stage.max_response_tokens
         table.add_row(
-            str(number_), f"{first}-{first + stage.steps - 1}", f"{stage.max_response_tokens:,}",
+            str(number_),
+            f"{first}-{first + stage.steps - 1}",
+            f"{stage.max_response_tokens:,}",
             f"{stage.prompts_per_step} x {stage.group_size}",
-            "1, on-policy" if stage.on_policy else str(stage.updates_per_step), f"{most:,}",
-        )  # fmt: skip
+            "1, on-policy" if stage.on_policy else str(stage.updates_per_step),
+            f"{most:,}",
+        )
         first += stage.steps
     return table
 
@@ -208,8 +230,10 @@ def _entropy_text(entropy: EntropyConfig) -> str:
         return "no bonus"
     if entropy.control == "constant":
         return f"constant coefficient {entropy.coef:g}"
-    return (f"adaptive ({entropy.variant}): target {entropy.target:g} nats per token, coefficient {entropy.coef:g} "
-            f"moving by {entropy.delta:g} within [{entropy.coef_min:g}, {entropy.coef_max:g}]")  # fmt: skip
+    return (
+        f"adaptive ({entropy.variant}): target {entropy.target:g} nats per token, coefficient {entropy.coef:g} "
+        f"moving by {entropy.delta:g} within [{entropy.coef_min:g}, {entropy.coef_max:g}]"
+    )
 
 
 def _eval_texts(config: Config) -> list[str]:

@@ -57,8 +57,9 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def _page(run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep],
-          notes: Sequence[str]) -> Iterator[str]:  # fmt: skip
+def _page(
+    run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
+) -> Iterator[str]:
     name = _text(_run_name(run))
     yield "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
     yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -142,9 +143,11 @@ def _score(course: Course) -> str:
     if course.change is None:
         return f'<p class="score"><span class="to">{course.first}</span><span class="by">so far</span></p>'
     way = "up" if course.change > 0 else "down" if course.change < 0 else ""
-    return (f'<p class="score"><span class="from">{course.first} &rarr;</span>'
-            f'<span class="to">{course.last}</span><span class="by {way}">{course.change_text}'
-            "</span></p>")  # fmt: skip
+    return (
+        f'<p class="score"><span class="from">{course.first} &rarr;</span>'
+        f'<span class="to">{course.last}</span><span class="by {way}">{course.change_text}'
+        "</span></p>"
+    )
 
 
 def _track(course: Course) -> str:
@@ -163,8 +166,10 @@ def _track(course: Course) -> str:
 def _facts(facts: Sequence[tuple[str, str, bool]]) -> str:
     if not facts:
         return ""
-    cells = (f'<div{" class=alert" if alert else ""}><b>{_text(value)}</b><span>{_text(label)}</span></div>'
-             for value, label, alert in facts)  # fmt: skip
+    cells = (
+        f"<div{' class=alert' if alert else ''}><b>{_text(value)}</b><span>{_text(label)}</span></div>"
+        for value, label, alert in facts
+    )
     return f'<section class="card facts">{"".join(cells)}</section>'
 
 
@@ -196,8 +201,10 @@ def _plot_card(plot: Plot) -> str:
         for entry in plot.legend
     )
     legend = f'<div class="legend">{marks}</div>'
-    return (f'<section class="card plot{" wide" if plot.wide else ""}"><h3>{_text(plot.title)}</h3>'
-            f'<p class="caption">{_text(plot.caption)}</p>{legend}{plot.svg}</section>\n')  # fmt: skip
+    return (
+        f'<section class="card plot{" wide" if plot.wide else ""}"><h3>{_text(plot.title)}</h3>'
+        f'<p class="caption">{_text(plot.caption)}</p>{legend}{plot.svg}</section>\n'
+    )
 
 
 def _eval_table(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]:
@@ -245,11 +252,13 @@ def _sample_card(sample: Sample) -> str:
     elif row.get("kept") is False:
         words.append("group rejected")
     words += [str(row["prompt_id"])] if row.get("prompt_id") else []
-    return (f'<article class="card sample"><div><span class="tag {sample.kind}">{sample.kind}</span>'
-            f'<div class="meta">{_text(_DOT.join(words))}</div></div>'
-            f'<div><p class="label">Prompt</p><pre class="short">{_text(row["prompt"])}</pre></div>'
-            f'<div><p class="label">Gold answer</p><pre class="short">{_text(golds)}</pre></div>'
-            f'<div><p class="label">Response</p><pre>{_response(sample)}</pre></div></article>')  # fmt: skip
+    return (
+        f'<article class="card sample"><div><span class="tag {sample.kind}">{sample.kind}</span>'
+        f'<div class="meta">{_text(_DOT.join(words))}</div></div>'
+        f'<div><p class="label">Prompt</p><pre class="short">{_text(row["prompt"])}</pre></div>'
+        f'<div><p class="label">Gold answer</p><pre class="short">{_text(golds)}</pre></div>'
+        f'<div><p class="label">Response</p><pre>{_response(sample)}</pre></div></article>'
+    )
 
 
 def _response(sample: Sample) -> str:
@@ -282,7 +291,7 @@ def _messages(run_dir: Path) -> Iterator[str]:
     if lines:
         what = f"The last {len(lines):,} lines of log.txt." if more else "All of log.txt."
         yield f'<h2>Messages</h2><div class="card"><p class="caption">{what}</p>'
-        yield f'<pre>{_text(chr(10).join(lines))}</pre></div>'
+        yield f"<pre>{_text(chr(10).join(lines))}</pre></div>"
 
 
 def _config(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -94,8 +94,11 @@ class RunData:
         shares = {"truncated responses": "completion/truncated", "without an answer": "reward/status/no_answer"}
         shares |= {"verifier timeouts": "reward/status/timeout", "verifier crashes": "reward/status/crash"}
         shares |= {"rewards that were None": "reward/status/skipped"}
-        counts = {label: self.count([number(record.get(key)) for record in self.records])
-                  for label, key in shares.items() if self.series(key)[0]}  # fmt: skip
+        counts = {
+            label: self.count([number(record.get(key)) for record in self.records])
+            for label, key in shares.items()
+            if self.series(key)[0]
+        }
         if unclosed := self.count([no_think_close(record) for record in self.records]):
             counts[NO_THINK_CLOSE] = unclosed
         if self.series("optim/skipped")[0]:
@@ -130,13 +133,16 @@ def load_run(run_dir: Path) -> RunData:
     records, notes = _parse(lines)
     found, committed = read_lines(metrics), read_marks(run_dir).get("committed", 0)
     if altered := sorted(found.altered):
-        notes.append(f"metrics.jsonl: the lines of {len(altered)} steps are not as they were written (first: step "
-                     f"{altered[0]}).")
+        notes.append(
+            f"metrics.jsonl: the lines of {len(altered)} steps are not as they were written (first: step {altered[0]})."
+        )
     if committed and (missing := sorted(set(range(committed + 1)) - found.lines.keys())):
         notes.append(f"metrics.jsonl has no line of {len(missing)} steps that the run did (first: step {missing[0]}).")
     if not records and read_marks(run_dir).get("committed"):
-        raise ReportError(f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
-                          "on with the run, whose later steps can be reported")
+        raise ReportError(
+            f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
+            "on with the run, whose later steps can be reported"
+        )
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")

@@ -35,14 +35,29 @@ _BINS = 150
 _WIDTH_IN = 5.8
 
 _STYLE = {
-    "svg.fonttype": "none", "font.size": 8.5, "font.family": "DejaVu Sans", "axes.linewidth": 0.8,
-    "axes.edgecolor": COLORS["grid"], "axes.labelcolor": COLORS["muted"], "text.color": COLORS["muted"],
-    "xtick.color": COLORS["grid"], "ytick.color": COLORS["grid"], "xtick.labelcolor": COLORS["muted"],
-    "ytick.labelcolor": COLORS["muted"], "grid.color": COLORS["grid"], "grid.linewidth": 0.6,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False,
-    "lines.solid_capstyle": "round", "lines.solid_joinstyle": "round", "axes.axisbelow": True,
-    "figure.facecolor": "none", "axes.facecolor": "none",
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "font.family": "DejaVu Sans",
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": COLORS["grid"],
+    "axes.labelcolor": COLORS["muted"],
+    "text.color": COLORS["muted"],
+    "xtick.color": COLORS["grid"],
+    "ytick.color": COLORS["grid"],
+    "xtick.labelcolor": COLORS["muted"],
+    "ytick.labelcolor": COLORS["muted"],
+    "grid.color": COLORS["grid"],
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.left": False,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -133,8 +148,9 @@ def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: 
     ax.step(steps, values, where="mid", color=color, linewidth=1.4, marker="o" if len(steps) == 1 else "")
 
 
-def _draw_line(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str,
-               stages: Sequence[tuple[int, int]]) -> None:  # fmt: skip
+def _draw_line(
+    ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, stages: Sequence[tuple[int, int]]
+) -> None:
     """A line through few points; through many, a smoothed line over the raw points."""
     if len(steps) < _SMOOTH_FROM:
         ax.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3.2 if len(steps) > 1 else 5)
@@ -194,8 +210,14 @@ def _mark_stages(run: RunData, axes: Sequence[Axes]) -> None:
         left = step - 0.5 if order else 0
         for ax in axes if order else ():
             ax.axvline(left, color=COLORS["ink"], linewidth=0.8, alpha=0.6, zorder=4)
-        axes[0].annotate(f"stage {index + 1}", (left, 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
-                         textcoords="offset points", fontsize=7.5)  # fmt: skip
+        axes[0].annotate(
+            f"stage {index + 1}",
+            (left, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            fontsize=7.5,
+        )
 
 
 def _format_y(ax: Axes, unit: str) -> None:
@@ -270,8 +292,16 @@ def _mean_rewards(run: RunData) -> Plot | None:
 
 
 def _outcomes(run: RunData) -> Plot | None:
-    names = {"ok": "s2", "wrong": "s0", "no_answer": "s3", "truncated": "s8", NO_THINK_CLOSE: "s1", "timeout": "s5",
-             "crash": "s6", "skipped": "s7"}  # fmt: skip
+    names = {
+        "ok": "s2",
+        "wrong": "s0",
+        "no_answer": "s3",
+        "truncated": "s8",
+        NO_THINK_CLOSE: "s1",
+        "timeout": "s5",
+        "crash": "s6",
+        "skipped": "s7",
+    }
     layers = {name: [number(r.get(f"reward/status/{name}"), 0.0) * 100 for r in run.records] for name in names}
     # On disk one status holds both.
     layers[NO_THINK_CLOSE] = [100 * no_think_close(record) for record in run.records]
@@ -294,8 +324,13 @@ def _time(run: RunData) -> Plot | None:
     return _stack(run, ("Time per step", caption, ""), layers, names, labels)
 
 
-def _stack(run: RunData, words: tuple[str, str, str], layers: dict[str, list[float]], colors: dict[str, str],
-           labels: dict[str, str]) -> Plot | None:  # fmt: skip
+def _stack(
+    run: RunData,
+    words: tuple[str, str, str],
+    layers: dict[str, list[float]],
+    colors: dict[str, str],
+    labels: dict[str, str],
+) -> Plot | None:
     """Stacked bars; with many steps, stacked areas of binned means."""
     layers = {name: values for name, values in layers.items() if any(value > 0 for value in values)}
     if not layers:

@@ -23,10 +23,18 @@ _COLUMNS += ("finish", "version", "advantage", "kept")
 _KINDS = ("solved", "partial", "failed", "truncated")
 # What a column may hold, and what a list in it.
 _TYPES: dict[str, tuple[type, ...]] = {
-    "status": (str,), "finish": (str,), "prompt_id": (str, NoneType), "prompt": (str, NoneType),
-    "response": (str, NoneType), "reward": (int, float, NoneType), "advantage": (int, float, NoneType),
-    "kept": (bool, NoneType), "golds": (list, NoneType), "token_ids": (list, NoneType), "logp": (list, NoneType),
-}  # fmt: skip
+    "status": (str,),
+    "finish": (str,),
+    "prompt_id": (str, NoneType),
+    "prompt": (str, NoneType),
+    "response": (str, NoneType),
+    "reward": (int, float, NoneType),
+    "advantage": (int, float, NoneType),
+    "kept": (bool, NoneType),
+    "golds": (list, NoneType),
+    "token_ids": (list, NoneType),
+    "logp": (list, NoneType),
+}
 _ITEM_TYPES: dict[str, tuple[type, ...]] = {"golds": (str,), "token_ids": (int,), "logp": (int, float)}
 
 
@@ -62,8 +70,11 @@ def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
     from pyarrow import ArrowException
 
     tokenizer = _tokenizer(run)
-    files = [(int(path.stem[5:]), path) for path in (run.path / "rollouts").glob("step_*.parquet")
-             if path.stem[5:].isdecimal()]
+    files = [
+        (int(path.stem[5:]), path)
+        for path in (run.path / "rollouts").glob("step_*.parquet")
+        if path.stem[5:].isdecimal()
+    ]
     files.sort()
     steps: dict[int, SampleStep] = {}
     notes = []

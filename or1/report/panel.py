@@ -33,12 +33,16 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("reward/mean", "reward", "fixed3", 1), Row("policy/entropy", "entropy", "fixed3", 0),
-    Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0), Row("completion/len_mean", "length", "count", 0),
-    Row("completion/truncated", "truncated", "percent", -1), Row("group/kept_share", "groups kept", "percent", 0),
-    Row("perf/tokens_per_s", "tokens/s", "count", 0), Row("optim/grad_norm", "grad norm", "short", 0),
+    Row("reward/mean", "reward", "fixed3", 1),
+    Row("policy/entropy", "entropy", "fixed3", 0),
+    Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0),
+    Row("completion/len_mean", "length", "count", 0),
+    Row("completion/truncated", "truncated", "percent", -1),
+    Row("group/kept_share", "groups kept", "percent", 0),
+    Row("perf/tokens_per_s", "tokens/s", "count", 0),
+    Row("optim/grad_norm", "grad norm", "short", 0),
     Row("reward/failed", "crash or timeout", "percent", -1),
-)  # fmt: skip
+)
 
 
 class Phase(NamedTuple):
@@ -86,8 +90,9 @@ def header(shown: Header, console: Console) -> RenderableType:
     return Group(*lines, _line(name, count, progress, [Text(clock(shown.phase_s), style="dim")], width))
 
 
-def _line(name: Text, count: str, progress: tuple[int, int] | None, cells: Sequence[Text],
-          width: int) -> RenderableType:  # fmt: skip
+def _line(
+    name: Text, count: str, progress: tuple[int, int] | None, cells: Sequence[Text], width: int
+) -> RenderableType:
     """name and count, a bar as wide as there is room for, and cells, on one line where they can fit at all."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table

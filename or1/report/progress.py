@@ -30,8 +30,15 @@ class Bar:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
             from rich.progress import TimeRemainingColumn as Left
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("responses"),
-                       TimeElapsedColumn(), TextColumn("left"), Left())  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("responses"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                Left(),
+            )
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
         return self

@@ -12,13 +12,18 @@ from or1.core.text import duration, value_text
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
 _LINE = (
-    (" reward {}", "reward/mean", "fixed3", 5), (" entropy {}", "policy/entropy", "fixed3", 5),
-    ("coef {}", "policy/entropy_coef", "fixed4", 6), (" len {}", "completion/len_mean", "tokens", 3),
-    ("cut {}", "completion/truncated", "percent0", 3), (" kept {}", "group/kept_share", "percent0", 3),
-    (" grad {}", "optim/grad_norm", "short", 5), (" {} tok/s", "perf/tokens_per_s", "count", 5),
-)  # fmt: skip
+    (" reward {}", "reward/mean", "fixed3", 5),
+    (" entropy {}", "policy/entropy", "fixed3", 5),
+    ("coef {}", "policy/entropy_coef", "fixed4", 6),
+    (" len {}", "completion/len_mean", "tokens", 3),
+    ("cut {}", "completion/truncated", "percent0", 3),
+    (" kept {}", "group/kept_share", "percent0", 3),
+    (" grad {}", "optim/grad_norm", "short", 5),
+    (" {} tok/s", "perf/tokens_per_s", "count", 5),
+)
 
 _FAILURES = ((" crash {}", "reward/status/crash"), (" timeout {}", "reward/status/timeout"))
+
 
 def sampled(record: Record, stages: Sequence[StageConfig]) -> int:
     """Return how many responses a training step sampled; 0 if neither the record nor its stage tells."""
@@ -129,8 +134,13 @@ class EvalHistory:
     def accuracy(self) -> Course:
         """The share of responses that are solved."""
         last = self.points[-1]
-        return Course(f"{self.name} avg@{self.k}", "percent", tuple(point.step for point in self.points),
-                      tuple(point.avg for point in self.points), last.ci95)  # fmt: skip
+        return Course(
+            f"{self.name} avg@{self.k}",
+            "percent",
+            tuple(point.step for point in self.points),
+            tuple(point.avg for point in self.points),
+            last.ci95,
+        )
 
     @property
     def mean_reward(self) -> Course | None:
@@ -138,8 +148,13 @@ class EvalHistory:
         given = [point for point in self.points if math.isfinite(point.reward)]
         if not given:
             return None
-        return Course(f"{self.name} reward", "fixed3", tuple(point.step for point in given),
-                      tuple(point.reward for point in given), given[-1].reward_ci95)  # fmt: skip
+        return Course(
+            f"{self.name} reward",
+            "fixed3",
+            tuple(point.step for point in given),
+            tuple(point.reward for point in given),
+            given[-1].reward_ci95,
+        )
 
     def courses(self, graded: bool) -> list[Course]:
         """What a person sees of this set, the leading number first; `graded` is `or1.reward.terms.graded_run`."""
@@ -156,8 +171,15 @@ def eval_histories(records: Iterable[Record]) -> tuple[EvalHistory, ...]:
             if match is None or not math.isfinite(number(record[key])):
                 continue
             name, k = match[1], int(match[2])
-            names = (key, f"{key}_ci95", f"eval/{name}/pass@{k}", f"eval/{name}/len_mean", f"eval/{name}/truncated",
-                     f"eval/{name}/reward_mean", f"eval/{name}/reward_mean_ci95")  # fmt: skip
+            names = (
+                key,
+                f"{key}_ci95",
+                f"eval/{name}/pass@{k}",
+                f"eval/{name}/len_mean",
+                f"eval/{name}/truncated",
+                f"eval/{name}/reward_mean",
+                f"eval/{name}/reward_mean_ci95",
+            )
             values = [number(record.get(n)) for n in names]
             points.setdefault((name, k), []).append(EvalPoint(record["step"], *values))
     return tuple(EvalHistory(name, k, tuple(found)) for (name, k), found in points.items())

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 _BAR = 40
 
 
-def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequence[EvalResult]],
-                     lines: Sequence[str], console: Console | None = None) -> None:  # fmt: skip
+def print_evaluation(
+    results: Sequence[EvalResult],
+    sources: Mapping[str, Sequence[EvalResult]],
+    lines: Sequence[str],
+    console: Console | None = None,
+) -> None:
     """Accuracy of every set and its sources, pass@k, and where the results are; graded rewards lead with their mean.
 
     sources  the results of each source of a set by the set's name; shown where there is more than one
@@ -31,8 +35,18 @@ def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequen
     console = console or default_console()
     graded, unclosed = any(result.graded for result in results), any(result.unclosed for result in results)
     more = [NO_THINK_CLOSE] * unclosed
-    table = _table("set", "problems", *["reward"] * graded, "avg@k, %", "k", "tokens", "truncated", *more, "no answer",
-                   "timeout, crash")  # fmt: skip
+    table = _table(
+        "set",
+        "problems",
+        *["reward"] * graded,
+        "avg@k, %",
+        "k",
+        "tokens",
+        "truncated",
+        *more,
+        "no answer",
+        "timeout, crash",
+    )
     for result in results:
         table.add_row(*_row(result, result.name, graded, unclosed), style="bold")
         of_set = sources.get(result.name, ())
@@ -53,8 +67,9 @@ def print_evaluation(results: Sequence[EvalResult], sources: Mapping[str, Sequen
         console.print(Text(visible(line)), soft_wrap=True)
 
 
-def print_difficulty(counts: Sequence[int], keep: tuple[int, int] | None, lines: Sequence[str],
-                     console: Console | None = None) -> None:  # fmt: skip
+def print_difficulty(
+    counts: Sequence[int], keep: tuple[int, int] | None, lines: Sequence[str], console: Console | None = None
+) -> None:
     """counts[c]: prompts solved c times of len(counts) - 1. keep: data.keep_difficulty, whose bounds are marked."""
     from rich.text import Text
 
@@ -69,8 +84,10 @@ def print_difficulty(counts: Sequence[int], keep: tuple[int, int] | None, lines:
         line = f"  {solved:>4}  {bar:<{_BAR}}  {count:>7,}  {100 * count / total:5.1f} %"
         console.print(Text(line + ("" if kept else "   left out"), style="" if kept else "dim"), soft_wrap=True)
     stay = sum(counts[max(low, 0) : high + 1])
-    console.print(Text(f"  keep_difficulty = [{low}, {high}] keeps {stay:,} of {total:,} prompts "
-                       f"({100 * stay / total:.1f} %)"), soft_wrap=True)  # fmt: skip
+    console.print(
+        Text(f"  keep_difficulty = [{low}, {high}] keeps {stay:,} of {total:,} prompts ({100 * stay / total:.1f} %)"),
+        soft_wrap=True,
+    )
     for line in lines:
         console.print(Text(visible(line)), soft_wrap=True)
 
@@ -93,9 +110,18 @@ def _row(result: EvalResult, name: str, graded: bool, unclosed: bool) -> list[st
     failed = [result.statuses.get(status.value, 0) for status in (Status.TIMEOUT, Status.CRASH)]
     none = result.statuses.get(Status.NO_ANSWER.value, 0)
     reward, no_close = [_reward(result.reward)] * graded, [f"{100 * result.unclosed:.1f} %"] * unclosed
-    return [Text(visible(name)), f"{result.problems:,}", *reward, _percent(result.avg), str(result.samples),
-            f"{result.length:,.0f}", f"{100 * result.truncated:.1f} %", *no_close, f"{100 * none / total:.1f} %",
-            ", ".join(map(str, failed)) if any(failed) else "-"]  # fmt: skip
+    return [
+        Text(visible(name)),
+        f"{result.problems:,}",
+        *reward,
+        _percent(result.avg),
+        str(result.samples),
+        f"{result.length:,.0f}",
+        f"{100 * result.truncated:.1f} %",
+        *no_close,
+        f"{100 * none / total:.1f} %",
+        ", ".join(map(str, failed)) if any(failed) else "-",
+    ]
 
 
 def _reward(estimate: Estimate) -> str:

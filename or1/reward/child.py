@@ -51,8 +51,6 @@ def framed(message: bytes) -> bytes:
     return len(message).to_bytes(4, "big") + message
 
 
-
-
 def live(pipe: socket.socket, worker: int, output: int | None, work: Work) -> NoReturn:
     """Be a child of the process `worker`. Ends at a closed pipe or with its worker, never returns.
 

@@ -58,20 +58,34 @@ def needs_of(function: Callable[..., Any], form: str) -> dict[str, Any]:
     Raises RewardFunctionError for a parameter that its form never gives.
     """
     name = getattr(function, "__name__", str(function))
-    required = [p for p in inspect.signature(function).parameters.values()
-                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+    required = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     if unnamed := [p.name for p in required if p.kind is p.POSITIONAL_ONLY]:
-        raise RewardFunctionError(f"{name}() takes {', '.join(unnamed)} by position only; remove the / from its "
-                                  "parameters, which are given by name")
-    nothing = {"row": {}, "source": "", "prompt": "", "prompt_ids": [], "golds": [], "completion": "",
-               "completion_ids": []}  # fmt: skip
+        raise RewardFunctionError(
+            f"{name}() takes {', '.join(unnamed)} by position only; remove the / from its "
+            "parameters, which are given by name"
+        )
+    nothing = {
+        "row": {},
+        "source": "",
+        "prompt": "",
+        "prompt_ids": [],
+        "golds": [],
+        "completion": "",
+        "completion_ids": [],
+    }
     given = _ARGUMENTS[form](nothing)
     missing = [p.name for p in required if p.name not in given]
     # These are in the data, and the form has its own use for them.
     never = [each for each in missing if form not in _WITH_COLUMNS or each not in _columns({"row": {each: None}})]
     if never:
-        raise RewardFunctionError(f"{name}() needs {', '.join(map(repr, never))}, which its form ({form}) does not "
-                                  f"give; it gives {', '.join(given)}. Give the parameter a default, or rename it")
+        raise RewardFunctionError(
+            f"{name}() needs {', '.join(map(repr, never))}, which its form ({form}) does not "
+            f"give; it gives {', '.join(given)}. Give the parameter a default, or rename it"
+        )
     return {"name": name, "form": form, "columns": missing}
 
 
@@ -146,8 +160,10 @@ def _module_of_name(place: str) -> Any:
         # A module that is there may lack one of its own imports, which is another matter.
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
-        raise RewardFunctionError(f"no module {error.name!r}; install it, put its folder into PYTHONPATH, or name the "
-                                  'file as "path/file.py:function"') from error
+        raise RewardFunctionError(
+            f"no module {error.name!r}; install it, put its folder into PYTHONPATH, or name the "
+            'file as "path/file.py:function"'
+        ) from error
 
 
 def _callables(module: Any) -> str:
@@ -311,8 +327,10 @@ def _reward(result: Any, batch: bool) -> float | None:
     if result is None or isinstance(result, float):
         return result
     if isinstance(result, int) and abs(result) > MAX_REWARD:
-        raise ValueError(f"the reward is a number of {result.bit_length()} bits, larger than {MAX_REWARD:g}; return a "
-                         "number of ordinary size")
+        raise ValueError(
+            f"the reward is a number of {result.bit_length()} bits, larger than {MAX_REWARD:g}; return a "
+            "number of ordinary size"
+        )
     if isinstance(result, bool | int):
         return float(result)
     raise ValueError(f"the function returned a {type(result).__name__}, not a number")

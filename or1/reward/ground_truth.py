@@ -128,10 +128,13 @@ def _code_tests(truth: Mapping[str, Any]) -> CodeTests:
         if key in truth:
             return make(truth)
     if "question_id" in truth:
-        raise GroundTruthError("tests are named by 'question_id' only, in files that run code when they are read; "
-                               "use LiveCodeBench's rows with public_test_cases and private_test_cases")
-    raise GroundTruthError(f"ground truth has the keys {sorted(map(str, truth))}, none of which holds tests; "
-                           f"known: {', '.join(_FORMATS)}")
+        raise GroundTruthError(
+            "tests are named by 'question_id' only, in files that run code when they are read; "
+            "use LiveCodeBench's rows with public_test_cases and private_test_cases"
+        )
+    raise GroundTruthError(
+        f"ground truth has the keys {sorted(map(str, truth))}, none of which holds tests; known: {', '.join(_FORMATS)}"
+    )
 
 
 # --- pairs of input and output
@@ -190,13 +193,16 @@ def _test_list(cases: Sequence[Any]) -> CodeTests:
     """DeepCoder and rllm: a list of objects, each one test."""
     for number, case in enumerate(cases, 1):
         if not isinstance(case, Mapping):
-            raise GroundTruthError(f"list of tests holds an object and, as item {number}, {_shown(case)}; "
-                                   "write one object for each test")
+            raise GroundTruthError(
+                f"list of tests holds an object and, as item {number}, {_shown(case)}; write one object for each test"
+            )
         missing = [key for key in ("input", "output") if case.get(key) is None]
         if missing:
             keys = ", ".join(sorted(map(str, case))[:8]) or "none"
-            raise GroundTruthError(f"list of objects, of which item {number} lacks {' and '.join(map(repr, missing))}; "
-                                   f"a test needs both, and the item has the keys: {keys}")
+            raise GroundTruthError(
+                f"list of objects, of which item {number} lacks {' and '.join(map(repr, missing))}; "
+                f"a test needs both, and the item has the keys: {keys}"
+            )
     return _tests_of_cases(cases, None)
 
 
@@ -212,8 +218,9 @@ def _tests_of_cases(cases: Sequence[Mapping[str, Any]], metadata: Any) -> CodeTe
         if names == {""}:
             raise GroundTruthError("functional test cases without metadata.func_name or fn_name")
         if len(names) > 1 or not all(_function_of(case) or _is_call(case) for case in cases):
-            raise GroundTruthError("tests of one row call different functions, or some call none: "
-                                   f"{', '.join(sorted(names))[:60]}")
+            raise GroundTruthError(
+                f"tests of one row call different functions, or some call none: {', '.join(sorted(names))[:60]}"
+            )
         pairs["fn_name"] = names.pop()
     return _pairs(pairs)
 
@@ -306,8 +313,9 @@ def _asserts(
     texts = [truth.get(key) for key in ("code", "canonical_solution", "prompt")]
     code, solution, question = (text if isinstance(text, str) else "" for text in texts)
     try:
-        found = complete(script, setup=setup, entry_point=entry_point, reference=code or solution, question=question,
-                         prelude=prelude)  # fmt: skip
+        found = complete(
+            script, setup=setup, entry_point=entry_point, reference=code or solution, question=question, prelude=prelude
+        )
     except TestedError as error:
         raise GroundTruthError(str(error)) from error
     return CodeTests("asserts", script=found.source, setup=setup, names=found.names)

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from or1.reward.scorer import Scorer
 
 
-def make_scorer(
-    config: RewardConfig, prompts: Iterable[Prompt] | None = None, folder: Path | None = None
-) -> Scorer:
+def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, folder: Path | None = None) -> Scorer:
     """The scorer of `[reward]`, with its worker processes started and warm.
 
     prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
@@ -33,20 +31,30 @@ def make_scorer(
     log = None if folder is None else folder / LOG_NAME
     if config.is_function:
         return CustomScorer(
-            config.kind, workers=config.workers, timeout_s=config.timeout_s, memory_bytes=config.memory_mib << 20,
-            grade_truncated=config.grade_truncated is not False, prompts=prompts or (), log=log,
-        )  # fmt: skip
+            config.kind,
+            workers=config.workers,
+            timeout_s=config.timeout_s,
+            memory_bytes=config.memory_mib << 20,
+            grade_truncated=config.grade_truncated is not False,
+            prompts=prompts or (),
+            log=log,
+        )
     kinds = {kind_of(prompt): prompt.id for prompt in prompts or ()}
     other = {"math": "code", "code": "math"}.get(config.kind)
     if other in kinds:
-        raise ScorerError(f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
-                          'reward.kind = "auto", or leave those rows out')
+        raise ScorerError(
+            f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
+            'reward.kind = "auto", or leave those rows out'
+        )
 
     def math() -> Scorer:
         return MathScorer(
-            workers=config.workers, timeout_s=config.timeout_s, require_think_close=config.require_think_close,
-            grade_truncated=bool(config.grade_truncated), log=log,
-        )  # fmt: skip
+            workers=config.workers,
+            timeout_s=config.timeout_s,
+            require_think_close=config.require_think_close,
+            grade_truncated=bool(config.grade_truncated),
+            log=log,
+        )
 
     makers = {"math": math, "code": lambda: _code_scorer(config, log)}
     return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
@@ -60,6 +68,9 @@ def _code_scorer(config: RewardConfig, log: Path | None) -> Scorer:
     options = config.code.model_dump()
     settings = CodeSettings(**options | {"sandbox": find_sandbox(config.code.sandbox)})
     return CodeScorer(
-        workers=config.workers, settings=settings, require_think_close=config.require_think_close,
-        grade_truncated=bool(config.grade_truncated), log=log,
-    )  # fmt: skip
+        workers=config.workers,
+        settings=settings,
+        require_think_close=config.require_think_close,
+        grade_truncated=bool(config.grade_truncated),
+        log=log,
+    )

@@ -120,9 +120,19 @@ def _as_words(answer: str, gold: str) -> tuple[str, str] | None:
 
 _BASED = re.compile(r"([0-9A-F.]+)(?:_(?:base)?|(?:in)?base)(\d{1,3}|[a-z]+)")
 _BASE_NAMES = {
-    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
-    "twelve": 12, "sixteen": 16,
-}  # fmt: skip
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
+    "twelve": 12,
+    "sixteen": 16,
+}
 
 
 def _based(text: str) -> tuple[str, int] | None:
@@ -139,10 +149,31 @@ def _upper_digits(group: re.Match[str]) -> str:
     return group[1].upper() if re.fullmatch("[0-9A-Fa-f ]+", group[1]) else group[1]
 
 
-_DOUBT = frozenset((
-    "or", "nor", "maybe", "perhaps", "possibly", "probably", "not", "never", "neither", "either", "except", "unless",
-    "if", "otherwise", "but", "than", "least", "most", "plus", "minus", "half",
-))  # fmt: skip
+_DOUBT = frozenset(
+    (
+        "or",
+        "nor",
+        "maybe",
+        "perhaps",
+        "possibly",
+        "probably",
+        "not",
+        "never",
+        "neither",
+        "either",
+        "except",
+        "unless",
+        "if",
+        "otherwise",
+        "but",
+        "than",
+        "least",
+        "most",
+        "plus",
+        "minus",
+        "half",
+    )
+)
 _SEPARATOR = re.compile(r"\s*,?\s*(?:and|or)\s*")
 _NUMBER_IN_WORDS = re.compile(r"(?<![\w^.])(?<!base )(?<!mod )\d+")
 
@@ -184,24 +215,47 @@ def _has_numbers_side_by_side(text: str) -> bool:
 _UNITS = {
     name: unit
     for unit, names in {
-        "second": "s sec secs second seconds", "minute": "min mins minute minutes", "hour": "h hr hrs hour hours",
-        "day": "day days", "week": "week weeks", "month": "month months", "year": "yr yrs year years",
-        "mm": "mm millimeter millimeters millimetre millimetres", "cm": "cm cms centimeter centimeters centimetre "
-        "centimetres", "m": "m meter meters metre metres", "km": "km kms kilometer kilometers kilometre kilometres",
-        "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yds yard yards", "mile": "mi mile miles",
-        "mg": "mg milligram milligrams", "g": "g gram grams", "kg": "kg kgs kilogram kilograms",
-        "pound": "lb lbs pound pounds", "ounce": "oz ounce ounces", "liter": "l liter liters litre litres",
-        "ml": "ml milliliter milliliters millilitre millilitres", "gallon": "gal gallon gallons",
-        "cent": "cent cents", "dollar": "dollar dollars", "euro": "euro euros",
-        "degree": "degree degrees deg", "radian": "rad radian radians",
-        "mph": "mph", "km/h": "kmh kmph kph km/h km/hr", "m/s": "m/s m/sec", "ft/s": "ft/s ft/sec",
+        "second": "s sec secs second seconds",
+        "minute": "min mins minute minutes",
+        "hour": "h hr hrs hour hours",
+        "day": "day days",
+        "week": "week weeks",
+        "month": "month months",
+        "year": "yr yrs year years",
+        "mm": "mm millimeter millimeters millimetre millimetres",
+        "cm": "cm cms centimeter centimeters centimetre centimetres",
+        "m": "m meter meters metre metres",
+        "km": "km kms kilometer kilometers kilometre kilometres",
+        "inch": "in inch inches",
+        "foot": "ft foot feet",
+        "yard": "yd yds yard yards",
+        "mile": "mi mile miles",
+        "mg": "mg milligram milligrams",
+        "g": "g gram grams",
+        "kg": "kg kgs kilogram kilograms",
+        "pound": "lb lbs pound pounds",
+        "ounce": "oz ounce ounces",
+        "liter": "l liter liters litre litres",
+        "ml": "ml milliliter milliliters millilitre millilitres",
+        "gallon": "gal gallon gallons",
+        "cent": "cent cents",
+        "dollar": "dollar dollars",
+        "euro": "euro euros",
+        "degree": "degree degrees deg",
+        "radian": "rad radian radians",
+        "mph": "mph",
+        "km/h": "kmh kmph kph km/h km/hr",
+        "m/s": "m/s m/sec",
+        "ft/s": "ft/s ft/sec",
     }.items()
     for name in names.split()
-}  # fmt: skip
+}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # Letters without \text{} are a unit behind a number only; behind letters they are one more variable.
-_UNIT = re.compile(rf"(?s:.+?){_TEXT}\{{([^{{}}]*)\}}\s*(?:\^\s*\{{?\s*(\d)\s*\}}?)?|"
-                   r"[-\d.,\s/]*\d\s*([A-Za-z]+(?:/[A-Za-z]+)?)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?")
+_UNIT = re.compile(
+    rf"(?s:.+?){_TEXT}\{{([^{{}}]*)\}}\s*(?:\^\s*\{{?\s*(\d)\s*\}}?)?|"
+    r"[-\d.,\s/]*\d\s*([A-Za-z]+(?:/[A-Za-z]+)?)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?"
+)
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})$")
 
 

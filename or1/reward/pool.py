@@ -39,14 +39,34 @@ GRACE_S = 10.0
 
 _log = logging.getLogger(__name__)
 _LOGGED_CRASHES = 5
+_STARTS = 3
 _SHOWN_CAUSE = 2000
 # What the maths verifier may need to find programs, libraries, folders and its language, and no token of the user's.
 _PLAIN = (
-    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8",
-    "PYTHONIOENCODING", "PYTHONCOERCECLOCALE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONNOUSERSITE",
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LANGUAGE",
+    "TZ",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
+    "PYTHONHOME",
+    "PYTHONHASHSEED",
+    "PYTHONUTF8",
+    "PYTHONIOENCODING",
+    "PYTHONCOERCECLOCALE",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONPYCACHEPREFIX",
+    "PYTHONNOUSERSITE",
     "PYTHONUSERBASE",
-)  # fmt: skip
+)
 
 
 class WorkerPool:
@@ -204,9 +224,10 @@ class _Worker:
         finally:
             theirs.close()
 
-    def await_ready(self) -> Any:
-        """Wait until the process takes jobs; returns what `begin` told.
+    def await_ready(self, starts: int = _STARTS) -> Any:
+        """Wait until the process takes jobs. Return what `begin` returned.
 
+        A process that is killed before that is started again, `starts` times in all.
         Raises ScorerError if it ends before or takes over START_LIMIT_S, RewardFunctionError with what `begin` raised.
         """
         try:
@@ -219,9 +240,15 @@ class _Worker:
             if path := json.loads(self._arguments[1]).get("path"):
                 raise RewardFunctionError(f"reward.kind: {path} {fate}; its module must be imported in that time")
         except (EOFError, OSError):
-            fate = f"ended with code {self._process.wait()} before it was ready"
-        raise ScorerError(f"reward worker {fate}; its own message stands above. `{sys.executable} -c "
-                          f"'import {self._arguments[0].partition(':')[0]}'` must work: reinstall or1 if not")
+            # Killed from outside, by the kernel out of memory for example: the next one may live.
+            if (code := self._process.wait()) == -signal.SIGKILL and starts > 1:
+                self.launch()
+                return self.await_ready(starts - 1)
+            fate = f"ended with code {code} before it was ready"
+        raise ScorerError(
+            f"reward worker {fate}; its own message stands above. `{sys.executable} -c "
+            f"'import {self._arguments[0].partition(':')[0]}'` must work: reinstall or1 if not"
+        )
 
     def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
         """Status and reward of one job, and the cause of a crash. Replaces a dead worker first; never raises."""

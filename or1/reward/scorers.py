@@ -26,6 +26,7 @@ MATH_MEMORY_BYTES = 2 << 30
 _SHOWN = 80
 """Characters of an answer's beginning and of its end in a report of a crash."""
 
+
 class _PoolScorer:
     """A scorer on a WorkerPool of its own."""
 
@@ -72,9 +73,13 @@ class MathScorer(_PoolScorer):
         self._timeout_s, self._require_think_close = timeout_s, require_think_close
         self._grade_truncated = grade_truncated
         self._pool = WorkerPool(
-            grader, workers=workers, memory_limit_bytes=MATH_MEMORY_BYTES, memo_size=memo_size, log=log,
+            grader,
+            workers=workers,
+            memory_limit_bytes=MATH_MEMORY_BYTES,
+            memo_size=memo_size,
+            log=log,
             plain_environment=True,
-        )  # fmt: skip
+        )
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
         """See `Scorer.submit`. Raises RuntimeError after `close`."""
@@ -158,9 +163,14 @@ class CustomScorer(_PoolScorer):
     ):
         self._timeout_s, self._grade_truncated = timeout_s, grade_truncated
         self._pool = WorkerPool(
-            "or1.reward.custom:grade_job", workers=workers, options={"path": path}, unscored_faults=True, log=log,
-            memory_limit_bytes=memory_bytes, memory_kind="DATA",
-        )  # fmt: skip
+            "or1.reward.custom:grade_job",
+            workers=workers,
+            options={"path": path},
+            unscored_faults=True,
+            log=log,
+            memory_limit_bytes=memory_bytes,
+            memory_kind="DATA",
+        )
         try:
             self.remarks = check_columns(self._pool.about, prompts)
         except ScorerError:

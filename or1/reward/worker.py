@@ -268,8 +268,11 @@ def _reply_in(got: bytearray, number: bytes) -> bytes | None:
     if size <= _MAX_REPLY and len(got) < 4 + size and number.startswith(found):
         return None
     if len(got) != 4 + size or found != number:
-        raise _ChildLost("crash", "wrote into the pipe on which its process replies, so no reply of it is taken; leave "
-                         "descriptors alone that the function did not open")
+        raise _ChildLost(
+            "crash",
+            "wrote into the pipe on which its process replies, so no reply of it is taken; leave "
+            "descriptors alone that the function did not open",
+        )
     return bytes(got[4 + NUMBER_BYTES :])
 
 

@@ -32,8 +32,12 @@ class Rollout:
 
     def plus(self, other: Rollout) -> Rollout:
         """Both one after the other."""
-        return Rollout(self.groups + other.groups, self.generate_s + other.generate_s, self.reward_s + other.reward_s,
-                       self.open + other.open)
+        return Rollout(
+            self.groups + other.groups,
+            self.generate_s + other.generate_s,
+            self.reward_s + other.reward_s,
+            self.open + other.open,
+        )
 
 
 def collect(

@@ -54,8 +54,10 @@ class EndpointEngine:
     ) -> Iterator[Finished]:
         """See `Engine.generate`. Raises EndpointError when a request fails for good; the others are given up."""
         if begun is not None:
-            raise EndpointError(f"{self._url} cannot go on with responses of another policy; partial rollouts need "
-                                "rollout.engine, without [endpoint]")
+            raise EndpointError(
+                f"{self._url} cannot go on with responses of another policy; partial rollouts need "
+                "rollout.engine, without [endpoint]"
+            )
         jobs: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         for p in range(len(prompts)):
             for s in range(sampling.samples):
@@ -99,10 +101,17 @@ class EndpointEngine:
 
     def _respond(self, prompt: Prompt, sampling: Sampling, p: int, s: int) -> Response:
         seed = seed_of_32_bits(sampling.seed, p, s)
-        answer = self._ask("/chat/completions", {
-            "model": self.model, "messages": list(prompt.messages), "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed,
-        })  # fmt: skip
+        answer = self._ask(
+            "/chat/completions",
+            {
+                "model": self.model,
+                "messages": list(prompt.messages),
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": seed,
+            },
+        )
         try:
             choice = answer["choices"][0]
             message = choice["message"]
@@ -148,11 +157,15 @@ class EndpointEngine:
                 cause, pause = f"{type(error).__name__}: {error}", None
             if attempt < self._config.retries:
                 pause = min(pause if pause is not None else 2.0**attempt, _LONGEST_PAUSE_S)
-                self._tell(f"{self._url}{path}: {cause[:200]}; attempt {attempt + 2} of {self._config.retries + 1} in "
-                           f"{pause:g} s")
+                self._tell(
+                    f"{self._url}{path}: {cause[:200]}; attempt {attempt + 2} of {self._config.retries + 1} in "
+                    f"{pause:g} s"
+                )
                 time.sleep(pause)
-        raise EndpointError(f"{self._url}{path} failed after {attempt + 1} attempts: {cause}; look at the server, or "
-                            "raise endpoint.timeout_s or endpoint.retries. The same command goes on from here")
+        raise EndpointError(
+            f"{self._url}{path} failed after {attempt + 1} attempts: {cause}; look at the server, or "
+            "raise endpoint.timeout_s or endpoint.retries. The same command goes on from here"
+        )
 
     def _tell(self, text: str) -> None:
         """A line on stderr, one a second at most: requests that run side by side fail side by side."""
@@ -166,12 +179,15 @@ class EndpointEngine:
 class _SameOrigin(urllib.request.HTTPRedirectHandler):
     """Follows a redirect within one server only: urllib would send the API key along to any other."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
-                         newurl: str) -> urllib.request.Request | None:  # fmt: skip
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         """Return the request that follows. Raises EndpointError if it is for another scheme, host or port."""
         if _origin(req.full_url) != _origin(newurl):
-            raise EndpointError(f"{req.full_url} redirects to {newurl}, another server, which does not get the API "
-                                "key; if that is the right one, set endpoint.url to its address")
+            raise EndpointError(
+                f"{req.full_url} redirects to {newurl}, another server, which does not get the API "
+                "key; if that is the right one, set endpoint.url to its address"
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

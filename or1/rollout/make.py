@@ -63,8 +63,10 @@ def serve(config: Config, host: str, port: int) -> None:
 
     require_vllm(config.rollout.vllm.allow_untested)
     if not os.environ.get(TOKEN_VARIABLE):
-        raise EngineError(f"{TOKEN_VARIABLE} is not set; set it to a secret of your choice, the same for `or1 train`: "
-                          "whoever has it can replace the weights")
+        raise EngineError(
+            f"{TOKEN_VARIABLE} is not set; set it to a secret of your choice, the same for `or1 train`: "
+            "whoever has it can replace the weights"
+        )
     import torch
     from transformers import AutoConfig
 

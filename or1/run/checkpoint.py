@@ -2,9 +2,9 @@
 
     checkpoints/step_20/   manifest.json  shard_0.safetensors  shard_1.safetensors ...
 
-A checkpoint is written into a hidden sibling folder (`or1.run.checkpoint_writer`), flushed to disk, and renamed; a crash at
-any instant leaves either the whole step or nothing that a reader looks at. Each rank writes its rows of every tensor;
-the manifest says which rows are where, so that any number of ranks can read them.
+A checkpoint is written into a hidden sibling folder (`or1.run.checkpoint_writer`), flushed to disk, and renamed; a
+crash at any instant leaves either the whole step or nothing that a reader looks at. Each rank writes its rows of every
+tensor; the manifest says which rows are where, so that any number of ranks can read them.
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ class CheckpointWriter:
     mark  called on the main rank with the step of every checkpoint that was committed
     """
 
-    def __init__(
-        self, folder: Path, keep: int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None
-    ):
+    def __init__(self, folder: Path, keep: int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None):
         self._folder, self._keep, self._world, self._mark = folder, keep, world, mark
         self._job: _Job | None = None
 
@@ -240,8 +238,11 @@ class _Job(threading.Thread):
         needed = sum(t.nbytes for t in self.checkpoint.tensors.values())
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
         remedy = _REMEDIES.get(error.errno, "make room, or lower checkpoint.keep")
-        stand = "The newest checkpoint before it stands" if committed_steps(self.folder) else (
-            "No checkpoint stands: what was trained is lost unless a later one is written")
+        stand = (
+            "The newest checkpoint before it stands"
+            if committed_steps(self.folder)
+            else ("No checkpoint stands: what was trained is lost unless a later one is written")
+        )
         return (
             f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written ({error}): it takes "
             f"{needed:,} bytes on rank {self.world.rank}, and {free:,} are free; {remedy}. {stand}"

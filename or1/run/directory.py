@@ -72,11 +72,15 @@ def require_movable(run_dir: Path) -> None:
     if not run_dir.is_dir() or not any(run_dir.iterdir()):
         return
     if Path.cwd().is_relative_to(run_dir.resolve()):
-        raise RunError(f"run_dir = {str(run_dir)!r} is the folder that this command runs in, or holds it, so --fresh "
-                       "cannot move it aside; start from another folder, or choose one with --set run_dir=...")
+        raise RunError(
+            f"run_dir = {str(run_dir)!r} is the folder that this command runs in, or holds it, so --fresh "
+            "cannot move it aside; start from another folder, or choose one with --set run_dir=..."
+        )
     if not any((run_dir / name).exists() for name in (RECORD, "metrics.jsonl", "checkpoints")):
-        raise RunError(f"{run_dir} holds no run (it has no {RECORD}), so --fresh leaves it where it is; choose another "
-                       "folder with --set run_dir=..., or train beside what is there, without --fresh")
+        raise RunError(
+            f"{run_dir} holds no run (it has no {RECORD}), so --fresh leaves it where it is; choose another "
+            "folder with --set run_dir=..., or train beside what is there, without --fresh"
+        )
 
 
 def _move_aside(run_dir: Path) -> list[str]:
@@ -117,10 +121,22 @@ def check_run_dir(config: Config) -> list[str]:
     changed = changed_keys(recorded, settings)
     done, begun = _stages_so_far(run_dir, steps)
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
-        stages = ("; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
-                  "until it ends, or if it is the last") if any(key.startswith("stage.") for key in fixed) else ""
-        altered = (f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
-                   "this command)") if is_altered(run_dir, (run_dir / RECORD).read_bytes()) else ""  # fmt: skip
+        stages = (
+            (
+                "; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
+                "until it ends, or if it is the last"
+            )
+            if any(key.startswith("stage.") for key in fixed)
+            else ""
+        )
+        altered = (
+            (
+                f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
+                "this command)"
+            )
+            if is_altered(run_dir, (run_dir / RECORD).read_bytes())
+            else ""
+        )
         raise RunError(
             f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}: "
             f"{described(fixed, recorded, settings)}. Set the old values to go on with that run, choose another folder "
@@ -215,8 +231,10 @@ def row_cap(run_dir: Path, least: int = 1) -> int | None:
         if type(cap) is not int or cap < least:
             raise ValueError(f"{cap!r}, the longest sequence may have {least}")
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError) as error:
-        raise RunError(f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and "
-                       "rows have optim.max_tokens_per_rank until memory runs out again") from error
+        raise RunError(
+            f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and "
+            "rows have optim.max_tokens_per_rank until memory runs out again"
+        ) from error
     return cap
 
 

@@ -28,8 +28,11 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     steps = step_folders(checkpoints_of(run_dir))
     lost = lost_newest(run_dir)
     if not steps:
-        raise RunError(lost or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
-                       "another run directory")
+        raise RunError(
+            lost
+            or f"{run_dir} has no checkpoint yet; train at least checkpoint.every_steps steps, or name "
+            "another run directory"
+        )
     if step is None and lost:
         tell(lost)
     chosen = step if step is not None else max(steps)
@@ -48,7 +51,9 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
         for name, parameter in model.named_parameters():
             saved = checkpoint.tensors.get(f"master.{name}")
             if saved is None or saved.shape != parameter.shape:
-                raise RunError(f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
-                               "has; it is of another model, or was altered")
+                raise RunError(
+                    f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
+                    "has; it is of another model, or was altered"
+                )
             parameter.copy_(saved)
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")

@@ -52,9 +52,12 @@ class InFlight:
 
     @classmethod
     def from_checkpoint(
-        cls, state: dict[str, Any], tensors: Mapping[str, Tensor], prompts: Sequence[Prompt],
+        cls,
+        state: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
-    ) -> InFlight:  # fmt: skip
+    ) -> InFlight:
         """The inverse of `to_checkpoint`. A prompt may be elsewhere now; a group whose prompt is gone is lost."""
         if not state:
             return cls()

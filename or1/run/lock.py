@@ -43,8 +43,10 @@ class RunLock:
         try:
             file = open(self._path, "a+", encoding="utf-8", opener=without_links)  # noqa: SIM115 - kept open
         except PermissionError as error:
-            raise RunError(f"{self._path} cannot be written ({error}); start as the user who began the run, or choose "
-                           "another folder with --set run_dir=...") from error
+            raise RunError(
+                f"{self._path} cannot be written ({error}); start as the user who began the run, or choose "
+                "another folder with --set run_dir=..."
+            ) from error
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EISDIR):
                 raise
@@ -88,8 +90,10 @@ class RunLock:
             raise self._held(text)
         other = text and host != socket.gethostname()
         elsewhere = f"; {self._path} names a process of another machine ({text})" if other else ""
-        warning = (f"the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a second "
-                   f"`or1 train` out of that folder{elsewhere}; start one at a time")
+        warning = (
+            f"the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a second "
+            f"`or1 train` out of that folder{elsewhere}; start one at a time"
+        )
         self.warnings = [warning]
 
     def close(self) -> None:
@@ -143,11 +147,15 @@ def _require_own_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(f"{folder} cannot be written ({error}); start as the user who began the run, or choose another "
-                       "folder with --set run_dir=...") from error
-    raise RunError(f"{folder} belongs to another user ({_name_of(owner)}), who could change the run or lead its files "
-                   "elsewhere; choose a folder of your own with --set run_dir=..., make one inside this one, or make "
-                   "this one yours with chown")
+        raise RunError(
+            f"{folder} cannot be written ({error}); start as the user who began the run, or choose another "
+            "folder with --set run_dir=..."
+        ) from error
+    raise RunError(
+        f"{folder} belongs to another user ({_name_of(owner)}), who could change the run or lead its files "
+        "elsewhere; choose a folder of your own with --set run_dir=..., make one inside this one, or make "
+        "this one yours with chown"
+    )
 
 
 def _name_of(user: int) -> str:

@@ -68,8 +68,10 @@ def lost_history(run_dir: Path, every: int) -> str:
     committed = read_marks(run_dir).get("committed")
     if committed or (committed is None and steps >= every):
         done = f"had a checkpoint of step {committed}" if committed else f"did {steps} steps"
-        return (f"{run_dir} holds a run that {done}, and {run_dir / 'checkpoints'} holds none; put that folder back, "
-                f"or mount its disk, {_ANEW}")
+        return (
+            f"{run_dir} holds a run that {done}, and {run_dir / 'checkpoints'} holds none; put that folder back, "
+            f"or mount its disk, {_ANEW}"
+        )
     return ""
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_FILES = ("config.resolved.json", "metrics.jsonl", ".lock", "row_tokens.json", ".marks.json", ".metrics.sums",
-          ".metrics.jsonl.partial", ".config.resolved.json.partial", ".marks.json.partial",
-          ".metrics.sums.partial")  # fmt: skip
+_FILES = (
+    "config.resolved.json",
+    "metrics.jsonl",
+    ".lock",
+    "row_tokens.json",
+    ".marks.json",
+    ".metrics.sums",
+    ".metrics.jsonl.partial",
+    ".config.resolved.json.partial",
+    ".marks.json.partial",
+    ".metrics.sums.partial",
+)
 _FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard")
 
 
@@ -16,8 +25,10 @@ def unreadable(path: str) -> str:
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        return (f"{path!r} has letters that Python cannot read in this locale (its encoding of file names is "
-                f"{sys.getfilesystemencoding()}); set PYTHONUTF8=1 or LANG=C.UTF-8, or choose another folder")
+        return (
+            f"{path!r} has letters that Python cannot read in this locale (its encoding of file names is "
+            f"{sys.getfilesystemencoding()}); set PYTHONUTF8=1 or LANG=C.UTF-8, or choose another folder"
+        )
     return ""
 
 

@@ -103,5 +103,7 @@ def _fit_to_data(trainer: Any, state: TrainState) -> None:
     size, sampler = len(trainer.data.prompts), state.sampler
     if sampler.cursor >= size:
         state.sampler = SamplerState(sampler.epoch + 1, 0)
-        trainer.display.message(f"the data has {size} prompts and {sampler.cursor} of the epoch were taken before; "
-                                f"epoch {state.sampler.epoch} begins")
+        trainer.display.message(
+            f"the data has {size} prompts and {sampler.cursor} of the epoch were taken before; "
+            f"epoch {state.sampler.epoch} begins"
+        )

@@ -68,8 +68,10 @@ def write_rollouts(
         for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True))
     ]
     if not folder.parent.is_dir():
-        raise RolloutError(f"{folder.parent} was removed or renamed while the run was at work; put it back, and the "
-                           "same command resumes from the newest checkpoint")
+        raise RolloutError(
+            f"{folder.parent} was removed or renamed while the run was at work; put it back, and the "
+            "same command resumes from the newest checkpoint"
+        )
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.parquet"
     partial = path.with_suffix(".partial")

@@ -63,7 +63,7 @@ class TrainState:
             )
 
     def note_evaluation(self, crashes: int, timeouts: int, remark: str) -> str:
-        """Count the failed scores of an evaluation. Return the remark on its rewards the first time in a run, then ""."""
+        """Count the failed scores of an evaluation. Return its remark the first time in a run, then ""."""
         self.totals["eval_crashes"] += crashes
         self.totals["eval_timeouts"] += timeouts
         first = remark if not self.totals["eval_remarks"] else ""

@@ -43,8 +43,9 @@ def make_rule(config: OptimConfig) -> Rule:
     if config.optimizer != "adamw8bit":
         return FullAdamW(config)
     if importlib.util.find_spec("torchao") is None:
-        raise OptimizerError('optim.optimizer = "adamw8bit" needs torchao; pip install "or1[torchao]", or use "adamw" '
-                             'or "offload"')
+        raise OptimizerError(
+            'optim.optimizer = "adamw8bit" needs torchao; pip install "or1[torchao]", or use "adamw" or "offload"'
+        )
     return AdamW8bit(config)
 
 
@@ -64,10 +65,22 @@ class FullAdamW:
         """See Rule."""
         beta1, beta2 = self.config.betas
         adamw(
-            [weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], foreach=False,
-            fused=self._fused(weight), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay,
-            eps=self.config.eps, maximize=False,
-        )  # fmt: skip
+            [weight],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            fused=self._fused(weight),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
 
     def flatten(self, state: State) -> dict[str, Tensor]:
         """See Rule."""
@@ -105,10 +118,20 @@ class AdamW8bit:
         state["step"] += 1
         beta1, beta2 = self.config.betas
         _adam_of(weight.is_cuda)(
-            weight, grad, state["step"], state["exp_avg"], state["exp_avg_sq"], None,
-            torch.tensor(lr, dtype=torch.float32), beta1, beta2, weight_decay, self.config.eps,
-            IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False,
-        )  # fmt: skip
+            weight,
+            grad,
+            state["step"],
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            None,
+            torch.tensor(lr, dtype=torch.float32),
+            beta1,
+            beta2,
+            weight_decay,
+            self.config.eps,
+            IS_ADAMW=True,
+            BF16_STOCHASTIC_ROUND=False,
+        )
 
     def flatten(self, state: State) -> dict[str, Tensor]:
         """See Rule."""

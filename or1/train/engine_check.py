@@ -107,6 +107,6 @@ def require_rounding(stats: UpdateStats, engine: Engine, config: Config, step: i
         f"step {step}: engine and trainer share their weights, but disagree about what was sampled: mismatch/kl is "
         f"{kl / tokens:.2g} over {tokens:.0f} tokens (limit in {config.model.dtype}: {limit:g}). Gradients are wrong. "
         "Likely causes: dropout or other noise in training, an attention that is not or1's, documents of a packed row "
-        "that see each other, a model or config changed by hand. See whether optim.share_prompts = \"off\" or "
-        "model.attention = \"sdpa\" helps, and report the architecture"
+        'that see each other, a model or config changed by hand. See whether optim.share_prompts = "off" or '
+        'model.attention = "sdpa" helps, and report the architecture'
     )

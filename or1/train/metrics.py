@@ -39,9 +39,11 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     # A response may have no reward (NaN), and so may all of a group; such a group is neither solved nor failed.
     scored = ~np.isnan(rewards)
     mean = np.divide(
-        rewards.sum(axis=1, where=scored), scored.sum(axis=1), out=np.full(len(groups), np.nan),
+        rewards.sum(axis=1, where=scored),
+        scored.sum(axis=1),
+        out=np.full(len(groups), np.nan),
         where=scored.any(axis=1),
-    )  # fmt: skip
+    )
     given = rewards[scored] if scored.any() else np.array([np.nan])
     pairs = [pair for group in groups for pair in zip(group.responses, group.scores, strict=True)]
     return {
@@ -126,8 +128,9 @@ class UpdateStats:
             return
         # Every rank has trained a row in every update, if only an anchor, so all have the same names.
         names = sorted(self.sums)
-        values = world.sum(torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64),
-                                        *(self.sums[name].cpu() for name in names)]))
+        values = world.sum(
+            torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64), *(self.sums[name].cpu() for name in names)])
+        )
         self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
         # Below every ratio, for a rank that has trained anchors only.
         mine = torch.zeros((), dtype=torch.float64) if self.ratio_max is None else self.ratio_max.double()

@@ -41,11 +41,15 @@ class MasterAdamW:
         self.updates = 0
         self.rule = make_rule(config)
         if world.size > 1 and config.optimizer == "adamw8bit":
-            raise OptimizerError('optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
-                                 'several ranks the moments are sharded anyway: use "adamw" or "offload"')
+            raise OptimizerError(
+                'optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
+                'several ranks the moments are sharded anyway: use "adamw" or "offload"'
+            )
         if world.size > 1 and config.weights == "stochastic":
-            raise OptimizerError('optim.weights = "stochastic" saves fp32 masters, but the shards of several ranks are '
-                                 'fp32 and their own masters: use "master"')
+            raise OptimizerError(
+                'optim.weights = "stochastic" saves fp32 masters, but the shards of several ranks are '
+                'fp32 and their own masters: use "master"'
+            )
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
         # What this rank holds of them; where they are not sharded, the parameters themselves.
@@ -158,8 +162,10 @@ class MasterAdamW:
         for i, (name, param, master) in enumerate(zip(self.names, self.shards, self.masters, strict=True)):
             weight, saved = param if master is None else master, tensors[f"master.{name}"]
             if saved.dtype != weight.dtype:
-                raise OptimizerError(f"the checkpoint's weights are {saved.dtype}, these settings keep {weight.dtype}: "
-                                     "it is of another optim.weights or model.dtype; resume with the run's settings")
+                raise OptimizerError(
+                    f"the checkpoint's weights are {saved.dtype}, these settings keep {weight.dtype}: "
+                    "it is of another optim.weights or model.dtype; resume with the run's settings"
+                )
             if saved.shape != weight.shape:
                 raise ValueError(f"master.{name} has shape {list(saved.shape)}, the model's has {list(weight.shape)}")
             weight.copy_(saved)

@@ -121,14 +121,18 @@ class RolloutFeed:
     def _sampling(self, stage: StageConfig, seed: int) -> Sampling:
         rollout = self._config.rollout
         return Sampling(
-            rollout.temperature, stage.max_response_tokens, stage.group_size, seed,
-            new_tokens=rollout.partial_tokens, deadline_s=rollout.deadline_s, top_p=rollout.top_p, top_k=rollout.top_k,
-        )  # fmt: skip
+            rollout.temperature,
+            stage.max_response_tokens,
+            stage.group_size,
+            seed,
+            new_tokens=rollout.partial_tokens,
+            deadline_s=rollout.deadline_s,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
 
     def _make(
         self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], scorer: Scorer, progress: Progress
     ) -> Rollout:
         """This rank's share."""
-        return collect_share(
-            self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress
-        )
+        return collect_share(self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress)

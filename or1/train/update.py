@@ -165,9 +165,7 @@ def with_ref_logp(
     return [replace(s, ref_logp=x) for s, x in zip(sequences, score(reference, sequences, settings), strict=True)]
 
 
-def score(
-    model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings
-) -> list[np.ndarray]:
+def score(model: PreTrainedModel, sequences: Sequence[TrainSequence], settings: UpdateSettings) -> list[np.ndarray]:
     """Log-probability of every trained token, float[L] a sequence, packed as the update packs them; no gradients.
 
     Every rank scores its share of the rows and gets all: an update that runs out of memory deals the rows out anew.
@@ -192,9 +190,7 @@ def score(
     return _gather_scores(scored, sequences, settings.world)
 
 
-def _gather_scores(
-    scored: dict[int, np.ndarray], sequences: Sequence[TrainSequence], world: World
-) -> list[np.ndarray]:
+def _gather_scores(scored: dict[int, np.ndarray], sequences: Sequence[TrainSequence], world: World) -> list[np.ndarray]:
     """The scores of all ranks, in the order of the sequences."""
     # Ranks of a sequence group have the same.
     own = scored if world.sequence_rank == 0 else {}

@@ -14,8 +14,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 whose head is a weight of its own."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=19, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=19,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     folder = tmp_path_factory.mktemp("untied")
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder

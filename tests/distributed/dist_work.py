@@ -76,8 +76,13 @@ def one_update(
                 sequences = with_old_logp(model, sequences, settings)
             assert update_policy(model, optimizer, sequences, settings, stats)
             stats.reduce(world)
-            results.append({"grads": optimizer.seen, "metrics": stats.metrics(),
-                            "weights": {n: whole(p) for n, p in model.named_parameters()}})
+            results.append(
+                {
+                    "grads": optimizer.seen,
+                    "metrics": stats.metrics(),
+                    "weights": {n: whole(p) for n, p in model.named_parameters()},
+                }
+            )
         return results
 
 
@@ -156,9 +161,12 @@ def update_out_of_memory(
         for failing, places in [("", {}), *failures]:
             model = load_model(model_config, world).train()
             optimizer, stats, told = Probe(model, OptimConfig(lr=1e-3), world), UpdateStats(), []
-            settings = {phase: UpdateSettings(PolicyObjective(), 0.03, 1.1, world=world,
-                                              budget=Budget(rows[phase != failing], tell=told.append))
-                        for phase in ("score", "update")}  # fmt: skip
+            settings = {
+                phase: UpdateSettings(
+                    PolicyObjective(), 0.03, 1.1, world=world, budget=Budget(rows[phase != failing], tell=told.append)
+                )
+                for phase in ("score", "update")
+            }
             if failing == "score":
                 OutOfMemoryOnce(model, places.get(world.rank))
             sequences = with_old_logp(model, sequences_of(MANY), settings["score"])
@@ -166,8 +174,14 @@ def update_out_of_memory(
                 OutOfMemoryOnce(model, places.get(world.rank))
             assert update_policy(model, optimizer, sequences, settings["update"], stats)
             stats.reduce(world)
-            results.append({"grads": optimizer.seen, "metrics": stats.metrics(), "told": told,
-                            "budgets": [s.budget.state() for s in settings.values()],
-                            "old_logp": {str(i): s.old_logp for i, s in enumerate(sequences)},
-                            "weights": {n: whole(p) for n, p in model.named_parameters()}})
+            results.append(
+                {
+                    "grads": optimizer.seen,
+                    "metrics": stats.metrics(),
+                    "told": told,
+                    "budgets": [s.budget.state() for s in settings.values()],
+                    "old_logp": {str(i): s.old_logp for i, s in enumerate(sequences)},
+                    "weights": {n: whole(p) for n, p in model.named_parameters()},
+                }
+            )
         return results

@@ -11,8 +11,14 @@ from rank_processes import run_ranks
 
 # Sequences of an update; below 0 with old log-probs, recomputed. One sequence leaves ranks without any.
 COUNTS = [13, 1, -13]
-NUMBERS = ("optim/loss", "optim/grad_norm", "policy/entropy_exact", "policy/clip_frac", "policy/ratio_mean",
-           "mismatch/kl")  # fmt: skip
+NUMBERS = (
+    "optim/loss",
+    "optim/grad_norm",
+    "policy/entropy_exact",
+    "policy/clip_frac",
+    "policy/ratio_mean",
+    "mismatch/kl",
+)
 
 
 def relative(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str, float]:
@@ -33,10 +39,16 @@ def alone(adder: Path) -> dict[str, list[dict]]:
     return {s: run_ranks(dist_work.one_update, 1, adder, "float32", 1, COUNTS, False, s)[0] for s in sharings}
 
 
-@pytest.mark.parametrize(("size", "sequence", "sharing"), [
-    (2, 1, "off"), (2, 2, "on"), pytest.param(4, 1, "off", marks=pytest.mark.slow),
-    pytest.param(2, 2, "off", marks=pytest.mark.slow), pytest.param(4, 2, "on", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "sequence", "sharing"),
+    [
+        (2, 1, "off"),
+        (2, 2, "on"),
+        pytest.param(4, 1, "off", marks=pytest.mark.slow),
+        pytest.param(2, 2, "off", marks=pytest.mark.slow),
+        pytest.param(4, 2, "on", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_do_not_depend_on_the_ranks(
     size: int, sequence: int, sharing: str, alone: dict[str, list[dict]], adder: Path
 ) -> None:

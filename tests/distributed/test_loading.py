@@ -13,15 +13,20 @@ from safetensors.torch import load_file, save_file
 from small_run import arguments, lines
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.architectures import CASES, write_checkpoint
+from benchmarks.architecture_cases import CASES
+from benchmarks.architectures import write_checkpoint
 from or1.config import ModelConfig
 from or1.model.load import load_model
 
 
-@pytest.mark.parametrize(("size", "dtype", "name"), [
-    (2, "float32", "adder"), pytest.param(4, "bfloat16", "untied", marks=pytest.mark.slow),
-    pytest.param(2, "float64", "untied", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "dtype", "name"),
+    [
+        (2, "float32", "adder"),
+        pytest.param(4, "bfloat16", "untied", marks=pytest.mark.slow),
+        pytest.param(2, "float64", "untied", marks=pytest.mark.slow),
+    ],
+)
 def test_every_rank_has_the_bits_of_the_checkpoint(
     size: int, dtype: str, name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -58,23 +63,38 @@ def test_layers_of_another_name_sinks_and_soft_caps_are_sharded(name: str, adder
     write_checkpoint(next(case for case in CASES if case.name == name), folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(adder / file, folder)
-    settings = {"model__path": folder, "loss__reject_zero_advantage": "false", "stage__0__steps": 1,
-                "stage__1__steps": 1, "loss__advantage_std": "false"}  # fmt: skip
+    settings = {
+        "model__path": folder,
+        "loss__reject_zero_advantage": "false",
+        "stage__0__steps": 1,
+        "stage__1__steps": 1,
+        "loss__advantage_std": "false",
+    }
     assert or1_ranks(2, arguments(tmp_path / "run", **settings), tmp_path / "log") == [0, 0]
     assert all(line["mismatch/kl"] < 1e-9 for line in lines(tmp_path / "run") if line["step"])
 
 
 @pytest.mark.slow
 def test_only_the_main_rank_ever_has_the_whole_model_in_memory(tmp_path: Path) -> None:
-    config = Qwen3Config(vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, head_dim=128,
-                         num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        head_dim=128,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
     model = Qwen3ForCausalLM(config)
     size = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
     main, *others = run_ranks(dist_work.memory_of_loading, 4, tmp_path)
-    print(f"the model has {size / 2**20:.0f} MiB; loading takes {main / 2**20:.0f} on the main rank and "
-          f"{max(others) / 2**20:.0f} on the others")  # fmt: skip
+    print(
+        f"the model has {size / 2**20:.0f} MiB; loading takes {main / 2**20:.0f} on the main rank and "
+        f"{max(others) / 2**20:.0f} on the others"
+    )
     assert main > size
     # Their shard is a quarter.
     assert max(others) < 0.6 * size

@@ -12,26 +12,41 @@ from or1.dist.oom_peers import CAN_STAND_IN
 from or1.train.update import longest_of
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
-FAILURES = [("score", {1: "layer 0 forward 1"}), ("score", {0: "head forward 2"}),
-            ("update", {1: "layer 0 forward 1"}), ("update", {0: "layer 1 forward 2"}),
-            ("update", {1: "head forward 1"}), ("update", {0: "head backward 2"}),
-            ("update", {1: "layer 1 backward 1"}), ("update", {1: "layer 0 backward 1"}),
-            ("update", {0: "layer 1 backward 1", 1: "layer 0 forward 1"})]  # fmt: skip
+FAILURES = [
+    ("score", {1: "layer 0 forward 1"}),
+    ("score", {0: "head forward 2"}),
+    ("update", {1: "layer 0 forward 1"}),
+    ("update", {0: "layer 1 forward 2"}),
+    ("update", {1: "head forward 1"}),
+    ("update", {0: "head backward 2"}),
+    ("update", {1: "layer 1 backward 1"}),
+    ("update", {1: "layer 0 backward 1"}),
+    ("update", {0: "layer 1 backward 1", 1: "layer 0 forward 1"}),
+]
 FEW = [FAILURES[0], FAILURES[-2]]
 
 
 @pytest.mark.skipif(not CAN_STAND_IN, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
-@pytest.mark.parametrize(("size", "sequence", "model", "dtype", "checkpointing", "failures"), [
-    pytest.param(4, 2, "adder", "float32", True, FEW, marks=pytest.mark.slow),
-    pytest.param(2, 2, "adder", "float32", True, FAILURES, marks=pytest.mark.nightly),
-    pytest.param(2, 1, "adder", "bfloat16", False, FAILURES, marks=pytest.mark.slow),
-    pytest.param(2, 1, "untied", "float32", True, FAILURES, marks=pytest.mark.nightly),
-    pytest.param(4, 2, "untied", "bfloat16", False, FAILURES, marks=pytest.mark.nightly),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "sequence", "model", "dtype", "checkpointing", "failures"),
+    [
+        pytest.param(4, 2, "adder", "float32", True, FEW, marks=pytest.mark.slow),
+        pytest.param(2, 2, "adder", "float32", True, FAILURES, marks=pytest.mark.nightly),
+        pytest.param(2, 1, "adder", "bfloat16", False, FAILURES, marks=pytest.mark.slow),
+        pytest.param(2, 1, "untied", "float32", True, FAILURES, marks=pytest.mark.nightly),
+        pytest.param(4, 2, "untied", "bfloat16", False, FAILURES, marks=pytest.mark.nightly),
+    ],
+)
 def test_all_ranks_go_on_in_half_the_row_with_the_same_bits(
-    size: int, sequence: int, model: str, dtype: str, checkpointing: bool, *, failures: list,
+    size: int,
+    sequence: int,
+    model: str,
+    dtype: str,
+    checkpointing: bool,
+    *,
+    failures: list,
     request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+) -> None:
     path = request.getfixturevalue(model)
     config = ModelConfig(path=str(path), dtype=dtype, device="cpu", gradient_checkpointing=checkpointing)
     longest = longest_of(dist_work.sequences_of(dist_work.MANY))

@@ -45,8 +45,13 @@ def test_twenty_steps_have_the_same_curve_on_any_ranks(tmp_path: Path) -> None:
     """1, 2 and 4 ranks, 2 and 4 with sequence parallelism 2; a held-out set; two updates a step in the first stage."""
     heldout = Path(arguments(tmp_path)[1]).parent / "tiny-adder" / "heldout.jsonl"
     sets = f'[{{name="greedy", path="{heldout}", temperature=0.0, limit=5}}]'
-    settings = {"stage__0__steps": 12, "stage__1__steps": 8, "stage__0__minibatch_prompts": 2,
-                "checkpoint__every_steps": 20, "eval__sets": sets}  # fmt: skip
+    settings = {
+        "stage__0__steps": 12,
+        "stage__1__steps": 8,
+        "stage__0__minibatch_prompts": 2,
+        "checkpoint__every_steps": 20,
+        "eval__sets": sets,
+    }
     worlds = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2 by 2": (2, 2), "4 by 2": (4, 2)}
     for name, (size, sequence) in worlds.items():
         command = arguments(tmp_path / name, dist__sequence_parallel=sequence, **settings)
@@ -62,8 +67,13 @@ def test_twenty_steps_have_the_same_curve_on_any_ranks(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_same_ranks_give_the_same_bits(tmp_path: Path) -> None:
-    settings = {"stage__0__steps": 12, "stage__1__steps": 8, "stage__0__prompts_per_step": 8,
-                "stage__1__prompts_per_step": 8, "checkpoint__every_steps": 20}  # fmt: skip
+    settings = {
+        "stage__0__steps": 12,
+        "stage__1__steps": 8,
+        "stage__0__prompts_per_step": 8,
+        "stage__1__prompts_per_step": 8,
+        "checkpoint__every_steps": 20,
+    }
     for name in ("once", "again"):
         assert or1_ranks(2, arguments(tmp_path / name, **settings), tmp_path / f"log {name}", timeout=300) == [0, 0]
     twice = [load_checkpoint(tmp_path / name / "checkpoints" / "step_20") for name in ("once", "again")]

@@ -17,8 +17,14 @@ from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-SETTINGS = {"stage__0__steps": 3, "stage__1__steps": 1, "rollout__engine": "vllm", "rollout__vllm__placement": "server",
-            "dist__timeout_s": 300, "dist__heartbeat_timeout_s": 60}  # fmt: skip
+SETTINGS = {
+    "stage__0__steps": 3,
+    "stage__1__steps": 1,
+    "rollout__engine": "vllm",
+    "rollout__vllm__placement": "server",
+    "dist__timeout_s": 300,
+    "dist__heartbeat_timeout_s": 60,
+}
 
 
 @pytest.mark.timeout(500)

@@ -43,9 +43,7 @@ def write_recipe(folder: Path, name: str, model: Path, files: Sequence[Path], *,
     sets = "".join(f'[[eval.sets]]\nname = "{f.stem}"\npath = "{f}"\nsamples = 4\n' for f in files)
     path = folder / f"{name}.toml"
     train = json.dumps([str(f) for f in files])
-    path.write_text(
-        RECIPE.format(run_dir=folder / name, model=model, train=train, batch=batch, limit=limit, sets=sets)
-    )
+    path.write_text(RECIPE.format(run_dir=folder / name, model=model, train=train, batch=batch, limit=limit, sets=sets))
     return path
 
 
@@ -120,11 +118,19 @@ def test_a_killed_filter_goes_on_and_its_file_chooses_prompts(
     kept = sum(1 <= row["passes"] <= 3 for row in rows)
     assert 0 < kept < 96 and all(row["pass_rate"] == row["passes"] / 4 for row in rows)
     settings = [
-        f'data.train="{sums}"', "data.keep_difficulty=[1, 3]", f"run_dir={tmp_path / 'run'}", "eval.sets=[]",
-        f'data.difficulty_file="{tmp_path / "killed" / "difficulty.parquet"}"', "log.tensorboard=false",
-        "stage.0.steps=1", "stage.1.steps=1", "stage.0.group_size=2", "stage.1.group_size=2",
-        "stage.0.prompts_per_step=4", "stage.1.prompts_per_step=4",
-    ]  # fmt: skip
+        f'data.train="{sums}"',
+        "data.keep_difficulty=[1, 3]",
+        f"run_dir={tmp_path / 'run'}",
+        "eval.sets=[]",
+        f'data.difficulty_file="{tmp_path / "killed" / "difficulty.parquet"}"',
+        "log.tensorboard=false",
+        "stage.0.steps=1",
+        "stage.1.steps=1",
+        "stage.0.group_size=2",
+        "stage.1.group_size=2",
+        "stage.0.prompts_per_step=4",
+        "stage.1.prompts_per_step=4",
+    ]
     trained = quick_or1("train", "examples/quickstart.toml", *(part for s in settings for part in ("--set", s)))
     assert trained.returncode == 0, trained.stderr
     assert f"{kept} kept, 0 over-long" in trained.stdout and "too easy" in trained.stdout
@@ -148,9 +154,16 @@ def make_random_model(folder: Path) -> Path:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\\n' }}"
     tokenizer.save_pretrained(folder)
     shape = Qwen2Config(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096, eos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
     Qwen2ForCausalLM(shape).save_pretrained(folder)
     return folder
 

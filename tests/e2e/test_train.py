@@ -17,12 +17,31 @@ from or1.run.checkpoint import committed_steps, load_checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (
-    "stage.0.steps=6", "stage.1.steps=4", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
-    "stage.0.group_size=8", "stage.1.group_size=8", "eval.sets.0.limit=16", "eval.sets.1.limit=4",
-    "checkpoint.every_steps=1", "checkpoint.keep=100", "eval.every_steps=4", "log.tensorboard=false",
-)  # fmt: skip
-SAME = ("reward/mean", "policy/entropy", "policy/entropy_coef", "policy/entropy_controller", "optim/loss",
-        "optim/grad_norm", "optim/lr", "completion/len_mean", "eval/greedy/avg@1", "eval/sampled/avg@4")  # fmt: skip
+    "stage.0.steps=6",
+    "stage.1.steps=4",
+    "stage.0.prompts_per_step=8",
+    "stage.1.prompts_per_step=8",
+    "stage.0.group_size=8",
+    "stage.1.group_size=8",
+    "eval.sets.0.limit=16",
+    "eval.sets.1.limit=4",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=100",
+    "eval.every_steps=4",
+    "log.tensorboard=false",
+)
+SAME = (
+    "reward/mean",
+    "policy/entropy",
+    "policy/entropy_coef",
+    "policy/entropy_controller",
+    "optim/loss",
+    "optim/grad_norm",
+    "optim/lr",
+    "completion/len_mean",
+    "eval/greedy/avg@1",
+    "eval/sampled/avg@4",
+)
 
 
 def arguments(run_dir: Path, *more: str) -> list[str]:
@@ -51,8 +70,10 @@ VARIANTS = {
     "on-policy": (),
     "two updates a rollout": ("stage.0.minibatch_prompts=4", "stage.1.minibatch_prompts=4"),
     "a mixture without what was solved": (
-        "data.train=[]", 'data.mix=[{path="examples/tiny-adder/train.jsonl", weight=2}, '
-        '{path="examples/tiny-adder/heldout.jsonl"}]', "data.drop_solved=true", "stage.0.group_size=2",
+        "data.train=[]",
+        'data.mix=[{path="examples/tiny-adder/train.jsonl", weight=2}, {path="examples/tiny-adder/heldout.jsonl"}]',
+        "data.drop_solved=true",
+        "stage.0.group_size=2",
     ),
     "partial rollouts": ("rollout.partial_tokens=16", "loss.is_cap=2.0"),
     "entropy bonus": ('loss.entropy.variant="paper"', "loss.entropy.target=9", "loss.entropy.coef=0.01"),
@@ -64,9 +85,7 @@ MARKS = {"entropy bonus": pytest.mark.slow}
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.nightly)) for n in VARIANTS])
-def test_ten_steps_equal_five_killed_and_five_resumed(
-    name: str, root: Path, quick_or1: Run, tmp_path: Path
-) -> None:
+def test_ten_steps_equal_five_killed_and_five_resumed(name: str, root: Path, quick_or1: Run, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     done = quick_or1(*arguments(straight, *VARIANTS[name]))
     assert done.returncode == 0, done.stderr
@@ -107,8 +126,15 @@ def finished(quick_or1: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_the_readme_names(finished: Path) -> None:
-    for name in ("config.resolved.json", "metrics.jsonl", "log.txt", "report.html", "rollouts/step_1.parquet",
-                 "checkpoints/step_3/manifest.json", "weights/step_3/model.safetensors"):  # fmt: skip
+    for name in (
+        "config.resolved.json",
+        "metrics.jsonl",
+        "log.txt",
+        "report.html",
+        "rollouts/step_1.parquet",
+        "checkpoints/step_3/manifest.json",
+        "weights/step_3/model.safetensors",
+    ):
         assert (finished / name).is_file(), name
     assert list((finished / "tensorboard").glob("events.*"))
     out = (finished / "stdout.txt").read_text()
@@ -137,18 +163,14 @@ def test_rollouts_hold_the_advantages_of_the_equation(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_trained_again(
-    finished: Path, quick_or1: Run
-) -> None:
+def test_a_finished_run_is_not_trained_again(finished: Path, quick_or1: Run) -> None:
     before = lines(finished)
     done = quick_or1(*arguments(finished, "stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true"))
     assert done.returncode == 0, done.stderr
     assert lines(finished) == before and "resumed after step 3" in done.stdout
 
 
-def test_other_settings_in_the_same_folder_are_refused(
-    finished: Path, quick_or1: Run
-) -> None:
+def test_other_settings_in_the_same_folder_are_refused(finished: Path, quick_or1: Run) -> None:
     done = quick_or1(*arguments(finished, "optim.lr=1e-3", "seed=5"))
     assert done.returncode == 70
     assert "optim.lr, seed" in done.stderr and "--fresh" in done.stderr and "Traceback" not in done.stderr
@@ -166,9 +188,7 @@ def test_report_and_export_of_a_run(finished: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_replay_repeats_a_step_bit_for_bit_and_writes_nothing(
-    finished: Path, quick_or1: Run
-) -> None:
+def test_replay_repeats_a_step_bit_for_bit_and_writes_nothing(finished: Path, quick_or1: Run) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     done = quick_or1("replay", str(finished), "2")
     assert done.returncode == 0, done.stderr
@@ -188,13 +208,15 @@ def test_dry_run_shows_the_plan_and_makes_nothing(
 
 
 @pytest.mark.slow
-def test_bad_rows_are_named_and_too_many_stop_the_run(
-    tmp_path: Path, quick_or1: Run
-) -> None:
+def test_bad_rows_are_named_and_too_many_stop_the_run(tmp_path: Path, quick_or1: Run) -> None:
     data = tmp_path / "train.jsonl"
     good = [json.dumps({"question": f"{i}+1", "answer": str(i + 1)}).encode() for i in range(20)]
-    bad = [b'{"question": "1+1", "ans', b'{"question": "\xff", "answer": "2"}', b'{"question": "1+1"}',
-           b'{"question": "", "answer": "2"}']  # fmt: skip
+    bad = [
+        b'{"question": "1+1", "ans',
+        b'{"question": "\xff", "answer": "2"}',
+        b'{"question": "1+1"}',
+        b'{"question": "", "answer": "2"}',
+    ]
     data.write_bytes(b"\n".join(good[:10] + bad + good[10:]) + b"\n")
     run = ["stage.0.steps=1", "stage.1.steps=1", "eval.sets=[]", f"data.train={data}"]
     stopped = quick_or1(*arguments(tmp_path / "a", *run))

@@ -15,13 +15,31 @@ from rank_processes import start_or1
 from or1.run.checkpoint import committed_steps
 
 SETTINGS = (
-    "stage.0.steps=9", "stage.1.steps=2", "stage.0.prompts_per_step=8", "stage.1.prompts_per_step=8",
-    "stage.0.group_size=8", "stage.1.group_size=8", "stage.0.minibatch_prompts=4", "stage.0.reuse=2",
-    "stage.0.until=plateau", "stage.0.plateau_evals=2", "stage.0.plateau_gain=9", "stage.0.max_response_tokens=24",
-    "loss.kl_coef=0.01", "loss.normaliser=sequence", "loss.denominator=sampled", "loss.advantage_mask=after",
-    "loss.refill_rounds=1", "reward.overlong_buffer=8", "eval.every_steps=1", "eval.sets.0.limit=16",
-    "eval.sets.1.limit=4", "checkpoint.every_steps=1", "checkpoint.keep=100", "log.tensorboard=false",
-)  # fmt: skip
+    "stage.0.steps=9",
+    "stage.1.steps=2",
+    "stage.0.prompts_per_step=8",
+    "stage.1.prompts_per_step=8",
+    "stage.0.group_size=8",
+    "stage.1.group_size=8",
+    "stage.0.minibatch_prompts=4",
+    "stage.0.reuse=2",
+    "stage.0.until=plateau",
+    "stage.0.plateau_evals=2",
+    "stage.0.plateau_gain=9",
+    "stage.0.max_response_tokens=24",
+    "loss.kl_coef=0.01",
+    "loss.normaliser=sequence",
+    "loss.denominator=sampled",
+    "loss.advantage_mask=after",
+    "loss.refill_rounds=1",
+    "reward.overlong_buffer=8",
+    "eval.every_steps=1",
+    "eval.sets.0.limit=16",
+    "eval.sets.1.limit=4",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=100",
+    "log.tensorboard=false",
+)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -18,8 +18,16 @@ from .test_train import SAME, arguments, kill_after_step, lines
 
 pytestmark = pytest.mark.vllm
 
-AHEAD = ('rollout.engine="vllm"', "rollout.overlap=true", "rollout.partial_tokens=16", "loss.is_cap=2.0",
-         "rollout.verify_every=3", "stage.0.steps=2", "stage.1.steps=4", "eval.every_steps=3")  # fmt: skip
+AHEAD = (
+    'rollout.engine="vllm"',
+    "rollout.overlap=true",
+    "rollout.partial_tokens=16",
+    "loss.is_cap=2.0",
+    "rollout.verify_every=3",
+    "stage.0.steps=2",
+    "stage.1.steps=4",
+    "eval.every_steps=3",
+)
 
 
 @pytest.mark.timeout(1500)

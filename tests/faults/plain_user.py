@@ -52,8 +52,14 @@ def _python(identity: dict[str, Any], environment: dict[str, str]) -> str:
     version = f"python3.{sys.version_info.minor}"
     for path in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
         try:
-            subprocess.run([path, "-c", "import plain_user, sandboxes"], env=environment, cwd="/", check=True,
-                           capture_output=True, **identity)  # fmt: skip
+            subprocess.run(
+                [path, "-c", "import plain_user, sandboxes"],
+                env=environment,
+                cwd="/",
+                check=True,
+                capture_output=True,
+                **identity,
+            )
         except (OSError, subprocess.CalledProcessError):
             continue
         return path
@@ -76,13 +82,22 @@ class Grader:
         shutil.copytree(Path(__file__).parent, self._folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         paths = [str(self._folder), str(self._folder / "tests"), *(p for p in sys.path if "site-packages" in p)]
         identity: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        environment = {"PATH": os.environ["PATH"], "HOME": "/", "PYTHONPATH": os.pathsep.join(paths),
-                       "HF_TOKEN": "hf_geheim"}  # fmt: skip
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": "/",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_TOKEN": "hf_geheim",
+        }
         self._process = subprocess.Popen(
             [_python(identity, environment), "-B", "-c", "import plain_user; plain_user.serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", start_new_session=True,
-            env=environment, **identity,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            start_new_session=True,
+            env=environment,
+            **identity,
+        )
         self.pid = self._process.pid
 
     def ask(self, **order: Any) -> Any:

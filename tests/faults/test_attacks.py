@@ -92,9 +92,25 @@ def nothing_won(form: Form, attack: str) -> None:
 
 def test_files_of_the_host_cannot_be_read(form: Form, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("hf_geheim")
-    paths = ["/etc/passwd", "/etc/shadow", "/etc/hostname", "/root", "/home", "/var", str(tmp_path), __file__, "/sys",
-             "/boot", "/run", "/proc/1/root/etc/passwd", "/proc/2/root/etc/passwd", "/proc/kcore"]  # fmt: skip
-    nothing_won(form, f"""
+    paths = [
+        "/etc/passwd",
+        "/etc/shadow",
+        "/etc/hostname",
+        "/root",
+        "/home",
+        "/var",
+        str(tmp_path),
+        __file__,
+        "/sys",
+        "/boot",
+        "/run",
+        "/proc/1/root/etc/passwd",
+        "/proc/2/root/etc/passwd",
+        "/proc/kcore",
+    ]
+    nothing_won(
+        form,
+        f"""
         # Folders on the way to this Python exist, with nothing else in them.
         shown = sys.executable + ":" + os.__file__ + ":" + ":".join(sys.path)
         for path in {paths!r}:
@@ -103,18 +119,22 @@ def test_files_of_the_host_cannot_be_read(form: Form, tmp_path: Path) -> None:
         for path in ("/proc/1/environ", "/proc/2/environ", "/proc/self/environ"):
             attempt(path, lambda: b"geheim" in open(path, "rb").read())
         attempt("environment", lambda: "HF_TOKEN" in os.environ)
-    """)
+    """,
+    )
 
 
 def test_nothing_of_the_host_can_be_written(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         for path in ("/", "/usr", "/etc", "/lib", "/bin", "/dev", "/proc", "/sys", "/usr/bin", "/usr/lib", "/var",
                      os.path.dirname(os.__file__)):
             attempt(path, lambda: open(path + "/or1-was-here", "w").write("x"))
         for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/1/oom_score_adj", "/dev/mem",
                      "/proc/2/oom_score_adj", "/proc/sys/vm/drop_caches", "/dev/kmsg", "/dev/sda", "/dev/vda"):
             attempt(path, lambda: os.open(path, os.O_WRONLY))
-    """)  # fmt: skip
+    """,
+    )
     assert not any(Path(folder, "or1-was-here").exists() for folder in ("/", "/usr", "/etc", "/lib", "/dev"))
 
 
@@ -122,7 +142,9 @@ def test_there_is_no_network(form: Form, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as abstract:
         abstract.bind("\0or1-attack")
         abstract.listen()
-        nothing_won(form, f"""
+        nothing_won(
+            form,
+            f"""
             port = {tcp.getsockname()[1]}
             attempt("tcp", lambda: socket.create_connection(("127.0.0.1", port), 1))
             attempt("internet", lambda: socket.create_connection(("1.1.1.1", 53), 1))
@@ -140,25 +162,32 @@ def test_there_is_no_network(form: Form, tmp_path: Path) -> None:
                 attempt(f"family {{family}}", lambda: [socket.socket(family, kind) for kind in (1, 2, 3, 5)])
                 attempt(f"family {{family}} raw", lambda: socket.socket(family, 3))
             attempt("raw", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
-        """)
+        """,
+        )
 
 
 def test_vsock_is_closed(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
             attempt(f"vsock {kind}", lambda: socket.socket(40, kind))
         attempt("pair", lambda: socket.socketpair(40, 1))
-    """)
+    """,
+    )
 
 
 def test_other_processes_cannot_be_seen_or_signalled(form: Form) -> None:
-    nothing_won(form, f"""
+    nothing_won(
+        form,
+        f"""
         for pid in ({os.getpid()}, {form.grader.pid}):
             attempt(f"see {{pid}}", lambda: os.stat(f"/proc/{{pid}}"))
             attempt(f"signal {{pid}}", lambda: os.kill(pid, 0) or True)
         attempt("many", lambda: len([n for n in os.listdir("/proc") if n.isdigit()]) > 4)
         attempt("init", lambda: os.kill(1, 9) or os.path.exists("/proc/1") and False)
-    """)
+    """,
+    )
     assert form.score("import os\nos.kill(-1, 9)\nprint(1)", [""], ["1"])[0] in (0.0, 1.0)
     assert form.score("print(1)", [""], ["1"]) == (1.0, "ok")
 
@@ -173,7 +202,9 @@ def test_a_signal_to_the_own_process_group_stays_inside(form: Form, number: int)
 
 
 def test_what_runs_the_program_is_closed_to_it(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         parent = os.getppid()
         for pid in (1, parent):
             attempt(f"memory {pid}", lambda: os.open(f"/proc/{pid}/mem", os.O_RDWR))
@@ -187,7 +218,8 @@ def test_what_runs_the_program_is_closed_to_it(form: Form) -> None:
             buffer = ctypes.create_string_buffer(8)
             io = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
             attempt(f"vm_read {pid}", lambda: libc.process_vm_readv(pid, io, 1, io, 1, 0))
-    """)
+    """,
+    )
 
 
 @pytest.mark.slow
@@ -216,14 +248,14 @@ def test_memory_stays_within_its_limit(form: Form, attack: str) -> None:
     programs = {
         "mapping": "x = []\nwhile True: x.append(b'x' * (1 << 24))",
         "threads": "import threading, time\nfor _ in range(999):\n"
-                   "    threading.Thread(target=time.sleep, args=(9,)).start()",
+        "    threading.Thread(target=time.sleep, args=(9,)).start()",
         "descriptors": "import os\nx = [os.pipe() for _ in range(999)]",
         "scratch": "for i in range(999): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
         "sockets": "import socket\nfor _ in range(120):\n    a, b = socket.socketpair()\n    a.setblocking(False)\n"
-                   "    x = globals().setdefault('x', [])\n    x += [a, b]\n    try:\n"
-                   "        while True: a.send(bytes(4096))\n"
-                   "    except BlockingIOError: pass\nwhile True: pass",
-    }  # fmt: skip
+        "    x = globals().setdefault('x', [])\n    x += [a, b]\n    try:\n"
+        "        while True: a.send(bytes(4096))\n"
+        "    except BlockingIOError: pass\nwhile True: pass",
+    }
     with census(form.grader.pid) as watched:
         reward, _ = form.score(programs[attack] + "\nprint(1)", ["", ""], ["1", "1"], test_timeout_s=1.0)
     assert reward == 0
@@ -231,27 +263,35 @@ def test_memory_stays_within_its_limit(form: Form, attack: str) -> None:
 
 
 def test_no_memory_outside_the_limit_by_system_v(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         attempt("shmget", lambda: libc.shmget(0, 64 << 20, 0o1600))
         attempt("msgget", lambda: libc.msgget(0, 0o1600))
         attempt("semget", lambda: libc.semget(0, 9, 0o1600))
         attempt("mqueue", lambda: libc.syscall(240 if X86 else 180, b"x", 0o102, 0o600, None))
-    """)
+    """,
+    )
 
 
 def test_no_memory_outside_the_limit_by_memfd_or_mounts(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         attempt("memfd", lambda: os.memfd_create("x"))
         attempt("memfd_secret", lambda: libc.syscall(447, 0))
         attempt("tmpfs", lambda: libc.mount(b"x", b"/tmp", b"tmpfs", 0, b"size=4G") == 0)
         attempt("fsopen", lambda: libc.syscall(430, b"tmpfs", 0))
-    """)
+    """,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["mapping", "zero", "socket", "pipe"])
 def test_no_memory_that_is_charged_to_nobody(form: Form, how: str) -> None:
-    nothing_won(form, f"""
+    nothing_won(
+        form,
+        f"""
         import fcntl, mmap
         if "{how}" == "mapping":
             attempt("shared", lambda: mmap.mmap(-1, 1 << 20))
@@ -267,7 +307,8 @@ def test_no_memory_that_is_charged_to_nobody(form: Form, how: str) -> None:
             attempt("aio", lambda: libc.syscall(206 if X86 else 0, 1, ctypes.byref(ctypes.c_ulong())) != -1)
             attempt("inotify", lambda: libc.inotify_init1(0))
             attempt("lock", lambda: fcntl.flock(open("/usr/bin/env", "rb"), fcntl.LOCK_EX) or True)
-    """)
+    """,
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,12 +335,22 @@ def test_files_are_limited_in_number(form: Form) -> None:
     assert form.score(program, [""], ["1"], test_timeout_s=20.0, total_timeout_s=60.0) == (0.0, "wrong")
 
 
-NAMESPACES = {"user": 0x10000000, "mount": 0x20000, "network": 0x40000000, "process": 0x20000000, "ipc": 0x8000000,
-              "uts": 0x4000000, "cgroup": 0x2000000, "time": 0x80}  # fmt: skip
+NAMESPACES = {
+    "user": 0x10000000,
+    "mount": 0x20000,
+    "network": 0x40000000,
+    "process": 0x20000000,
+    "ipc": 0x8000000,
+    "uts": 0x4000000,
+    "cgroup": 0x2000000,
+    "time": 0x80,
+}
 
 
 def test_no_namespace_can_be_made_or_entered(form: Form) -> None:
-    nothing_won(form, f"""
+    nothing_won(
+        form,
+        f"""
         for name, flag in {NAMESPACES!r}.items():
             attempt(f"unshare {{name}}", lambda: libc.unshare(flag) == 0)
             attempt(f"with a user {{name}}", lambda: libc.unshare(flag | 0x10000000) == 0)
@@ -321,11 +372,14 @@ def test_no_namespace_can_be_made_or_entered(form: Form) -> None:
         attempt("clone3", clone3)
         for name in ("user", "mnt", "pid", "net"):
             attempt(f"setns {{name}}", lambda: libc.setns(os.open(f"/proc/1/ns/{{name}}", 0), 0) == 0)
-    """)
+    """,
+    )
 
 
 def test_no_mount_and_no_root_even_from_a_new_namespace(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         libc.unshare(0x10000000 | 0x20000 | 0x40000000)
         for flags, target in ((32, b"/usr"), (32, b"/"), (4096, b"/tmp")):
             attempt(f"mount {target}", lambda: libc.mount(b"/usr", target, None, flags, None) == 0)
@@ -339,11 +393,14 @@ def test_no_mount_and_no_root_even_from_a_new_namespace(form: Form) -> None:
         attempt("sethostname", lambda: socket.sethostname("x") or True)
         attempt("su", lambda: subprocess.run(["su", "-c", "true"], stdin=subprocess.DEVNULL).returncode == 0)
         attempt("mount program", lambda: subprocess.run(["mount", "-t", "tmpfs", "x", "/tmp"]).returncode == 0)
-    """)
+    """,
+    )
 
 
 def test_calls_of_the_kernel_that_lead_out_are_refused(form: Form) -> None:
-    nothing_won(form, """
+    nothing_won(
+        form,
+        """
         calls = {"bpf": (321, 280), "perf": (298, 241), "userfaultfd": (323, 282), "kexec": (246, 104),
                  "init_module": (175, 105), "finit_module": (313, 273), "swapon": (167, 224), "acct": (163, 89),
                  "reboot": (169, 142), "syslog": (103, 116), "settimeofday": (164, 170), "chroot": (161, 51),
@@ -359,7 +416,8 @@ def test_calls_of_the_kernel_that_lead_out_are_refused(form: Form) -> None:
             attempt(f"limit {limit}", lambda: resource.setrlimit(limit, (-1, -1)) or True)
         attempt("terminal", lambda: __import__("fcntl").ioctl(0, 0x5412, b"x"))
         attempt("oom", lambda: open("/proc/self/oom_score_adj", "w").write("-1000"))
-    """)
+    """,
+    )
 
 
 def test_keyrings_carry_nothing_to_the_next_program(form: Form) -> None:
@@ -374,7 +432,9 @@ add, control = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
 
 
 def test_programs_share_nothing(form: Form) -> None:
-    leave = LEFT + """
+    leave = (
+        LEFT
+        + """
 import time
 for folder in ("/tmp", "/dev/shm"):
     open(folder + "/left", "w").write("x")
@@ -382,6 +442,7 @@ files = sorted(left("/tmp") + left("/dev/shm"))
 print(files, len([n for n in os.listdir("/proc") if n.isdigit()]), flush=True)
 time.sleep(0.5)
 """
+    )
     for printed in form.grader.ask(together=[leave, leave], kind=form.kind):
         assert printed.split("]")[0] == "['left', 'left'" and int(printed.split("]")[1]) <= 3, printed
     assert form.output(LEFT + "print(left('/tmp'), left('/dev/shm'))").strip() == "[] []"

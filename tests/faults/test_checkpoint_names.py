@@ -85,13 +85,18 @@ def test_a_link_in_a_checkpoint_is_not_followed(
 
 
 BROKEN = {
-    "deep": "[" * 100_000, "digits": '{"format": ' + "9" * 5000 + "}", "list": "[]", "number": "1", "text": "{",
-    "files": '{"format": 2, "files": [1]}', "entry": '{"format": 2, "files": {"a": 1}}',
+    "deep": "[" * 100_000,
+    "digits": '{"format": ' + "9" * 5000 + "}",
+    "list": "[]",
+    "number": "1",
+    "text": "{",
+    "files": '{"format": 2, "files": [1]}',
+    "entry": '{"format": 2, "files": {"a": 1}}',
     "size": '{"format": 2, "files": {"a": {"sha256": "", "bytes": "many"}}}',
     "tensors": '{"format": 2, "files": {}, "tensors": []}',
     "parts": '{"format": 2, "files": {}, "tensors": {"w": {"parts": [[]]}}}',
     "part": '{"format": 2, "files": {}, "tensors": {"w": {"parts": [[["w"]]]}}}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -112,10 +117,14 @@ def test_a_manifest_of_another_shape_is_one_line_and_the_checkpoint_before_is_us
 
 @pytest.mark.parametrize(
     "change",
-    [lambda m: m["tensors"]["master.w"].update(rows="many"), lambda m: m["tensors"]["master.w"].update(parts=[]),
-     lambda m: m["tensors"]["master.w"].update(rows=4, parts=[[SHARD]]), lambda m: m.pop("state"),
-     lambda m: m["tensors"]["master.w"].update(rows=4, parts=[[SHARD, 0, "all"]])],
-)  # fmt: skip
+    [
+        lambda m: m["tensors"]["master.w"].update(rows="many"),
+        lambda m: m["tensors"]["master.w"].update(parts=[]),
+        lambda m: m["tensors"]["master.w"].update(rows=4, parts=[[SHARD]]),
+        lambda m: m.pop("state"),
+        lambda m: m["tensors"]["master.w"].update(rows=4, parts=[[SHARD, 0, "all"]]),
+    ],
+)
 def test_a_manifest_whose_parts_make_no_sense_is_one_line(change: Callable[[dict], None], run_dir: Path) -> None:
     edit(run_dir / "checkpoints" / "step_2", change)
     latest, warnings = load_latest(run_dir / "checkpoints")

@@ -33,13 +33,24 @@ HELDOUT = f'eval.sets=[{{name="held", path="{ROOT}/examples/tiny-adder/heldout.j
 TINY = {"stage__0__steps": 2, "stage__1__steps": 1, "eval__every_steps": 50}
 LONGER = TINY | {"stage__1__steps": 2}
 KINDS = {
-    "manifest": "checkpoints/step_*/manifest.json", "shard": "checkpoints/step_*/*.safetensors",
-    "metrics": "metrics.jsonl", "rollouts": "rollouts/*.parquet", "record": "config.resolved.json",
-    "marks": ".marks.json", "sums": ".metrics.sums", "lock": ".lock", "weights": "weights/step_*/*", "log": "log.txt",
-    "report": "report.html", "rows": "row_tokens.json", "transcripts": "eval/*/transcripts/*.parquet",
-    "parts": "eval/*/parts/*/settings.json", "results": "eval/*/*.json", "step": "checkpoints/step_*",
+    "manifest": "checkpoints/step_*/manifest.json",
+    "shard": "checkpoints/step_*/*.safetensors",
+    "metrics": "metrics.jsonl",
+    "rollouts": "rollouts/*.parquet",
+    "record": "config.resolved.json",
+    "marks": ".marks.json",
+    "sums": ".metrics.sums",
+    "lock": ".lock",
+    "weights": "weights/step_*/*",
+    "log": "log.txt",
+    "report": "report.html",
+    "rows": "row_tokens.json",
+    "transcripts": "eval/*/transcripts/*.parquet",
+    "parts": "eval/*/parts/*/settings.json",
+    "results": "eval/*/*.json",
+    "step": "checkpoints/step_*",
     "folder": "*/",
-}  # fmt: skip
+}
 # The kinds that a resume depends on come more often.
 WEIGHTS = {"manifest": 5, "shard": 4, "metrics": 4, "rollouts": 4, "weights": 3, "step": 2}
 CODES = {0, 2, 65, 70, 75}

@@ -62,9 +62,12 @@ def others_work() -> float:
 
 
 CASES = [
-    ("1/2", r"\boxed{0.5}"), ("1/2", r"\boxed{0.25}"), ("x", "none"), ("7", r"\boxed{\sqrt{49}}"),
+    ("1/2", r"\boxed{0.5}"),
+    ("1/2", r"\boxed{0.25}"),
+    ("x", "none"),
+    ("7", r"\boxed{\sqrt{49}}"),
     (r"\frac{1}{3}", r"\boxed{\frac{2}{6}}"),
-]  # fmt: skip
+]
 IN_A_SCRIPT = """
 import json, sys
 import numpy as np

@@ -18,8 +18,12 @@ from or1.run.checkpoint import committed_steps, load_checkpoint, verify_checkpoi
 KILLS = 20
 SAME = ("reward/mean", "policy/entropy", "policy/entropy_coef", "optim/loss", "optim/grad_norm", "optim/lr")
 # Short steps: what matters here is the saves.
-QUICK = {"stage__0__steps": KILLS + 1, "stage__1__steps": 1, "stage__0__max_response_tokens": 14,
-         "stage__1__max_response_tokens": 14}  # fmt: skip
+QUICK = {
+    "stage__0__steps": KILLS + 1,
+    "stage__1__steps": 1,
+    "stage__0__max_response_tokens": 14,
+    "stage__1__max_response_tokens": 14,
+}
 
 
 def kill_in_save(run_dir: Path, log: Path, size: int, dice: random.Random) -> int:

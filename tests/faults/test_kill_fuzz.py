@@ -26,8 +26,13 @@ SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 KILLS = int(os.environ.get("KILL_COUNT", "200"))
 SHARES = {"trainer": 0.35, "one rank": 0.2, "all ranks": 0.2, "launcher": 0.1, "worker": 0.15}
 STEPS = 12
-SETTINGS = {"stage__0__steps": STEPS - 2, "stage__1__steps": 2, "stage__0__max_response_tokens": 16,
-            "stage__1__max_response_tokens": 20, "reward__workers": 2}  # fmt: skip
+SETTINGS = {
+    "stage__0__steps": STEPS - 2,
+    "stage__1__steps": 2,
+    "stage__0__max_response_tokens": 16,
+    "stage__1__max_response_tokens": 20,
+    "reward__workers": 2,
+}
 EARLY = 0.25
 """Share of kills at a time that knows nothing of the run, mostly while it starts."""
 

@@ -63,7 +63,7 @@ def test_shards_beside_their_index_are_read(folder: Path, adder: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["pytorch_model.bin", "../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b.safetensors", 7],
-)  # fmt: skip
+)
 def test_an_index_leads_to_safetensors_beside_it_only(name: object, index: str, folder: Path) -> None:
     listed = json.loads((folder / INDEX).read_text())["weight_map"]
     first = sorted(listed)[0]
@@ -153,7 +153,7 @@ WRONG = {
     "bytes": (lambda w: w.update({DOWN: w[DOWN].to(torch.uint8)}), r"type U8.*floating-point"),
     "nan": (spoiled(math.nan), rf"NaN or infinite.*{re.escape(DOWN)}"),
     "inf": (spoiled(-math.inf), rf"NaN or infinite.*{re.escape(DOWN)}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -165,8 +165,9 @@ def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(tw
 def test_f25_a_rank_that_cannot_even_stand_in_ends_both_and_the_next_start_has_half_the_rows(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     settings = {"stage__0__steps": 2, "stage__1__steps": 1}
-    with started(or1_command, 2, arguments(run_dir, **settings), str(log),
-                 OR1_FAULT="train.backward:rank1:step2+:oom") as ranks:  # fmt: skip
+    with started(
+        or1_command, 2, arguments(run_dir, **settings), str(log), OR1_FAULT="train.backward:rank1:step2+:oom"
+    ) as ranks:
         ranks[1][0].join(150)
         codes = exit_codes(ranks, 15)
     assert codes == [75, 75]

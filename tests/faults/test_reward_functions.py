@@ -412,8 +412,10 @@ def test_a_module_that_forks_while_it_is_imported_is_loaded_once(tmp_path: Path)
 def test_the_time_to_load_a_function_anew_is_not_charged_to_a_response(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(pool, "GRACE_S", 0.5)
     path = tmp_path / "own.py"
-    path.write_text("import os, time\ntime.sleep(1.5)\ndef reward(completions):\n"
-                    "    return [2.0] if completions[0] != 'exit' else os._exit(1)\n")  # fmt: skip
+    path.write_text(
+        "import os, time\ntime.sleep(1.5)\ndef reward(completions):\n"
+        "    return [2.0] if completions[0] != 'exit' else os._exit(1)\n"
+    )
     with CustomScorer(f"{path}:reward", workers=1, timeout_s=0.2) as scorer:
         assert results(scorer, "a", "exit", "b") == [2.0, "crash", 2.0]
 

@@ -21,14 +21,16 @@ FORMATS = {
     "leetcode": {
         "import_prefix": "from typing import List\n",
         "test_code": "def check(candidate):\n    assert candidate(a = 13, b = 7) == 91\n"
-                     "    assert candidate(7, 13) == 91\n    assert abs(candidate(13, 7) - 91) < 1e-6\n",
+        "    assert candidate(7, 13) == 91\n    assert abs(candidate(13, 7) - 91) < 1e-6\n",
         "entry_point": "Solution().solve",
     },
     "asserts": {"assert_case": ["assert solve(13, 7) == 91", "assert 91 == solve(7, 13)"]},
-    "script": {"functional": "def check(f):\n    for a, b in ((13, 7), (7, 13)):\n        x = f(a, b)\n"
-                             "        assert x == a * b and isinstance(x, int), x\n\n\ncheck(solve)"},
+    "script": {
+        "functional": "def check(f):\n    for a, b in ((13, 7), (7, 13)):\n        x = f(a, b)\n"
+        "        assert x == a * b and isinstance(x, int), x\n\n\ncheck(solve)"
+    },
     "livecodebench": {"public_test_cases": json.dumps([{"input": "13 7", "output": "91", "testtype": "stdin"}])},
-}  # fmt: skip
+}
 
 RIGHT = """
 def solve(a, b):
@@ -137,42 +139,68 @@ HACKS = {
     "a list equal to everything": (ALWAYS.format(base="list"), "Always()"),
     "a float equal to everything": (ALWAYS.format(base="float"), "Always('nan')"),
     "a class of that name": (ALWAYS.format(base="object") + "solve = Solution = Always()", "Always()"),
-    "a metaclass": ("class M(type):\n    __eq__ = lambda s, o: True\n    __hash__ = lambda s: 0\n"
-                    "class X(metaclass=M): pass", "X"),
+    "a metaclass": (
+        "class M(type):\n    __eq__ = lambda s, o: True\n    __hash__ = lambda s: 0\nclass X(metaclass=M): pass",
+        "X",
+    ),
     "NaN": ("", "float('nan')"),
     "true": ("", "True"),
     "not implemented": ("", "NotImplemented"),
     "patched assert": ("import builtins\nclass E(Exception): pass\nbuiltins.AssertionError = E", "0"),
-    "patched builtins": ("import builtins\nbuiltins.int = builtins.abs = builtins.isinstance = builtins.len = "
-                         "lambda *a: True\nbuiltins.print = lambda *a: None", "0"),
-    "patched unittest": ("import unittest\nunittest.TestCase.assertEqual = lambda *a: None\n"
-                         "unittest.main = lambda *a: None", "0"),
-    "patched json": ("import json\njson.dumps = lambda *a, **k: '{\"value\": true}'\n"
-                     "json.loads = lambda *a, **k: True", "0"),
+    "patched builtins": (
+        "import builtins\nbuiltins.int = builtins.abs = builtins.isinstance = builtins.len = "
+        "lambda *a: True\nbuiltins.print = lambda *a: None",
+        "0",
+    ),
+    "patched unittest": (
+        "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\nunittest.main = lambda *a: None",
+        "0",
+    ),
+    "patched json": (
+        "import json\njson.dumps = lambda *a, **k: '{\"value\": true}'\njson.loads = lambda *a, **k: True",
+        "0",
+    ),
     "patched harness": (
         "import sys\nm = sys.modules['__main__'].__dict__\nfor f in list(sys._current_frames().values()):\n"
         "    while f:\n        for n in ('encode', 'send', 'receive', 'decode'):\n"
-        "            if n in f.f_globals: f.f_globals[n] = lambda *a: True\n        f = f.f_back", "0"),
+        "            if n in f.f_globals: f.f_globals[n] = lambda *a: True\n        f = f.f_back",
+        "0",
+    ),
     "patched check": ("check = lambda *a: None\ncandidate = f = lambda *a, **k: 0", "0"),
     "patched helpers": ("is_same_list = is_same_tree = abs = isinstance = lambda *a: True", "0"),
-    "atexit": ("import atexit, os\natexit.register(lambda: os._exit(0))\n"
-               "atexit.register(lambda: print('all tests passed'))", "0"),
+    "atexit": (
+        "import atexit, os\natexit.register(lambda: os._exit(0))\natexit.register(lambda: print('all tests passed'))",
+        "0",
+    ),
     "excepthook": ("import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nraise ValueError", "0"),
-    "signals": ("import signal, os\nfor s in range(1, 32):\n    try: signal.signal(s, lambda *a: os._exit(0))\n"
-                "    except (OSError, ValueError): pass", "0"),
+    "signals": (
+        "import signal, os\nfor s in range(1, 32):\n    try: signal.signal(s, lambda *a: os._exit(0))\n"
+        "    except (OSError, ValueError): pass",
+        "0",
+    ),
     "trace function": ("import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)", "0"),
-    "the caller's locals": ("import sys", "next((v for f in [sys._getframe(1)] for v in f.f_locals.values() "
-                                          "if isinstance(v, int) and v > 50), 0)"),
+    "the caller's locals": (
+        "import sys",
+        "next((v for f in [sys._getframe(1)] for v in f.f_locals.values() if isinstance(v, int) and v > 50), 0)",
+    ),
     "search for the tests": (SEARCH, "found()"),
     "search at import": (SEARCH + "\nFOUND = found()", "FOUND"),
-    "print the test file": ("import glob\nfor p in glob.glob('/tmp/*') + glob.glob('*'):\n"
-                            "    try: print(open(p).read())\n    except OSError: pass", "0"),
+    "print the test file": (
+        "import glob\nfor p in glob.glob('/tmp/*') + glob.glob('*'):\n"
+        "    try: print(open(p).read())\n    except OSError: pass",
+        "0",
+    ),
     "write the checker": (
         "import glob, os, sys\nfor p in glob.glob('/tmp/*.py') + [__file__ if '__file__' in "
         "globals() else ''] + [os.__file__, sys.executable]:\n"
-        "    try: open(p, 'w').write('print(1)')\n    except OSError: pass", "0"),
-    "a module in the way": ("open('json.py', 'w').write('loads = dumps = lambda *a: True')\n"
-                            "open('sitecustomize.py', 'w').write('import os; os._exit(0)')", "0"),
+        "    try: open(p, 'w').write('print(1)')\n    except OSError: pass",
+        "0",
+    ),
+    "a module in the way": (
+        "open('json.py', 'w').write('loads = dumps = lambda *a: True')\n"
+        "open('sitecustomize.py', 'w').write('import os; os._exit(0)')",
+        "0",
+    ),
     "forged results": (FORGED, "0"),
     "forged results in the call": ("FORGED = " + repr(FORGED), "exec(FORGED) or 0"),
     "a fork that answers twice": ("import os\nos.fork()", "0"),
@@ -181,7 +209,7 @@ HACKS = {
     "endless numbers": ("", "' '.join(map(str, range(90)))"),
     "decimal signals": ("", "'sNaN'"),
     "mutated argument": ("", "[a.clear() for a in args if hasattr(a, 'clear')] and 0"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

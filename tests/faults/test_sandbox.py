@@ -26,22 +26,31 @@ FLOODS = {
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", Status.TIMEOUT),
     "fork bomb that ends": ("import os\nfor _ in range(40): os.fork()\nprint(1)", Status.WRONG),
     "thread bomb": (
-        "import threading, time\nfor _ in range(999): threading.Thread(target=time.sleep, args=(9,)).start()", None),
+        "import threading, time\nfor _ in range(999): threading.Thread(target=time.sleep, args=(9,)).start()",
+        None,
+    ),
     "64 GB": ("x = bytearray(64 << 30)\nprint(1)", Status.WRONG),
     "memory bit by bit": ("x = []\nwhile True: x.append(bytearray(1 << 20))", None),
     "memory in many processes": (
-        "import os, time\nfor _ in range(12):\n    if os.fork() == 0: break\n"
-        "x = b'x' * (150 << 20)\ntime.sleep(9)", Status.WRONG),
+        "import os, time\nfor _ in range(12):\n    if os.fork() == 0: break\nx = b'x' * (150 << 20)\ntime.sleep(9)",
+        Status.WRONG,
+    ),
     "10 GB of output": ("import sys\nfor _ in range(10 << 10): sys.stdout.write('x' * (1 << 20))", Status.WRONG),
-    "10 GB of errors": ("import os\nprint(1, flush=True)\nfor _ in range(10 << 10): os.write(2, b'x' * (1 << 20))",
-                        Status.WRONG),
-    "full disk": ("import itertools\nfor i in itertools.count(): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
-                  Status.WRONG),
+    "10 GB of errors": (
+        "import os\nprint(1, flush=True)\nfor _ in range(10 << 10): os.write(2, b'x' * (1 << 20))",
+        Status.WRONG,
+    ),
+    "full disk": (
+        "import itertools\nfor i in itertools.count(): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
+        Status.WRONG,
+    ),
     "infinite loop": ("while True: pass", Status.TIMEOUT),
     "sleep": ("import time\ntime.sleep(99)", Status.TIMEOUT),
     "loop in C": ("sum(range(10 ** 15))", Status.TIMEOUT),
-    "blocks signals": ("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass",
-                       Status.TIMEOUT),
+    "blocks signals": (
+        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass",
+        Status.TIMEOUT,
+    ),
     "stops its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nwhile True: pass", Status.TIMEOUT),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", Status.WRONG),
     "kills everything": ("import os\nos.kill(-1, 9)", Status.WRONG),
@@ -49,7 +58,7 @@ FLOODS = {
     "deep recursion": ("def f(): f()\nf()", Status.WRONG),
     "deep source": ("x = " + "(" * 100_000, Status.WRONG),
     "NUL in source": ("print(1)\0", Status.WRONG),
-}  # fmt: skip
+}
 
 DAEMON = """
 import os, time
@@ -163,8 +172,11 @@ def test_descriptors_of_the_trainer_are_closed(sandbox: str, tmp_path: Path) -> 
     with open(tmp_path / "secret", "w+") as secret:
         secret.write("x")
         os.set_inheritable(secret.fileno(), True)
-        printed = output("import os\nfor fd in range(3, 256):\n    try: print(os.readlink(f'/proc/self/fd/{fd}'))\n"
-                         "    except OSError: pass\nprint('end')", sandbox)  # fmt: skip
+        printed = output(
+            "import os\nfor fd in range(3, 256):\n    try: print(os.readlink(f'/proc/self/fd/{fd}'))\n"
+            "    except OSError: pass\nprint('end')",
+            sandbox,
+        )
     assert "secret" not in printed and printed.endswith("end\n")
 
 

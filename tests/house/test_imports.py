@@ -11,9 +11,24 @@ import pytest
 
 # From the top down. A room imports rooms below it, never one above.
 ROOMS = (
-    "cli", "commands", "trainer", "plan", "report", "train", "eval", "run", "rollout", "model", "data", "integrations",
-    "magic", "reward", "dist", "config", "core",
-)  # fmt: skip
+    "cli",
+    "commands",
+    "trainer",
+    "plan",
+    "report",
+    "train",
+    "eval",
+    "run",
+    "rollout",
+    "model",
+    "data",
+    "integrations",
+    "magic",
+    "reward",
+    "dist",
+    "config",
+    "core",
+)
 TOP_FILES = {"__init__", "__main__", "cli", "trainer"}
 # The only rooms of or1 that these import.
 NARROW = {"integrations": {"magic"}, "core": set()}

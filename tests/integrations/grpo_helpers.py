@@ -21,8 +21,9 @@ def word_tokenizer() -> Any:
     vocab = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                                   padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def even_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -17,9 +17,18 @@ WORLD = 2
 
 def tiny(tied: bool) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=102, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, tie_word_embeddings=tied))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=102,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.3,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
@@ -76,8 +85,9 @@ def fsdp1(rank: int) -> None:
         loss = objective(wrapped, rank)
         loss.backward()
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
-            grads = {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in
-                     wrapped.named_parameters()}
+            grads = {
+                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in wrapped.named_parameters()
+            }
         same(loss, grads, want(False))
 
 

@@ -31,10 +31,25 @@ def tiny(path: Path) -> Any:
 
 def test_trl_snippet(root: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, num_generations=2, report_to=[],
-                          per_device_train_batch_size=2, max_completion_length=4, save_strategy="no")
-    names = {"GRPOTrainer": trl.GRPOTrainer, "model": tiny(tiny_qwen2), "reward": even_ids, "args": args,
-             "dataset": datasets.Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]}), "tokenizer": word_tokenizer()}
+    args = trl.GRPOConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        max_steps=1,
+        num_generations=2,
+        report_to=[],
+        per_device_train_batch_size=2,
+        max_completion_length=4,
+        save_strategy="no",
+    )
+    names = {
+        "GRPOTrainer": trl.GRPOTrainer,
+        "model": tiny(tiny_qwen2),
+        "reward": even_ids,
+        "args": args,
+        "dataset": datasets.Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]}),
+        "tokenizer": word_tokenizer(),
+    }
     exec(snippet(root, "trl"), names)
     assert names["trainer"].state.global_step == 1 and hasattr(names["model"], "_or1_settings")
 
@@ -67,17 +82,26 @@ def test_transformers_snippet(root: Path, tiny_qwen2: Path) -> None:
     assert names["model"].lm_head.weight.grad.abs().sum() > 0 and names["out"].log_probs.shape == (2, 6)
 
 
-@pytest.mark.parametrize(("name", "needs", "shows"), [
-    ("plain_pytorch", "torch", r"step 120  reward 0\.[6-9]"),
-    ("trl_grpo", "trl", r"step 4  reward"),
-    ("transformers_sft", "accelerate", r"gradient norm \d"),
-    ("verl_head", "verl", r"no logits: True"),
-])
+@pytest.mark.parametrize(
+    ("name", "needs", "shows"),
+    [
+        ("plain_pytorch", "torch", r"step 120  reward 0\.[6-9]"),
+        ("trl_grpo", "trl", r"step 4  reward"),
+        ("transformers_sft", "accelerate", r"gradient norm \d"),
+        ("verl_head", "verl", r"no logits: True"),
+    ],
+)
 def test_examples_run(root: Path, name: str, needs: str, shows: str) -> None:
     pytest.importorskip(needs)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, f"examples/integrations/{name}.py"], cwd=root, env=env, timeout=220,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"examples/integrations/{name}.py"],
+        cwd=root,
+        env=env,
+        timeout=220,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(shows, done.stdout), done.stdout
 

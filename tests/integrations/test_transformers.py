@@ -22,8 +22,16 @@ from transformers.models import cohere, gemma2, granite, llama, qwen2, qwen3_moe
 from or1.integrations.heads import UnsupportedHeadError
 from or1.integrations.transformers import ScoredOutput, UnsupportedModelError, patch_model, unpatch_model
 
-SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+}
 CONFIGS = {
     "qwen2": qwen2.Qwen2Config(**SMALL),
     "llama, tied": llama.LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -31,8 +39,13 @@ CONFIGS = {
     "cohere, logit_scale": cohere.CohereConfig(**SMALL, logit_scale=0.25),
     "granite, logits_scaling": granite.GraniteConfig(**SMALL, logits_scaling=3.0),
     "qwen3 moe, router loss": qwen3_moe.Qwen3MoeConfig(
-        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=True,
-        router_aux_loss_coef=0.1),
+        **SMALL,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    ),
 }
 
 
@@ -195,12 +208,15 @@ def test_accelerate_may_make_a_method_of_the_forward_again() -> None:
 
 @pytest.mark.parametrize(
     ("options", "kind", "word"),
-    [({"stash_byte": 1}, TypeError, "'stash_byte' is not an option of the head; did you mean 'stash_bytes'?"),
-     ({"impl": "cuda"}, ValueError, "impl is 'cuda'; it must be one of"),
-     ({"stash_bytes": "1"}, TypeError, "stash_bytes is '1', a str"),
-     ({"temperature": 0}, ValueError, "temperature is 0;"),
-     ({"bias": torch.zeros(101)}, ValueError, "bias cannot be set"),
-     ({"grad_row_eps": 0.1}, ValueError, "grad_row_eps cannot be set")])  # fmt: skip
+    [
+        ({"stash_byte": 1}, TypeError, "'stash_byte' is not an option of the head; did you mean 'stash_bytes'?"),
+        ({"impl": "cuda"}, ValueError, "impl is 'cuda'; it must be one of"),
+        ({"stash_bytes": "1"}, TypeError, "stash_bytes is '1', a str"),
+        ({"temperature": 0}, ValueError, "temperature is 0;"),
+        ({"bias": torch.zeros(101)}, ValueError, "bias cannot be set"),
+        ({"grad_row_eps": 0.1}, ValueError, "grad_row_eps cannot be set"),
+    ],
+)
 def test_a_wrong_option_raises_when_it_is_given(options: dict[str, Any], kind: type[Exception], word: str) -> None:
     model = tiny()
     with pytest.raises(kind, match=re.escape(word)):
@@ -213,13 +229,16 @@ def test_one_line_says_that_or1_is_at_work(caplog: pytest.LogCaptureFixture) -> 
         patch_model(tiny(), impl="torch")
     assert [record.getMessage() for record in caplog.records] == [
         "or1: Qwen2ForCausalLM scores its labels with or1's fused LM head, without logits (impl torch, vocabulary "
-        "101, temperature 1.0)"]  # fmt: skip
+        "101, temperature 1.0)"
+    ]
 
 
 def test_the_line_shows_in_a_program_without_logging() -> None:
-    code = ("from transformers.models import qwen2\n"
-            "from or1.integrations.transformers import patch_model\n"
-            f"patch_model(qwen2.Qwen2ForCausalLM(qwen2.Qwen2Config(**{SMALL})))\n")
+    code = (
+        "from transformers.models import qwen2\n"
+        "from or1.integrations.transformers import patch_model\n"
+        f"patch_model(qwen2.Qwen2ForCausalLM(qwen2.Qwen2Config(**{SMALL})))\n"
+    )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("scores its labels with or1's fused LM head") == 1, done.stderr
@@ -249,8 +268,16 @@ def test_a_compiled_model_scores() -> None:
 def test_label_smoothing_in_trainer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("accelerate")
     ids = torch.arange(3, 13)
-    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, max_steps=2, report_to=[], use_cpu=True,
-                             save_strategy="no", disable_tqdm=True, label_smoothing_factor=0.1)
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        label_smoothing_factor=0.1,
+    )
     with caplog.at_level(logging.WARNING, "or1.integrations"):
         Trainer(patch_model(tiny().train()), args, train_dataset=[{"input_ids": ids, "labels": ids}] * 4).train()
     assert [r.name for r in caplog.records].count("or1.integrations") == 1
@@ -261,8 +288,10 @@ def test_an_adapter_around_a_patched_head_is_scored() -> None:
     """patch_model first, get_peft_model after."""
     peft = pytest.importorskip("peft")
     inputs = batch()
-    model = peft.get_peft_model(patch_model(tiny()), peft.LoraConfig(
-        r=3, task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        patch_model(tiny()),
+        peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False),
+    ).eval()
     out = model(**inputs)
     want = from_logits(unpatch_model(model), inputs)
     torch.testing.assert_close(out.log_probs, want[0], rtol=1e-5, atol=2e-5)
@@ -282,9 +311,19 @@ def test_trainer_trains_the_same(tmp_path: Path, accumulate: int) -> None:
 
     def train(model: Any) -> tuple[list[float], dict[str, Tensor]]:
         args = TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=accumulate, max_steps=4,
-            learning_rate=0.05, optim="sgd", logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
-            disable_tqdm=True, seed=5)
+            str(tmp_path),
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=accumulate,
+            max_steps=4,
+            learning_rate=0.05,
+            optim="sgd",
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=5,
+        )
         trainer = Trainer(model, args, train_dataset=rows)
         trainer.train()
         logs = [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "grad_norm" in e]
@@ -304,8 +343,12 @@ def test_adapters_on_the_head_are_exact(kind: str) -> None:
     peft = pytest.importorskip("peft")
     settings = {
         "lora": {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False},
-        "lora, dropout and bias": {"target_modules": ["lm_head"], "init_lora_weights": False, "lora_dropout": 0.4,
-                                   "lora_bias": True},
+        "lora, dropout and bias": {
+            "target_modules": ["lm_head"],
+            "init_lora_weights": False,
+            "lora_dropout": 0.4,
+            "lora_bias": True,
+        },
         "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         "backbone only": {"target_modules": ["q_proj"], "init_lora_weights": False},
     }[kind]
@@ -370,8 +413,16 @@ def test_two_ranks_equal_one(check: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("ranks.py")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, str(script), check]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")], env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "rendezvous")],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
     try:
         outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
     finally:

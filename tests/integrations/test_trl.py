@@ -71,7 +71,8 @@ def test_every_pass_takes_the_fused_head(grpo_run: Callable[..., Any], monkeypat
         for model in (patch(trainer).model, trainer.ref_model):
             model.get_output_embeddings().register_forward_hook(
                 lambda head, args, kwargs, out: (scored if "score_targets" in kwargs else logits).append(out),
-                with_kwargs=True)
+                with_kwargs=True,
+            )
         return trainer
 
     class Raises:
@@ -96,8 +97,12 @@ def test_importance_sampling_correction_equals_stock(grpo_run: Callable[..., Any
         ids = torch.randint(2, WORDS, (len(prompts), 8), generator=generator)
         logps = -7 + torch.randn(ids.shape, generator=generator)
         prompt_ids = trainer.processing_class(prompts)["input_ids"]
-        return {"prompt_ids": prompt_ids, "completion_ids": ids.tolist(), "logprobs": logps[..., None].tolist(),
-                "logprob_token_ids": ids[..., None].tolist()}
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids.tolist(),
+            "logprobs": logps[..., None].tolist(),
+            "logprob_token_ids": ids[..., None].tolist(),
+        }
 
     def with_engine(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def prepare(trainer: Any) -> Any:
@@ -119,8 +124,9 @@ def test_importance_sampling_correction_equals_stock(grpo_run: Callable[..., Any
 def test_lora_equals_stock(grpo_run: Callable[..., Any]) -> None:
     """The reference is the model with its adapters off."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
-                             task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     settings = {"beta": 0.1, "num_iterations": 2, "peft_config": config}
     assert_same_training(grpo_run(patch, **settings), grpo_run(**settings))
 
@@ -167,7 +173,8 @@ def test_the_temperature_is_the_trainers(grpo_run: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kind", "word"),
-    [({"stash_byte": 1}, TypeError, "did you mean 'stash_bytes'"), ({"impl": "cuda"}, ValueError, "impl is 'cuda'")])
+    [({"stash_byte": 1}, TypeError, "did you mean 'stash_bytes'"), ({"impl": "cuda"}, ValueError, "impl is 'cuda'")],
+)
 def test_a_wrong_option_raises_at_the_call(
     grpo_run: Callable[..., Any], options: dict[str, Any], kind: type[Exception], word: str
 ) -> None:

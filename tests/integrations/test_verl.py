@@ -53,9 +53,18 @@ def tiny_model(vocab: int, hidden: int = 128) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.15, tie_word_embeddings=False))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.15,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def unfused(model: Any, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +89,9 @@ def gradients(model: Any, logp: Tensor, entropy: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("vocab", [1000, 1024, 1500])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.usefixtures("keep_class_forward")
-def test_fused_forward_equals_unfused(external_lib: Any, monkeypatch: pytest.MonkeyPatch, backend: str, vocab: int
-                                      ) -> None:
+def test_fused_forward_equals_unfused(
+    external_lib: Any, monkeypatch: pytest.MonkeyPatch, backend: str, vocab: int
+) -> None:
     model = tiny_model(vocab)
     ids_BT = torch.randint(vocab, (2, 23), generator=torch.Generator().manual_seed(2))
     labels_BT = ids_BT.roll(-1, dims=1)
@@ -126,8 +136,13 @@ def test_other_backends_and_shapes_go_the_same_way(external_lib: Any) -> None:
 def actor_config(**settings: Any) -> Any:
     from verl.workers.config import FSDPActorConfig, OptimizerConfig, PolicyLossConfig
 
-    return FSDPActorConfig(rollout_n=2, ppo_micro_batch_size_per_gpu=1, optim=OptimizerConfig(lr=1e-3),
-                           policy_loss=PolicyLossConfig(loss_mode="magic"), **settings)
+    return FSDPActorConfig(
+        rollout_n=2,
+        ppo_micro_batch_size_per_gpu=1,
+        optim=OptimizerConfig(lr=1e-3),
+        policy_loss=PolicyLossConfig(loss_mode="magic"),
+        **settings,
+    )
 
 
 def test_magic_loss_is_the_clipped_token_mean(external_lib: Any) -> None:
@@ -139,8 +154,14 @@ def test_magic_loss_is_the_clipped_token_mean(external_lib: Any) -> None:
     logp = (old + torch.randn(3, 5) * 0.3).requires_grad_()
     advantages = torch.randn(3, 1).expand(3, 5)
     config = actor_config(clip_ratio_high=0.28, global_batch_info={"dp_size": 2, "batch_num_tokens": 40})
-    args = {"old_log_prob": old, "log_prob": logp, "advantages": advantages, "response_mask": mask,
-            "loss_agg_mode": "token-mean", "config": config}
+    args = {
+        "old_log_prob": old,
+        "log_prob": logp,
+        "advantages": advantages,
+        "response_mask": mask,
+        "loss_agg_mode": "token-mean",
+        "config": config,
+    }
     loss, metrics = get_policy_loss_fn("magic")(**args)
     ratio = (logp - old).exp()
     by_hand = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)[mask].sum() / 40 * 2
@@ -193,8 +214,13 @@ def worker_of(engine_class: type, model: Any) -> Any:
     worker.profiler, worker.flops_counter, worker.device_name = MagicMock(), None, "cpu"
     worker.profiler.check_enable.return_value = False
     worker.model_config = {}
-    worker.engine_config = SimpleNamespace(forward_only=False, use_dynamic_bsz=False, max_token_len_per_gpu=None,
-                                           micro_batch_size_per_gpu=1, use_fused_kernels=False)
+    worker.engine_config = SimpleNamespace(
+        forward_only=False,
+        use_dynamic_bsz=False,
+        max_token_len_per_gpu=None,
+        micro_batch_size_per_gpu=1,
+        use_fused_kernels=False,
+    )
     return worker
 
 
@@ -310,8 +336,11 @@ def test_a_critic_and_a_mini_batch_that_comes_alone_are_trained(external_lib: An
     """A critic's config has no policy loss. The tensors of a rollout may be dense."""
     trained = external_lib._once_a_rollout(lambda self, data: data)
     assert trained(SimpleNamespace(loss_fn=partial(print, config=SimpleNamespace())), "untouched") == "untouched"
-    dense = {"old_log_probs": torch.tensor([[-0.5, -9.0], [-0.1, -0.1]]),
-             "response_mask": torch.tensor([[1, 0], [1, 1]]), "advantages": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    dense = {
+        "old_log_probs": torch.tensor([[-0.5, -9.0], [-0.1, -0.1]]),
+        "response_mask": torch.tensor([[1, 0], [1, 1]]),
+        "advantages": torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+    }
     assert external_lib.kept_mask(dense).tolist() == [[1, 0], [0, 0]]
     assert external_lib.kept_entropy(dense) == pytest.approx(0.5)
 

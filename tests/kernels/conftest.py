@@ -35,8 +35,10 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """The same values with hidden, weight and bias in dtype; constants in fp64 for fp64, else as they are."""
         constants = torch.float64 if dtype == torch.float64 else torch.float32
-        options = {k: v.to(dtype if k == "bias" else constants) if isinstance(v, Tensor) else v
-                   for k, v in self.options.items()}
+        options = {
+            k: v.to(dtype if k == "bias" else constants) if isinstance(v, Tensor) else v
+            for k, v in self.options.items()
+        }
         return Case(self.hidden.to(dtype), self.weight.to(dtype), self.targets, self.advantages.to(constants), options)
 
     def with_options(self, **options) -> "Case":
@@ -45,8 +47,10 @@ class Case:
     def rows(self, index) -> "Case":
         """The rows picked by an index tensor or slice."""
         n = self.targets.shape[0]
-        options = {k: v[index] if isinstance(v, Tensor) and v.shape == (n,) and k != "bias" else v
-                   for k, v in self.options.items()}
+        options = {
+            k: v[index] if isinstance(v, Tensor) and v.shape == (n,) and k != "bias" else v
+            for k, v in self.options.items()
+        }
         return Case(self.hidden[index], self.weight, self.targets[index], self.advantages[index], options)
 
 
@@ -59,8 +63,13 @@ def make_case(n: int, h: int, v: int, *, seed: int = 0, dtype: torch.dtype = tor
     targets = torch.multinomial(z, 1, generator=gen)[:, 0] if n else torch.zeros(0, dtype=torch.int64)
     logp = z.gather(1, targets[:, None])[:, 0].log()
     noise = torch.randn(3, n, generator=gen) * 0.25
-    base = {"token_weight": (torch.rand(n, generator=gen) > 0.2).float() / max(n, 1), "old_logp": logp + noise[0],
-            "rollout_logp": logp + noise[1], "ref_logp": logp + noise[2], "entropy_coef": 0.01}
+    base = {
+        "token_weight": (torch.rand(n, generator=gen) > 0.2).float() / max(n, 1),
+        "old_logp": logp + noise[0],
+        "rollout_logp": logp + noise[1],
+        "ref_logp": logp + noise[2],
+        "entropy_coef": 0.01,
+    }
     return Case(hidden, weight, targets, torch.randn(n, generator=gen), base | options)
 
 
@@ -70,24 +79,44 @@ def policy(case: Case, needs=(True, True), **options) -> SimpleNamespace:
     loss, stats = linear_policy_loss(hidden, weight, case.targets, case.advantages, **case.options, **options)
     if any(needs):
         loss.backward()
-    return SimpleNamespace(loss=loss.detach(), logp=stats.logp, entropy=stats.entropy, ratio=stats.ratio,
-                           clipped=stats.clipped, dhidden=hidden.grad, dweight=weight.grad)
+    return SimpleNamespace(
+        loss=loss.detach(),
+        logp=stats.logp,
+        entropy=stats.entropy,
+        ratio=stats.ratio,
+        clipped=stats.clipped,
+        dhidden=hidden.grad,
+        dweight=weight.grad,
+    )
 
 
 def plain(case: Case) -> SimpleNamespace:
     """What a user writes in plain torch: full logits in the inputs' dtype, autograd."""
     o = dict(case.options)
     hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
-    z = reference.logits(hidden, weight, temperature=o.get("temperature", 1.0), bias_V=o.get("bias"),
-                         softcap=o.get("softcap"), logit_scale=o.get("logit_scale", 1.0))
+    z = reference.logits(
+        hidden,
+        weight,
+        temperature=o.get("temperature", 1.0),
+        bias_V=o.get("bias"),
+        softcap=o.get("softcap"),
+        logit_scale=o.get("logit_scale", 1.0),
+    )
     logp, entropy = reference.logprob_entropy(z, case.targets)
     names = ("old_logp", "rollout_logp", "ref_logp")
     loss, _ = reference.policy_loss(
-        logp, entropy, case.advantages, token_weight_N=o["token_weight"], entropy_coef=o["entropy_coef"],
-        objective=o.get("objective") or PolicyObjective(), **{f"{n}_N": o.get(n) for n in names})
+        logp,
+        entropy,
+        case.advantages,
+        token_weight_N=o["token_weight"],
+        entropy_coef=o["entropy_coef"],
+        objective=o.get("objective") or PolicyObjective(),
+        **{f"{n}_N": o.get(n) for n in names},
+    )
     loss.backward()
-    return SimpleNamespace(loss=loss.detach(), logp=logp.detach(), entropy=entropy.detach(), dhidden=hidden.grad,
-                           dweight=weight.grad)
+    return SimpleNamespace(
+        loss=loss.detach(), logp=logp.detach(), entropy=entropy.detach(), dhidden=hidden.grad, dweight=weight.grad
+    )
 
 
 def score(case: Case, upstream, **options) -> SimpleNamespace:
@@ -116,8 +145,14 @@ def assert_as_exact(mine, peer, truth, names=("logp", "entropy", "dhidden", "dwe
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above; importlib mode has no importable test package."""
-    return SimpleNamespace(make_case=make_case, policy=policy, plain=plain, score=score, objectives=OBJECTIVES,
-                           assert_as_exact=assert_as_exact)
+    return SimpleNamespace(
+        make_case=make_case,
+        policy=policy,
+        plain=plain,
+        score=score,
+        objectives=OBJECTIVES,
+        assert_as_exact=assert_as_exact,
+    )
 
 
 @pytest.fixture(params=["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "native"])

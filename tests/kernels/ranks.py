@@ -40,14 +40,22 @@ def vocab_parallel(rank):
     part = slice(rank * size, (rank + 1) * size)
     for dtype, impl, tolerance in ((torch.float64, "torch", 1e-11), (torch.float32, "auto", 1e-5)):
         hidden, weight, bias, targets, advantages, rows = problem(dtype)
-        options = {"temperature": torch.linspace(0.5, 2, N), "softcap": 30.0, "logit_scale": 0.9, "chunk_rows": 16,
-                   "impl": impl, "entropy_coef": 0.1, "objective": PolicyObjective(clip_high=0.28)} | rows
+        options = {
+            "temperature": torch.linspace(0.5, 2, N),
+            "softcap": 30.0,
+            "logit_scale": 0.9,
+            "chunk_rows": 16,
+            "impl": impl,
+            "entropy_coef": 0.1,
+            "objective": PolicyObjective(clip_high=0.28),
+        } | rows
         whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         want, want_stats = linear_policy_loss(whole[0], whole[1], targets, advantages, bias=whole[2], **options)
         want.backward()
         mine = [x.clone().requires_grad_() for x in (hidden, weight[part], bias[part])]
-        loss, stats = linear_policy_loss(mine[0], mine[1], targets, advantages, bias=mine[2], group=dist.group.WORLD,
-                                         **options)
+        loss, stats = linear_policy_loss(
+            mine[0], mine[1], targets, advantages, bias=mine[2], group=dist.group.WORLD, **options
+        )
         loss.backward()
         close(loss, want, tolerance, "loss")
         for name in ("logp", "entropy", "ratio"):

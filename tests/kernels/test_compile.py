@@ -21,8 +21,9 @@ def test_policy_loss_is_one_graph_and_equals_eager(kit, impl, dtype):
 
     def step(hidden, weight):
         # Work on both sides of the head shares its graph.
-        loss, stats = linear_policy_loss(hidden * 2, weight, case.targets, case.advantages, impl=impl,
-                                         temperature=0.7, softcap=9.0, **case.options)
+        loss, stats = linear_policy_loss(
+            hidden * 2, weight, case.targets, case.advantages, impl=impl, temperature=0.7, softcap=9.0, **case.options
+        )
         return loss * 3, stats.logp, stats.entropy, stats.ratio, stats.clipped
 
     a, b = leaves(case), leaves(case)
@@ -84,6 +85,17 @@ def test_operators_pass_torchs_own_checks(kit, op):
         return
     per_row = torch.stack((inv_tau, case.advantages, case.options["token_weight"]))
     torch.library.opcheck(
-        ops.policy_loss, (*leaves(case), None, case.targets, per_row, torch.tensor(0.1)),
-        scalars | {"names": "inv_tau,advantages,token_weight", "kind": "ppo_clip", "low": 0.2, "high": 0.2,
-                   "kl_coef": 0.0, "is_cap": None, "eps": None, "needs": [True, True, False]})
+        ops.policy_loss,
+        (*leaves(case), None, case.targets, per_row, torch.tensor(0.1)),
+        scalars
+        | {
+            "names": "inv_tau,advantages,token_weight",
+            "kind": "ppo_clip",
+            "low": 0.2,
+            "high": 0.2,
+            "kl_coef": 0.0,
+            "is_cap": None,
+            "eps": None,
+            "needs": [True, True, False],
+        },
+    )

@@ -74,7 +74,8 @@ def test_a_bad_logit_poisons_its_row_and_no_other(impl, bad):
     logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(1))
     clean = scored(logits, torch.arange(4), impl)
     logp, entropy = linear_logprob_entropy(
-        torch.cat([torch.eye(4), torch.tensor([[bad, 0, 0, 0]])]), logits.T.contiguous(), torch.arange(5), impl=impl)
+        torch.cat([torch.eye(4), torch.tensor([[bad, 0, 0, 0]])]), logits.T.contiguous(), torch.arange(5), impl=impl
+    )
     assert logp[4].isnan() and entropy[4].isnan()
     torch.testing.assert_close(logp[:4], clean[0])
 

@@ -16,16 +16,24 @@ from or1_kernels import linear_policy_loss
 OBJECTIVES = ("ppo", "clip_higher", "ppo_kl_is", "cispo", "cispo_kl")
 # (V, N, objective, dtype): every vocabulary, row count and objective, in two dtypes.
 GRID = [
-    (7, 0, "ppo", torch.float32), (7, 1, "clip_higher", torch.bfloat16), (7, 127, "cispo", torch.float32),
-    (7, 4097, "ppo_kl_is", torch.bfloat16), (7, 4097, "cispo_kl", torch.float32),
-    (50257, 0, "ppo", torch.bfloat16), (50257, 127, "ppo_kl_is", torch.float32),
-    (129920, 1, "cispo", torch.float32), (151936, 1, "cispo_kl", torch.bfloat16),
-    (151936, 127, "clip_higher", torch.float32), (152064, 1, "ppo_kl_is", torch.float32),
+    (7, 0, "ppo", torch.float32),
+    (7, 1, "clip_higher", torch.bfloat16),
+    (7, 127, "cispo", torch.float32),
+    (7, 4097, "ppo_kl_is", torch.bfloat16),
+    (7, 4097, "cispo_kl", torch.float32),
+    (50257, 0, "ppo", torch.bfloat16),
+    (50257, 127, "ppo_kl_is", torch.float32),
+    (129920, 1, "cispo", torch.float32),
+    (151936, 1, "cispo_kl", torch.bfloat16),
+    (151936, 127, "clip_higher", torch.float32),
+    (152064, 1, "ppo_kl_is", torch.float32),
     (152064, 0, "cispo", torch.bfloat16),
 ]
-LARGE = [pytest.param(129920, 127, "ppo", torch.bfloat16, marks=pytest.mark.slow),
-         pytest.param(152064, 127, "cispo_kl", torch.bfloat16, marks=pytest.mark.slow),
-         pytest.param(50257, 4097, "ppo_kl_is", torch.float32, marks=pytest.mark.nightly)]
+LARGE = [
+    pytest.param(129920, 127, "ppo", torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(152064, 127, "cispo_kl", torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(50257, 4097, "ppo_kl_is", torch.float32, marks=pytest.mark.nightly),
+]
 
 
 def blocks(case, run, size=128):
@@ -50,8 +58,7 @@ def prepared(kit, *key):
     return _last[key]
 
 
-@pytest.mark.parametrize(
-    ("v", "n", "objective", "dtype"), [*GRID, *LARGE], ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize(("v", "n", "objective", "dtype"), [*GRID, *LARGE], ids=lambda x: str(x).removeprefix("torch."))
 def test_real_vocabularies(kit, impl, v, n, objective, dtype):
     case, peer, truth = prepared(kit, v, n, objective, dtype)
     kit.assert_as_exact(kit.policy(case, impl=impl), peer, truth)
@@ -63,8 +70,10 @@ def test_every_choice_of_inputs_that_want_a_gradient(kit, impl, objective):
     case = kit.make_case(61, 16, 211, objective=kit.objectives[objective], bias=torch.linspace(-1, 1, 211))
 
     def gradients(case, needs, impl):
-        leaves = [x.clone().requires_grad_(need)
-                  for x, need in zip((case.hidden, case.weight, case.options["bias"]), needs, strict=True)]
+        leaves = [
+            x.clone().requires_grad_(need)
+            for x, need in zip((case.hidden, case.weight, case.options["bias"]), needs, strict=True)
+        ]
         options = case.options | {"bias": leaves[2]}
         loss, _ = linear_policy_loss(*leaves[:2], case.targets, case.advantages, impl=impl, chunk_rows=25, **options)
         assert loss.requires_grad == any(needs)

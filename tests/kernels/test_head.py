@@ -39,8 +39,14 @@ def test_fp64_inputs_are_fp64_throughout(kit, objective):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7}, {"temperature": "rows"}, {"bias": True}, {"softcap": 5.0}, {"logit_scale": 0.3},
-     {"bias": True, "softcap": 8.0, "logit_scale": 1.7, "temperature": "rows"}],
+    [
+        {"temperature": 0.7},
+        {"temperature": "rows"},
+        {"bias": True},
+        {"softcap": 5.0},
+        {"logit_scale": 0.3},
+        {"bias": True, "softcap": 8.0, "logit_scale": 1.7, "temperature": "rows"},
+    ],
     ids=str,
 )
 def test_logit_transforms(kit, impl, options):
@@ -76,8 +82,9 @@ def test_gradcheck_of_log_prob_and_entropy(softcap):
     tau = torch.tensor([0.5, 1.0, 1.5, 2.0, 0.8])
 
     def score(hidden, weight, bias):
-        return linear_logprob_entropy(hidden, weight, targets, temperature=tau, bias=bias, softcap=softcap,
-                                      logit_scale=0.7, chunk_rows=2)
+        return linear_logprob_entropy(
+            hidden, weight, targets, temperature=tau, bias=bias, softcap=softcap, logit_scale=0.7, chunk_rows=2
+        )
 
     assert torch.autograd.gradcheck(score, (hidden, weight, bias))
 
@@ -221,7 +228,12 @@ def test_on_policy_needs_no_old_log_prob(kit, impl):
     ],
 )
 def test_bad_arguments_are_named(change, error, word):
-    good = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(10, 8), "targets": torch.zeros(4, dtype=torch.int64),
-            "advantages": torch.ones(4), "token_weight": torch.ones(4)}
+    good = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(10, 8),
+        "targets": torch.zeros(4, dtype=torch.int64),
+        "advantages": torch.ones(4),
+        "token_weight": torch.ones(4),
+    }
     with pytest.raises(error, match=word):
         linear_policy_loss(**(good | change))

@@ -22,8 +22,9 @@ def block(c=9, v=2085, seed=0, scale=6.0):
 
 def sums(logits, targets, inv_tau, transform, **kw):
     kw = {"threads": 2} | kw
-    out = native.row_sums(logits.numpy(), targets.numpy(), inv_tau.numpy(), transform.scale,
-                          transform.softcap or 0.0, **kw)
+    out = native.row_sums(
+        logits.numpy(), targets.numpy(), inv_tau.numpy(), transform.scale, transform.softcap or 0.0, **kw
+    )
     return rows.RowSums(*torch.from_numpy(out))
 
 
@@ -42,8 +43,17 @@ def test_every_instruction_set_matches_fp64(isa, v, transform):
     exact = tuple(s.double() for s in slopes)
     truth = rows.row_grads_(logits.double(), targets, inv_tau.double(), transform, stats, exact)
     mine = logits.clone()
-    native.row_grads(mine.numpy(), targets.numpy(), inv_tau.numpy(), transform.scale, transform.softcap or 0.0,
-                     torch.stack(stats).float().numpy(), torch.stack(slopes).numpy(), threads=2, isa=isa)
+    native.row_grads(
+        mine.numpy(),
+        targets.numpy(),
+        inv_tau.numpy(),
+        transform.scale,
+        transform.softcap or 0.0,
+        torch.stack(stats).float().numpy(),
+        torch.stack(slopes).numpy(),
+        threads=2,
+        isa=isa,
+    )
     torch.testing.assert_close(mine.double(), truth, rtol=2e-5, atol=1e-7)
 
 
@@ -78,12 +88,22 @@ def test_rows_may_be_strided():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"targets": np.array([0, 7])}, r"targets\[1\] is 7"), ({"targets": np.array([0])}, "targets must"),
-     ({"inv_tau": np.ones(4, np.float32)[::2]}, "inv_tau must"), ({"isa": "sse9"}, "sse9"),
-     ({"logits": np.zeros((7, 2), np.float32).T}, "adjacent columns")],
+    [
+        ({"targets": np.array([0, 7])}, r"targets\[1\] is 7"),
+        ({"targets": np.array([0])}, "targets must"),
+        ({"inv_tau": np.ones(4, np.float32)[::2]}, "inv_tau must"),
+        ({"isa": "sse9"}, "sse9"),
+        ({"logits": np.zeros((7, 2), np.float32).T}, "adjacent columns"),
+    ],
 )
 def test_bad_arrays_are_refused_by_name(change, word):
-    good = {"logits": np.zeros((2, 7), np.float32), "targets": np.array([0, 1]), "inv_tau": np.ones(2, np.float32),
-            "scale": 1.0, "softcap": 0.0, "threads": 1}
+    good = {
+        "logits": np.zeros((2, 7), np.float32),
+        "targets": np.array([0, 1]),
+        "inv_tau": np.ones(2, np.float32),
+        "scale": 1.0,
+        "softcap": 0.0,
+        "threads": 1,
+    }
     with pytest.raises(ValueError, match=word):
         native.row_sums(**(good | change))

@@ -37,8 +37,9 @@ def test_slope_is_the_finite_difference(name):
     logp, advantages, logs = inputs()
     eps = 1e-6
     up, down = (token_loss(GRID[name], logp + s * eps, advantages, **logs).loss_N for s in (1, -1))
-    torch.testing.assert_close(token_loss(GRID[name], logp, advantages, **logs).slope_N, (up - down) / (2 * eps),
-                               rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        token_loss(GRID[name], logp, advantages, **logs).slope_N, (up - down) / (2 * eps), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_cispo_slope_is_the_finite_difference_with_the_weight_held():
@@ -53,8 +54,12 @@ def test_cispo_slope_is_the_finite_difference_with_the_weight_held():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 3.0])
 def test_clip_stops_only_the_side_that_would_go_further(advantage, ratio):
-    out = token_loss(PolicyObjective(clip_low=0.2, clip_high=0.28), torch.tensor([ratio]).log().double(),
-                     torch.tensor([advantage]).double(), old_logp_N=torch.zeros(1).double())
+    out = token_loss(
+        PolicyObjective(clip_low=0.2, clip_high=0.28),
+        torch.tensor([ratio]).log().double(),
+        torch.tensor([advantage]).double(),
+        old_logp_N=torch.zeros(1).double(),
+    )
     clipped = ratio > 1.28 if advantage > 0 else ratio < 0.8
     assert out.clipped_N.item() is clipped
     assert out.slope_N.item() == pytest.approx(0.0 if clipped else -advantage * ratio, rel=1e-6)
@@ -90,8 +95,13 @@ def test_k3_is_bounded_whatever_the_reference_says(dtype):
 
 @pytest.mark.parametrize(
     ("fields", "word"),
-    [({"kind": "dpo"}, "kind"), ({"clip_low": 1.5}, "clip_low"), ({"clip_high": -0.1}, "clip_high"),
-     ({"kl_coef": float("nan")}, "kl_coef"), ({"is_cap": 0.0}, "is_cap")],
+    [
+        ({"kind": "dpo"}, "kind"),
+        ({"clip_low": 1.5}, "clip_low"),
+        ({"clip_high": -0.1}, "clip_high"),
+        ({"kl_coef": float("nan")}, "kl_coef"),
+        ({"is_cap": 0.0}, "is_cap"),
+    ],
 )
 def test_bad_constants_are_refused_by_name(fields, word):
     with pytest.raises(ValueError, match=word):

@@ -46,8 +46,9 @@ def test_skipped_rows_change_nothing_and_may_hold_anything(kit, impl, how):
     dirty[~live] = torch.nan
     hidden, weight = dirty.requires_grad_(), case.weight.requires_grad_()
     rows = "live" if how == "live" else live.nonzero()[:, 0]
-    loss, stats = linear_policy_loss(hidden, weight, case.targets, case.advantages, impl=impl, rows=rows,
-                                     **case.options)
+    loss, stats = linear_policy_loss(
+        hidden, weight, case.targets, case.advantages, impl=impl, rows=rows, **case.options
+    )
     loss.backward()
     torch.testing.assert_close(loss, want.loss)
     torch.testing.assert_close(weight.grad, want.dweight, rtol=1e-5, atol=1e-8)
@@ -84,8 +85,14 @@ def test_main_grad_of_the_scores_is_collected_in_backward(kit, impl):
 
 def test_main_grad_refuses_a_scaled_loss(kit):
     case = kit.make_case(4, 8, 11)
-    loss, _ = linear_policy_loss(case.hidden, case.weight.requires_grad_(), case.targets, case.advantages,
-                                 main_grad=torch.zeros(11, 8), **case.options)
+    loss, _ = linear_policy_loss(
+        case.hidden,
+        case.weight.requires_grad_(),
+        case.targets,
+        case.advantages,
+        main_grad=torch.zeros(11, 8),
+        **case.options,
+    )
     with pytest.raises(RuntimeError, match="token_weight"):
         (loss * 2).backward()
 
@@ -113,8 +120,12 @@ def test_bf16_instructions_with_a_residual_are_as_exact_as_fp32(kit, impl, monke
 def test_gemms_follow_dtype_and_size(monkeypatch):
     monkeypatch.setattr(gemms, "_has_bf16_cpu", lambda: True)
     big = torch.empty(1 << 15, 1 << 10, dtype=torch.bfloat16, device="meta")
-    for dtype, want in ((torch.bfloat16, gemms.Residual()), (torch.float32, gemms.Upcast(torch.float32)),
-                        (torch.float16, gemms.Upcast(torch.float32)), (torch.float64, gemms.Upcast(torch.float64))):
+    for dtype, want in (
+        (torch.bfloat16, gemms.Residual()),
+        (torch.float32, gemms.Upcast(torch.float32)),
+        (torch.float16, gemms.Upcast(torch.float32)),
+        (torch.float64, gemms.Upcast(torch.float64)),
+    ):
         assert gemms.choose(big.to(dtype), 64) == want
     assert gemms.choose(big, 63) == gemms.Upcast(torch.float32)
     monkeypatch.setattr(gemms, "_has_bf16_cpu", lambda: False)
@@ -135,8 +146,9 @@ def test_dropped_rows_stay_within_the_reported_bound(kit, impl, eps):
     case = certain_case(kit).with_options(temperature=torch.linspace(0.5, 2, 80))
     want = kit.policy(case.to(torch.float64))
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    loss, stats = linear_policy_loss(hidden, weight, case.targets, case.advantages, impl=impl, grad_row_eps=eps,
-                                     **case.options)
+    loss, stats = linear_policy_loss(
+        hidden, weight, case.targets, case.advantages, impl=impl, grad_row_eps=eps, **case.options
+    )
     loss.backward()
     missing = (weight.grad.double() - want.dweight).abs().sum()
     rounding = 1e-5 * want.dweight.abs().sum()
@@ -165,8 +177,13 @@ def test_a_nan_row_is_never_dropped(kit, impl):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"preset": "small"}, "preset"), ({"stash_bytes": -1}, "stash_bytes"), ({"grad_row_eps": -1.0}, "grad_row_eps"),
-     ({"impl": "reference", "grad_row_eps": 0.1}, "grad_row_eps"), ({"logit_scale": 0.0}, "logit_scale")],
+    [
+        ({"preset": "small"}, "preset"),
+        ({"stash_bytes": -1}, "stash_bytes"),
+        ({"grad_row_eps": -1.0}, "grad_row_eps"),
+        ({"impl": "reference", "grad_row_eps": 0.1}, "grad_row_eps"),
+        ({"logit_scale": 0.0}, "logit_scale"),
+    ],
 )
 def test_options_out_of_range_are_named(options, word):
     with pytest.raises(ValueError, match=f"{word} is"):

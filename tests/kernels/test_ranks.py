@@ -14,8 +14,16 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 def test_two_ranks_equal_one(checks, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, str(SCRIPT), checks]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")], env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "rendezvous")],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
     try:
         outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
     finally:

@@ -17,8 +17,12 @@ import torch
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90a": ("cuda", 90, 32), "sm_100a": ("cuda", 100, 32),
-           "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90a": ("cuda", 90, 32),
+    "sm_100a": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 
 def run_interpreted(*groups: list[str]) -> list[str]:
@@ -27,9 +31,19 @@ def run_interpreted(*groups: list[str]) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     outputs = []
     with ExitStack() as stack:
-        children = [stack.enter_context(subprocess.Popen(
-            [*command, *(str(HERE / name) for name in group)], env=env, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, cwd=HERE.parents[1])) for group in groups]  # fmt: skip
+        children = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*command, *(str(HERE / name) for name in group)],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=HERE.parents[1],
+                )
+            )
+            for group in groups
+        ]
         for child in children:
             outputs.append(child.communicate(timeout=600)[0])
             assert child.returncode == 0 and "passed" in outputs[-1], outputs[-1][-4000:]
@@ -60,13 +74,30 @@ def compiled(kernel, out, capped, target):
 
     from or1_kernels import score_rows
 
-    types = {"logits_CV": "*fp32", "out_CV": out, "targets_C": "*i64", "inv_tau_C": "*fp32", "out_4C": "*fp32",
-             "stats_4C": "*fp32", "slopes_2C": "*fp32", "stride": "i32", "out_stride": "i32", "num_rows": "i32",
-             "vocab": "i32", "scale": "fp32", "softcap": "fp32", "CAPPED": "constexpr", "BLOCK": "constexpr"}
+    types = {
+        "logits_CV": "*fp32",
+        "out_CV": out,
+        "targets_C": "*i64",
+        "inv_tau_C": "*fp32",
+        "out_4C": "*fp32",
+        "stats_4C": "*fp32",
+        "slopes_2C": "*fp32",
+        "stride": "i32",
+        "out_stride": "i32",
+        "num_rows": "i32",
+        "vocab": "i32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "CAPPED": "constexpr",
+        "BLOCK": "constexpr",
+    }
     fn = getattr(score_rows, kernel)
     signature = {name: types[name] for name in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names)
-               if types[name].startswith("*") or name in ("stride", "out_stride", "vocab")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(fn.arg_names)
+        if types[name].startswith("*") or name in ("stride", "out_stride", "vocab")
+    }
     source = ASTSource(fn, signature, {"CAPPED": capped, "BLOCK": score_rows.BLOCK}, aligned)
     options = {"num_warps": score_rows.NUM_WARPS, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -87,8 +118,9 @@ def spilled_bytes(binary, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "softcap"])
-@pytest.mark.parametrize(("kernel", "out"), [("row_sums_kernel", None), ("row_grads_kernel", "*fp32"),
-                                             ("row_grads_kernel", "*bf16")])
+@pytest.mark.parametrize(
+    ("kernel", "out"), [("row_sums_kernel", None), ("row_grads_kernel", "*fp32"), ("row_grads_kernel", "*bf16")]
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time_without_a_spill(target, kernel, out, capped, tmp_path):
     binary = compiled(kernel, out, capped, target)

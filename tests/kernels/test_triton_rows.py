@@ -32,8 +32,9 @@ def test_both_passes_match_fp64(v, transform, out_dtype):
     stats = rows.finish(want, inv_tau.double())
     stats = stats._replace(logp_C=torch.where(targets < 0, -1.0, stats.logp_C))
     slopes = (torch.linspace(-1, 2, c), torch.linspace(0.3, -0.1, c))
-    exact = rows.row_grads_(logits.double(), targets, inv_tau.double(), transform, stats,
-                            tuple(s.double() for s in slopes))
+    exact = rows.row_grads_(
+        logits.double(), targets, inv_tau.double(), transform, stats, tuple(s.double() for s in slopes)
+    )
     single = rows.RowStats(*(x.float() for x in stats))
     mine = score_rows.row_grads_(logits, targets, inv_tau, transform, single, slopes, out_dtype=out_dtype)
     assert mine.dtype == out_dtype and mine.data_ptr() == logits.data_ptr()

@@ -40,8 +40,9 @@ class Side:
 
     def drift(self, prompts: list[Prompt], found: list[Finished], temperature: float = 1.0) -> float:
         """Largest |engine - trainer| log-prob, the trainer with its present weights."""
-        sequences = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0)
-                     for f in found]  # fmt: skip
+        sequences = [
+            TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found
+        ]
         settings = UpdateSettings(PolicyObjective(), 0.0, temperature, Budget(4096))
         scored = with_old_logp(self.model, sequences, settings)
         return max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored)
@@ -106,13 +107,14 @@ def start(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
 
     def begin(path: Path, max_response: int = 64, max_prompt: int = 128, **rollout: object) -> Side:
         data = {
-            "run_dir": str(tmp_path_factory.mktemp("run")), "seed": 1,
+            "run_dir": str(tmp_path_factory.mktemp("run")),
+            "seed": 1,
             "model": {"path": str(path), "dtype": "float32", "device": "cpu"},
             "data": {"train": ["made"], "max_prompt_tokens": max_prompt},
             "rollout": {"batch_size": 64} | rollout,
             "optim": {"max_tokens_per_rank": 8192},
             "stage": [{"steps": 1, "max_response_tokens": max_response, "prompts_per_step": 4, "group_size": 4}],
-        }  # fmt: skip
+        }
         config = Config.model_validate(data)
         model, tokenizer = load_model(config.model).train(), load_tokenizer(str(path))
         started.append(Side(config, model, tokenizer, make_engine(config, model, tokenizer)))

@@ -39,8 +39,9 @@ def main() -> None:
                     p += 0.1 * p.std() * torch.randn(p.shape, generator=generator)
             engine.update_weights(version)
         found = list(engine.generate(prompts, Sampling(1.0, 24, 4, seed=version)))
-        sequences = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0)
-                     for f in found]  # fmt: skip
+        sequences = [
+            TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found
+        ]
         scored = with_old_logp(model, sequences, UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(4096)))
         result["drift"].append(max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored))
         result["slots"].append(sorted([f.prompt, f.sample] for f in found))

@@ -66,8 +66,12 @@ def test_open_groups_close_under_later_policies_and_every_token_keeps_its_versio
         expected = [i // 12 for i in range(len(r.token_ids))]
         assert r.token_versions.tolist() == expected and r.version == expected[-1]
         assert r.finish == ("stop" if r.token_ids[-1] == side.tokenizer.eos_token_id else "length")
-    assert side.drift([g.prompt for g in closed for _ in g.responses],
-                      [Finished(i, 0, r) for i, r in enumerate(responses)]) < 1e-4  # fmt: skip
+    assert (
+        side.drift(
+            [g.prompt for g in closed for _ in g.responses], [Finished(i, 0, r) for i, r in enumerate(responses)]
+        )
+        < 1e-4
+    )
 
 
 def test_what_is_in_flight_survives_a_checkpoint(side: Side) -> None:
@@ -95,8 +99,9 @@ def test_the_deadline_aborts_what_is_unfinished_and_scores_it_as_truncated(side:
     rollout = collect(side.engine, LengthScorer(), prompts, Sampling(1.0, 40, 8, 1, deadline_s=0.05))
     responses = [r for g in rollout.groups for r in g.responses]
     assert len(responses) == 320
-    late = [(r, s) for g in rollout.groups for r, s in zip(g.responses, g.scores, strict=True)
-            if r.finish == "deadline"]  # fmt: skip
+    late = [
+        (r, s) for g in rollout.groups for r, s in zip(g.responses, g.scores, strict=True) if r.finish == "deadline"
+    ]
     assert late and all(s.status is Status.TRUNCATED and s.reward == 0 for _, s in late)
 
 
@@ -104,9 +109,13 @@ def test_a_group_is_released_while_others_are_still_generated(side: Side) -> Non
     prompts, done, released = prompts_of(32), [], []
     side.engine.batch_size, before = 16, side.engine.batch_size
     rollout = collect(
-        side.engine, LengthScorer(), prompts, Sampling(1.0, 20, 4, 1), lambda d, _: done.append(d),
+        side.engine,
+        LengthScorer(),
+        prompts,
+        Sampling(1.0, 20, 4, 1),
+        lambda d, _: done.append(d),
         release=lambda group: released.append((group, done[-1])),
-    )  # fmt: skip
+    )
     side.engine.batch_size = before
     assert len(released) == 32 and released[0][1] < 128, "the first group is out before the last response is in"
     assert [g for g, _ in sorted(released, key=lambda r: prompts.index(r[0].prompt))] == rollout.groups
@@ -147,9 +156,13 @@ def test_auto_is_the_embedded_engine_without_a_gpu(start: Callable[..., Side], c
 
 @pytest.mark.parametrize(("version", "word"), [("0.33.1", "tested with >=0.32,<0.33"), ("0.31.9", "0.31.9")])
 def test_a_vllm_outside_the_tested_range_is_one_clear_line(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str,
     word: str,
-) -> None:  # fmt: skip
+) -> None:
     package = tmp_path / "site" / f"vllm-{version}.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")

@@ -35,12 +35,20 @@ def arguments(root: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "reward.py").write_text(REWARD)
     stage = {"steps": 3, "max_response_tokens": 16, "prompts_per_step": 4, "group_size": 4}
     settings = {
-        "run_dir": tmp_path / "run", "model.path": root / "examples/tiny-adder", "data.train": tmp_path / "sums.jsonl",
-        "data.max_prompt_tokens": 100, "reward.kind": f"{tmp_path}/reward.py:noise", "reward.workers": 1,
+        "run_dir": tmp_path / "run",
+        "model.path": root / "examples/tiny-adder",
+        "data.train": tmp_path / "sums.jsonl",
+        "data.max_prompt_tokens": 100,
+        "reward.kind": f"{tmp_path}/reward.py:noise",
+        "reward.workers": 1,
         "reward.require_think_close": "false",
-        "rollout.verify_every": 1, "optim.lr": 3e-3, "optim.warmup_steps": 0, "eval.sets": "[]",
-        "log.tensorboard": "false", "stage": json.dumps([stage]).replace(":", "="),
-    }  # fmt: skip
+        "rollout.verify_every": 1,
+        "optim.lr": 3e-3,
+        "optim.warmup_steps": 0,
+        "eval.sets": "[]",
+        "log.tensorboard": "false",
+        "stage": json.dumps([stage]).replace(":", "="),
+    }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", str(root / "examples/quickstart.toml"), *overrides]
 
@@ -72,9 +80,12 @@ class Copied:
 
 @pytest.mark.parametrize("pushes", [0, 1, 3])
 def test_f18_a_copy_that_no_push_reaches_any_more_stops_the_run_at_once(
-    pushes: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    pushes: int,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     make_engine = trainer.make_engine
 
     def make_copied(config: Config, *rest: object) -> Engine:
@@ -92,9 +103,12 @@ def test_f18_a_copy_that_no_push_reaches_any_more_stops_the_run_at_once(
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("fault", ["push.cache", "push.weights"])
 def test_f18_vllm_with_a_stale_cache_or_old_weights_stops_the_run_at_once(
-    fault: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     or1: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:  # fmt: skip
+) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setenv("OR1_FAULT", f"{fault}:rank0:step2:skip")
     done = or1(*arguments, "--set", "rollout.engine=vllm", timeout=350)

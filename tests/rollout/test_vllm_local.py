@@ -62,8 +62,10 @@ def test_log_probs_agree_after_each_of_50_updates(side: Side) -> None:
         found = side.generate(prompts, seed=update)
         rewards = np.array([(f.response.token_ids % 2 == 0).mean() for f in found]).reshape(4, 4)
         advantages = group_advantages(rewards).ravel()
-        sequences = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, float(a))
-                     for f, a in zip(found, advantages, strict=True)]  # fmt: skip
+        sequences = [
+            TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, float(a))
+            for f, a in zip(found, advantages, strict=True)
+        ]
         assert update_policy(side.model, optimizer, sequences, settings, UpdateStats())
         version = next_version(side)
         found = side.generate(prompts, seed=1000 + update)

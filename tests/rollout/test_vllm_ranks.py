@@ -28,10 +28,21 @@ def test_two_ranks_share_a_model_and_keep_their_own_responses(
         "stage": [{"steps": 1, "max_response_tokens": 64, "prompts_per_step": 4, "group_size": 4}],
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29573",
-               "tests/rollout/tensor_parallel.py", str(tmp_path / "config.json"), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=390,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29573",
+        "tests/rollout/tensor_parallel.py",
+        str(tmp_path / "config.json"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=390, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         result = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -36,10 +36,18 @@ STAGE = {"steps": 1, "max_response_tokens": 6, "prompts_per_step": 2, "group_siz
 def save_policy(folder: Path, odds: dict[int, float] = HALVES) -> Path:
     """A checkpoint that gives these tokens these probabilities after any context, and all others none."""
     config = Qwen2Config(
-        vocab_size=19, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, rms_norm_eps=0.0, tie_word_embeddings=False, max_position_embeddings=64,
-        eos_token_id=EOS, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=19,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=0.0,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
     model = Qwen2ForCausalLM(config).double()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -62,9 +70,13 @@ def config_of(folder: Path, stages: Sequence[dict[str, Any]] = ({},), **sections
         rows = [{"question": question, "answer": "0"} for question in ("1+1", "1+2", "1+3")]
         (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     # A rate so small that the policy stays what it is, and no clipping of the gradient.
-    base = {"model": {"path": str(model), "dtype": "float64", "device": "cpu"}, "log": {"tensorboard": False},
-            "data": {"train": [str(folder / "train.jsonl")]}, "rollout": {"engine": "hf"},
-            "optim": {"lr": 1e-15, "grad_clip": 1e9}}  # fmt: skip
+    base = {
+        "model": {"path": str(model), "dtype": "float64", "device": "cpu"},
+        "log": {"tensorboard": False},
+        "data": {"train": [str(folder / "train.jsonl")]},
+        "rollout": {"engine": "hf"},
+        "optim": {"lr": 1e-15, "grad_clip": 1e9},
+    }
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
     return Config.model_validate({"run_dir": str(folder / "run"), "stage": [STAGE | s for s in stages]} | merged)
 
@@ -114,12 +126,15 @@ def uneven_groups() -> list[Group]:
 
 
 def entropies_on_two_ranks() -> dict[str, float]:
-    """In each of two ranks: e_k as the trainer and as `or1.magic.tensors` measure it, and over this rank's groups alone."""
+    """In each of two ranks: e_k as the trainer and as `or1.magic.tensors` measure it, and over its own groups alone."""
     groups = uneven_groups()
     with join(DistConfig(timeout_s=60), torch.device("cpu")) as world:
         mine = [groups[i] for i in world.share(len(groups))]
         whole = exchange(world, Rollout(mine, 0.0, 0.0), [g.prompt for g in groups], ()).groups
         kept, mine = ([g for g in some if has_advantage(g)] for some in (whole, mine))
         logp = torch.tensor(np.concatenate([r.logp for g in mine for r in g.responses]))
-        return {"trainer": rollout_entropy(kept), "magic": masked_entropy(logp, torch.ones_like(logp)),
-                "alone": rollout_entropy(mine)}  # fmt: skip
+        return {
+            "trainer": rollout_entropy(kept),
+            "magic": masked_entropy(logp, torch.ones_like(logp)),
+            "alone": rollout_entropy(mine),
+        }

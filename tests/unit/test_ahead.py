@@ -54,7 +54,7 @@ def test_a_stage_does_not_train_on_prompts_that_were_dropped_at_its_start(tmp_pa
     assert ahead == [True, False, True], "the rollout of step 3 waits for its stage, that of step 4 does not"
     scorer = trainer.scorer
     assert trainer.state.solved.dropped == {scorer.first}
-    later = scorer.seen[2 * 3 * 2:]
+    later = scorer.seen[2 * 3 * 2 :]
     assert len(later) == 2 * 6 * 2 and scorer.first not in {name for name, _ in later}
     assert max(tokens for _, tokens in later) <= 2
 

@@ -36,10 +36,15 @@ GCD = asserts("assert gcd(12, 18) == 6", "assert gcd(7, 5) == 1")
 COUNT = asserts("assert count([True, False, True]) == 2", "assert count([]) == 0")
 SUM = asserts("assert sum(10, 15) == 6", "assert sum(100, 150) == 93")
 ADD_CALLS = {"inputs": ["2\n3", "4\n5"], "outputs": ["5", "9"], "fn_name": "add"}
-ADD_CHECK = {"test": "def check(candidate):\n    assert candidate(2, 3) == 5\n", "entry_point": "add",
-             "prompt": "def add(x: int, y: int):\n    \"\"\"Add.\"\"\"\n"}  # fmt: skip
-COMMON = ("def sum(a, b):\n    g = __import__('math').gcd(a, b)\n    t = 0\n"
-          "    for d in range(1, g + 1): t += d * (g % d == 0)\n    return t")  # fmt: skip
+ADD_CHECK = {
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+    "entry_point": "add",
+    "prompt": 'def add(x: int, y: int):\n    """Add."""\n',
+}
+COMMON = (
+    "def sum(a, b):\n    g = __import__('math').gcd(a, b)\n    t = 0\n"
+    "    for d in range(1, g + 1): t += d * (g % d == 0)\n    return t"
+)
 
 
 @pytest.mark.parametrize(
@@ -81,15 +86,22 @@ def test_a_program_with_none_of_the_names_earns_nothing_whatever_the_tests_catch
         (asserts("assert abs(add(1, 2) - 3) < 1e-6"), ("add",)),
         (asserts("assert math.isclose(volume(10), 4188.79, rel_tol=0.001)"), ("volume",)),
         (asserts("assert chain([Pair(5, 24), Pair(15, 25)], 4) == 3"), ("Pair", "chain")),
-        (asserts("assert is_close(solve(3), 9)", code="def solve(x): pass\ndef is_close(a, b): pass"),
-         ("is_close", "solve")),
+        (
+            asserts("assert is_close(solve(3), 9)", code="def solve(x): pass\ndef is_close(a, b): pass"),
+            ("is_close", "solve"),
+        ),
         (asserts("assert solve(3) == 9", entry_point="solve"), ("solve",)),
-        ({"test_code": "def check(candidate):\n    assert candidate(list_node([1])) == gcd(4, 6)\n",
-          "entry_point": "Solution().merge"}, ("Solution",)),
+        (
+            {
+                "test_code": "def check(candidate):\n    assert candidate(list_node([1])) == gcd(4, 6)\n",
+                "entry_point": "Solution().merge",
+            },
+            ("Solution",),
+        ),
         ({"functional": "s = Stack()\ns.push(1)\nassert s.pop() == 1"}, ("Stack",)),
         ({"functional": "def check(f):\n    assert f(1) == 1\n\ncheck(product)"}, ("product",)),
     ],
-)  # fmt: skip
+)
 def test_names_under_test(columns: dict, names: tuple[str, ...]) -> None:
     if "functional" in columns and names == ("product",):
         # In LeetCode's form the prelude belongs to the tests, so a name of it is never the program's.
@@ -102,10 +114,10 @@ def test_names_under_test(columns: dict, names: tuple[str, ...]) -> None:
 def test_helpers_of_the_problem_are_not_the_programs(settings: CodeSettings) -> None:
     truth = {
         "prompt": "import math\n\ndef poly(xs, x):\n    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n\n"
-                  "def find_zero(xs):\n    \"\"\"Find x with poly(xs, x) = 0.\"\"\"\n",
+        'def find_zero(xs):\n    """Find x with poly(xs, x) = 0."""\n',
         "test": "def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < 1e-4\n",
         "entry_point": "find_zero",
-    }  # fmt: skip
+    }
     assert score("def find_zero(xs): return -xs[0] / xs[1]", truth, settings).reward == 1
     assert score("def poly(xs, x): return 0\ndef find_zero(xs): return 7", truth, settings).reward == 0
 
@@ -113,27 +125,42 @@ def test_helpers_of_the_problem_are_not_the_programs(settings: CodeSettings) -> 
 # --- D8: what cannot pass by value, and what can
 
 VALUES = [
-    ("class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
-     "def longest(pairs, n): return sum(p.b - p.a for p in pairs[:n])",
-     "assert longest([Pair(5, 24), Pair(15, 25)], 2) == 29"),
-    ("def remove(values, kind): return [v for v in values if not isinstance(v, kind)]",
-     "assert remove([1, 'a', 2.0], int) == ['a', 2.0]"),
-    ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
-     "caught = ''\ntry:\n    f(-1)\nexcept ValueError as error:\n    caught = str(error)\nassert 'negative' in caught"),
-    ("class Bad(KeyError): pass\ndef f(x): raise Bad(x)",
-     "try:\n    f(1)\nexcept LookupError:\n    caught = True\nassert caught"),
+    (
+        "class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
+        "def longest(pairs, n): return sum(p.b - p.a for p in pairs[:n])",
+        "assert longest([Pair(5, 24), Pair(15, 25)], 2) == 29",
+    ),
+    (
+        "def remove(values, kind): return [v for v in values if not isinstance(v, kind)]",
+        "assert remove([1, 'a', 2.0], int) == ['a', 2.0]",
+    ),
+    (
+        "def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
+        "caught = ''\ntry:\n    f(-1)\nexcept ValueError as error:\n    caught = str(error)\n"
+        "assert 'negative' in caught",
+    ),
+    (
+        "class Bad(KeyError): pass\ndef f(x): raise Bad(x)",
+        "try:\n    f(1)\nexcept LookupError:\n    caught = True\nassert caught",
+    ),
     ("def squares(n):\n    for i in range(n): yield i * i", "assert list(squares(4)) == [0, 1, 4, 9]"),
-    ("import itertools\ndef numbers(): return itertools.count(5)",
-     "g = numbers()\nassert next(g) == 5\nassert [next(g), next(g)] == [6, 7]"),
+    (
+        "import itertools\ndef numbers(): return itertools.count(5)",
+        "g = numbers()\nassert next(g) == 5\nassert [next(g), next(g)] == [6, 7]",
+    ),
     ("from fractions import Fraction\ndef half(): return Fraction(1, 2)", "assert half() == 0.5"),
-    ("import datetime\ndef leap(y): return datetime.date(y, 2, 28) + datetime.timedelta(1)",
-     "import datetime\nassert leap(2024) == datetime.date(2024, 2, 29)"),
+    (
+        "import datetime\ndef leap(y): return datetime.date(y, 2, 28) + datetime.timedelta(1)",
+        "import datetime\nassert leap(2024) == datetime.date(2024, 2, 29)",
+    ),
     ("import re\ndef found(t): return re.match('a+', t)", "assert found('aab').group() == 'aa'\nassert found('aab')"),
-    ("def total(a): return float(a.sum()) if hasattr(a, 'sum') else None",
-     "assert total(np.array([[1.0, 2.0], [3.0, 4.0]])) == 10"),
+    (
+        "def total(a): return float(a.sum()) if hasattr(a, 'sum') else None",
+        "assert total(np.array([[1.0, 2.0], [3.0, 4.0]])) == 10",
+    ),
     ("def indexes(n): return range(n)", "assert indexes(3) == range(3)"),
     ("def sort(x): x.sort()", "x = [2, 1]\nsort(x)\nassert x == [1, 2]"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("program", "script"), VALUES)
@@ -170,8 +197,9 @@ def test_names_that_nobody_defines_are_no_way_in(settings: CodeSettings) -> None
         ("x = [1, 2]\nassert solve(values=x) == sum(x)", "def solve(values): values.clear(); return 0"),
     ],
 )
-def test_arguments_are_not_changed_by_a_call_that_returns_something(script: str, program: str,
-                                                                    settings: CodeSettings) -> None:  # fmt: skip
+def test_arguments_are_not_changed_by_a_call_that_returns_something(
+    script: str, program: str, settings: CodeSettings
+) -> None:
     assert score(program, asserts(script), settings) == Score(0.0, Status.WRONG)
 
 
@@ -189,8 +217,10 @@ def test_a_program_that_skips_every_assert_is_wrong_and_no_crash(settings: CodeS
 
 
 def test_a_call_that_ends_an_iteration_early_wins_nothing(settings: CodeSettings) -> None:
-    script = {"functional": "assert all(y == x * 2 for x, y in zip([1, 2], map(solve, [1, 2])))\n"
-                            "assert len(list(map(solve, [1, 2]))) == 2"}  # fmt: skip
+    script = {
+        "functional": "assert all(y == x * 2 for x, y in zip([1, 2], map(solve, [1, 2])))\n"
+        "assert len(list(map(solve, [1, 2]))) == 2"
+    }
     assert score("def solve(x): raise StopIteration", script, settings).reward == 0
     assert score("def solve(x): return 2 * x", script, settings).reward == 1
 
@@ -266,13 +296,17 @@ def test_an_empty_answer_is_close_to_nothing(settings: CodeSettings) -> None:
     [
         ("def f(): return {1: 2}.keys()", "assert list(f()) == [1]"),
         ("import array\ndef f(): return array.array('i', [1, 2])", "assert list(f()) == [1, 2]"),
-        ("class Bag:\n    def __init__(self): self.a = [3, 4]\n    def __len__(self): return 2\n"
-         "    def __getitem__(self, i): return self.a[i]\n    def __iter__(self): return iter(self.a)",
-         "b = Bag()\nassert len(b) == 2 and b[1] == 4 and list(b) == [3, 4]"),
-        ("class P:\n    def __init__(self, x): self.x = x\n    def double(self): return 2 * self.x",
-         "p = P(1)\np.x = 5\nassert p.double() == 10"),
+        (
+            "class Bag:\n    def __init__(self): self.a = [3, 4]\n    def __len__(self): return 2\n"
+            "    def __getitem__(self, i): return self.a[i]\n    def __iter__(self): return iter(self.a)",
+            "b = Bag()\nassert len(b) == 2 and b[1] == 4 and list(b) == [3, 4]",
+        ),
+        (
+            "class P:\n    def __init__(self, x): self.x = x\n    def double(self): return 2 * self.x",
+            "p = P(1)\np.x = 5\nassert p.double() == 10",
+        ),
     ],
-)  # fmt: skip
+)
 def test_objects_of_the_program_can_be_looked_into(program: str, script: str, settings: CodeSettings) -> None:
     assert score(program, asserts(script), settings) == Score(1.0, Status.OK)
 

@@ -17,9 +17,13 @@ GPU = torch.cuda.is_available()
 BACKENDS = [
     "sdpa",
     pytest.param("varlen", marks=pytest.mark.skipif(not GPU, reason="torch's varlen attention needs a GPU")),
-    pytest.param("flash", marks=pytest.mark.skipif(not (GPU and importlib.util.find_spec("flash_attn")),
-                                                   reason="flash-attn needs a GPU and the package")),
-]  # fmt: skip
+    pytest.param(
+        "flash",
+        marks=pytest.mark.skipif(
+            not (GPU and importlib.util.find_spec("flash_attn")), reason="flash-attn needs a GPU and the package"
+        ),
+    ),
+]
 
 # Documents of one token, of very unlike lengths, and two that borrow the keys of the third's first five tokens.
 Q_LENS = [1, 3, 9, 4, 2, 40]
@@ -94,8 +98,10 @@ def test_the_choice_of_backend() -> None:
             choose_backend("flash", gpu, torch.bfloat16)
 
 
-@pytest.mark.parametrize("extra", [{"dropout": 0.1}, {"position_bias": torch.zeros(4)}, {"indices": torch.zeros(4)},
-                                   {"sinks": torch.zeros(4)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [{"dropout": 0.1}, {"position_bias": torch.zeros(4)}, {"indices": torch.zeros(4)}, {"sinks": torch.zeros(4)}],
+)
 def test_what_packed_attention_cannot_do_is_refused(extra: dict) -> None:
     x = torch.zeros(1, 4, 59, 8)
     with pytest.raises(AttentionError, match=next(iter(extra))):
@@ -123,9 +129,14 @@ def soft_naive(q_LQD: Tensor, k_KGD: Tensor, v_KGD: Tensor, window: int | None, 
 @pytest.mark.parametrize(("softcap", "sinks"), [(1.5, False), (None, True), (1.5, True)])
 @pytest.mark.parametrize("blocks", [1 << 24, 64])
 def test_soft_caps_and_sinks_are_their_equations(
-    softcap: float | None, sinks: bool, shared: bool, window: int | None, blocks: int, backend: str,
+    softcap: float | None,
+    sinks: bool,
+    shared: bool,
+    window: int | None,
+    blocks: int,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(soft_attention, "_MAX_SCORES", blocks)
     torch.manual_seed(0)
     device, dtype = ("cpu", torch.float64) if backend == "sdpa" else ("cuda", torch.bfloat16)
@@ -147,8 +158,11 @@ def test_soft_caps_and_sinks_are_their_equations(
         return torch.cat([soft_naive(x, k[r], v[r], window, extras) for x, r in parts])
 
     layout = layout_of(shared, device)
-    ours = run(lambda q, k, v, extras: packed_attention(q, k, v, layout, window=window, backend=backend, scores=extras),
-               dtype, device)  # fmt: skip
+    ours = run(
+        lambda q, k, v, extras: packed_attention(q, k, v, layout, window=window, backend=backend, scores=extras),
+        dtype,
+        device,
+    )
     for our, exact in zip(ours, run(naive_row, torch.float64, "cpu"), strict=True):
         if tight:
             torch.testing.assert_close(our, exact, rtol=1e-10, atol=1e-12)

@@ -64,9 +64,7 @@ def test_ranks_cost_the_same_in_sum_and_row_by_row(count: int, ranks: int, bound
         plan = plan_ranks(lengths, MAX_TOKENS, ranks, COST)
         assert imbalance(plan, lengths, COST) <= bound
         # Ranks wait for the slowest after every row.
-        slowest = sum(
-            max(COST.of([lengths[i] for i in rows[k]]) for rows in plan) for k in range(len(plan[0]))
-        )
+        slowest = sum(max(COST.of([lengths[i] for i in rows[k]]) for rows in plan) for k in range(len(plan[0])))
         assert slowest <= (bound + 0.02) * COST.of(lengths) / ranks
 
 

@@ -47,9 +47,15 @@ def test_work_is_that_of_the_bare_gemms_over_live_rows(masked: float) -> None:
 def test_peaked_logits_have_a_trained_policys_entropy_and_targets_their_frequency(width: int, vocab: int) -> None:
     problem = make_problem(Shape("", width, vocab), 1024)
     with torch.no_grad():
-        exact = SimpleNamespace(**dict(zip(
-            ("logp", "entropy"),
-            reference.logprob_entropy((problem.hidden @ problem.weight.T).double(), problem.targets), strict=True)))
+        exact = SimpleNamespace(
+            **dict(
+                zip(
+                    ("logp", "entropy"),
+                    reference.logprob_entropy((problem.hidden @ problem.weight.T).double(), problem.targets),
+                    strict=True,
+                )
+            )
+        )
     assert 0.2 < exact.entropy.mean() < 0.4
     assert exact.entropy.median() < exact.entropy.mean(), "most rows must be nearly certain"
     # -logp of sampled tokens has the entropy as its mean.
@@ -82,8 +88,9 @@ def test_every_variant_computes_the_tasks_gradient(name: str, task: str, masked:
         assert (a - b).norm() <= tolerance * b.norm(), field
     for field in ("logp", "entropy"):
         if getattr(got, field) is not None:
-            torch.testing.assert_close(getattr(got, field)[~dead].double(), getattr(want, field)[~dead], rtol=1e-5,
-                                       atol=1e-4)
+            torch.testing.assert_close(
+                getattr(got, field)[~dead].double(), getattr(want, field)[~dead], rtol=1e-5, atol=1e-4
+            )
 
 
 def test_a_sample_is_a_problem_of_live_rows() -> None:
@@ -96,10 +103,15 @@ def test_a_sample_is_a_problem_of_live_rows() -> None:
 
 
 def test_errors_are_absolute_for_scores_and_relative_for_gradients() -> None:
-    want = SimpleNamespace(logp=torch.tensor([-1.0]), entropy=torch.tensor([2.0]), dhidden=torch.full((4,), 2.0),
-                           dweight=torch.full((4,), 5.0))
-    got = SimpleNamespace(logp=torch.tensor([-1.5]), entropy=None, dhidden=torch.full((4,), 2.2),
-                          dweight=torch.full((4,), 5.0))
+    want = SimpleNamespace(
+        logp=torch.tensor([-1.0]),
+        entropy=torch.tensor([2.0]),
+        dhidden=torch.full((4,), 2.0),
+        dweight=torch.full((4,), 5.0),
+    )
+    got = SimpleNamespace(
+        logp=torch.tensor([-1.5]), entropy=None, dhidden=torch.full((4,), 2.2), dweight=torch.full((4,), 5.0)
+    )
     out = errors(got, want)
     assert out["logp"] == 0.5 and out["entropy"] is None and out["dweight"] == 0
     assert out["dhidden"] == pytest.approx(0.1, rel=1e-5)

@@ -16,10 +16,22 @@ FENCE_IN_TEXT = "s = '''\n```\n'''\n"
 @pytest.mark.parametrize(
     "mark",
     [
-        'python title="a b.py"', "{.python .numberLines}", "{#here .python}", "{python}", "python:main.py", "main.py",
-        " PYTHON3.11", "python {linenos=true}", "python,linenos", "py3", "", 'title="x"', "solution", "pythonic",
+        'python title="a b.py"',
+        "{.python .numberLines}",
+        "{#here .python}",
+        "{python}",
+        "python:main.py",
+        "main.py",
+        " PYTHON3.11",
+        "python {linenos=true}",
+        "python,linenos",
+        "py3",
+        "",
+        'title="x"',
+        "solution",
+        "pythonic",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("fence", ["```", "~~~", "`````"])
 def test_a_block_marked_as_python_or_as_nothing_known_is_a_program(mark: str, fence: str) -> None:
     assert last_python_block(f"So:\n{fence}{mark}\nx = 1\n{fence}\nDone.") == "x = 1\n"
@@ -76,9 +88,27 @@ def test_blocks_within_other_text_lose_its_indentation(text: str, program: str) 
 
 @pytest.mark.parametrize(
     "unit",
-    ["`", "~", " ", "\n", "```", "``` ", "```\n", "~~~\n", "```python\n", "```python\n```", "`\n", "- ", "> ", "a=",
-     "``` a=", "```py ~~~\n", ".", "{."],
-)  # fmt: skip
+    [
+        "`",
+        "~",
+        " ",
+        "\n",
+        "```",
+        "``` ",
+        "```\n",
+        "~~~\n",
+        "```python\n",
+        "```python\n```",
+        "`\n",
+        "- ",
+        "> ",
+        "a=",
+        "``` a=",
+        "```py ~~~\n",
+        ".",
+        "{.",
+    ],
+)
 def test_extraction_is_linear_in_hostile_text(unit: str) -> None:
     flood = unit * (1_000_000 // len(unit))
     began = time.process_time()

@@ -135,8 +135,27 @@ def test_values_survive_the_wire() -> None:
     from decimal import Decimal
     from fractions import Fraction
 
-    value = [None, True, 1, 1 << 100, -1.5, "x\ud800", (1, [2]), {3}, frozenset({4}), {(5,): [6]}, b"7", 8j, int,
-             range(2, 9), Fraction(1, 3), Decimal("1.50"), date(2024, 2, 29), datetime(2024, 1, 2, 3), timedelta(1, 2)]
+    value = [
+        None,
+        True,
+        1,
+        1 << 100,
+        -1.5,
+        "x\ud800",
+        (1, [2]),
+        {3},
+        frozenset({4}),
+        {(5,): [6]},
+        b"7",
+        8j,
+        int,
+        range(2, 9),
+        Fraction(1, 3),
+        Decimal("1.50"),
+        date(2024, 2, 29),
+        datetime(2024, 1, 2, 3),
+        timedelta(1, 2),
+    ]
     handles: list = []
 
     def keep(thing: object) -> dict:
@@ -164,18 +183,25 @@ READ = "a, b = map(int, input().split())\n"
         ("import sys\na, b = map(int, sys.stdin.read().split())\nsys.stdout.write(f'{a + b}')", Status.OK, 1.0),
         ("import os\na, b = os.read(0, 99).split()\nos.write(1, b'%d' % (int(a) + int(b)))", Status.OK, 1.0),
         ("a, b = open('/dev/stdin').read().split()\nprint(int(a) + int(b))", Status.OK, 1.0),
-        ("import threading\ndef f():\n    print(sum(map(int, input().split())))\nthreading.stack_size(1 << 26)\n"
-         "threading.Thread(target=f).start()", Status.OK, 1.0),
+        (
+            "import threading\ndef f():\n    print(sum(map(int, input().split())))\nthreading.stack_size(1 << 26)\n"
+            "threading.Thread(target=f).start()",
+            Status.OK,
+            1.0,
+        ),
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())))\n    exit()", Status.OK, 1.0),
-        ("def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)\n" + READ + "print(a + b + f(20000) - 20000)",
-         Status.OK, 1.0),
+        (
+            "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)\n" + READ + "print(a + b + f(20000) - 20000)",
+            Status.OK,
+            1.0,
+        ),
         (READ + "print(3)", Status.WRONG, 0.25),
         (READ + "print(a + b)\nexit(1)", Status.WRONG, 0.0),
         (READ + "print(a + b)\n1 / (a - 1)", Status.WRONG, 0.75),
         (READ + "while a == 3: pass\nprint(a + b)", Status.TIMEOUT, 0.75),
         ("print(", Status.WRONG, 0.0),
     ],
-)  # fmt: skip
+)
 def test_programs_with_standard_input(program: str, status: Status, fraction: float, settings: CodeSettings) -> None:
     assert score(program, ADD, settings) == Score(float(status is Status.OK), status)
     if status is not Status.OK:
@@ -207,21 +233,33 @@ def test_functions(program: str, status: Status, settings: CodeSettings) -> None
 SCRIPTS = [
     ("def f(x): x.sort()", "x = [2, 1]\nf(x)\nassert x == [1, 2]", Status.OK),
     ("def f(n): return ListNode(n, ListNode(2))", "assert is_same_list(f(1), list_node([1, 2]))", Status.OK),
-    ("def f(t): t.left, t.right = t.right, t.left; return t",
-     "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))", Status.WRONG),
-    ("def f(t):\n    if t: t.left, t.right = f(t.right), f(t.left)\n    return t",
-     "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))", Status.OK),
-    ("class Stack:\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n"
-     "    def pop(self): return self.a.pop()\n    size = 3",
-     "s = Stack()\ns.push(1)\ns.push((2, 3))\nassert s.pop() == (2, 3)\nassert s.size == 3", Status.OK),
+    (
+        "def f(t): t.left, t.right = t.right, t.left; return t",
+        "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))",
+        Status.WRONG,
+    ),
+    (
+        "def f(t):\n    if t: t.left, t.right = f(t.right), f(t.left)\n    return t",
+        "assert is_same_tree(f(tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))",
+        Status.OK,
+    ),
+    (
+        "class Stack:\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n"
+        "    def pop(self): return self.a.pop()\n    size = 3",
+        "s = Stack()\ns.push(1)\ns.push((2, 3))\nassert s.pop() == (2, 3)\nassert s.size == 3",
+        Status.OK,
+    ),
     ("def f(x): return x / 3", "assert abs(f(1) - 0.333333) < 1e-5", Status.OK),
-    ("def f(x): raise ValueError('no')", "try:\n    f(1)\n    ok = False\nexcept Exception:\n    ok = True\nassert ok",
-     Status.OK),
+    (
+        "def f(x): raise ValueError('no')",
+        "try:\n    f(1)\n    ok = False\nexcept Exception:\n    ok = True\nassert ok",
+        Status.OK,
+    ),
     ("def f(x): return {x: [x]}", "for i in range(3):\n    assert f(i) == {i: [i]}, i", Status.OK),
     ("import time\ndef f(x): time.sleep(99)", "assert f(1) == 1", Status.TIMEOUT),
     ("LIMIT = 7", "assert LIMIT == 7", Status.OK),
     ("def g(): pass", "assert f(1) == 1", Status.WRONG),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("program", "script", "status"), SCRIPTS)
@@ -252,23 +290,33 @@ def test_installed_packages_can_be_used(settings: CodeSettings) -> None:
 
 LIKE_PYTHON = [
     ("def f(x: int): pass\nprint(f.__annotations__['x'](3.7))", "3"),
-    ("import dataclasses\n@dataclasses.dataclass\nclass P:\n    a: int\n"
-     "print(dataclasses.fields(P)[0].type('1'))", "1"),
+    (
+        "import dataclasses\n@dataclasses.dataclass\nclass P:\n    a: int\nprint(dataclasses.fields(P)[0].type('1'))",
+        "1",
+    ),
     ("out = open(1, 'w')\nout.write('hi')", "hi"),
     ("import os\nout = os.fdopen(1, 'w', 1 << 16)\nprint('hi', file=out)", "hi"),
     ("import io, sys\nprint('hi')\nsys.stdout = io.StringIO()\nprint('no')", "hi"),
-    ("import io, sys\nprint('a')\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf8')\n"
-     "print('b')", "a\nb"),
-    ("import multiprocessing as mp\ndef f(x): return x * x\nif __name__ == '__main__':\n"
-     "    with mp.Pool(2) as pool: print(sum(pool.map(f, range(4))))", "14"),
+    (
+        "import io, sys\nprint('a')\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf8')\nprint('b')",
+        "a\nb",
+    ),
+    (
+        "import multiprocessing as mp\ndef f(x): return x * x\nif __name__ == '__main__':\n"
+        "    with mp.Pool(2) as pool: print(sum(pool.map(f, range(4))))",
+        "14",
+    ),
     ("import asyncio\nasync def f(): await asyncio.sleep(0); print(1)\nasyncio.run(f())", "1"),
     ("import subprocess, sys\nprint(subprocess.check_output([sys.executable, '-c', 'print(7)']).decode())", "7"),
     ("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x'); print(f.tell())", "1"),
-    ("import threading\nt = [threading.Thread(target=print, args=(i,)) for i in range(3)]\n"
-     "for x in t: x.start(); x.join()", "0\n1\n2"),
+    (
+        "import threading\nt = [threading.Thread(target=print, args=(i,)) for i in range(3)]\n"
+        "for x in t: x.start(); x.join()",
+        "0\n1\n2",
+    ),
     ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)", "A"),
     ("\ufeffprint(1)", "1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("program", "printed"), LIKE_PYTHON)
@@ -287,8 +335,10 @@ def test_sets_of_text_have_the_same_order_in_every_run(settings: CodeSettings) -
     assert len({output(program, settings.sandbox) for _ in range(3)}) == 1
 
 
-FORGED = "import json, os, struct, time\ndef f(x):\n    d = json.dumps({}).encode()\n" \
-         "    os.write(91, struct.pack('>I', len(d)) + d)\n    time.sleep(9)"
+FORGED = (
+    "import json, os, struct, time\ndef f(x):\n    d = json.dumps({}).encode()\n"
+    "    os.write(91, struct.pack('>I', len(d)) + d)\n    time.sleep(9)"
+)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,17 @@ def test_five_mistakes_are_all_named_with_remedies(tmp_path: Path) -> None:
 def test_a_refused_value_that_is_required_hides_no_other_mistake(tmp_path: Path) -> None:
     text = FIVE_MISTAKES.replace("steps = 5", 'steps = "ten"').replace("prompts_per_step = 8\n", "")
     found = problems_of(text + '[[eval.sets]]\npath = "no-set.jsonl"\n', tmp_path, "optim.betas=[0.9, 1.5]")
-    assert set(found) == {"model.path", "data.train.0", "rollout.temprature", "optim.lr", "stage.0.steps",
-                          "stage.0.prompts_per_step", "eval.sets.0.name", "eval.sets.0.path", "optim.betas.1"}
+    assert set(found) == {
+        "model.path",
+        "data.train.0",
+        "rollout.temprature",
+        "optim.lr",
+        "stage.0.steps",
+        "stage.0.prompts_per_step",
+        "eval.sets.0.name",
+        "eval.sets.0.path",
+        "optim.betas.1",
+    }
     without = problems_of(text.replace("[model]", "").replace('path = "no/such/folder/here"', ""), tmp_path)
     assert "missing" in without["model"] and "model.path" not in without and "data.train.0" in without
 
@@ -141,7 +150,7 @@ def test_entropy_variants_have_their_own_defaults(tmp_path: Path) -> None:
         ("optim.lr=nan", "optim.lr"),
         ("data.train=[]", "data.train"),
         ("stage=[]", "stage"),
-        ('run_dir=3', "run_dir"),
+        ("run_dir=3", "run_dir"),
         ("stage.1.max_response_tokens=400", "stage.1.max_response_tokens"),
         ("eval.max_response_tokens=257", "eval.max_response_tokens"),
     ],
@@ -187,10 +196,23 @@ def test_every_number_has_a_bound_above() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["stage.0.prompts_per_step=4611686018427387904", "eval.sets.0.samples=1000000000", "eval.sets.0.name=..",
-     "reward.workers=100000", "reward.timeout_s=1e300", "rollout.temperature=1e-300", "eval.sets.0.temperature=1e-300",
-     "dist.heartbeat_timeout_s=1e-9", "optim.eps=1e-300", "optim.lr=1e30", "data.keep_difficulty=[-1, 3]",
-     "stage.0.group_size=65536", "rollout.top_k=99999999999999999999", "seed=99999999999999999999999"])  # fmt: skip
+    [
+        "stage.0.prompts_per_step=4611686018427387904",
+        "eval.sets.0.samples=1000000000",
+        "eval.sets.0.name=..",
+        "reward.workers=100000",
+        "reward.timeout_s=1e300",
+        "rollout.temperature=1e-300",
+        "eval.sets.0.temperature=1e-300",
+        "dist.heartbeat_timeout_s=1e-9",
+        "optim.eps=1e-300",
+        "optim.lr=1e30",
+        "data.keep_difficulty=[-1, 3]",
+        "stage.0.group_size=65536",
+        "rollout.top_k=99999999999999999999",
+        "seed=99999999999999999999999",
+    ],
+)
 def test_a_number_that_no_run_can_have_is_refused(override: str) -> None:
     with pytest.raises(ConfigError):
         load_config(QUICKSTART, [override, *(["stage.0.prompts_per_step=1024"] if "group" in override else [])])
@@ -198,13 +220,25 @@ def test_a_number_that_no_run_can_have_is_refused(override: str) -> None:
 
 @pytest.mark.parametrize(
     ("override", "where"),
-    [("stage.\u00b2.steps=1", "--set stage"), ("stage.\u0661.steps=1", "--set stage"),
-     ("data.train.\u00b2=1", "--set data.train"), (f"stage.{'9' * 5000}.steps=1", "--set stage"),
-     (f"optim.lr=0x{'f' * 9000}", "optim.lr"), (f"seed={'[' * 200}{']' * 200}", "seed"),
-     (".".join("a" * 3000) + "=1", "--set a.a.a"), (f"run_dir={'x' * 256}", "run_dir"),
-     (f"run_dir={'x/' * 2100}", "run_dir"), ('run_dir="a\\u0000b"', "run_dir"), ("run_dir=a\udc80b", "run_dir"),
-     ("run_dir=", "run_dir"), (f"data.train={'x' * 256}", "data.train.0"), (f"model.path={'x' * 256}", "model.path"),
-     (f"reward.kind={'x' * 256}.py:f", "reward.kind"), (f"loss.reference={'x' * 256}", "loss.reference")])  # fmt: skip
+    [
+        ("stage.\u00b2.steps=1", "--set stage"),
+        ("stage.\u0661.steps=1", "--set stage"),
+        ("data.train.\u00b2=1", "--set data.train"),
+        (f"stage.{'9' * 5000}.steps=1", "--set stage"),
+        (f"optim.lr=0x{'f' * 9000}", "optim.lr"),
+        (f"seed={'[' * 200}{']' * 200}", "seed"),
+        (".".join("a" * 3000) + "=1", "--set a.a.a"),
+        (f"run_dir={'x' * 256}", "run_dir"),
+        (f"run_dir={'x/' * 2100}", "run_dir"),
+        ('run_dir="a\\u0000b"', "run_dir"),
+        ("run_dir=a\udc80b", "run_dir"),
+        ("run_dir=", "run_dir"),
+        (f"data.train={'x' * 256}", "data.train.0"),
+        (f"model.path={'x' * 256}", "model.path"),
+        (f"reward.kind={'x' * 256}.py:f", "reward.kind"),
+        (f"loss.reference={'x' * 256}", "loss.reference"),
+    ],
+)
 def test_odd_text_is_a_problem_and_no_traceback(override: str, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, [override])
@@ -215,9 +249,15 @@ def test_odd_text_is_a_problem_and_no_traceback(override: str, where: str) -> No
 def test_a_file_that_may_not_be_looked_at_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a plain user finds below a folder of another, where is_file raises PermissionError."""
     stat = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda self, **options: (
-        (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(self))) if "closed" in str(self)
-        else stat(self, **options)))  # fmt: skip
+    monkeypatch.setattr(
+        Path,
+        "stat",
+        lambda self, **options: (
+            (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(self)))
+            if "closed" in str(self)
+            else stat(self, **options)
+        ),
+    )
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, ["data.train=closed/a.jsonl", "model.path=closed/model/x"])
     assert {p.path for p in caught.value.problems} == {"data.train.0", "model.path"}
@@ -225,12 +265,22 @@ def test_a_file_that_may_not_be_looked_at_counts_as_missing(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("override", "setting"),
-    [("optim.learning_rate=1", "optim.lr"), ("lr=1", "optim.lr"), ("stage.0.num_generations=8", "stage.0.group_size"),
-     ("rollout.n=8", "stage.0.group_size"), ("loss.beta=0.1", "loss.kl_coef"), ("loss.kl_loss_coef=1", "loss.kl_coef"),
-     ("loss.epsilon_high=0.3", "loss.clip_high"), ("clip_ratio_high=0.3", "loss.clip_high"),
-     ("max_completion_length=99", "stage.0.max_response_tokens"), ("actor_rollout_ref.rollout.n=8",
-     "stage.0.group_size"), ("data.train_batch_size=32", "stage.0.prompts_per_step"),
-     ("optim.group_size=8", "stage.0.group_size"), ("trainer.save_freq=3", "checkpoint.every_steps")])  # fmt: skip
+    [
+        ("optim.learning_rate=1", "optim.lr"),
+        ("lr=1", "optim.lr"),
+        ("stage.0.num_generations=8", "stage.0.group_size"),
+        ("rollout.n=8", "stage.0.group_size"),
+        ("loss.beta=0.1", "loss.kl_coef"),
+        ("loss.kl_loss_coef=1", "loss.kl_coef"),
+        ("loss.epsilon_high=0.3", "loss.clip_high"),
+        ("clip_ratio_high=0.3", "loss.clip_high"),
+        ("max_completion_length=99", "stage.0.max_response_tokens"),
+        ("actor_rollout_ref.rollout.n=8", "stage.0.group_size"),
+        ("data.train_batch_size=32", "stage.0.prompts_per_step"),
+        ("optim.group_size=8", "stage.0.group_size"),
+        ("trainer.save_freq=3", "checkpoint.every_steps"),
+    ],
+)
 def test_a_name_of_another_trainer_is_translated(override: str, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown key; here it is {setting}"):
         load_config(QUICKSTART, [override])
@@ -260,7 +310,7 @@ def test_usual_spellings_of_dtype_and_device_are_taken() -> None:
 
 
 def test_a_refused_form_is_told_without_a_regular_expression() -> None:
-    with pytest.raises(ConfigError, match=r'path/file\.py:function') as caught:
+    with pytest.raises(ConfigError, match=r"path/file\.py:function") as caught:
         load_config(QUICKSTART, ["reward.kind=match"])
     assert "A-Za-z" not in str(caught.value)
 
@@ -296,9 +346,13 @@ def test_a_missing_model_is_named_beside_missing_data(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["trian", QUICKSTART], "did you mean 'train'"), (["ckpt", "verfy", "x"], "did you mean 'verify'"),
-     (["train", QUICKSTART, "--set", "optim.lr", "1e-3"], "--set optim.lr=1e-3"),
-     (["train", QUICKSTART, "--nproc", "\u00b2"], "is not a whole number of at least 1")])  # fmt: skip
+    [
+        (["trian", QUICKSTART], "did you mean 'train'"),
+        (["ckpt", "verfy", "x"], "did you mean 'verify'"),
+        (["train", QUICKSTART, "--set", "optim.lr", "1e-3"], "--set optim.lr=1e-3"),
+        (["train", QUICKSTART, "--nproc", "\u00b2"], "is not a whole number of at least 1"),
+    ],
+)
 def test_a_slip_on_the_command_line_is_told(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

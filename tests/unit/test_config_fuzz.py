@@ -30,13 +30,55 @@ CONFIGS = int(os.environ.get("OR1_FUZZ_CONFIGS", "50"))
 REFUSALS = (2, 65, 70, 75)
 LONGEST_S = 120
 # What a step may cost here; a larger valid value is tried in the dry run, and lowered for the step.
-TINY = {"steps": 1, "prompts_per_step": 2, "minibatch_prompts": 2, "group_size": 3, "reuse": 2,
-        "max_response_tokens": 6}  # fmt: skip
+TINY = {
+    "steps": 1,
+    "prompts_per_step": 2,
+    "minibatch_prompts": 2,
+    "group_size": 3,
+    "reuse": 2,
+    "max_response_tokens": 6,
+}
 BROKEN = [
-    -1, 0, -0.5, 1e308, -1e308, 5e-324, 10**30, 2**63, 2**31, True, "", " ", "x", "\0", "a\udc80", "x" * 300,
-    "../" * 2000, "\u00b2", "0", "1e3", [], [1], [[1]], {}, {"a": 1}, [{"a": 1}], "auto", "none", None, "nan",
-    "/proc/1/mem", "/proc", ".", "no/such", "https://x", "\x1b[2J", 1.5, 3, "examples",
-]  # fmt: skip
+    -1,
+    0,
+    -0.5,
+    1e308,
+    -1e308,
+    5e-324,
+    10**30,
+    2**63,
+    2**31,
+    True,
+    "",
+    " ",
+    "x",
+    "\0",
+    "a\udc80",
+    "x" * 300,
+    "../" * 2000,
+    "\u00b2",
+    "0",
+    "1e3",
+    [],
+    [1],
+    [[1]],
+    {},
+    {"a": 1},
+    [{"a": 1}],
+    "auto",
+    "none",
+    None,
+    "nan",
+    "/proc/1/mem",
+    "/proc",
+    ".",
+    "no/such",
+    "https://x",
+    "\x1b[2J",
+    1.5,
+    3,
+    "examples",
+]
 ODD_FILES: list[Callable[[bytes, random.Random], bytes]] = [
     lambda text, rng: text[: rng.randrange(len(text))],
     lambda text, rng: text + text,
@@ -64,11 +106,13 @@ def base(folder: Path, adder: Path, number: int) -> dict[str, Any]:
         "run_dir": str(folder / f"run-{number}"),
         "model": {"path": str(adder), "dtype": "float32", "device": "cpu"},
         "data": {"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 32},
-        "rollout": {"engine": "hf"}, "reward": {"workers": 1}, "log": {"tensorboard": False},
+        "rollout": {"engine": "hf"},
+        "reward": {"workers": 1},
+        "log": {"tensorboard": False},
         "optim": {"max_tokens_per_rank": 256},
         "eval": {"sets": [{"name": "held", "path": str(folder / "held.jsonl"), "temperature": 0.0}]},
         "stage": [{"steps": 1, "max_response_tokens": 6, "prompts_per_step": 2, "group_size": 2}],
-    }  # fmt: skip
+    }
 
 
 def schema_of(path: str) -> dict[str, Any]:
@@ -94,8 +138,15 @@ def valid(schema: dict[str, Any], rng: random.Random) -> Any:
         case "integer" | "number":
             low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
             high = schema.get("maximum", schema.get("exclusiveMaximum", 1000))
-            choices = [low, high, low + 1, min(high, low + rng.randrange(1, 20)), rng.uniform(low, min(high, 2.0)),
-                       (low + high) / 2, schema.get("default") or low]  # fmt: skip
+            choices = [
+                low,
+                high,
+                low + 1,
+                min(high, low + rng.randrange(1, 20)),
+                rng.uniform(low, min(high, 2.0)),
+                (low + high) / 2,
+                schema.get("default") or low,
+            ]
             value = rng.choice(choices)
             return int(value) if schema["type"] == "integer" else float(value)
         case "array" if "prefixItems" in schema:
@@ -114,8 +165,17 @@ def mutated(config: dict[str, Any], paths: list[str], rng: random.Random) -> lis
         path = rng.choice(paths)
         value = valid(schema_of(path), rng) if rng.random() < 0.75 else rng.choice(BROKEN)
         if rng.random() < 0.1:
-            path = rng.choice([path.upper(), path + ".x", path.partition(".")[2] or "y", path.replace("0", "7"), "..",
-                               "stage.\u00b2.steps", path[:-1]])  # fmt: skip
+            path = rng.choice(
+                [
+                    path.upper(),
+                    path + ".x",
+                    path.partition(".")[2] or "y",
+                    path.replace("0", "7"),
+                    "..",
+                    "stage.\u00b2.steps",
+                    path[:-1],
+                ]
+            )
             overrides.append(f"{path}={value}")
         elif rng.random() < 0.3:
             overrides.append(f"{path}={json.dumps(value) if not isinstance(value, str) else value}")

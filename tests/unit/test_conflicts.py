@@ -74,8 +74,7 @@ def uneven_pair() -> Group:
 
 
 @pytest.mark.parametrize(
-    ("variant", "after_3", "after_80", "above"),
-    [("script", 3e-4, 5e-3, 0.0), ("paper", 0.015, 0.4, 0.0)],
+    ("variant", "after_3", "after_80", "above"), [("script", 3e-4, 5e-3, 0.0), ("paper", 0.015, 0.4, 0.0)]
 )
 def test_conflict_1_entropy_step_and_bounds(variant: str, after_3: float, after_80: float, above: float) -> None:
     """Code: steps of 1e-4 within [0, 5e-3]. Paper: 5e-3, no bounds named (or1: [0, 1])."""
@@ -91,8 +90,10 @@ def test_conflict_1_entropy_step_and_bounds(variant: str, after_3: float, after_
 
 def test_conflict_1_the_reports_own_controller_for_math_7b_is_a_recipe(root: Path) -> None:
     """Fig. 10: steps of 0.005, no script for that model. All else is as in the recipe with the scripts' controller."""
-    script, paper = (load_config(root / "examples" / "recipes" / f"or1-math-7b{name}.toml", files=False).model_dump()
-                     for name in ("", "-paper"))  # fmt: skip
+    script, paper = (
+        load_config(root / "examples" / "recipes" / f"or1-math-7b{name}.toml", files=False).model_dump()
+        for name in ("", "-paper")
+    )
     entropy = paper["loss"].pop("entropy")
     assert (entropy["variant"], entropy["delta"], entropy["target"]) == ("paper", 5e-3, 0.2)
     assert script["loss"].pop("entropy")["variant"] == "script" and script.pop("run_dir") != paper.pop("run_dir")
@@ -114,8 +115,10 @@ def test_conflict_2_gating_time(variant: str, alphas: list[float], tmp_path: Pat
     """e_k is 0.125, 0.5, 0.125 and, on target, 0.25. Paper: the gate is that of e_k. Code: that of e_{k-1}."""
     entropy = {"control": "adaptive", "variant": variant, "target": 0.25, "delta": 0.001, "coef": 0.004}
     trainer = trainer_of(config_of(tmp_path, ALONE, loss={"entropy": entropy}))
-    steps = [learn(trainer, group([1, 0], [response(ZERO, EOS, entropy=e)] * 2), step=k)
-             for k, e in enumerate((0.125, 0.5, 0.125, 0.25), 1)]  # fmt: skip
+    steps = [
+        learn(trainer, group([1, 0], [response(ZERO, EOS, entropy=e)] * 2), step=k)
+        for k, e in enumerate((0.125, 0.5, 0.125, 0.25), 1)
+    ]
     assert [s["policy/entropy_coef"] for s in steps] == pytest.approx(alphas)
     # The policy gradient of equally long responses is 0 at the start, so the loss is the bonus alone.
     assert [s["optim/loss"] for s in steps] == pytest.approx([-alpha * ENTROPY for alpha in alphas])
@@ -151,8 +154,10 @@ def test_conflict_5_rejection_and_the_step_size(tmp_path: Path) -> None:
     """One of two groups is rejected. Paper: divide by the kept tokens. Code: the step has the kept half of its size."""
     failed = group([0, 0], [response(ZERO, ZERO, ZERO, ZERO)] * 2)
     settings = {"kept": {}, "sampled": {"denominator": "sampled"}, "all": {"reject_zero_advantage": False}}
-    found = {name: learn(trainer_of(config_of(tmp_path, loss=loss)), uneven_pair(), failed)
-             for name, loss in settings.items()}  # fmt: skip
+    found = {
+        name: learn(trainer_of(config_of(tmp_path, loss=loss)), uneven_pair(), failed)
+        for name, loss in settings.items()
+    }
     assert found["kept"]["group/kept"] == found["sampled"]["group/kept"] == 1 and found["all"]["group/kept"] == 2
     assert found["kept"]["optim/loss"] == close(A / 2)
     assert found["sampled"]["optim/loss"] == close(A / 4)
@@ -176,8 +181,12 @@ CUT = r"<think>maybe \boxed{0}, but"
 def test_conflict_6_reward_of_a_truncated_response(settings: dict, score: Score, tmp_path: Path) -> None:
     """Paper: 0. Code: the whole text is graded, and a box within the thoughts can score 1 (grade_truncated)."""
     whole, wrong = r"</think>\boxed{0}", r"</think>\boxed{1}"
-    responses = [response(ZERO, text=whole), response(ZERO, text=wrong), response(ZERO, text=wrong),
-                 response(ZERO, finish="length", text=CUT)]  # fmt: skip
+    responses = [
+        response(ZERO, text=whole),
+        response(ZERO, text=wrong),
+        response(ZERO, text=wrong),
+        response(ZERO, finish="length", text=CUT),
+    ]
     prompt = group([], []).prompt
     with make_scorer(RewardConfig(workers=1, **settings), [prompt]) as scorer:
         scores = tuple(scorer.submit(prompt, r).result(60) for r in responses)
@@ -220,8 +229,11 @@ def test_which_answer_of_a_text_is_graded(text: str, ours: float, released: floa
 @pytest.mark.parametrize("recipe", ["or1-math-7b", "or1-7b", "or1-32b", "eval-aime", "eval-livecodebench"])
 def test_conflict_7_evaluations_are_at_both_temperatures(recipe: str, root: Path) -> None:
     """Paper: 1.0. Code: 0.6 for the 7B models. Every benchmark of a recipe is sampled at both."""
-    config = load_config(root / "examples" / "recipes" / f"{recipe}.toml",
-                         verb="eval" if recipe.startswith("eval") else "train", files=False)  # fmt: skip
+    config = load_config(
+        root / "examples" / "recipes" / f"{recipe}.toml",
+        verb="eval" if recipe.startswith("eval") else "train",
+        files=False,
+    )
     temperatures: dict[str, set[float]] = {}
     for each in config.eval.sets:
         temperatures.setdefault(each.path, set()).add(each.temperature)
@@ -243,11 +255,15 @@ def test_conflict_7_temperature_reaches_the_samples(temperature: float, p: float
 
 # Recipe, step: response limit, prompts a step, prompts an update, group size. Tables 10 to 12 of the report.
 SCHEDULE = [
-    ("or1-7b", 660, (16_384, 256, 256, 16)), ("or1-7b", 661, (32_768, 160, 160, 32)),
-    ("or1-32b", 760, (16_384, 256, 256, 16)), ("or1-32b", 761, (24_576, 160, 160, 32)),
-    ("or1-math-7b", 740, (8_192, 256, 128, 16)), ("or1-math-7b", 741, (16_384, 256, 128, 16)),
-    ("or1-math-7b", 1741, (32_768, 256, 128, 16)), ("or1-math-7b", 2160, (32_768, 128, 64, 64)),
-]  # fmt: skip
+    ("or1-7b", 660, (16_384, 256, 256, 16)),
+    ("or1-7b", 661, (32_768, 160, 160, 32)),
+    ("or1-32b", 760, (16_384, 256, 256, 16)),
+    ("or1-32b", 761, (24_576, 160, 160, 32)),
+    ("or1-math-7b", 740, (8_192, 256, 128, 16)),
+    ("or1-math-7b", 741, (16_384, 256, 128, 16)),
+    ("or1-math-7b", 1741, (32_768, 256, 128, 16)),
+    ("or1-math-7b", 2160, (32_768, 128, 64, 64)),
+]
 
 
 @pytest.mark.parametrize(("recipe", "step", "paper"), SCHEDULE)
@@ -278,8 +294,9 @@ def test_conflict_9_a_rollout_can_be_reused(reuse: int, minibatch: int, updates:
     assert (metrics["policy/ratio_mean"] == 1.0) is (updates == 1)
 
 
-@pytest.mark.parametrize(("clip_high", "loss", "clipped"), [(0.2, -0.1 * A, 0.5), (0.28, -0.14 * A, 0.5),
-                                                            (0.6, -0.25 * A, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("clip_high", "loss", "clipped"), [(0.2, -0.1 * A, 0.5), (0.28, -0.14 * A, 0.5), (0.6, -0.25 * A, 0.0)]
+)
 def test_conflict_9_clip_higher(clip_high: float, loss: float, clipped: float, tmp_path: Path) -> None:
     """Ratios 3/2 and 1: the loss is -(min(3/2, 1 + clip_high) A - A) / 2. Code: one bound for both sides."""
     right = response(ZERO, entropy=math.log(3))  # sampled with probability 1/3, now 1/2

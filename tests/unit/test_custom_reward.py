@@ -91,9 +91,14 @@ def by_position(completions, answer, /):
 """
 
 ROW = {
-    "prompt": "6 * 7 = ", "answer": "42", "data_source": "gsm8k", "level": 3, "extra_info": {"index": 3},
-    "reward_model": {"ground_truth": "42", "style": "rule"}, "info": '{"k": 1}',
-}  # fmt: skip
+    "prompt": "6 * 7 = ",
+    "answer": "42",
+    "data_source": "gsm8k",
+    "level": 3,
+    "extra_info": {"index": 3},
+    "reward_model": {"ground_truth": "42", "style": "rule"},
+    "info": '{"k": 1}',
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +109,15 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(completion: str, **row: object) -> dict:
-    return {"row": ROW | row, "source": "file", "prompt": "6 * 7 = ", "prompt_ids": [1, 2], "golds": ["42"],
-            "completion": completion, "completion_ids": [5, 6]}  # fmt: skip
+    return {
+        "row": ROW | row,
+        "source": "file",
+        "prompt": "6 * 7 = ",
+        "prompt_ids": [1, 2],
+        "golds": ["42"],
+        "completion": completion,
+        "completion_ids": [5, 6],
+    }
 
 
 def grade(path: str, completion: str, **row: object) -> Score:
@@ -116,10 +128,16 @@ def grade(path: str, completion: str, **row: object) -> Score:
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("trl", "trl"), ("verl", "verl"), ("verl_bool", "verl"), ("verl_batch", "verl_batch"),
-        ("verifiers", "verifiers"), ("verifiers_async", "verifiers"), ("openrlhf", "openrlhf"), ("areal", "areal"),
+        ("trl", "trl"),
+        ("verl", "verl"),
+        ("verl_bool", "verl"),
+        ("verl_batch", "verl_batch"),
+        ("verifiers", "verifiers"),
+        ("verifiers_async", "verifiers"),
+        ("openrlhf", "openrlhf"),
+        ("areal", "areal"),
     ],
-)  # fmt: skip
+)
 def test_forms_are_recognised_and_called(name: str, form: str, functions: Path) -> None:
     assert custom.load(f"{functions}:{name}")[1] == form
     assert grade(f"{functions}:{name}", "42") == Score(1.0, Status.OK)
@@ -144,12 +162,19 @@ def test_conversations_stay_conversations(functions: Path) -> None:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("nan", "reward is nan"), ("text", "a str, not"), ("list", "no reward"),
-        ("two", "returned 2 rewards for 1 response"), ("pair", "returned 2 rewards"), ("array", "returned 2 rewards"),
-        ("mapping", "returned 2 rewards for 1 response"), ("inner", "returned 2 rewards"),
-        ("huge", r"the reward is 1e\+200, larger than 1e\+30"), ("minus huge", "larger than"), ("long", "1329 bits"),
+        ("nan", "reward is nan"),
+        ("text", "a str, not"),
+        ("list", "no reward"),
+        ("two", "returned 2 rewards for 1 response"),
+        ("pair", "returned 2 rewards"),
+        ("array", "returned 2 rewards"),
+        ("mapping", "returned 2 rewards for 1 response"),
+        ("inner", "returned 2 rewards"),
+        ("huge", r"the reward is 1e\+200, larger than 1e\+30"),
+        ("minus huge", "larger than"),
+        ("long", "1329 bits"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_reward_is_an_error(order: str, message: str, functions: Path) -> None:
     with pytest.raises(ValueError, match=message):
         grade(f"{functions}:orders", order)
@@ -254,7 +279,8 @@ def test_a_column_that_some_rows_lack_is_a_warning_with_their_count(functions: P
     config = RewardConfig(kind=f"{functions}:needs_level", workers=1)
     with make_scorer(config, prompts) as scorer:
         assert [remark.partition(", which")[0] for remark in scorer.remarks] == [
-            "2 of 3 rows have no 'level'", "1 of 3 rows have no 'hint'"
+            "2 of 3 rows have no 'level'",
+            "1 of 3 rows have no 'hint'",
         ]
         assert "the first is t:1" in scorer.remarks[0] and "the first is t:2" in scorer.remarks[1]
         assert scorer.submit(prompts[0], response("x")).result(timeout=60).reward == 1.0
@@ -272,8 +298,11 @@ def test_a_dry_run_warns_of_rows_without_a_column_and_never_calls_the_function(
     (tmp_path / "own.py").write_text(f"def reward(completions, level):\n    open({str(tmp_path / 'called')!r}, 'w')\n")
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "1+1", "answer": "2", "level": 1}\n{"question": "1+2", "answer": "3"}\n')
-    settings = {"reward__kind": f"{tmp_path}/own.py:reward", "reward__require_think_close": "false",
-                "data__train": data}  # fmt: skip
+    settings = {
+        "reward__kind": f"{tmp_path}/own.py:reward",
+        "reward__require_think_close": "false",
+        "data__train": data,
+    }
     assert main(arguments(tmp_path / "run", "--dry-run", **settings)) == 0
     assert "1 of 2 rows have no 'level', which reward() needs (the first is rows.jsonl:2)" in capsys.readouterr().out
     assert not (tmp_path / "called").exists()
@@ -281,8 +310,13 @@ def test_a_dry_run_warns_of_rows_without_a_column_and_never_calls_the_function(
 
 def test_a_run_keeps_what_a_function_prints_and_says_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text("def reward(completions):\n    print('hello', completions)\n    return [0.5]\n")
-    settings = {"reward__kind": f"{tmp_path}/own.py:reward", "reward__require_think_close": "false",
-                "stage__0__steps": 2, "stage__1__steps": 2, "eval__every_steps": 9}  # fmt: skip
+    settings = {
+        "reward__kind": f"{tmp_path}/own.py:reward",
+        "reward__require_think_close": "false",
+        "stage__0__steps": 2,
+        "stage__1__steps": 2,
+        "eval__every_steps": 9,
+    }
     assert main(arguments(tmp_path / "run", **settings)) == 0
     lines = (tmp_path / "run" / LOG_NAME).read_text().splitlines()
     assert len(lines) == 4 * 16 and all(line.startswith("hello [") for line in lines)
@@ -349,5 +383,3 @@ def test_kinds_that_do_not_fit_the_data_are_refused(functions: Path) -> None:
         make_scorer(RewardConfig(kind="math"), [program])
     with pytest.raises(ScorerError, match="are math problems"):
         make_scorer(RewardConfig(kind="code"), [PROMPT])
-
-

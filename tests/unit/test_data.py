@@ -202,12 +202,18 @@ def user(text: str) -> list[dict[str, str]]:
         ({"problem": "q", "answer": ["1/2", 0.5]}, "problem/answer", ("1/2", "0.5")),
         ({"prompt": "q", "answer": "1", "solution": r"\boxed{9}"}, "prompt/answer", ("1",)),
         ({"prompt": user("q"), "ground_truth": "1"}, "prompt/ground_truth", ("1",)),
-        ({"prompt": user("q"), "solution": r"so \boxed{1} or \boxed{\frac{1}{2}}."}, "prompt/solution",
-         (r"\frac{1}{2}",)),
+        (
+            {"prompt": user("q"), "solution": r"so \boxed{1} or \boxed{\frac{1}{2}}."},
+            "prompt/solution",
+            (r"\frac{1}{2}",),
+        ),
         ({"prompt": "q", "solution": "$x$"}, "prompt/solution", ("$x$",)),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "34"}}, "prompt/reward_model", ("34",)),
-        ({"prompt": user("q"), "reward_model": {"ground_truth": '["\\\\frac12", "0.5"]'}}, "prompt/reward_model",
-         (r"\frac12", "0.5")),
+        (
+            {"prompt": user("q"), "reward_model": {"ground_truth": '["\\\\frac12", "0.5"]'}},
+            "prompt/reward_model",
+            (r"\frac12", "0.5"),
+        ),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2]"}}, "prompt/reward_model", ("[1, 2]",)),
         ({"problem": "q", "answer": '["1", "2"]'}, "problem/answer", ("1", "2")),
         ({"question": "q", "answer": '["1", "2"]'}, "question/answer", ("1", "2")),
@@ -215,7 +221,7 @@ def user(text: str) -> list[dict[str, str]]:
         ({"question": "q", "answer": 1.5e-5}, "question/answer", ("0.000015",)),
         ({"prompt": user("q"), "reward_model": {"ground_truth": "[1, 2)"}}, "prompt/reward_model", ("[1, 2)",)),
     ],
-)  # fmt: skip
+)
 def test_schemas_are_detected_and_reported(tmp_path: Path, row: dict, schema: str, golds: tuple[str, ...]) -> None:
     prompts = load(write(tmp_path / "x.jsonl", row))
     assert prompts.reports[0].schema == schema
@@ -495,10 +501,16 @@ def test_a_function_of_ones_own_needs_no_answers(tmp_path: Path, name: str) -> N
     with pytest.raises(DataError, match=rf"the first has {name}, style; rename .* or write a reward function of your"):
         load(path)
     stage = {"steps": 1, "max_response_tokens": 4, "prompts_per_step": 1, "group_size": 2}
-    config = Config.model_validate({
-        "run_dir": str(tmp_path), "model": {"path": "m"}, "data": {"train": [str(path)]}, "stage": [stage],
-        "eval": {"sets": [{"name": "e", "path": str(path)}]}, "reward": {"kind": "m:f"},
-    })  # fmt: skip
+    config = Config.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"path": "m"},
+            "data": {"train": [str(path)]},
+            "stage": [stage],
+            "eval": {"sets": [{"name": "e", "path": str(path)}]},
+            "reward": {"kind": "m:f"},
+        }
+    )
     data = load_run_data(config, None)
     assert [(p.text, p.golds, p.row.get("style")) for p in data.prompts] == [("hi", (), "brief"), ("ho", (), None)]
     assert len(data.eval_prompts["e"]) == 2 and f"({name}, no answers), 2 kept" in data.reports[0].summary()

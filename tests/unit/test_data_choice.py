@@ -133,8 +133,11 @@ def test_a_prompt_that_is_right_by_now_is_dropped_where_the_last_visit_counts() 
 
 
 def rated(name: str, **counts: int | str | None) -> dict:
-    return {"prompt": [{"role": "user", "content": name}], "reward_model": {"ground_truth": "1"},
-            "extra_info": {"index": 0, "model_difficulty": counts}}  # fmt: skip
+    return {
+        "prompt": [{"role": "user", "content": name}],
+        "reward_model": {"ground_truth": "1"},
+        "extra_info": {"index": 0, "model_difficulty": counts},
+    }
 
 
 def test_difficulty_of_a_named_model_is_kept_counted_and_its_absence_explained(tmp_path: Path) -> None:
@@ -206,8 +209,13 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
     questions = ["1+2", "1+2", "1+2", "a", "b", "c"]
     path = write(tmp_path / "train.jsonl", *({"question": q, "answer": "3"} for q in questions))
     rates = tmp_path / "difficulty.parquet"
-    counts = {"prompt": questions, "samples": [8] * 6, "passes": [*passes, 0, 5, 8], "truncated": [0] * 6,
-              "failed": [0] * 6}  # fmt: skip
+    counts = {
+        "prompt": questions,
+        "samples": [8] * 6,
+        "passes": [*passes, 0, 5, 8],
+        "truncated": [0] * 6,
+        "failed": [0] * 6,
+    }
     pq.write_table(pa.table(counts), rates)
 
     class Counted:
@@ -324,16 +332,30 @@ CASES = [{"input": "1\n", "output": "2\n"}]
 @pytest.mark.parametrize(
     ("row", "schema", "kind"),
     [
-        ({"problem": "p", "tests": {"functional": "def check(c):\n    assert c(1) == 2\n\ncheck(f)"}}, "problem/tests",
-         "asserts"),
-        ({"question": "p", "input_output": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})},
-         "question/input_output", "stdin"),
-        ({"prompt": "def f():", "test": "def check(c):\n    assert c() == 1", "entry_point": "f"}, "prompt/test",
-         "asserts"),
+        (
+            {"problem": "p", "tests": {"functional": "def check(c):\n    assert c(1) == 2\n\ncheck(f)"}},
+            "problem/tests",
+            "asserts",
+        ),
+        (
+            {"question": "p", "input_output": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})},
+            "question/input_output",
+            "stdin",
+        ),
+        (
+            {"prompt": "def f():", "test": "def check(c):\n    assert c() == 1", "entry_point": "f"},
+            "prompt/test",
+            "asserts",
+        ),
         ({"text": "p", "test_list": ["assert f() == 1"]}, "text/test_list", "asserts"),
-        ({"prompt": [{"role": "user", "content": "p"}],
-          "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["2"]})}}, "prompt/reward_model",
-         "stdin"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "p"}],
+                "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["2"]})},
+            },
+            "prompt/reward_model",
+            "stdin",
+        ),
         ({"prompt": "p", "reward_model": {"ground_truth": CASES}}, "prompt/reward_model", "stdin"),
         ({"prompt": "p", "reward_model": {"ground_truth": json.dumps(CASES)}}, "prompt/reward_model", "stdin"),
         ({"prompt": "p", "ground_truth": json.dumps(CASES)}, "prompt/ground_truth", "stdin"),
@@ -343,7 +365,7 @@ CASES = [{"input": "1\n", "output": "2\n"}]
         ({"prompt": "p", "tests": json.dumps(CASES)}, "prompt/tests", "stdin"),
         ({"question": "p", "tests": CASES}, "question/tests", "stdin"),
     ],
-)  # fmt: skip
+)
 def test_rows_with_tests_become_programming_problems(tmp_path: Path, row: dict, schema: str, kind: str) -> None:
     found = load(write(tmp_path / "x.jsonl", row))
     assert (found.reports[0].schema, found.prompts[0].tests.kind, found.prompts[0].golds) == (schema, kind, ())
@@ -358,9 +380,14 @@ def test_a_column_of_tests_that_holds_none_is_a_bad_row_with_its_content(tmp_pat
 def test_live_code_bench_rows_carry_format_and_packed_tests(tmp_path: Path) -> None:
     hidden = json.dumps([{"input": "2\n", "output": "4\n", "testtype": "stdin"}]).encode()
     packed = base64.b64encode(zlib.compress(b"\x80\x04X" + len(hidden).to_bytes(4, "little") + hidden + b"\x94."))
-    row = {"question_content": "Double it.", "question_id": "1", "starter_code": "", "metadata": "{}",
-           "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
-           "private_test_cases": packed.decode()}  # fmt: skip
+    row = {
+        "question_content": "Double it.",
+        "question_id": "1",
+        "starter_code": "",
+        "metadata": "{}",
+        "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
+        "private_test_cases": packed.decode(),
+    }
     prompt = load(write(tmp_path / "lcb.jsonl", row)).prompts[0]
     assert prompt.tests.inputs == ("1\n", "2\n") and prompt.tests.outputs == ("2\n", "4\n")
     assert "Double it." in prompt.text and "stdin" in prompt.text and "```python" in prompt.text
@@ -371,9 +398,11 @@ def test_live_code_bench_rows_carry_format_and_packed_tests(tmp_path: Path) -> N
 
 def test_a_broken_element_of_a_json_array_costs_itself_only(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    path.write_bytes(b'\xef\xbb\xbf [{"problem": "a", "answer": "1"},\n {"problem": "\xff", "answer": "1"}, 5,\n'
-                     b' {"problem": "b", "problem": "c", "answer": "1"}, {"problem": "", "answer": "1"},'
-                     b' {"problem": "d", "answer": 2}]')  # fmt: skip
+    path.write_bytes(
+        b'\xef\xbb\xbf [{"problem": "a", "answer": "1"},\n {"problem": "\xff", "answer": "1"}, 5,\n'
+        b' {"problem": "b", "problem": "c", "answer": "1"}, {"problem": "", "answer": "1"},'
+        b' {"problem": "d", "answer": 2}]'
+    )
     found = load(path, max_bad_fraction=1)
     assert [(p.id, p.golds) for p in found.prompts] == [("x.json:1", ("1",)), ("x.json:6", ("2",))]
     assert [f"{line}: {reason}" for line, reason in found.reports[0].bad] == [

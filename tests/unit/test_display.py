@@ -22,13 +22,22 @@ STAGES = (
 )
 RECORDS = (
     {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.32, "time/eval": 2.0},
-    {"step": 1, "stage": 0, "reward/mean": 0.41, "policy/entropy": 0.471, "policy/entropy_coef": 1e-4,
-     "completion/len_mean": 41.5, "completion/truncated": 0.05, "group/kept": 12.0, "optim/grad_norm": 0.31,
-     "perf/tokens_per_s": 2334.0},
+    {
+        "step": 1,
+        "stage": 0,
+        "reward/mean": 0.41,
+        "policy/entropy": 0.471,
+        "policy/entropy_coef": 1e-4,
+        "completion/len_mean": 41.5,
+        "completion/truncated": 0.05,
+        "group/kept": 12.0,
+        "optim/grad_norm": 0.31,
+        "perf/tokens_per_s": 2334.0,
+    },
     {"step": 2, "stage": 0, "reward/mean": math.nan, "policy/entropy": None, "group/kept": math.inf},
     {"step": 3, "stage": 1, "reward/mean": 0.52, "completion/len_mean": 8000, "group/kept": 0.0},
     {"step": 4, "stage": 1, "reward/mean": 0.68, "eval/heldout/avg@1": 0.615},
-)  # fmt: skip
+)
 
 
 def plain_console(encoding: str = "utf-8") -> Console:
@@ -57,12 +66,16 @@ def show(console: Console, records=RECORDS) -> str:
 
 
 def make_config() -> Config:
-    return Config.model_validate({
-        "run_dir": "runs/[red]demo", "model": {"path": "models/tiny"}, "data": {"train": ["a.jsonl", "b.jsonl"]},
-        "loss": {"entropy": {"control": "adaptive", "variant": "paper"}},
-        "eval": {"sets": [{"name": "heldout", "path": "h.jsonl", "samples": 4, "limit": 50}]},
-        "stage": [stage.model_dump() for stage in STAGES],
-    })  # fmt: skip
+    return Config.model_validate(
+        {
+            "run_dir": "runs/[red]demo",
+            "model": {"path": "models/tiny"},
+            "data": {"train": ["a.jsonl", "b.jsonl"]},
+            "loss": {"entropy": {"control": "adaptive", "variant": "paper"}},
+            "eval": {"sets": [{"name": "heldout", "path": "h.jsonl", "samples": 4, "limit": 50}]},
+            "stage": [stage.model_dump() for stage in STAGES],
+        }
+    )
 
 
 def make_summary(**changes) -> Summary:
@@ -70,10 +83,16 @@ def make_summary(**changes) -> Summary:
     rise = EvalHistory("heldout", 4, (EvalPoint(0, 0.32), EvalPoint(2, 0.5), EvalPoint(4, 0.796)))
     only = EvalHistory("late", 1, (EvalPoint(4, 1.0),))
     values = {
-        "evals": (rise, fall, only), "steps_done": 4, "total_steps": 4, "wall_s": 277.0, "run_dir": "runs/demo",
-        "phase_s": {"rollout": 143.0, "train": 84.0}, "counts": {"truncated responses": 1241, "verifier timeouts": 0},
-        "report_path": "runs/demo/report.html", "weights_path": "runs/demo/weights/step_4",
-    }  # fmt: skip
+        "evals": (rise, fall, only),
+        "steps_done": 4,
+        "total_steps": 4,
+        "wall_s": 277.0,
+        "run_dir": "runs/demo",
+        "phase_s": {"rollout": 143.0, "train": 84.0},
+        "counts": {"truncated responses": 1241, "verifier timeouts": 0},
+        "report_path": "runs/demo/report.html",
+        "weights_path": "runs/demo/weights/step_4",
+    }
     return Summary(**values | changes)
 
 
@@ -104,8 +123,14 @@ def test_rewards_that_fail_stand_in_the_line():
 
 def test_a_worst_case_plain_line_still_fits():
     console = plain_console()
-    record = RECORDS[1] | {"perf/tokens_per_s": 1.234e7, "completion/len_mean": 32768, "optim/grad_norm": 1.23e-5,
-                           "completion/truncated": 1.0, "group/kept": 16, "policy/entropy": 12.3456}  # fmt: skip
+    record = RECORDS[1] | {
+        "perf/tokens_per_s": 1.234e7,
+        "completion/len_mean": 32768,
+        "optim/grad_norm": 1.23e-5,
+        "completion/truncated": 1.0,
+        "group/kept": 16,
+        "policy/entropy": 12.3456,
+    }
     with RunDisplay(12_000, STAGES, console) as display:
         display.step(record | {"step": 9_998})
         display.step(record | {"step": 9_999})
@@ -114,8 +139,20 @@ def test_a_worst_case_plain_line_still_fits():
 
 def test_on_a_terminal_the_panel_shows_progress_values_and_evaluations():
     text = _bare(show(terminal()))
-    for word in ("step 4/4", "reward", "0.680", "rollout", "3/64", "heldout avg@1", "61.5 %", "+29.5 pts",
-                 "from 32.0 %", "\u2581", "stage 2/2", "checkpoint [bold]step_4[/bold] written<U+001B>"):  # fmt: skip
+    for word in (
+        "step 4/4",
+        "reward",
+        "0.680",
+        "rollout",
+        "3/64",
+        "heldout avg@1",
+        "61.5 %",
+        "+29.5 pts",
+        "from 32.0 %",
+        "\u2581",
+        "stage 2/2",
+        "checkpoint [bold]step_4[/bold] written<U+001B>",
+    ):
         assert word in text, word
     assert "nan" not in text
 
@@ -138,8 +175,17 @@ def test_any_terminal_width_works(width):
 
 
 def test_odd_records_never_crash_the_display():
-    odd = [{}, {"step": None}, {"step": "x", "stage": 99}, {"stage": -3, "reward/mean": "high"}, {"step": 10**400},
-           {"reward/mean": -1e308}, {"reward/mean": 1e308}, {"eval/[red]/avg@1": 0.5}, {"eval/a/avg@x": 1}]  # fmt: skip
+    odd = [
+        {},
+        {"step": None},
+        {"step": "x", "stage": 99},
+        {"stage": -3, "reward/mean": "high"},
+        {"step": 10**400},
+        {"reward/mean": -1e308},
+        {"reward/mean": 1e308},
+        {"eval/[red]/avg@1": 0.5},
+        {"eval/a/avg@x": 1},
+    ]
     for console in (plain_console(), terminal()):
         show(console, odd)
 
@@ -165,10 +211,11 @@ def test_time_left_comes_from_recent_steps(monkeypatch):
 
 
 FORMER = (
-    {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.495}, RECORDS[1] | {"reward/mean": 0.1},
+    {"step": 0, "stage": 0, "eval/heldout/avg@1": 0.495},
+    RECORDS[1] | {"reward/mean": 0.1},
     {"step": 2, "stage": 0, "reward/mean": 0.2, "eval/heldout/avg@1": 0.7},
     {"step": 3, "stage": 1, "reward/mean": 0.3},
-)  # fmt: skip
+)
 NEXT = {"step": 4, "stage": 1, "reward/mean": 0.4, "eval/heldout/avg@1": 0.86}
 
 
@@ -239,17 +286,26 @@ def test_the_panel_says_what_its_change_is_measured_over():
 GRADED = (
     {"step": 0, "stage": 0, "eval/held/avg@1": 0.0, "eval/held/reward_mean": -0.1, "eval/held/graded": 1.0},
     {"step": 1, "stage": 0, "reward/mean": -0.105, "reward/graded": 0.9},
-    {"step": 4, "stage": 1, "reward/mean": 0.48, "reward/graded": 1.0, "eval/held/avg@1": 0.025,
-     "eval/held/reward_mean": 0.49},
-)  # fmt: skip
+    {
+        "step": 4,
+        "stage": 1,
+        "reward/mean": 0.48,
+        "reward/graded": 1.0,
+        "eval/held/avg@1": 0.025,
+        "eval/held/reward_mean": 0.49,
+    },
+)
 
 
 def test_graded_rewards_lead_with_their_mean():
     lines = show(plain_console(), GRADED).splitlines()
     evaluations = [line for line in lines if line.startswith("eval")]
-    assert evaluations == ["eval step 0: held reward -0.100", "eval step 0: held avg@1 0.0 %",
-                           "eval step 4: held reward 0.490, was -0.100 (+0.590)",
-                           "eval step 4: held avg@1 2.5 %, was 0.0 % (+2.5 points)"]  # fmt: skip
+    assert evaluations == [
+        "eval step 0: held reward -0.100",
+        "eval step 0: held avg@1 0.0 %",
+        "eval step 4: held reward 0.490, was -0.100 (+0.590)",
+        "eval step 4: held avg@1 2.5 %, was 0.0 % (+2.5 points)",
+    ]
     text = _bare(show(terminal(), GRADED))
     reward, accuracy = text.rindex("held reward"), text.rindex("held avg@1")
     assert reward < accuracy and re.search(r"held reward +0.490 +\+0.590 +from -0.100", text)
@@ -280,9 +336,22 @@ def test_the_plan_names_what_the_run_will_do():
     console = plain_console()
     print_plan(make_config(), ["a.jsonl: 4,000 problems", "b.jsonl: 10 problems"], console)
     text = output(console)
-    for word in ("4 steps in 2 stages", "models/tiny (bfloat16", "a.jsonl: 4,000 problems", "16 x 8", "1, on-policy",
-                 "1-2", "3-4", "16,384", "2,097,152", "target 0.2", "adaptive (paper)", "[0, 1]", "runs/[red]demo",
-                 "heldout: h.jsonl, avg@4 at temperature 1, first 50"):  # fmt: skip
+    for word in (
+        "4 steps in 2 stages",
+        "models/tiny (bfloat16",
+        "a.jsonl: 4,000 problems",
+        "16 x 8",
+        "1, on-policy",
+        "1-2",
+        "3-4",
+        "16,384",
+        "2,097,152",
+        "target 0.2",
+        "adaptive (paper)",
+        "[0, 1]",
+        "runs/[red]demo",
+        "heldout: h.jsonl, avg@4 at temperature 1, first 50",
+    ):
         assert word in text, word
     row = next(line for line in text.splitlines() if "3-4" in line)
     assert row.split()[-2] == "3"  # 16 prompts in minibatches of at most 6
@@ -290,8 +359,11 @@ def test_the_plan_names_what_the_run_will_do():
 
 def test_the_plan_counts_passes_and_names_optimizer_and_reward():
     console, config = plain_console(), make_config()
-    changes = {"stage": (STAGES[0].model_copy(update={"reuse": 4}),), "reward": RewardConfig(kind="a/b.py:score"),
-               "optim": OptimConfig(optimizer="adamw8bit")}  # fmt: skip
+    changes = {
+        "stage": (STAGES[0].model_copy(update={"reuse": 4}),),
+        "reward": RewardConfig(kind="a/b.py:score"),
+        "optim": OptimConfig(optimizer="adamw8bit"),
+    }
     print_plan(config.model_copy(update=changes), [], console)
     text = output(console)
     assert next(line for line in text.splitlines() if "16 x 8" in line).split()[-2] == "4"
@@ -308,10 +380,17 @@ def test_the_summary_shows_accuracy_time_counts_and_paths():
     console = plain_console()
     print_summary(make_summary(), console)
     text = output(console)
-    for word in ("Run finished: 4 of 4 steps in 4 min 37 s", "32.0 % -> 79.6 %  +47.6 points",
-                 "20.0 % -> 15.0 %  -5.0 points",
-                 "100.0 %, no later evaluation", "rollout 2 min 23 s (63 %)", "1,241 truncated responses",
-                 "none of     verifier timeouts", "runs/demo/report.html", "runs/demo/weights/step_4"):  # fmt: skip
+    for word in (
+        "Run finished: 4 of 4 steps in 4 min 37 s",
+        "32.0 % -> 79.6 %  +47.6 points",
+        "20.0 % -> 15.0 %  -5.0 points",
+        "100.0 %, no later evaluation",
+        "rollout 2 min 23 s (63 %)",
+        "1,241 truncated responses",
+        "none of     verifier timeouts",
+        "runs/demo/report.html",
+        "runs/demo/weights/step_4",
+    ):
         assert word in text, word
     bar = next(line for line in text.splitlines() if "heldout" in line)
     assert (bar.count("\u2588"), bar.count("\u2593"), bar.count("\u2591")) == (10, 14, 6)

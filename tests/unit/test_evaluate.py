@@ -22,8 +22,16 @@ from or1.train.metrics import rollout_metrics
 
 
 def outcome(correct: int, samples: int = 4, source: str = "s") -> Outcome:
-    return Outcome(source, samples, correct, correct / samples, 10.0, 1,
-                   {"ok": correct, "wrong": samples - correct}, float(correct > 0))  # fmt: skip
+    return Outcome(
+        source,
+        samples,
+        correct,
+        correct / samples,
+        10.0,
+        1,
+        {"ok": correct, "wrong": samples - correct},
+        float(correct > 0),
+    )
 
 
 @pytest.mark.parametrize(("samples", "correct"), [(1, 0), (1, 1), (6, 0), (6, 2), (6, 6), (7, 3)])
@@ -121,8 +129,14 @@ def test_solved_means_the_same_everywhere(reward: float, solved: bool) -> None:
     prompts = SolvedPrompts()
     prompts.note([group])
     row = {"reward": reward, "finish": "stop"}
-    found = (outcome.correct == 2, pass_at_k(2, outcome.correct, 1) == 1, prompts.always["i"], is_solved(reward),
-             rollout_metrics([group])["group/solved"] == 1, _kind(row) == "solved")  # fmt: skip
+    found = (
+        outcome.correct == 2,
+        pass_at_k(2, outcome.correct, 1) == 1,
+        prompts.always["i"],
+        is_solved(reward),
+        rollout_metrics([group])["group/solved"] == 1,
+        _kind(row) == "solved",
+    )
     assert found == (solved,) * 6
 
 

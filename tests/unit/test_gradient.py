@@ -56,8 +56,10 @@ def gradient_of_update(
     model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
     step = optimizer.step_if_finite
-    optimizer.step_if_finite = lambda loss: (seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
-                                             step(loss))[1]
+    optimizer.step_if_finite = lambda loss: (
+        seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
+        step(loss),
+    )[1]
     assert update_policy(model, optimizer, sequences, settings, stats)
     return seen, stats
 
@@ -74,8 +76,11 @@ def naive_gradient(
         ids_BL[b, : len(whole)], attend_BL[b, : len(whole)] = whole, 1
     logits_BLV = model(ids_BL, attention_mask=attend_BL, use_cache=False).logits.double() / TEMPERATURE
     total = 0.0
-    denominator = {"token": sum(len(s.response_ids) for s in sequences), "sequence": len(sequences),
-                   "dr_grpo": len(sequences) * MAX_TOKENS}[normaliser]
+    denominator = {
+        "token": sum(len(s.response_ids) for s in sequences),
+        "sequence": len(sequences),
+        "dr_grpo": len(sequences) * MAX_TOKENS,
+    }[normaliser]
     for b, s in enumerate(sequences):
         first = len(s.prompt_ids)
         for t, token in enumerate(s.response_ids.tolist()):
@@ -121,9 +126,10 @@ def test_kl_and_normalisers_give_the_gradient_of_the_naive_loss(adder: Path, nor
     reference = AutoModelForCausalLM.from_pretrained(adder, dtype=torch.float64, attn_implementation="sdpa").train()
     expected, expected_loss = naive_gradient(reference, sequences, 0.3, normaliser)
     settings = replace(
-        settings_of(64), objective=PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=0.3),
+        settings_of(64),
+        objective=PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=0.3),
         normaliser=Normaliser(normaliser, MAX_TOKENS),
-    )  # fmt: skip
+    )
     found, stats = gradient_of_update(adder, sequences, settings)
     assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
     for name, grad in found.items():
@@ -180,9 +186,10 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
     assert any(not torch.allclose(grad, whole[name], rtol=1e-3) for name, grad in found.items())
 
 
-@pytest.mark.parametrize("objective", [
-    PolicyObjective(), PolicyObjective(kl_coef=0.1), PolicyObjective(is_cap=2.0), PolicyObjective(kind="cispo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    [PolicyObjective(), PolicyObjective(kl_coef=0.1), PolicyObjective(is_cap=2.0), PolicyObjective(kind="cispo")],
+)
 def test_f12_a_row_without_a_sequence_has_a_gradient_of_zeros(adder: Path, objective: PolicyObjective) -> None:
     model = load(adder)
     (anchor,) = pack_rows([], [[]], dtype=torch.float64)

@@ -53,8 +53,10 @@ def test_gold_answers(truth: object, golds: tuple[str, ...]) -> None:
         ({"inputs": ["1\n"], "outputs": ["2\n"]}, CodeTests("stdin", ("1\n",), ("2\n",))),
         ({"inputs": [["1", "2"]], "outputs": [["3"]]}, CodeTests("stdin", ("1\n2",), ("3",))),
         ({"inputs": ["1\n[2]"], "outputs": ["3"], "fn_name": "f"}, CodeTests("function", ("1\n[2]",), ("3",), "f")),
-        ({"inputs": [[1, [2]]], "outputs": [[3]], "fn_name": "f"},
-         CodeTests("function", ("1\n[2]",), ("3\n[3]",), "f")),
+        (
+            {"inputs": [[1, [2]]], "outputs": [[3]], "fn_name": "f"},
+            CodeTests("function", ("1\n[2]",), ("3\n[3]",), "f"),
+        ),
         ({"inputs": [[1]], "outputs": [[0, [0]]], "fn_name": "f"}, CodeTests("function", ("1",), ("[0, [0]]",), "f")),
         ({"inputs": ["1"], "outputs": ["[0,\n0]\n"], "fn_name": "f"}, CodeTests("function", ("1",), ("[0, 0]",), "f")),
         (
@@ -62,18 +64,32 @@ def test_gold_answers(truth: object, golds: tuple[str, ...]) -> None:
             CodeTests("asserts", script=CHECK + "\ncheck(Solution().f)\n", setup="import os\n", names=("Solution",)),
         ),
         ({"functional": CHECK + "\ncheck(f)"}, CodeTests("asserts", script=CHECK + "\ncheck(f)", names=("f",))),
-        ({"assert_case": ["assert f(1) == 2", "assert f(2)"]},
-         CodeTests("asserts", script="assert f(1) == 2\nassert f(2)", names=("f",))),
-        ({"test_list": ["assert g()"], "test_setup_code": "x = 1"},
-         CodeTests("asserts", script="assert g()", setup="x = 1", names=("g",))),
-        ({"public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]',
-          "private_test_cases": packed('[{"input": "3", "output": "4", "testtype": "stdin"}]'), "question_id": "q"},
-         CodeTests("stdin", ("1", "3"), ("2", "4"))),
-        ({"public_test_cases": [{"input": "1", "output": "2", "testtype": "functional"}],
-          "metadata": '{"func_name": "f"}'}, CodeTests("function", ("1",), ("2",), "f")),
+        (
+            {"assert_case": ["assert f(1) == 2", "assert f(2)"]},
+            CodeTests("asserts", script="assert f(1) == 2\nassert f(2)", names=("f",)),
+        ),
+        (
+            {"test_list": ["assert g()"], "test_setup_code": "x = 1"},
+            CodeTests("asserts", script="assert g()", setup="x = 1", names=("g",)),
+        ),
+        (
+            {
+                "public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]',
+                "private_test_cases": packed('[{"input": "3", "output": "4", "testtype": "stdin"}]'),
+                "question_id": "q",
+            },
+            CodeTests("stdin", ("1", "3"), ("2", "4")),
+        ),
+        (
+            {
+                "public_test_cases": [{"input": "1", "output": "2", "testtype": "functional"}],
+                "metadata": '{"func_name": "f"}',
+            },
+            CodeTests("function", ("1",), ("2",), "f"),
+        ),
         ({"input_output": '{"inputs": ["1"], "outputs": ["2"]}'}, CodeTests("stdin", ("1",), ("2",))),
     ],
-)  # fmt: skip
+)
 def test_code_tests(truth: dict, tests: CodeTests) -> None:
     assert parse_ground_truth(truth) == tests
     assert parse_ground_truth(json.dumps(truth)) == tests
@@ -84,18 +100,28 @@ def test_code_tests(truth: dict, tests: CodeTests) -> None:
 @pytest.mark.parametrize(
     ("cases", "tests"),
     [
-        ([{"input": "1\n", "output": "2\n"}, {"input": "", "output": "3"}],
-         CodeTests("stdin", ("1\n", ""), ("2\n", "3"))),
-        ([{"input": "1", "output": "2", "testtype": "stdin", "metadata": {"func_name": None}}],
-         CodeTests("stdin", ("1",), ("2",))),
-        ([{"input": "1", "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}],
-         CodeTests("function", ("1",), ("2",), "f")),
-        ([{"input": "1", "output": "2", "testtype": None, "metadata": '{"func_name": "f"}'}],
-         CodeTests("function", ("1",), ("2",), "f")),
-        ([{"type": "function_call", "fn_name": "f", "input": [[1], 2], "output": [3]}],
-         CodeTests("function", ("[1]\n2",), ("3\n[3]",), "f")),
+        (
+            [{"input": "1\n", "output": "2\n"}, {"input": "", "output": "3"}],
+            CodeTests("stdin", ("1\n", ""), ("2\n", "3")),
+        ),
+        (
+            [{"input": "1", "output": "2", "testtype": "stdin", "metadata": {"func_name": None}}],
+            CodeTests("stdin", ("1",), ("2",)),
+        ),
+        (
+            [{"input": "1", "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}],
+            CodeTests("function", ("1",), ("2",), "f"),
+        ),
+        (
+            [{"input": "1", "output": "2", "testtype": None, "metadata": '{"func_name": "f"}'}],
+            CodeTests("function", ("1",), ("2",), "f"),
+        ),
+        (
+            [{"type": "function_call", "fn_name": "f", "input": [[1], 2], "output": [3]}],
+            CodeTests("function", ("[1]\n2",), ("3\n[3]",), "f"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_list_of_objects_is_a_list_of_tests(cases: list, tests: CodeTests) -> None:
     assert parse_ground_truth(cases) == parse_ground_truth(json.dumps(cases)) == tests
     assert parse_tests(cases) == parse_tests(json.dumps(cases)) == tests

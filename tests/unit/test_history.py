@@ -106,11 +106,25 @@ def test_a_newest_checkpoint_that_is_gone_or_has_no_manifest_is_named(
     assert lost_newest(run_dir) == ""
 
 
-@pytest.mark.parametrize("change", [
-    {"state.sampler.cursor": 0}, {"state.updates": 0}, {"step": -1}, {"step": 2}, {"step": 40},
-    {"state.watch": KeyError}, {"state.odd": 1}, {"odd": 1}, {"state": []}, {"state.updates": "x"},
-    {"state.policy_version": None}, {"state.inputs": None}, {"state.budget.max_tokens": -5}, {"tensors": {}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state.sampler.cursor": 0},
+        {"state.updates": 0},
+        {"step": -1},
+        {"step": 2},
+        {"step": 40},
+        {"state.watch": KeyError},
+        {"state.odd": 1},
+        {"odd": 1},
+        {"state": []},
+        {"state.updates": "x"},
+        {"state.policy_version": None},
+        {"state.inputs": None},
+        {"state.budget.max_tokens": -5},
+        {"tensors": {}},
+    ],
+)
 def test_an_edited_manifest_does_not_verify_and_the_checkpoint_before_is_used(
     change: dict[str, Any], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,14 +168,21 @@ def at(step: int, **more: object) -> str:
     return json.dumps({"step": step, "stage": 0, **more})
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    (at(0) + "\n" + at(1) + "\n\xff" + at(2) + "\n", "1 lines cannot be read"),
-    (at(0) + "\n" + at(1)[:9] + "\n" + at(2) + "\n", "1 lines"), ("[1]\nnull\n" + at(0) + "\n", "2 lines"),
-    ('{"stp": 1}\n' + at(0) + "\n", "1 lines"), ("\n\n", "no line of steps 0 to 2"),
-    ("", "no line of steps 0 to 2"), (at(0) + "\n" + at(2) + "\n", "no line of steps 1;"),
-    (at(0) + "\n" + at(1) + "\n" + at(2) + "\n" + at(2) + "\n", "steps 2 more than once"),
-    ('{"step": true}\n' + at(0) + "\n", "1 lines"), ("[" * 100_000 + "\n" + at(0) + "\n", "1 lines"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (at(0) + "\n" + at(1) + "\n\xff" + at(2) + "\n", "1 lines cannot be read"),
+        (at(0) + "\n" + at(1)[:9] + "\n" + at(2) + "\n", "1 lines"),
+        ("[1]\nnull\n" + at(0) + "\n", "2 lines"),
+        ('{"stp": 1}\n' + at(0) + "\n", "1 lines"),
+        ("\n\n", "no line of steps 0 to 2"),
+        ("", "no line of steps 0 to 2"),
+        (at(0) + "\n" + at(2) + "\n", "no line of steps 1;"),
+        (at(0) + "\n" + at(1) + "\n" + at(2) + "\n" + at(2) + "\n", "steps 2 more than once"),
+        ('{"step": true}\n' + at(0) + "\n", "1 lines"),
+        ("[" * 100_000 + "\n" + at(0) + "\n", "1 lines"),
+    ],
+)
 def test_damaged_metrics_are_put_aside_and_told(text: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(text.encode("latin-1"))
@@ -216,8 +237,20 @@ def test_a_run_goes_on_with_damaged_metrics_and_replays(
     assert {line["step"] for line in lines(run_dir)} >= {0, 2, 3, 4}
 
 
-@pytest.mark.parametrize("text", ["\x00", "null", "{}", '"x"', '{"max_tokens": -3}', '{"max_tokens": true}', "\udcff",
-                                  '{"max_tokens": 1.5}', '{"max_tokens": 0}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x00",
+        "null",
+        "{}",
+        '"x"',
+        '{"max_tokens": -3}',
+        '{"max_tokens": true}',
+        "\udcff",
+        '{"max_tokens": 1.5}',
+        '{"max_tokens": 0}',
+    ],
+)
 def test_a_damaged_row_cap_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "row_tokens.json").write_text(text, errors="surrogateescape")
     with pytest.raises(RunError, match="remove it"):
@@ -225,18 +258,14 @@ def test_a_damaged_row_cap_is_one_line(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", ".metrics.jsonl.partial", "config.resolved.json"])
-def test_a_folder_in_a_files_place_is_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_in_a_files_place_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).mkdir()
     assert main(arguments(tmp_path)) == 70
     assert f"{tmp_path / name} is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["rollouts", "weights", "tensorboard", "checkpoints"])
-def test_a_file_in_a_folders_place_is_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_in_a_folders_place_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_text("")
     assert main(arguments(tmp_path)) == 70
     assert f"{tmp_path / name} is a file" in capsys.readouterr().err

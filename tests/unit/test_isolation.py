@@ -13,7 +13,8 @@ from small_run import arguments
 from torch import nn
 from transformers import MambaConfig
 
-from benchmarks.architectures import CASES, page, verdict, write_checkpoint
+from benchmarks.architecture_cases import CASES
+from benchmarks.architectures import page, verdict, write_checkpoint
 from or1.cli import main
 from or1.config import ModelConfig
 from or1.core.errors import AttentionError, DistError, PackingError
@@ -136,8 +137,14 @@ def test_a_large_model_is_asked_about_its_first_layers(
     assert len(decoder_layers(model)) == model.config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": "layer"}, {"mlp_tile_tokens": 4},
-                                     {"gradient_checkpointing": "offload", "mlp_tile_tokens": 4}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": "layer"},
+        {"mlp_tile_tokens": 4},
+        {"gradient_checkpointing": "offload", "mlp_tile_tokens": 4},
+    ],
+)
 def test_the_question_can_be_asked_with_every_option_that_saves_memory(options: dict, adder: Path) -> None:
     load_model(settings(adder).model_copy(update=options))
 
@@ -185,8 +192,16 @@ def test_no_key_of_a_config_replaces_the_attention(key: str, value: str | None, 
 
 
 @pytest.mark.parametrize("where", ["", "text_config"])
-@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation",
-                                 "moe_implementation", "_attn_implementation_internal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "_attn_implementation",
+        "attn_implementation",
+        "_experts_implementation",
+        "moe_implementation",
+        "_attn_implementation_internal",
+    ],
+)
 @pytest.mark.parametrize("value", ["org/kernel@main:fn", {"": "org/kernel"}])
 def test_a_kernel_of_the_hub_is_refused(key: str, value: object, where: str, adder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"

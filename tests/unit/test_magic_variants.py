@@ -24,8 +24,9 @@ STAGE = {"steps": 100, "max_response_tokens": 8, "prompts_per_step": 4, "group_s
 
 def config_of(stage: dict | None = None, **sections: dict) -> Config:
     stages = [STAGE | (stage or {})]
-    return Config.model_validate({"run_dir": "r", "model": {"path": "m"}, "data": {"train": ["t"]}, "stage": stages}
-                                 | sections)
+    return Config.model_validate(
+        {"run_dir": "r", "model": {"path": "m"}, "data": {"train": ["t"]}, "stage": stages} | sections
+    )
 
 
 # Rewards 1, 0, 0, 0 with the last response cut. none: mean 1/4, std 1/2. before: of 1, 0, 0 mean 1/3, std 1/sqrt(3).

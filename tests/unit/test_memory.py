@@ -162,8 +162,10 @@ class OutOfMemoryAt:
             raise self.error
 
 
-ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-          RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")]
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -179,8 +181,10 @@ def test_out_of_memory_halves_the_row_and_gives_the_same_gradient(error: Runtime
             OutOfMemoryAt(model.get_decoder().layers[0].mlp, limit, 2 if where == "forward" else 4, error)
         optimizer, stats, seen = MasterAdamW(model, OptimConfig(lr=1e-3)), UpdateStats(), {}
         step = optimizer.step_if_finite
-        optimizer.step_if_finite = lambda loss: (seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
-                                                 step(loss))[1]
+        optimizer.step_if_finite = lambda loss: (
+            seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
+            step(loss),
+        )[1]
         assert update_policy(model, optimizer, SEQUENCES, UpdateSettings(PolicyObjective(), 0.1, 1.0, budget), stats)
         return seen, stats, budget, told
 

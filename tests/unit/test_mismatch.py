@@ -26,8 +26,9 @@ def noisy(model: PreTrainedModel) -> None:
 def unrotated(model: PreTrainedModel) -> None:
     """Other positions in the packed row than in generation."""
     whole = model.get_decoder().forward
-    model.get_decoder().forward = lambda **kw: whole(**kw | (
-        {"position_ids": torch.arange(kw["input_ids"].shape[1])[None]} if "cu_seq_lens_q" in kw else {}))  # fmt: skip
+    model.get_decoder().forward = lambda **kw: whole(
+        **kw | ({"position_ids": torch.arange(kw["input_ids"].shape[1])[None]} if "cu_seq_lens_q" in kw else {})
+    )
 
 
 @pytest.fixture

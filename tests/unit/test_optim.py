@@ -18,9 +18,10 @@ from or1.train.optim import MasterAdamW
 
 CHOICES = [
     pytest.param({"optimizer": o, "weights": w, "grad_dtype": g}, id=f"{o}-{w}-{g}")
-    for o, w, g in itertools.product(("adamw", "adamw8bit", "offload"), ("master", "stochastic"),
-                                     ("float32", "bfloat16"))
-]  # fmt: skip
+    for o, w, g in itertools.product(
+        ("adamw", "adamw8bit", "offload"), ("master", "stochastic"), ("float32", "bfloat16")
+    )
+]
 
 
 def model_of(dtype: torch.dtype) -> nn.Module:
@@ -82,8 +83,9 @@ def test_full_moments_are_torchs_adamw(optimizer: str, dtype: torch.dtype) -> No
     config = OptimConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.3, optimizer=optimizer)
     decay = [p for p in theirs.parameters() if p.ndim >= 2]
     plain = [p for p in theirs.parameters() if p.ndim < 2]
-    reference = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-                                  1e-2, config.betas, config.eps)  # fmt: skip
+    reference = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], 1e-2, config.betas, config.eps
+    )
     norms = train(ours, MasterAdamW(ours, config), range(5))
     for seed, norm in enumerate(norms):
         for part in (0, 1000):

@@ -25,10 +25,7 @@ def sequence(rng: np.random.Generator, prompt: int, response: int, vocab: int = 
     return TrainSequence(ids[:prompt], ids[prompt:], rng.normal(size=response), float(rng.normal()))
 
 
-@given(
-    lengths=st.lists(st.integers(1, 64), max_size=200),
-    spare=st.integers(0, 40),
-)
+@given(lengths=st.lists(st.integers(1, 64), max_size=200), spare=st.integers(0, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_sequence_is_in_exactly_one_bin_within_capacity(lengths: list[int], spare: int) -> None:
     capacity = max(lengths, default=1) + spare
@@ -72,9 +69,14 @@ def test_old_logp_is_for_all_sequences_or_none() -> None:
 
 
 TINY = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 def build(kind: str, tmp_path: Path, **settings: str) -> PreTrainedModel:
@@ -136,6 +138,6 @@ def test_boundaries_isolate_even_with_a_cache_and_a_mask(tmp_path: Path) -> None
             ours = model.get_decoder()(input_ids=ids, position_ids=positions, **boundaries, **leak).last_hidden_state[0]
         torch.testing.assert_close(ours[4:], alone, rtol=1e-10, atol=1e-10)
         theirs = model.get_decoder()(input_ids=ids, position_ids=positions, **leak).last_hidden_state[0]
-        assert (theirs[4:] - alone).abs().max() > 1e-3, "this leak is gone from transformers: simplify or1.model.attention"
-
-
+        assert (theirs[4:] - alone).abs().max() > 1e-3, (
+            "this leak is gone from transformers: simplify or1.model.attention"
+        )

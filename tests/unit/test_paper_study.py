@@ -84,8 +84,10 @@ def test_the_reward_wants_the_box_at_the_end() -> None:
 def test_an_arm_runs_and_its_page_shows_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(root / "examples" / "tiny-adder", tmp_path / "base")
     monkeypatch.chdir(root)
-    short = {name: replace(ARMS[name], steps=2, prompts=4, minibatch=d_t, seeds=2)
-             for name, d_t in (("(1,32,32,1)", 4), ("(4,32,8,1)", 1))}  # fmt: skip
+    short = {
+        name: replace(ARMS[name], steps=2, prompts=4, minibatch=d_t, seeds=2)
+        for name, d_t in (("(1,32,32,1)", 4), ("(4,32,8,1)", 1))
+    }
     monkeypatch.setattr(arms, "EVALUATIONS", 2)
     monkeypatch.setitem(ARMS, "(1,32,32,1)", short["(1,32,32,1)"])
     monkeypatch.setitem(ARMS, "(4,32,8,1)", short["(4,32,8,1)"])

@@ -36,14 +36,26 @@ def test_the_recipes_fit_and_are_planned_without_data_or_weights(
 ) -> None:
     done = or1("plan", f"examples/recipes/{name}.toml", "--device", "h200", "--gpus", str(gpus))
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("weights", "optimizer", "activations", "KV cache", "rollout", "update", "tokens/s", "Memory: the",
-                 "Time: ", "Largest optim.max_tokens_per_rank that fits: "):  # fmt: skip
+    for word in (
+        "weights",
+        "optimizer",
+        "activations",
+        "KV cache",
+        "rollout",
+        "update",
+        "tokens/s",
+        "Memory: the",
+        "Time: ",
+        "Largest optim.max_tokens_per_rank that fits: ",
+    ):
         assert word in done.stdout, word
 
 
 def test_the_plan_answers_in_a_second_and_without_torch(root: Path) -> None:
-    probe = ("import sys; from or1.cli import main; code = main(sys.argv[1:]);"
-             "sys.exit(code if not {'torch', 'transformers', 'numpy'} & set(sys.modules) else 99)")  # fmt: skip
+    probe = (
+        "import sys; from or1.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(code if not {'torch', 'transformers', 'numpy'} & set(sys.modules) else 99)"
+    )
     path = str(root / "examples" / "recipes" / "or1-7b.toml")
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -111,18 +123,24 @@ def test_missing_data_files_are_explained_once_each(root: Path) -> None:
 
 # Tables 10 to 12 of the report: steps, response limit, prompts a step, prompts an update, group size.
 TABLES = {
-    "or1-math-7b": [(740, 8192, 256, 128, 16), (1000, 16384, 256, 128, 16), (340, 32768, 256, 128, 16),
-                    (80, 32768, 128, 64, 64)],
+    "or1-math-7b": [
+        (740, 8192, 256, 128, 16),
+        (1000, 16384, 256, 128, 16),
+        (340, 32768, 256, 128, 16),
+        (80, 32768, 128, 64, 64),
+    ],
     "or1-7b": [(660, 16384, 256, 256, 16), (660, 32768, 160, 160, 32)],
     "or1-32b": [(760, 16384, 256, 256, 16), (370, 24576, 160, 160, 32)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_recipes_are_the_reports_tables(name: str, root: Path) -> None:
     config = recipe(root, name)
-    stages = [(s.steps, s.max_response_tokens, s.prompts_per_step, s.minibatch_prompts or s.prompts_per_step,
-               s.group_size) for s in config.stage]  # fmt: skip
+    stages = [
+        (s.steps, s.max_response_tokens, s.prompts_per_step, s.minibatch_prompts or s.prompts_per_step, s.group_size)
+        for s in config.stage
+    ]
     assert stages == TABLES[name]
     loss, optim = config.loss, config.optim
     assert (optim.lr, optim.warmup_steps, optim.weight_decay, optim.grad_clip) == (1e-6, 0, 0.01, 1.0)

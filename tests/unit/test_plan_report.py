@@ -56,8 +56,10 @@ def test_the_reports_numbers_add_up() -> None:
     assert totals == [309, 116, 114, 118]
     shares = [(72.1, 8.7), (77.6, 6.9), (76.3, 8.7), (76.3, 10.2)]
     for run, total, (rollout, update) in zip(RUNS, totals, shares, strict=True):
-        assert (100 * run.rollout / total, 100 * run.update / total) == (pytest.approx(rollout, abs=0.3),
-                                                                         pytest.approx(update, abs=0.3))  # fmt: skip
+        assert (100 * run.rollout / total, 100 * run.update / total) == (
+            pytest.approx(rollout, abs=0.3),
+            pytest.approx(update, abs=0.3),
+        )
     assert list(TABLE_9.values()) == [375, 270, 225, 205]
 
 
@@ -71,7 +73,11 @@ def test_what_the_page_concludes() -> None:
         for name, seconds in run.seconds.items():
             ratios[name].append(ours[name] / seconds)
     assert [f"{bound(ratios[name]):.0%}" for name in ("update", "other") for bound in (min, max)] == [
-        "67%", "101%", "10%", "14%"]  # fmt: skip
+        "67%",
+        "101%",
+        "10%",
+        "14%",
+    ]
     for gpus, seconds in TABLE_9.items():
         rollout = plan("or1-7b", gpus, RUNS[1].overrides, engine=ENGINE).stages[0].time.split["rollout"]
         assert rollout == pytest.approx(seconds, rel=0.032)
@@ -99,8 +105,10 @@ def test_a_rollout_is_bound_by_its_longest_response() -> None:
     assert seconds == sorted(seconds, reverse=True) and least < seconds[-1] < 1.1 * least
     # More responses than the cache holds wait for a place: twice as many then take about a mean length more each.
     work = found.stages[0].work
-    many, more = (rollout_seconds(found.shape, replace(found.choices, gpus=1), DEVICE, replace(work, sequences=n))
-                  for n in (4096, 8192))  # fmt: skip
+    many, more = (
+        rollout_seconds(found.shape, replace(found.choices, gpus=1), DEVICE, replace(work, sequences=n))
+        for n in (4096, 8192)
+    )
     assert 1.9 < more / many < 2.1
 
 

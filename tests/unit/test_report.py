@@ -24,19 +24,28 @@ from or1.report.summary import summarise
 from or1.reward.terms import graded_run
 from or1.run.state import TrainState
 
-STAGES = ({"steps": 24, "max_response_tokens": 96, "prompts_per_step": 16, "group_size": 8},
-          {"steps": 36, "max_response_tokens": 192, "prompts_per_step": 16, "group_size": 8})  # fmt: skip
+STAGES = (
+    {"steps": 24, "max_response_tokens": 96, "prompts_per_step": 16, "group_size": 8},
+    {"steps": 36, "max_response_tokens": 192, "prompts_per_step": 16, "group_size": 8},
+)
 ATTACK = "<script>alert('x')</script><img src=https://evil.example/x onerror=alert(1)>"
 ALPHABET = [chr(code) for code in range(32, 127)] + ["\n", "<eos>"]
 
 
 def make_config(run_dir: Path, stages=STAGES, sets=("heldout", "hard")) -> Config:
-    return Config.model_validate({
-        "run_dir": str(run_dir), "model": {"path": str(run_dir / "model"), "dtype": "float32"},
-        "data": {"train": ["train.jsonl"], "prompt_suffix": " Answer in \\boxed{}."},
-        "loss": {"entropy": {"control": "adaptive"}}, "stage": list(stages),
-        "eval": {"every_steps": 12, "sets": [{"name": name, "path": f"{name}.jsonl", "samples": 4} for name in sets]},
-    })  # fmt: skip
+    return Config.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "model": {"path": str(run_dir / "model"), "dtype": "float32"},
+            "data": {"train": ["train.jsonl"], "prompt_suffix": " Answer in \\boxed{}."},
+            "loss": {"entropy": {"control": "adaptive"}},
+            "stage": list(stages),
+            "eval": {
+                "every_steps": 12,
+                "sets": [{"name": name, "path": f"{name}.jsonl", "samples": 4} for name in sets],
+            },
+        }
+    )
 
 
 def make_record(config: Config, step: int, rng: random.Random) -> dict:
@@ -51,8 +60,14 @@ def make_record(config: Config, step: int, rng: random.Random) -> dict:
         for order, each in enumerate(config.eval.sets):
             accuracy = skill * (1 - 0.4 * order)
             key = f"eval/{each.name}"
-            record |= {f"{key}/avg@4": accuracy, f"{key}/avg@4_ci95": 0.03, f"{key}/pass@4": min(1, accuracy + 0.12),
-                       f"{key}/len_mean": 50 + step / 2, f"{key}/truncated": 0.02, "time/eval": 2.5}  # fmt: skip
+            record |= {
+                f"{key}/avg@4": accuracy,
+                f"{key}/avg@4_ci95": 0.03,
+                f"{key}/pass@4": min(1, accuracy + 0.12),
+                f"{key}/len_mean": 50 + step / 2,
+                f"{key}/truncated": 0.02,
+                "time/eval": 2.5,
+            }
     return record
 
 
@@ -64,38 +79,69 @@ def _training_metrics(config: Config, step: int, stage: int, skill: float, rng: 
     solved, failed = reward**4, (1 - reward) ** 4
     times = {"rollout": 2.2 + rng.random() * 0.4, "reward": 0.4, "train": 1.3 + rng.random() * 0.2, "sync": 0.1}
     return {
-        "reward/mean": reward, "reward/status/ok": reward, "reward/status/wrong": rest * 1.6,
-        "reward/status/no_answer": rest * 0.4, "reward/status/crash": 0.0,
-        "reward/status/truncated": truncated, "reward/status/timeout": 1 / 128 if step == 7 else 0.0,
-        "group/frac_zero_std": solved + failed, "group/solved": solved, "group/failed": failed,
+        "reward/mean": reward,
+        "reward/status/ok": reward,
+        "reward/status/wrong": rest * 1.6,
+        "reward/status/no_answer": rest * 0.4,
+        "reward/status/crash": 0.0,
+        "reward/status/truncated": truncated,
+        "reward/status/timeout": 1 / 128 if step == 7 else 0.0,
+        "group/frac_zero_std": solved + failed,
+        "group/solved": solved,
+        "group/failed": failed,
         "group/kept": round(16 * (1 - solved - failed)),
         "completion/len_mean": limit * (0.4 + 0.1 * skill) + rng.gauss(0, 2),
-        "completion/len_max": limit * min(1, 0.9 + rng.random() * 0.2), "completion/truncated": truncated,
+        "completion/len_max": limit * min(1, 0.9 + rng.random() * 0.2),
+        "completion/truncated": truncated,
         "policy/entropy": 0.2 + 0.3 * math.exp(-step / 10) + rng.gauss(0, 0.015),
-        "policy/entropy_coef": min(5e-3, 1e-4 * step) * (step % 3 > 0), "policy/clip_frac": 0.0,
-        "mismatch/kl": 1e-6 * math.exp(rng.gauss(0, 0.5)), "optim/loss": rng.gauss(0, 0.02),
-        "optim/grad_norm": 0.3 * math.exp(rng.gauss(0, 0.3)), "optim/lr": 1e-6, "optim/updates": 1,
-        "optim/skipped": 0, "perf/tokens_per_s": 2400 + rng.gauss(0, 60), "perf/peak_mem_gib": 1.4,
-        **{f"time/{name}": value for name, value in times.items()}, "time/step": sum(times.values()) + 0.1,
-    }  # fmt: skip
+        "policy/entropy_coef": min(5e-3, 1e-4 * step) * (step % 3 > 0),
+        "policy/clip_frac": 0.0,
+        "mismatch/kl": 1e-6 * math.exp(rng.gauss(0, 0.5)),
+        "optim/loss": rng.gauss(0, 0.02),
+        "optim/grad_norm": 0.3 * math.exp(rng.gauss(0, 0.3)),
+        "optim/lr": 1e-6,
+        "optim/updates": 1,
+        "optim/skipped": 0,
+        "perf/tokens_per_s": 2400 + rng.gauss(0, 60),
+        "perf/peak_mem_gib": 1.4,
+        **{f"time/{name}": value for name, value in times.items()},
+        "time/step": sum(times.values()) + 0.1,
+    }
 
 
 def make_rollout(run_dir: Path, step: int, attack: str = "") -> None:
     """Four responses with different fates, encoded by the character tokenizer of `make_tokenizer`."""
     rng = random.Random(step)
     thought = "First add the ones: 7+5=12, write 2, carry 1.\nThen the tens: 4+3+1=8.\nSo the sum is 82. "
-    fates = [(thought + "\\boxed{82}" + attack, "ok", "stop"), (thought[:40] + "\\boxed{72}", "wrong", "stop"),
-             (thought * 2, "truncated", "length"), ("no idea", "no_answer", "stop")]  # fmt: skip
+    fates = [
+        (thought + "\\boxed{82}" + attack, "ok", "stop"),
+        (thought[:40] + "\\boxed{72}", "wrong", "stop"),
+        (thought * 2, "truncated", "length"),
+        ("no idea", "no_answer", "stop"),
+    ]
     rows = []
     for text, status, finish in fates:
         ids = [ALPHABET.index(char) for char in text] + ([ALPHABET.index("<eos>")] if finish == "stop" else [])
         logp = [-rng.expovariate(6) * (12 if rng.random() < 0.08 else 1) for _ in ids]
-        rows.append({
-            "step": step, "stage": 0, "prompt_id": "train.jsonl:17", "source": "train.jsonl",
-            "prompt": "What is 47 + 35?" + attack, "golds": ["82" + attack], "response": text, "token_ids": ids,
-            "logp": logp, "reward": float(status == "ok"), "status": status, "finish": finish, "version": step - 1,
-            "advantage": 1.5 if status == "ok" else -0.5, "kept": True,
-        })  # fmt: skip
+        rows.append(
+            {
+                "step": step,
+                "stage": 0,
+                "prompt_id": "train.jsonl:17",
+                "source": "train.jsonl",
+                "prompt": "What is 47 + 35?" + attack,
+                "golds": ["82" + attack],
+                "response": text,
+                "token_ids": ids,
+                "logp": logp,
+                "reward": float(status == "ok"),
+                "status": status,
+                "finish": finish,
+                "version": step - 1,
+                "advantage": 1.5 if status == "ok" else -0.5,
+                "kept": True,
+            }
+        )
     path = run_dir / "rollouts" / f"step_{step}.parquet"
     path.parent.mkdir(exist_ok=True)
     schema = pa.Table.from_pylist(rows[:1]).schema
@@ -223,8 +269,8 @@ def test_transcripts_show_each_kind_with_its_facts_and_shaded_tokens(full):
 
 def test_counts_that_should_be_zero_stand_out(full):
     html, _ = full
-    assert '<div class=alert><b>1</b><span>verifier timeouts</span></div>' in html
-    assert '<div><b>0</b><span>verifier crashes</span></div>' in html
+    assert "<div class=alert><b>1</b><span>verifier timeouts</span></div>" in html
+    assert "<div><b>0</b><span>verifier crashes</span></div>" in html
 
 
 def test_a_run_with_one_step(tmp_path):
@@ -310,11 +356,14 @@ def test_a_config_of_another_version_is_shown_but_not_used(tmp_path):
     assert "does not fit this version of or1 (1 problems)" in page.text and "[novelty]" in page.text
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda path: None, "is not a folder"),
-    (lambda path: path.mkdir(), "has no metrics.jsonl"),
-    (lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text('{"step": 0, "ti')), "no complete step yet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is not a folder"),
+        (lambda path: path.mkdir(), "has no metrics.jsonl"),
+        (lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text('{"step": 0, "ti')), "no complete step yet"),
+    ],
+)
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path, make, message):
     make(tmp_path / "r")
     with pytest.raises(ReportError, match=message) as caught:
@@ -336,8 +385,11 @@ def make_graded(run_dir: Path, steps: int = 24) -> Path:
             line |= {"reward/status/ok": 0.8, "group/solved": 0.0}
         for name in ("heldout", "hard"):
             if f"eval/{name}/avg@4" in line:
-                line |= {f"eval/{name}/avg@4": 0.025, f"eval/{name}/reward_mean": mean,
-                         f"eval/{name}/reward_mean_ci95": 0.02}  # fmt: skip
+                line |= {
+                    f"eval/{name}/avg@4": 0.025,
+                    f"eval/{name}/reward_mean": mean,
+                    f"eval/{name}/reward_mean_ci95": 0.02,
+                }
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = run_dir / "rollouts" / "step_1.parquet"
     rows = pq.read_table(path).to_pylist()
@@ -411,15 +463,34 @@ def test_the_summary_has_the_training_reward_and_says_whether_rewards_are_graded
 # --- hostile files
 
 DEEP = "[" * 100_000 + "]" * 100_000
-HUGE = ", ".join(f'"{key}": 1e308' for key in ("time", "time/step", "time/rollout", "reward/mean", "optim/grad_norm",
-                 "completion/len_mean", "completion/count", "eval/a/avg@1", "eval/a/reward_mean"))  # fmt: skip
+HUGE = ", ".join(
+    f'"{key}": 1e308'
+    for key in (
+        "time",
+        "time/step",
+        "time/rollout",
+        "reward/mean",
+        "optim/grad_norm",
+        "completion/len_mean",
+        "completion/count",
+        "eval/a/avg@1",
+        "eval/a/reward_mean",
+    )
+)
 
 
-@pytest.mark.parametrize("line", [
-    f'{{"step": 4, "x": {DEEP}}}', f'{{"step": 4, "eval/x/avg@{"9" * 5000}": 0.5}}', f'{{"step": {"9" * 300}}}',
-    f'{{"step": 4, {HUGE}}}\n{{"step": 5, {HUGE}}}', '{"step": 4, "time": 1e90}',
-    '{"step": 4, "eval/a/avg@1": 0.5, "eval/a/avg@1_ci95": -1, "eval/a/reward_mean_ci95": -1}',
-], ids=["deep", "digits", "step", "huge", "time", "interval"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"step": 4, "x": {DEEP}}}',
+        f'{{"step": 4, "eval/x/avg@{"9" * 5000}": 0.5}}',
+        f'{{"step": {"9" * 300}}}',
+        f'{{"step": 4, {HUGE}}}\n{{"step": 5, {HUGE}}}',
+        '{"step": 4, "time": 1e90}',
+        '{"step": 4, "eval/a/avg@1": 0.5, "eval/a/avg@1_ci95": -1, "eval/a/reward_mean_ci95": -1}',
+    ],
+    ids=["deep", "digits", "step", "huge", "time", "interval"],
+)
 def test_hostile_metrics_are_left_out(tmp_path, line):
     run_dir = make_run(tmp_path / "r", steps=3, rollouts=())
     with (run_dir / "metrics.jsonl").open("a") as file:
@@ -428,10 +499,14 @@ def test_hostile_metrics_are_left_out(tmp_path, line):
     assert "avg@99" not in page.text and "Curves" in page.text
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (f'{{"a": {DEEP}}}', "is not valid JSON"),
-    ('{"a": ' + "[" * 400 + "]" * 400 + ', "b": [' + '{"a":' * 400 + "1" + "}" * 400 + "]}", "does not fit"),
-], ids=["too deep to parse", "deep"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'{{"a": {DEEP}}}', "is not valid JSON"),
+        ('{"a": ' + "[" * 400 + "]" * 400 + ', "b": [' + '{"a":' * 400 + "1" + "}" * 400 + "]}", "does not fit"),
+    ],
+    ids=["too deep to parse", "deep"],
+)
 def test_a_deep_config_is_a_note(tmp_path, text, said):
     run_dir = make_run(tmp_path / "r", steps=1, rollouts=())
     (run_dir / "config.resolved.json").write_text(text)
@@ -439,11 +514,19 @@ def test_a_deep_config_is_a_note(tmp_path, text, said):
     assert said in page.text
 
 
-@pytest.mark.parametrize(("column", "values"), [
-    ("advantage", pa.array(["text"] * 4)), ("advantage", pa.array([2**62] * 4, pa.duration("s"))),
-    ("golds", pa.array([[1.5]] * 4)), ("token_ids", pa.array([["x"]] * 4)), ("logp", pa.array([[None]] * 4)),
-    ("status", pa.array([1] * 4)), ("reward", pa.array([b"\xff"] * 4)), ("response", pa.array([{"a": 1}] * 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("advantage", pa.array(["text"] * 4)),
+        ("advantage", pa.array([2**62] * 4, pa.duration("s"))),
+        ("golds", pa.array([[1.5]] * 4)),
+        ("token_ids", pa.array([["x"]] * 4)),
+        ("logp", pa.array([[None]] * 4)),
+        ("status", pa.array([1] * 4)),
+        ("reward", pa.array([b"\xff"] * 4)),
+        ("response", pa.array([{"a": 1}] * 4)),
+    ],
+)
 def test_columns_of_other_types_are_a_note(tmp_path, column, values):
     run_dir = make_run(tmp_path / "r", steps=1, rollouts=(1,))
     path = run_dir / "rollouts" / "step_1.parquet"

@@ -92,8 +92,9 @@ def test_the_newest_checkpoint_that_verifies_is_never_dropped(disk: Callable, tm
     assert committed_steps(tmp_path) == [2, 3]
 
 
-@pytest.mark.parametrize(("number", "told"), [(errno.EFBIG, "raise the limit"), (errno.EDQUOT, "quota"),
-                                              (errno.ENOSPC, "make room")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.EFBIG, "raise the limit"), (errno.EDQUOT, "quota"), (errno.ENOSPC, "make room")]
+)
 def test_a_save_without_room_says_what_is_used_up_and_that_nothing_stands(
     number: int, told: str, disk: Callable, tmp_path: Path
 ) -> None:
@@ -114,8 +115,9 @@ def test_a_failed_save_leaves_nothing_when_the_run_ends_otherwise(disk: Callable
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "told"), [(errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f"),
-                                              (errno.ENOSPC, "the disk is full")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f"), (errno.ENOSPC, "the disk is full")]
+)
 def test_no_room_for_metrics_or_rollouts_is_one_line(
     number: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,13 +176,28 @@ def test_data_that_shrank_begins_the_next_epoch_and_says_so(tmp_path: Path) -> N
 
 
 UNFIT: list[tuple[str, Any]] = [
-    ("step", -1), ("step", 40), ("odd", 1), ("state", []), ("tensors", {}), ("tensors", None),
-    ("state.watch", KeyError), ("state.odd", 1), ("state.updates", "x"), ("state.updates", -1),
-    ("state.policy_version", None), ("state.inputs", None), ("state.budget", {"max_tokens": -5}),
-    ("state.budget", [1]), ("state.step", 1), ("state.totals", []), ("state.stages", {"index": None}),
-    ("state.sampler", {"epoch": 0}), ("state.solved", {}), ("state.entropy", {"coef": "x"}),
+    ("step", -1),
+    ("step", 40),
+    ("odd", 1),
+    ("state", []),
+    ("tensors", {}),
+    ("tensors", None),
+    ("state.watch", KeyError),
+    ("state.odd", 1),
+    ("state.updates", "x"),
+    ("state.updates", -1),
+    ("state.policy_version", None),
+    ("state.inputs", None),
+    ("state.budget", {"max_tokens": -5}),
+    ("state.budget", [1]),
+    ("state.step", 1),
+    ("state.totals", []),
+    ("state.stages", {"index": None}),
+    ("state.sampler", {"epoch": 0}),
+    ("state.solved", {}),
+    ("state.entropy", {"coef": "x"}),
     ("state.in_flight", {"groups": 3}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "value"), UNFIT, ids=str)
@@ -220,10 +237,12 @@ def test_open_responses_follow_their_prompts_and_go_with_them(ahead: bool, tmp_p
         trainer = trainer_of(config)
         trainer.state.step = 1
         trainer.state.in_flight = InFlight(
-            rollout and replace(rollout, groups=[replace(g, prompt=p) for g, p in
-                                                 zip(closed, trainer.data.prompts, strict=True)]),
+            rollout
+            and replace(
+                rollout, groups=[replace(g, prompt=p) for g, p in zip(closed, trainer.data.prompts, strict=True)]
+            ),
             [replace(g, prompt=p) for g, p in zip(carried, trainer.data.prompts, strict=True)],
-        )  # fmt: skip
+        )
         trainer._save()
         trainer.checkpoints.wait()
 
@@ -274,9 +293,7 @@ class PausedStore:
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_only_silence_that_this_rank_was_awake_for_ends_the_run(
-    paused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_silence_that_this_rank_was_awake_for_ends_the_run(paused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, looks = [0.0], [0]
     watchdog = Watchdog(replace(SINGLE, size=1), 6.0)
     watchdog.world = replace(SINGLE, size=2)
@@ -328,8 +345,15 @@ print(signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM))
 
 
 def test_what_nohup_ignores_stays_ignored_and_torch_leaves_no_folder(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", IGNORING], cwd=ROOT, capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORING],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     logs, during, after = done.stdout.splitlines()
     ignored = str(signal.SIG_IGN)
@@ -379,8 +403,13 @@ def test_a_process_that_took_an_old_number_is_no_holder(no_locks: None, tmp_path
 
 
 def rollouts(folder: Path) -> tuple[Path, dict[str, Prompt]]:
-    groups = [replace(group([1.0, 0.0], [response(ZERO, ONE, EOS, text="01\u00e9"), response(ONE, text="")]),
-                      prompt=Prompt(name, "s", "1+1", np.array([7], np.int32), ("0",))) for name in "ab"]  # fmt: skip
+    groups = [
+        replace(
+            group([1.0, 0.0], [response(ZERO, ONE, EOS, text="01\u00e9"), response(ONE, text="")]),
+            prompt=Prompt(name, "s", "1+1", np.array([7], np.int32), ("0",)),
+        )
+        for name in "ab"
+    ]
     path = write_rollouts(folder / "rollouts", 3, 0, groups, [[1.0, -1.0], None])
     return path, {g.prompt.id: g.prompt for g in groups}
 
@@ -496,8 +525,14 @@ print("done", file=sys.stderr)
 @pytest.mark.parametrize("where", [">&-", "| head -1", "> /dev/full"])
 def test_standard_output_that_is_gone_does_not_end_a_command(where: str) -> None:
     script = 'set -o pipefail; "$@" ' + where
-    done = subprocess.run(["bash", "-c", script, "bash", sys.executable, "-c", TALKING], cwd=ROOT, capture_output=True,
-                          text=True, timeout=100, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, "-c", TALKING],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert done.stderr.endswith("done\n")
     if where != ">&-":

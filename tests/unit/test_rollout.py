@@ -45,8 +45,9 @@ def test_logp_is_that_of_the_trainer_at_the_sampling_temperature(parts: tuple, t
     prompts = prompts_of(tokenizer, *QUESTIONS)
     found = generate(HfEngine(model, tokenizer, batch_size=7), prompts, temperature=temperature)
     assert len(found) == 30
-    sequences = [TrainSequence(prompts[p].token_ids, f.response.token_ids, f.response.logp, 1.0)
-                 for (p, _), f in found.items()]  # fmt: skip
+    sequences = [
+        TrainSequence(prompts[p].token_ids, f.response.token_ids, f.response.logp, 1.0) for (p, _), f in found.items()
+    ]
     for _, batch in pack_indexed(sequences, 256):
         with torch.no_grad():
             hidden_NH = hidden_states(model, batch)[batch.rows_N]

@@ -104,8 +104,10 @@ def test_a_run_of_before_a_setting_was_goes_on_with_its_default(tmp_path: Path) 
     for stage in record["stage"]:
         stage |= {"plateau_evals": 4, "plateau_gain": 0.01}
     old = json.dumps(record)
-    for setting, said in (('loss.entropy.measure="all"', "loss.entropy.measure"),
-                          ('data.solved_visits="last"', "data.solved_visits")):  # fmt: skip
+    for setting, said in (
+        ('loss.entropy.measure="all"', "loss.entropy.measure"),
+        ('data.solved_visits="last"', "data.solved_visits"),
+    ):
         (tmp_path / RECORD).write_text(old)
         with pytest.raises(RunError, match=rf"other settings \({said}\)"):
             prepare_run_dir(config_of(tmp_path, setting))
@@ -180,7 +182,7 @@ def test_a_folder_where_a_run_is_at_work_is_neither_joined_nor_moved(
     for flags in ([], ["--fresh"]):
         assert main(arguments(tmp_path / "run", *flags)) == 70
         said = capsys.readouterr().err
-        assert f"at work ({{\"host\": \"{socket.gethostname()}\", \"pid\": {os.getpid()}}})" in said
+        assert f'at work ({{"host": "{socket.gethostname()}", "pid": {os.getpid()}}})' in said
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     lock.close()
     RunLock(tmp_path / "run").take(make=False)
@@ -247,9 +249,7 @@ def test_a_changed_setting_is_told_with_both_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".", "..", ""])
-def test_fresh_never_moves_the_folder_it_runs_in(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_never_moves_the_folder_it_runs_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     config = config_of(run)
     prepare_run_dir(config)

@@ -145,10 +145,16 @@ def test_a_folder_that_cannot_be_tried_is_one_line(
 
 @pytest.mark.parametrize(
     ("name", "text", "told"),
-    [("a.json", DEEP, "nests too deeply"), ("a.toml", "x = " + DEEP, "nests too deeply"),
-     ("a.json", DIGITS, "cannot be read"), ("a.toml", "seed = " + "9" * 5000, "cannot be read"),
-     ("a.json", "[1]", "holds a list"), ("a.json", "null", "holds a NoneType"), ("a.json", "{", "is not JSON")],
-)  # fmt: skip
+    [
+        ("a.json", DEEP, "nests too deeply"),
+        ("a.toml", "x = " + DEEP, "nests too deeply"),
+        ("a.json", DIGITS, "cannot be read"),
+        ("a.toml", "seed = " + "9" * 5000, "cannot be read"),
+        ("a.json", "[1]", "holds a list"),
+        ("a.json", "null", "holds a NoneType"),
+        ("a.json", "{", "is not JSON"),
+    ],
+)
 def test_a_config_that_no_parser_reads_is_one_line(
     name: str, text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,8 +201,9 @@ def test_what_a_run_leaves_is_read_back(tmp_path: Path) -> None:
     assert recorded_config(tmp_path / "run")["run_dir"] == str(tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", [DEEP, DIGITS, "[]", "{", '{"model_type": "qwen2", "vocab_size": "many"}',
-                                  '{"model_type": []}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", [DEEP, DIGITS, "[]", "{", '{"model_type": "qwen2", "vocab_size": "many"}', '{"model_type": []}']
+)
 def test_a_plan_of_a_folder_that_describes_no_model_is_one_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,8 +46,9 @@ def test_crashes_of_rewards_and_the_end_of_a_run_are_kept(
         raise ValueError("no more")
     crash.warning("after the run")
     assert [line.partition(" start: ")[2] for line in lines(tmp_path)] == [
-        "grading p crashed: KeyError in mine.py:3", "ended by ValueError: no more",
-    ]  # fmt: skip
+        "grading p crashed: KeyError in mine.py:3",
+        "ended by ValueError: no more",
+    ]
     # As before it is also shown, once.
     assert capsys.readouterr().err.splitlines() == ["grading p crashed: KeyError in mine.py:3", "after the run"]
 

@@ -19,8 +19,16 @@ NUCLEUS, LIKELIEST = {"top_p": 0.9}, {"top_k": 20}
 
 
 def problems_of(rollout: dict, **loss: object) -> dict[str, str]:
-    config = Config.model_validate({"run_dir": "r", "model": {"path": "o/m"}, "data": {"train": ["t"]},
-                                    "stage": [STAGE], "rollout": rollout, "loss": loss})  # fmt: skip
+    config = Config.model_validate(
+        {
+            "run_dir": "r",
+            "model": {"path": "o/m"},
+            "data": {"train": ["t"]},
+            "stage": [STAGE],
+            "rollout": rollout,
+            "loss": loss,
+        }
+    )
     return dict(contradictions(config, files=False))
 
 

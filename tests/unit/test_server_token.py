@@ -85,9 +85,12 @@ def call(method: Any, **named: Any) -> bytes:
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_trainers_calls_reach_the_workers_whole(parts: int, tmp_path: Path) -> None:
-    calls = [call("or1_version"), call("or1_join", host="h", port=1, session="s", size=2, backend="gloo"),
-             call("or1_receive", tensors=[["w", "float32", [2, 3]]], version=1),
-             call("or1_load_file", path=str(tmp_path / "pushed" / "weights.safetensors"), version=1)]  # fmt: skip
+    calls = [
+        call("or1_version"),
+        call("or1_join", host="h", port=1, session="s", size=2, backend="gloo"),
+        call("or1_receive", tensors=[["w", "float32", [2, 3]]], version=1),
+        call("or1_load_file", path=str(tmp_path / "pushed" / "weights.safetensors"), version=1),
+    ]
     for body in calls:
         width = -(-len(body) // parts)
         pieces = [body[i : i + width] for i in range(0, len(body), width)]
@@ -96,11 +99,23 @@ def test_the_trainers_calls_reach_the_workers_whole(parts: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "body",
-    [call("save_sharded_state", path="/x"), call("load_weights"), call("__init__"), call(None), call(["or1_version"]),
-     b'{"method": "or1_version", "args": ["/etc"]}', b'{"method": "or1_load_file", "kwargs": "path"}', b"[]", b"", b"{",
-     b"[" * 100_000, call("or1_load_file", version=1), call("or1_load_file", path=7, version=1),
-     call("or1_load_file", path="a\0b", version=1)],
-)  # fmt: skip
+    [
+        call("save_sharded_state", path="/x"),
+        call("load_weights"),
+        call("__init__"),
+        call(None),
+        call(["or1_version"]),
+        b'{"method": "or1_version", "args": ["/etc"]}',
+        b'{"method": "or1_load_file", "kwargs": "path"}',
+        b"[]",
+        b"",
+        b"{",
+        b"[" * 100_000,
+        call("or1_load_file", version=1),
+        call("or1_load_file", path=7, version=1),
+        call("or1_load_file", path="a\0b", version=1),
+    ],
+)
 @pytest.mark.parametrize("path", ["/collective_rpc", "/collective_rpc/", "/base/collective_rpc"])
 def test_a_token_opens_no_other_method_of_a_worker(body: bytes, path: str) -> None:
     sent, reached = asked(http(path, TOKEN), body)

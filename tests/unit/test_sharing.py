@@ -41,8 +41,9 @@ def fp64_model(adder: Path, **options: str) -> PreTrainedModel:
     model = load_model(ModelConfig(path=str(adder), dtype="float64", device="cpu", **options)).train()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, m=module: m.weight * x * torch.rsqrt(
-                x.square().mean(-1, keepdim=True) + m.variance_epsilon)
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + m.variance_epsilon)
+            )
     return model
 
 
@@ -71,8 +72,9 @@ def test_every_sequence_is_in_one_unit_of_its_own_prompt(shapes: list, spare: in
         assert len(batch.ids_T) == len(batch.positions_T) == batch.cu_seqlens[-1] <= limit
         assert batch.targets_N.tolist() == [t for i in indices for t in sequences[i].response_ids]
         # The token before each target, and its position, are those of the sequence alone.
-        before = [w for i in indices for w in np.concatenate([sequences[i].prompt_ids[-1:],
-                                                              sequences[i].response_ids[:-1]])]
+        before = [
+            w for i in indices for w in np.concatenate([sequences[i].prompt_ids[-1:], sequences[i].response_ids[:-1]])
+        ]
         assert batch.ids_T[batch.rows_N].tolist() == before
         places = [len(sequences[i].prompt_ids) - 1 + t for i in indices for t in range(sequences[i].trained_tokens)]
         assert batch.positions_T[batch.rows_N].tolist() == places
@@ -96,8 +98,7 @@ def test_shared_rows_have_the_hidden_states_of_unshared_rows(max_tokens: int, ch
         states: dict[int, torch.Tensor] = {}
         tokens[sharing] = 0
         for indices, batch in pack_indexed(sequences, max_tokens, sharing=sharing):
-            parts = hidden_states(model, batch)[batch.rows_N].split(
-                [sequences[i].trained_tokens for i in indices])
+            parts = hidden_states(model, batch)[batch.rows_N].split([sequences[i].trained_tokens for i in indices])
             states |= dict(zip(indices, parts, strict=True))
             tokens[sharing] += len(batch.ids_T)
         all_states = torch.cat([states[i] for i in range(len(sequences))])
@@ -122,7 +123,9 @@ def test_the_update_is_the_same(recompute: bool, adder: Path) -> None:
         optimizer, stats, seen = MasterAdamW(model, OptimConfig(lr=1e-3)), UpdateStats(), {}
         step = optimizer.step_if_finite
         optimizer.step_if_finite = lambda loss, seen=seen, o=optimizer, step=step: (
-            seen.update({n: g.clone() for n, g in o.gradients().items()}), step(loss))[1]
+            seen.update({n: g.clone() for n, g in o.gradients().items()}),
+            step(loss),
+        )[1]
         assert update_policy(model, optimizer, sequences, setting, stats)
         found[sharing] = (stats.losses[0], stats.metrics()["policy/entropy_exact"], seen)
     assert found["on"][:2] == pytest.approx(found["off"][:2], rel=1e-11)

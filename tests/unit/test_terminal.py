@@ -66,12 +66,14 @@ def test_names_of_a_data_file_do_not_steer_the_terminal(
 
 @pytest.mark.parametrize(
     "action",
-    ["raise KeyError(text)",
-     "threading.Thread(target=exec, args=('raise KeyError(text)', globals())).start()",
-     "logging.getLogger('some.library').error('it said %s', text)",
-     "logging.getLogger('some.library').error('cause', exc_info=KeyError(text))",
-     "warnings.warn(text)"],
-)  # fmt: skip
+    [
+        "raise KeyError(text)",
+        "threading.Thread(target=exec, args=('raise KeyError(text)', globals())).start()",
+        "logging.getLogger('some.library').error('it said %s', text)",
+        "logging.getLogger('some.library').error('cause', exc_info=KeyError(text))",
+        "warnings.warn(text)",
+    ],
+)
 def test_what_libraries_print_is_shown_without_escapes(action: str) -> None:
     program = f"""
 import logging, sys, threading, warnings

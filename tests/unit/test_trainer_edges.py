@@ -76,8 +76,6 @@ def test_weights_without_masters_are_refused_where_shards_are_masters(tmp_path: 
         MasterAdamW(model, OptimConfig(weights="stochastic"), replace(SINGLE, size=2))
 
 
-
-
 def test_a_finished_run_trains_on_where_it_is_given_more_steps(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     one = {"reward": {"workers": 1}}
@@ -105,9 +103,7 @@ def test_a_resumed_trainer_gives_the_former_records_to_the_display(tmp_path: Pat
     assert " start: resumed after step 1\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_model_that_cannot_be_read_is_named_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_read_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path, said in ((str(tmp_path), "holds no tokenizer"), ("nobody/nothing", "is no folder here")):
         with pytest.raises(ModelSourceError, match=f"{path}' {said}"):

@@ -44,11 +44,24 @@ def test_what_could_not_come_back_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize(
     "tree",
-    [{"enum": "__delattr__", "value": "Score"}, {"enum": "Score", "value": "ok"}, {"type": "Status", "value": "ok"},
-     {"type": "np"}, {"type": "dataclass", "cls": None}, {"type": "field", "default": 1}, {"type": ["Score"]},
-     {"enum": "StrEnum", "value": "x"}, {"type": "Score"}, {"array": "0", "more": 1}, {"array": "none"}, {"dict": [1]},
-     {"other": 1}, {}, {"array": "tree"}],
-)  # fmt: skip
+    [
+        {"enum": "__delattr__", "value": "Score"},
+        {"enum": "Score", "value": "ok"},
+        {"type": "Status", "value": "ok"},
+        {"type": "np"},
+        {"type": "dataclass", "cls": None},
+        {"type": "field", "default": 1},
+        {"type": ["Score"]},
+        {"enum": "StrEnum", "value": "x"},
+        {"type": "Score"},
+        {"array": "0", "more": 1},
+        {"array": "none"},
+        {"dict": [1]},
+        {"other": 1},
+        {},
+        {"array": "tree"},
+    ],
+)
 def test_what_dumps_never_writes_is_refused_and_changes_nothing(tree: object) -> None:
     before = dict(vars(types))
     data = save({"tree": np.frombuffer(json.dumps([tree]).encode(), np.uint8), "0": np.zeros(1)})

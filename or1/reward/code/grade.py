@@ -182,8 +182,12 @@ def _run_script(program: str, tests: CodeTests, settings: CodeSettings) -> Tally
         with Inside(settings.sandbox, "runner", {"program": program, "setup": tests.setup}, limits) as runner:
             if "error" in runner.answer:
                 return wrong
-            order = {"setup": tests.setup, "script": tests.script, "names": list(tests.names),
-                     "stop": not settings.partial}  # fmt: skip
+            order = {
+                "setup": tests.setup,
+                "script": tests.script,
+                "names": list(tests.names),
+                "stop": not settings.partial,
+            }
             return _mediate(runner, settings.sandbox, order, limits, deadline)
     except SandboxTimeoutError:
         return Tally(total=asserts, fault=Status.TIMEOUT)

@@ -26,10 +26,31 @@ MODULES = {"np": "numpy", "pd": "pandas", "numpy": "numpy", "pandas": "pandas", 
 """Name -> module that tests use without an import, beside the standard library's."""
 
 
-COMPARING = frozenset({
-    "isclose", "Counter", "OrderedDict", "defaultdict", "deque", "fabs", "sqrt", "floor", "ceil", "pi", "inf", "nan",
-    "reduce", "chain", "partial", "ListNode", "TreeNode", "list_node", "tree_node", "is_same_list", "is_same_tree",
-})  # fmt: skip
+COMPARING = frozenset(
+    {
+        "isclose",
+        "Counter",
+        "OrderedDict",
+        "defaultdict",
+        "deque",
+        "fabs",
+        "sqrt",
+        "floor",
+        "ceil",
+        "pi",
+        "inf",
+        "nan",
+        "reduce",
+        "chain",
+        "partial",
+        "ListNode",
+        "TreeNode",
+        "list_node",
+        "tree_node",
+        "is_same_list",
+        "is_same_tree",
+    }
+)
 """Names of the prelude that tests use to compare, beside a function of the program with a name of its own."""
 
 
@@ -40,8 +61,15 @@ class Script(NamedTuple):
     names: tuple[str, ...]
 
 
-def complete(source: str, *, setup: str = "", entry_point: str = "", reference: str = "", question: str = "",
-             prelude: bool = False) -> Script:  # fmt: skip
+def complete(
+    source: str,
+    *,
+    setup: str = "",
+    entry_point: str = "",
+    reference: str = "",
+    question: str = "",
+    prelude: bool = False,
+) -> Script:
     """Return a script with everything that it uses, and what it takes from the program.
 
     setup        source that runs before it
@@ -79,8 +107,10 @@ def complete(source: str, *, setup: str = "", entry_point: str = "", reference: 
     else:
         names = _guessed(tree, free - known, others)
     if missing := sorted(others - names - prelude_names()):
-        raise TestedError(f"the tests use {', '.join(missing)}, which neither they nor Python define; define or import "
-                          "it in the tests, or name what is under test as 'entry_point'")
+        raise TestedError(
+            f"the tests use {', '.join(missing)}, which neither they nor Python define; define or import "
+            "it in the tests, or name what is under test as 'entry_point'"
+        )
     _require_values(tree, names)
     imports = [f"import {MODULES.get(name, name)} as {name}" for name in sorted(known)]
     return Script("\n".join([*imports, *helpers.values(), source]), tuple(sorted(names)))
@@ -116,8 +146,10 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
     functions = {name for name in called if not name[:1].isupper()}
     tested = functions or called or tier
     for outer, inner in _nested(tree, tested):
-        raise TestedError(f"the tests call {outer} with what {inner} returned, and neither they nor the row define "
-                          "either; name what is under test as 'entry_point', or define the other in the tests")
+        raise TestedError(
+            f"the tests call {outer} with what {inner} returned, and neither they nor the row define "
+            "either; name what is under test as 'entry_point', or define the other in the tests"
+        )
     rest = {name for name in tier - tested if name[:1].isupper() and _is_handed_over(tree, name, tested)}
     return tested | rest
 
@@ -129,8 +161,10 @@ def _refuse_mixtures(tree: ast.Module, own: set[str], library: set[str]) -> None
             continue
         mixed = _called(node.test) & library - COMPARING
         if mixed and not all(name[:1].isupper() for name in own):
-            raise TestedError(f"the tests call {sorted(mixed)[0]}, which may be the program's or a library's; name "
-                              "what is under test as 'entry_point', or import the other in the tests")
+            raise TestedError(
+                f"the tests call {sorted(mixed)[0]}, which may be the program's or a library's; name "
+                "what is under test as 'entry_point', or import the other in the tests"
+            )
 
 
 # --- what a script defines and uses
@@ -243,15 +277,24 @@ def _is_only_looked_into(tree: ast.AST, name: str) -> bool:
 
 
 def _is_argument(tree: ast.AST, name: str) -> bool:
-    return any(isinstance(a, ast.Name) and a.id == name for n in ast.walk(tree) if isinstance(n, ast.Call)
-               for a in _arguments(n))  # fmt: skip
+    return any(
+        isinstance(a, ast.Name) and a.id == name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call)
+        for a in _arguments(n)
+    )
 
 
 def _is_handed_over(tree: ast.AST, name: str, tested: set[str]) -> bool:
     """Whether a name stands only in the arguments of what is under test, or of a function of the tests."""
-    inside = {id(n) for call in ast.walk(tree) if isinstance(call, ast.Call)
-              and ((isinstance(call.func, ast.Name) and call.func.id not in vars(builtins)) or _is_of(call, tested))
-              for a in _arguments(call) for n in ast.walk(a)}  # fmt: skip
+    inside = {
+        id(n)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and ((isinstance(call.func, ast.Name) and call.func.id not in vars(builtins)) or _is_of(call, tested))
+        for a in _arguments(call)
+        for n in ast.walk(a)
+    }
     return all(id(n) in inside for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
 
 
@@ -284,8 +327,10 @@ def _require_asserts(tree: ast.Module) -> None:
                 return
             if isinstance(node, ast.Name) and node.id in defined:
                 waiting.append(defined.pop(node.id))
-    raise TestedError("the tests assert nothing when they run: their functions are never called; name what is under "
-                      "test as 'entry_point', or call them")
+    raise TestedError(
+        "the tests assert nothing when they run: their functions are never called; name what is under "
+        "test as 'entry_point', or call them"
+    )
 
 
 def _require_values(tree: ast.Module, names: set[str]) -> None:
@@ -295,5 +340,7 @@ def _require_values(tree: ast.Module, names: set[str]) -> None:
         for argument in _arguments(call):
             passed = argument.id if isinstance(argument, ast.Name) and argument.id in functions else ""
             if passed or isinstance(argument, ast.Lambda):
-                raise TestedError(f"the tests pass the function {passed or 'lambda'} to the program, which is in "
-                                  "another process and takes values only; leave the row out")
+                raise TestedError(
+                    f"the tests pass the function {passed or 'lambda'} to the program, which is in "
+                    "another process and takes values only; leave the row out"
+                )

@@ -45,8 +45,10 @@ class LocalEngine:
     ) -> Iterator[Finished]:
         """See `Engine.generate`."""
         if not self._whole or self._asleep:
-            raise EngineError(f"vLLM holds no whole set of weights (the push after version {self.version} failed or is "
-                              "still to come); call update_weights first")
+            raise EngineError(
+                f"vLLM holds no whole set of weights (the push after version {self.version} failed or is "
+                "still to come); call update_weights first"
+            )
         jobs = self._ranks.share(list(jobs_of(prompts, sampling, begun)))
         requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}")
         requests.add(jobs)
@@ -83,8 +85,10 @@ class LocalEngine:
             self._asleep = False
         # What the cache holds was computed with the old weights.
         if faults.hit("push.cache") != "skip" and not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM did not drop its prefix cache, so that old weights would speak on; requests of an "
-                              "earlier generate() are still open: exhaust or close it before update_weights")
+            raise EngineError(
+                "vLLM did not drop its prefix cache, so that old weights would speak on; requests of an "
+                "earlier generate() are still open: exhaust or close it before update_weights"
+            )
         self.version, self._whole = version, True
 
     def release(self) -> None:
@@ -115,9 +119,11 @@ class _Requests:
         for number, job in enumerate(jobs):
             name = f"{self._prefix}-{number}"
             parameters = SamplingParams(
-                detokenize=False, output_kind=RequestOutputKind.DELTA, stream_interval=STREAM_TOKENS,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+                stream_interval=STREAM_TOKENS,
                 **self._setup.sampling_options(job, self._sampling),
-            )  # fmt: skip
+            )
             self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
             self.open[name] = job, [], []
 
@@ -159,8 +165,10 @@ def _start(setup: VllmSetup, ranks: Ranks) -> Any:
         with _random_state_kept():
             return LLM(**options)
     except (RuntimeError, ValueError, OSError) as error:
-        raise EngineError(f"vLLM does not start ({type(error).__name__}: {error}); its own message stands above. "
-                          'Lower rollout.vllm.gpu_memory if memory is short, or set rollout.engine = "hf"') from error
+        raise EngineError(
+            f"vLLM does not start ({type(error).__name__}: {error}); its own message stands above. "
+            'Lower rollout.vllm.gpu_memory if memory is short, or set rollout.engine = "hf"'
+        ) from error
     finally:
         # vLLM's CPU worker replaces it by a function that does nothing, for everybody.
         torch.set_num_threads = set_threads

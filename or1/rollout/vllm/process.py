@@ -30,11 +30,15 @@ MODEL_NAME = "policy"
 def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
     """Command line of vLLM's OpenAI server, as a module, that `ServerEngine` can talk to."""
     options = setup.engine_options() | {
-        "host": host, "port": port, "served_model_name": MODEL_NAME, "stream_interval": STREAM_TOKENS,
+        "host": host,
+        "port": port,
+        "served_model_name": MODEL_NAME,
+        "stream_interval": STREAM_TOKENS,
         "worker_extension_cls": "or1.rollout.vllm.worker.WeightReceiver",
         "middleware": "or1.rollout.vllm.worker.RequireToken",
-        "uvicorn_log_level": "error", "disable_log_stats": True,
-    }  # fmt: skip
+        "uvicorn_log_level": "error",
+        "disable_log_stats": True,
+    }
     arguments = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -86,8 +90,12 @@ class ServerProcess:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "or1.rollout.vllm.process", *arguments],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:

@@ -129,4 +129,3 @@ class BroadcastPush:
         group = make_group(self._store, session, 0, size, self._backend)
         joined.result(timeout=GROUP_TIMEOUT_S)
         return group
-

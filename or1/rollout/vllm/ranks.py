@@ -33,8 +33,10 @@ class Ranks:
         """Neighbouring ranks share a model. Raises EngineError if torchrun's ranks do not divide that way."""
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if world % tensor_parallel:
-            raise EngineError(f"rollout.vllm.tensor_parallel = {tensor_parallel} does not divide the {world} ranks; "
-                              'start with torchrun --nproc-per-node a multiple of it, or use placement = "server"')
+            raise EngineError(
+                f"rollout.vllm.tensor_parallel = {tensor_parallel} does not divide the {world} ranks; "
+                'start with torchrun --nproc-per-node a multiple of it, or use placement = "server"'
+            )
         if world == 1:
             return cls()
         own = None

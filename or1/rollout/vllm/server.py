@@ -55,9 +55,13 @@ class ServerEngine:
     """Whether no other rank generates with this server; one that is shared is not exchanged under the others."""
 
     def __init__(
-        self, setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        self,
+        setup: VllmSetup,
+        config: VllmConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
-    ):  # fmt: skip
+    ):
         self.version = 0
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self.process: ServerProcess | None = None
@@ -95,8 +99,10 @@ class ServerEngine:
             except ServerLost as lost:
                 if restarted or not (self._own and self._alone):
                     remedy = "Run the same command" if self._own else "Start it again, then run the same command"
-                    raise ServerLost(f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
-                                     "the newest checkpoint") from lost
+                    raise ServerLost(
+                        f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
+                        "the newest checkpoint"
+                    ) from lost
                 restarted = True
                 self._restart()
                 waiting = {slot: _Open(w.job) for slot, w in waiting.items()}
@@ -147,12 +153,15 @@ class ServerEngine:
                 [job.slot for job in jobs],
                 self._setup.sampling_options(jobs[0], sampling)
                 | {
-                    "model": MODEL_NAME, "prompt": jobs[0].context_ids.tolist(), "n": len(jobs), "stream": True,
+                    "model": MODEL_NAME,
+                    "prompt": jobs[0].context_ids.tolist(),
+                    "n": len(jobs),
+                    "stream": True,
                     "return_token_ids": True,
                 },
             )
             for jobs in together.values()
-        ]  # fmt: skip
+        ]
 
     def _require_life(self, heard: float) -> None:
         if self.process is not None and not self.process.alive():
@@ -162,12 +171,16 @@ class ServerEngine:
 
     def _require_version(self) -> None:
         if not self._whole:
-            raise EngineError(f"the vLLM server holds no whole set of weights (the push after version {self.version} "
-                              "failed); call update_weights again")
+            raise EngineError(
+                f"the vLLM server holds no whole set of weights (the push after version {self.version} "
+                "failed); call update_weights again"
+            )
         held = {reply["version"] for reply in self._rpc("or1_version")}
         if held != {self.version}:
-            raise ServerLost(f"vLLM at {self.url} holds weights of version {held}, not {self.version}: it was "
-                             "restarted, or serves another run too")
+            raise ServerLost(
+                f"vLLM at {self.url} holds weights of version {held}, not {self.version}: it was "
+                "restarted, or serves another run too"
+            )
 
     def update_weights(self, version: int) -> None:
         """See `Engine.update_weights`. A server of or1's own that died since its last answer is started again, once."""
@@ -192,8 +205,10 @@ class ServerEngine:
         # What the cache holds was computed with the old weights. Aborted requests hold blocks for a moment more.
         while not self._post("/reset_prefix_cache")["success"]:
             if time.monotonic() > deadline:
-                raise EngineError(f"vLLM at {self.url} did not drop its prefix cache within {DRAIN_S:.0f} s: somebody "
-                                  "else's requests hold it; give the trainer a server of its own")
+                raise EngineError(
+                    f"vLLM at {self.url} did not drop its prefix cache within {DRAIN_S:.0f} s: somebody "
+                    "else's requests hold it; give the trainer a server of its own"
+                )
             time.sleep(0.02)
         self.version, self._whole = version, True
 
@@ -214,8 +229,10 @@ class ServerEngine:
 
     def _repeat(self, version: int) -> list[dict[str, Any]]:
         if not self._push.repeat(self._rpc, version):
-            raise EngineError("the restarted vLLM server cannot be given the weights again, since a broadcast keeps "
-                              'none; use rollout.vllm.transport = "file"')
+            raise EngineError(
+                "the restarted vLLM server cannot be given the weights again, since a broadcast keeps "
+                'none; use rollout.vllm.transport = "file"'
+            )
         return self._rpc("or1_version")
 
     def _start_again(self) -> None:
@@ -245,8 +262,10 @@ def http_client(url: str, token: str) -> httpx.Client:
 
 def _token_of_another_server(url: str) -> str:
     if TOKEN_VARIABLE not in os.environ:
-        raise EngineError(f"rollout.vllm.url = {url!r}, but {TOKEN_VARIABLE} is not set; set it to the token that "
-                          "`or1 serve` was started with")
+        raise EngineError(
+            f"rollout.vllm.url = {url!r}, but {TOKEN_VARIABLE} is not set; set it to the token that "
+            "`or1 serve` was started with"
+        )
     return os.environ[TOKEN_VARIABLE]
 
 

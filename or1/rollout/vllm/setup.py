@@ -55,8 +55,10 @@ def require_vllm(allow_untested: bool = False) -> None:
     if version is None:
         raise EngineError(f'rollout.engine = "vllm", but vLLM is not installed; {remedy}')
     if not is_tested(version) and not allow_untested:
-        raise EngineError(f"vLLM {version} is installed, or1 is tested with {tested_range()}; {remedy}, or try it with "
-                          "rollout.vllm.allow_untested = true")
+        raise EngineError(
+            f"vLLM {version} is installed, or1 is tested with {tested_range()}; {remedy}, or try it with "
+            "rollout.vllm.allow_untested = true"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class VllmSetup:
         responses += [config.eval_max_response_tokens] if config.eval.sets else []
         max_len = config.data.max_prompt_tokens + max(responses)
         if positions is not None and max_len > positions:
-            raise EngineError(f"vLLM refuses sequences beyond the model's max_position_embeddings = {positions}, but "
-                              f"data.max_prompt_tokens + max_response_tokens = {max_len}; lower one of them, or raise "
-                              f"max_position_embeddings in {config.model.path}/config.json if the model allows it")
+            raise EngineError(
+                f"vLLM refuses sequences beyond the model's max_position_embeddings = {positions}, but "
+                f"data.max_prompt_tokens + max_response_tokens = {max_len}; lower one of them, or raise "
+                f"max_position_embeddings in {config.model.path}/config.json if the model allows it"
+            )
         return cls(
             path=config.model.path,
             # vLLM has no float64; the parity check then compares with what float32 leaves.
@@ -110,13 +114,17 @@ class VllmSetup:
     def engine_options(self) -> dict[str, Any]:
         """vLLM's engine arguments, by their Python names."""
         options = {
-            "model": self.path, "dtype": self.dtype, "max_model_len": self.max_len, "max_num_seqs": self.batch_size,
-            "tensor_parallel_size": self.tensor_parallel, "seed": 0,
+            "model": self.path,
+            "dtype": self.dtype,
+            "max_model_len": self.max_len,
+            "max_num_seqs": self.batch_size,
+            "tensor_parallel_size": self.tensor_parallel,
+            "seed": 0,
             # Log-probs of what is sampled from: after the temperature.
             "logprobs_mode": "processed_logprobs",
             # The checkpoint's own sampling settings would bias every sample.
             "generation_config": "vllm",
-        }  # fmt: skip
+        }
         if self.on_gpu:
             return options | {"gpu_memory_utilization": self.gpu_memory}
         # A prompt cut in two while its request has a seed ends vLLM's CPU worker ("does not use offset").
@@ -126,13 +134,17 @@ class VllmSetup:
     def sampling_options(self, job: Job, sampling: Sampling) -> dict[str, Any]:
         """vLLM's sampling parameters for one job, those that its Python and its HTTP interface share."""
         return {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-            "max_tokens": job.max_new, "seed": job.seed if self.seeded else None,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": job.max_new,
+            "seed": job.seed if self.seeded else None,
             # Only the sampled token's own log-prob.
             "logprobs": 0,
             # The same set that the embedded engine stops at, instead of what vLLM finds in the checkpoint.
-            "ignore_eos": True, "stop_token_ids": list(self.eos_ids),
-        }  # fmt: skip
+            "ignore_eos": True,
+            "stop_token_ids": list(self.eos_ids),
+        }
 
 
 def vllm_environment(on_gpu: bool) -> dict[str, str]:

@@ -115,8 +115,10 @@ def refused_file(path: str) -> str | None:
     # After resolving both: ".." and symbolic links lead out of a folder.
     if Path(path).resolve().is_relative_to(Path(folder).resolve()):
         return None
-    return (f"{path!r} is not below {folder}, the folder that this server takes weights from; start `or1 serve` with "
-            "--set run_dir=... as `or1 train` has it, by the same path on both machines")  # fmt: skip
+    return (
+        f"{path!r} is not below {folder}, the folder that this server takes weights from; start `or1 serve` with "
+        "--set run_dir=... as `or1 train` has it, by the same path on both machines"
+    )
 
 
 def refused_call(body: bytes) -> str | None:

@@ -56,8 +56,11 @@ class Remote:
         return ask({"attribute": name, "of": self._number})
 
     def __call__(self, *args, **kwargs):
-        order = {"call": self._number, "args": [outward(a) for a in args],
-                 "kwargs": {k: outward(v) for k, v in kwargs.items()}}  # fmt: skip
+        order = {
+            "call": self._number,
+            "args": [outward(a) for a in args],
+            "kwargs": {k: outward(v) for k, v in kwargs.items()},
+        }
         return ask(order, args, kwargs)
 
     def __bool__(self):
@@ -281,9 +284,19 @@ def refuse_empty_comparisons():
 
         return compared
 
-    for place, names in ((numpy, ("allclose", "isclose", "array_equiv")),
-                         (numpy.testing, ("assert_allclose", "assert_almost_equal", "assert_array_almost_equal",
-                                          "assert_array_equal", "assert_equal"))):  # fmt: skip
+    for place, names in (
+        (numpy, ("allclose", "isclose", "array_equiv")),
+        (
+            numpy.testing,
+            (
+                "assert_allclose",
+                "assert_almost_equal",
+                "assert_array_almost_equal",
+                "assert_array_equal",
+                "assert_equal",
+            ),
+        ),
+    ):
         for name in names:
             setattr(place, name, guarded(getattr(place, name)))
 

@@ -18,32 +18,87 @@ EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 
 # Name of a call -> its numbers on x86_64 and aarch64; those from 424 on are alike.
 DENIED = {
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197),
-    "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
-    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
-    "mq_open": (240, 180), "mq_unlink": (241, 181), "mq_timedsend": (242, 182), "mq_timedreceive": (243, 183),
-    "mq_notify": (244, 184), "mq_getsetattr": (245, 185),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
-    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "fanotify_init": (300, 262),
-    "quotactl": (179, 60), "quotactl_fd": (443, 443),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "process_mrelease": (448, 448),
-    "move_pages": (279, 239), "migrate_pages": (256, 238),
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
-    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116),
-    "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89), "lookup_dcookie": (212, 18),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "shmdt": (67, 197),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "mq_timedsend": (242, 182),
+    "mq_timedreceive": (243, 183),
+    "mq_notify": (244, 184),
+    "mq_getsetattr": (245, 185),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264),
+    "fanotify_init": (300, 262),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "reboot": (169, 142),
+    "syslog": (103, 116),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "lookup_dcookie": (212, 18),
     # Memory that no process is charged with, and news of what other programs do to the same files.
-    "vmsplice": (278, 75), "io_setup": (206, 0), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "vmsplice": (278, 75),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     "flock": (73, 32),
-    "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
-    "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58),
-}  # fmt: skip
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "vhangup": (153, 58),
+}
 CLONE, CLONE3, SOCKETS, MMAP, PRLIMIT = (56, 220), 435, ((41, 198), (53, 199)), (9, 222), (302, 261)
 # AF_UNIX and AF_NETLINK. TCP's buffers count for the whole machine, and its ports outlive a test.
 FAMILIES = (1, 16)
@@ -112,19 +167,34 @@ def call_filter(machine):
         rules += deny(numbers[column], EPERM) if numbers[column] is not None else []
     # A filter cannot see the flags of clone3. Without it libc falls back to clone, whose flags are an argument.
     rules += deny(CLONE3, ENOSYS)
-    rules += [(JUMP_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_BITS, 0, 1, NEW_NAMESPACES),
-              (RETURN, 0, 0, ERROR | EPERM), (RETURN, 0, 0, ALLOW)]  # fmt: skip
+    rules += [
+        (JUMP_EQUAL, 0, 4, CLONE[column]),
+        (LOAD, 0, 0, FIRST_ARGUMENT),
+        (JUMP_BITS, 0, 1, NEW_NAMESPACES),
+        (RETURN, 0, 0, ERROR | EPERM),
+        (RETURN, 0, 0, ALLOW),
+    ]
     for numbers in SOCKETS:
         rules += [(JUMP_EQUAL, 0, 2 + 2 * len(FAMILIES), numbers[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
         for family in FAMILIES:
             rules += [(JUMP_EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]
         rules += [(RETURN, 0, 0, ERROR | EAFNOSUPPORT)]
     # Pages of a shared anonymous mapping stay when a process no longer maps them.
-    rules += [(JUMP_EQUAL, 0, 5, MMAP[column]), (LOAD, 0, 0, FOURTH_ARGUMENT), (JUMP_BITS, 0, 2, MAP_ANONYMOUS),
-              (JUMP_BITS, 0, 1, MAP_SHARED), (RETURN, 0, 0, ERROR | EPERM), (RETURN, 0, 0, ALLOW)]  # fmt: skip
+    rules += [
+        (JUMP_EQUAL, 0, 5, MMAP[column]),
+        (LOAD, 0, 0, FOURTH_ARGUMENT),
+        (JUMP_BITS, 0, 2, MAP_ANONYMOUS),
+        (JUMP_BITS, 0, 1, MAP_SHARED),
+        (RETURN, 0, 0, ERROR | EPERM),
+        (RETURN, 0, 0, ALLOW),
+    ]
     # Limits of oneself only: the runner has the same user.
-    rules += [(JUMP_EQUAL, 0, 3, PRLIMIT[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_EQUAL, 1, 0, 0),
-              (RETURN, 0, 0, ERROR | EPERM)]  # fmt: skip
+    rules += [
+        (JUMP_EQUAL, 0, 3, PRLIMIT[column]),
+        (LOAD, 0, 0, FIRST_ARGUMENT),
+        (JUMP_EQUAL, 1, 0, 0),
+        (RETURN, 0, 0, ERROR | EPERM),
+    ]
     rules += [(RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("=HBBI", *rule) for rule in rules)
 

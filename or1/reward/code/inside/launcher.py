@@ -52,8 +52,15 @@ def bind_read_only(source, target):
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
     mount(source, target, None, MS_BIND | MS_REC)
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
-    call(libc.syscall, ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_long(AT_FDCWD), target,
-         ctypes.c_long(AT_RECURSIVE), attributes, ctypes.c_long(32))  # fmt: skip
+    call(
+        libc.syscall,
+        ctypes.c_long(SYS_MOUNT_SETATTR),
+        ctypes.c_long(AT_FDCWD),
+        target,
+        ctypes.c_long(AT_RECURSIVE),
+        attributes,
+        ctypes.c_long(32),
+    )
 
 
 def make_root(paths, scratch):

@@ -162,9 +162,8 @@ class Program:
             low = fd + 1
         os.closerange(low, 4096)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        for name in ("stdin", "stdout", "stderr"):
-            setattr(sys, name, open(("stdin", "stdout", "stderr").index(name), "r" if name == "stdin" else "w",
-                                    encoding="utf-8", closefd=False))  # fmt: skip
+        for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
         sys.argv = ["solution.py"]
         # Python without site, which starts faster and sees no .pth files, lacks these two.

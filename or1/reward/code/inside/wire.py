@@ -128,11 +128,18 @@ _STANDARD = {
     ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
     ("decimal", "Decimal"): lambda value: (str(value),),
     ("datetime", "date"): lambda value: (value.year, value.month, value.day),
-    ("datetime", "datetime"): lambda value: (value.year, value.month, value.day, value.hour, value.minute,
-                                             value.second, value.microsecond),
+    ("datetime", "datetime"): lambda value: (
+        value.year,
+        value.month,
+        value.day,
+        value.hour,
+        value.minute,
+        value.second,
+        value.microsecond,
+    ),
     ("datetime", "time"): lambda value: (value.hour, value.minute, value.second, value.microsecond),
     ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
-}  # fmt: skip
+}
 _CONTAINERS = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
 
 

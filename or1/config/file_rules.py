@@ -1,0 +1,149 @@
+"""Rules about files: whether those that a config names are there, and are safe to open."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from or1.config import Config
+from or1.config.paths import is_dir, is_file
+from or1.config.section import path_problem
+from or1.core.errors import Problem
+
+
+def training_files(config: Config) -> Iterator[Problem]:
+    """Find missing files of `[data]`."""
+    data = config.data
+    named = [(f"data.train.{i}", path) for i, path in enumerate(data.train)]
+    named += [(f"data.mix.{i}.path", part.path) for i, part in enumerate(data.mix)]
+    named += [(f"data.decontaminate_against.{i}", path) for i, path in enumerate(data.decontaminate_against)]
+    named += [] if data.difficulty_file is None else [("data.difficulty_file", data.difficulty_file)]
+    yield from missing_files(named)
+
+
+def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
+    """Find missing files among (dotted path of the setting, file) pairs."""
+    # A file may be named twice, which doubles its share; it is missing once.
+    for path, where in {path: where for where, path in reversed(named)}.items():
+        if is_dir(path):
+            yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
+        elif not is_file(path) and glob.has_magic(path):
+            yield Problem(
+                where,
+                f"{path!r} is a pattern, which or1 does not expand; name the files, one by one"
+                f"{_some(path) or ', of which none is there'}",
+            )
+        elif not is_file(path):
+            yield Problem(
+                where,
+                f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
+                'README, "Data", names the formats, and the first lines of a recipe the contents',
+            )
+
+
+def _some(pattern: str) -> str:
+    """The first files of a pattern, for a message; empty if there are none."""
+    found = sorted(name for name in glob.glob(pattern) if is_file(name))
+    return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
+
+
+def files_exist(config: Config) -> Iterator[Problem]:
+    """Find missing files of evaluation sets and models."""
+    yield from missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
+    if config.endpoint.url is not None:
+        return
+    yield from _model_there(config, "model.path", config.model.path)
+    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+        yield from _model_there(config, "loss.reference", config.loss.reference)
+
+
+def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
+    model = Path(path)
+    # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
+    files = (*config.data.files, *(each.path for each in config.eval.sets))
+    data = {part for each in files for part in Path(each).parts[:1]}
+    looks_local = (
+        path.startswith((".", "/", "~"))
+        or path.count("/") != 1
+        or is_dir(model.parent)
+        or data.intersection(model.parts[:1])
+    )
+    if looks_local and not is_file(model / "config.json"):
+        yield Problem(
+            where,
+            f"no config.json in {path!r} (looked in {Path.cwd()}); "
+            "name a Hugging Face checkpoint folder or a hub id such as Qwen/Qwen2.5-1.5B",
+        )
+
+
+def paths_usable(config: Config) -> Iterator[Problem]:
+    """What is a path only sometimes, so that its field cannot tell."""
+    for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind)):
+        if path is not None and (problem := path_problem(path)):
+            yield Problem(where, problem)
+
+
+def reward_file_exists(config: Config) -> Iterator[Problem]:
+    """Find a missing reward function."""
+    place = config.reward.kind.rpartition(":")[0]
+    if place.endswith(".py") and not is_file(place):
+        yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
+
+
+def nothing_to_execute(config: Config) -> Iterator[Problem]:
+    """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
+    folder = Path(config.model.path)
+    if not is_file(folder / "config.json"):
+        return
+    unsafe = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
+    if unsafe and not any(folder.glob("*.safetensors")):
+        yield Problem(
+            "model.path",
+            f"{folder / unsafe[0]} is pickled, which or1 never reads; convert it with "
+            "transformers' save_pretrained, in a place where it may run code",
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if is_file(path) and '"auto_map"' in _text(path):
+            yield Problem(
+                "model.path",
+                f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
+                "never runs; use a model that transformers knows, and remove auto_map",
+            )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # What reads the folder in earnest says what is wrong with the file.
+
+
+def positions_reach(config: Config) -> Iterator[Problem]:
+    """A response limit beyond the positions that a model folder names; what a hub id names is not known yet."""
+    path = Path(config.model.path) / "config.json"
+    if not is_file(path) or config.endpoint.url is not None:
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        known = known.get("text_config", known)
+        positions, rope = known["max_position_embeddings"], known.get("rope_scaling") or known.get("rope_parameters")
+        # Scaled positions reach farther, each kind of them in its own way.
+        if not isinstance(positions, int) or (rope and rope.get("rope_type", "default") != "default"):
+            return
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        return  # What reads the folder in earnest says what is wrong with the file.
+    limits = [(f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)]
+    limits += [
+        ("eval.max_response_tokens", config.eval.max_response_tokens),
+        ("filter.max_response_tokens", config.filter.max_response_tokens),
+    ]
+    for where, limit in limits:
+        if limit is not None and limit > positions:
+            yield Problem(
+                where,
+                f"{limit} is more than max_position_embeddings = {positions} in {path}, beyond which "
+                "the model was not made to go; lower it, or raise that where the model can do more",
+            )
