@@ -25,15 +25,16 @@ from or1.config.optim import OptimConfig
 from or1.core.errors import PackingError
 from or1.core.quiet import quiet_libraries
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.attention import NAMES
 from or1.model.folder import read_config
 from or1.model.isolation import rehearse_model
 from or1.model.load import load_model
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
+from or1.train.update import update
 
 
 def write_checkpoint(case: Case, folder: Path) -> None:
@@ -84,13 +85,13 @@ def _one_step(settings: ModelConfig) -> None:
         TrainSequence(prompt, random.integers(3, VOCAB, n, dtype=np.int32), np.zeros(n, np.float32), advantage)
         for n, advantage in ((6, 1.0), (9, -1.0), (4, 0.5))
     ]
-    update = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(64), "on")
-    scored = with_old_logp(model, sequences, update)
+    policy = Policy(model, RowBudget(64), sharing="on")
+    scored = with_old_logp(policy, sequences)
     sequences = [replace(s, rollout_logp=s.old_logp.astype(np.float32)) for s in scored]
     # Not those of a vision tower beside it.
     before = {name: p.detach().clone() for name, p in model.get_decoder().named_parameters()}
     optimizer, stats = MasterAdamW(model, OptimConfig(lr=1e-2, max_tokens_per_rank=64)), UpdateStats()
-    took = update_policy(model, optimizer, sequences, update, stats)
+    took = update(policy, optimizer, sequences, 0.0, stats)
     numbers = stats.metrics()
     moved = [name for name, p in model.get_decoder().named_parameters() if not p.equal(before[name])]
     if not took or abs(numbers["mismatch/ratio_max"] - 1) > 1e-4 or numbers["optim/grad_norm"] == 0:

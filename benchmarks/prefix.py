@@ -22,14 +22,14 @@ from benchmarks.measure import interleaved, stamp
 from benchmarks.step_batch import ARCHITECTURES, make_model
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.attention import NAMES, choose_backend
 from or1.model.prepare import prepare_model
 from or1.model.shared_prompts import saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW, UpdateResult
-from or1.train.update import UpdateSettings, update_policy
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.update import update
 
 
 def group_of(prompt: int, responses: list[int], vocab: int) -> list[TrainSequence]:
@@ -55,11 +55,10 @@ def measure(architecture: str, prompts: list[int], responses: list[int], rounds:
     for prompt in prompts:
         sequences = group_of(prompt, responses, ARCHITECTURES[architecture]["vocab_size"])
 
-        def update(sharing: str, sequences: list[TrainSequence] = sequences) -> None:
-            settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(1 << 20), sharing)
-            update_policy(model, optimizer, sequences, settings, UpdateStats())
+        def run(sharing: str, sequences: list[TrainSequence] = sequences) -> None:
+            update(Policy(model, RowBudget(1 << 20), sharing=sharing), optimizer, sequences, 0.0, UpdateStats())
 
-        times = interleaved({s: lambda s=s: update(s) for s in ("off", "on")}, device, rounds)
+        times = interleaved({s: lambda s=s: run(s) for s in ("off", "on")}, device, rounds)
         best = {sharing: min(values) for sharing, values in times.items()}
         saved = saved_fraction([s.prompt_ids for s in sequences], responses)
         rows.append(

@@ -23,13 +23,13 @@ from benchmarks.measure import ROOT
 from benchmarks.step_batch import GROUP_SIZE, make_model, padded
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.attention import NAMES, choose_backend
 from or1.model.prepare import prepare_model
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.update import update
 
 LR = 1e-6
 
@@ -85,17 +85,17 @@ class Or1Engine:
         self.model = prepare_model(model, config, device)
         self.optimizer = MasterAdamW(self.model, OptimConfig(lr=LR, optimizer=optimizer))
         self.sequences = sequences
-        budget = Budget(max(row_tokens, *(s.packed_tokens for s in sequences)))
-        self.settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, budget, sharing)
+        budget = RowBudget(max(row_tokens, *(s.packed_tokens for s in sequences)))
+        self.policy = Policy(self.model, budget, sharing=sharing)
 
     def step(self) -> StepNumbers:
         """See Engine."""
         stats = UpdateStats()
-        update_policy(self.model, self.optimizer, self.sequences, self.settings, stats)
+        update(self.policy, self.optimizer, self.sequences, 0.0, stats)
         metrics = stats.metrics()
-        if self.settings.budget.out_of_memory:
+        if self.policy.budget.out_of_memory:
             # or1 would go on with smaller rows; the measurement asked for this size.
-            raise torch.OutOfMemoryError(f"rows had to shrink to {self.settings.budget.max_tokens} tokens")
+            raise torch.OutOfMemoryError(f"rows had to shrink to {self.policy.budget.max_tokens} tokens")
         return StepNumbers(metrics["optim/loss"], metrics["policy/entropy_exact"], metrics["optim/grad_norm"])
 
 

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import resource
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,14 @@ def _finished(settings: Mapping[str, Any]) -> Record | None:
 def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
     from benchmarks.measure import stamp
     from or1.config import Config
+    from or1.train.build import build
     from or1.trainer import Trainer
 
     run_dir, messages, began = Path(settings["run_dir"]), _Messages(), _cpu_seconds()
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
-    Trainer(Config.model_validate(settings), messages).run()
+    with build(Config.model_validate(settings), messages) as parts:
+        Trainer(parts).run()
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record = {
         "arm": name,
@@ -153,6 +156,10 @@ class _Messages:
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Nothing to show."""
+
+    def progress(self, name: str) -> Callable[[int, int], None]:
+        """Return a function that shows nothing."""
+        return partial(self.phase, name)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Nothing to show."""

@@ -5,13 +5,16 @@ Nothing is generated and nothing is written. On the machine that ran the step, i
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from or1.core.errors import RunError
 from or1.core.quiet import quiet_libraries
+from or1.core.types import Prompt, Response, Score
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE
 from or1.report.live import RunDisplay, default_console
@@ -21,6 +24,7 @@ from or1.run.checkpoint import committed_steps
 from or1.run.directory import checkpoints_of, recorded_run
 from or1.run.metrics_log import read_metrics
 from or1.run.rollout_log import read_rollouts
+from or1.train.build import Parts, build
 from or1.trainer import Trainer
 
 COMPARED = (
@@ -62,28 +66,47 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     console = console or default_console()
     with RunDisplay(step - base, config.stage, console) as shown:
         display = RankDisplay(Watchdog(SINGLE, config.dist.heartbeat_timeout_s), shown)
-        trainer = Trainer(config, display, resume=base)
         metrics: dict[str, float] = {}
-        for number in paths:
-            metrics = _repeat(trainer, number, paths[number])
+        with build(config, display, resume=base, scorer=_NoScorer()) as parts:
+            for number, path in paths.items():
+                metrics = _repeat(parts, number, path)
     recorded = next((line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] == step), {})
     console.print(_comparison(step, recorded, metrics))
     return metrics
 
 
-def _repeat(trainer: Trainer, number: int, path: Path) -> dict[str, float]:
-    index, stage = trainer.state.stages.at(trainer.config, number)
-    trainer.begin(number, index)
-    by_id = {prompt.id: prompt for prompt in trainer.data.prompts}
+class _NoScorer:
+    """A scorer for a run that grades nothing: rewards come from the saved rollouts."""
+
+    remarks = ()
+
+    def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
+        raise RunError("a replay grades no response")
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> _NoScorer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _repeat(parts: Parts, number: int, path: Path) -> dict[str, float]:
+    step = parts.state.stages.step(number)
+    parts.rollouts.skip(step)
+    torch.manual_seed(step.seed)
+    by_id = {prompt.id: prompt for prompt in parts.data.prompts}
     try:
-        groups = read_rollouts(path, number, by_id, stage.group_size)
+        groups = read_rollouts(path, number, by_id, step.stage.group_size)
     except KeyError as error:
         raise RunError(f"{path} has prompt {error}, which data.train no longer has; restore those files") from error
-    if any(len(group.responses) != stage.group_size for group in groups):
-        raise RunError(f"{path} has groups of other than {stage.group_size} responses; restore that file")
-    metrics = trainer.learn(number, index, stage, Rollout(groups, 0.0, 0.0), log=False)
-    trainer.state.step = number
-    trainer.state.stages.advance(trainer.config, number)
+    if any(len(group.responses) != step.stage.group_size for group in groups):
+        raise RunError(f"{path} has groups of other than {step.stage.group_size} responses; restore that file")
+    metrics = Trainer(parts).learn(step, Rollout(groups, 0.0, 0.0), replayed=True)
+    parts.state.step = number
+    parts.state.stages.advance(number)
     return metrics
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.commands.dry_run import missing_here, require_place
@@ -16,7 +17,6 @@ from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
 from or1.core.text import visible
 from or1.report.live import RunDisplay, print_plan
-from or1.reward.output import LOG_NAME
 from or1.run.directory import check_run_dir, checkpoints_of, prepare_run_dir, require_movable
 from or1.run.lock import RunLock
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from or1.data import RunData
     from or1.dist.world import World
     from or1.report.rank_display import RankDisplay
-    from or1.trainer import Trainer
+    from or1.train.build import Parts
 
 
 def launch(config: Config, fresh: bool = False) -> None:
@@ -45,6 +45,8 @@ def launch(config: Config, fresh: bool = False) -> None:
     from or1.model.load import resolve_device
     from or1.report.rank_display import RankDisplay
     from or1.run.message_log import RunLog, logged
+    from or1.train.build import build
+    from or1.trainer import Trainer
 
     with (
         join(config.dist, resolve_device(config.model.device)) as world,
@@ -58,9 +60,17 @@ def launch(config: Config, fresh: bool = False) -> None:
             shown = stack.enter_context(RunDisplay(config.total_steps, config.stage)) if world.is_main else None
             log = RunLog(config.run_path) if world.is_main else None
             stack.enter_context(logged(log))
-            trainer = _train(config, messages, RankDisplay(watchdog, shown, log), world, stop)
-        if trainer is not None and world.is_main:
-            _finish(config, trainer)
+            display = RankDisplay(watchdog, shown, log)
+            for message in messages:
+                display.message(message)
+            with build(config, display, world, stop=lambda: stop.requested) as parts:
+                _introduce(parts, display)
+                finished = Trainer(parts).run()
+            # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
+            world.barrier()
+            weights = _export(parts, display) if finished else None
+        if world.is_main and weights is not None:
+            _finish(parts, weights)
 
 
 def rehearse(config: Config, fresh: bool = False) -> None:
@@ -156,42 +166,32 @@ def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) 
     return messages
 
 
-def _train(
-    config: Config, messages: list[str], display: RankDisplay, world: World, stop: StopRequest
-) -> Trainer | None:
-    """The trainer and where its weights went, or None if the run was asked to stop before its last step."""
+def _introduce(parts: Parts, display: RankDisplay) -> None:
+    """Show what is worth knowing about the model and the data."""
     from or1.model.load import remarks_of
-    from or1.trainer import Trainer
 
-    for message in messages:
-        display.message(message)
-    trainer = Trainer(
-        config, display, world, lambda: stop.requested, check=lambda data: _try_rewards(config, data, display.message)
-    )
-    if config.reward.is_function:
-        display.message(f"what the reward function prints goes to {config.run_path / LOG_NAME}")
-    for line in chain(remarks_of(trainer.model), trainer.data.lines()):
+    for line in chain(remarks_of(parts.policy.model), parts.data.lines()):
         display.message(line)
-    finished = trainer.run()
-    # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
-    world.barrier()
-    if not finished:
-        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
-        return None
+
+
+def _export(parts: Parts, display: RankDisplay) -> Path:
+    """Write the weights as a Hugging Face checkpoint and return its folder. Collective."""
+    from or1.model.export import export_model
+
     display.phase("export")
-    trainer.export()
-    return trainer
+    folder = parts.config.run_path / "weights" / f"step_{parts.state.step}"
+    return export_model(parts.policy.model, parts.tokenizer, folder, parts.world)
 
 
-def _finish(config: Config, trainer: Trainer) -> None:
+def _finish(parts: Parts, weights: Path) -> None:
+    """Write the report and show the summary."""
     from or1.report.page import write_report
     from or1.report.summary import summarise
     from or1.report.summary_text import print_summary
 
-    report = write_report(config.run_path)
-    bad_rows = sum(len(r.bad) for r in trainer.data.reports)
-    weights = str(trainer.weights_folder)
-    print_summary(summarise(config, trainer.state, bad_rows, report=str(report), weights=weights))
+    report = write_report(parts.config.run_path)
+    bad_rows = sum(len(r.bad) for r in parts.data.reports)
+    print_summary(summarise(parts.config, parts.state, bad_rows, report=str(report), weights=str(weights)))
 
 
 def _only_deterministic_algorithms() -> None:

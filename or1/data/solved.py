@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,16 +49,15 @@ class SolvedPrompts:
             return None
         return np.fromiter((prompt.id in self.dropped for prompt in prompts), dtype=bool, count=len(prompts))
 
-    def state(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's manifest."""
         by_answer = {
             name: sorted(p for p, a in self.always.items() if a is right)
             for name, right in (("solved", True), ("unsolved", False))
         }
         return {"stage": self.stage, **by_answer, "dropped": sorted(self.dropped)}
 
-    @classmethod
-    def from_state(cls, data: dict[str, Any]) -> SolvedPrompts:
-        """The inverse of `state`."""
-        always = dict.fromkeys(data["solved"], True) | dict.fromkeys(data["unsolved"], False)
-        return cls(data["stage"], always, set(data["dropped"]))
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.always = dict.fromkeys(state["solved"], True) | dict.fromkeys(state["unsolved"], False)
+        self.stage, self.dropped = state["stage"], set(state["dropped"])

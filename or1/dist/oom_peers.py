@@ -1,10 +1,10 @@
-"""A rank whose packed row does not fit into memory must not leave the others waiting for it in a collective.
+"""Out of memory on one rank of several, without a deadlock of the others in a collective.
 
-While ranks compute a row they meet in collectives: FSDP2 gathers parameters and reduces gradients layer by layer,
-sequence parallelism exchanges heads. Which they are, and in which order, does not depend on what the row holds. So a
-rank whose row fails computes an anchor in its place, a row of one token: it skips the collectives that it has had in
-this row, joins those that are left, and then all ranks learn that the update must start again. What the others receive
-of an anchor means nothing, and nobody uses it: they discard the update too.
+While ranks compute a row they call collectives: FSDP2 gathers parameters and reduces gradients layer by layer, sequence
+parallelism exchanges heads. Their kinds and their order do not depend on the row. So a rank whose row runs out of
+memory computes an anchor instead, a row of one token. The rank skips the collectives that it already completed for
+this row and joins the remaining ones. Then all ranks agree to start the update again. Other ranks receive garbage from
+an anchor row; they discard this update anyway.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from or1.core.errors import RowMemoryError
 from or1.dist.oom_retry import free_memory, is_out_of_memory
 from or1.dist.world import World
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
 @dataclass
 class RowCollectives:
-    """Where this rank is among the collectives of the present row.
+    """The position of this rank in the collectives of the current row.
 
-    done          how many it has taken part in
-    seen          how many the present try has come to; less than `done` while a stand-in catches up
-    slice_tokens  in a stand-in, tokens of the row's slice that it stands in for: what the others exchange. Else 0
+    done          collectives that this rank completed for the row
+    seen          collectives that the current pass over the row reached; an anchor first catches up with `done`
+    slice_tokens  while an anchor is computed, tokens of the slice it replaces, which the others exchange; else 0
     """
 
     done: int = 0
@@ -40,11 +41,11 @@ class RowCollectives:
     slice_tokens: int = 0
 
     def begin(self) -> None:
-        """A row begins."""
+        """Start a new row."""
         self.done = self.seen = 0
 
     def due(self) -> bool:
-        """Whether the collective that comes now is still to be had. Ask right before each, with nothing in between."""
+        """Return True if this rank must still take part in the next collective. Call immediately before each one."""
         self.seen += 1
         if self.seen <= self.done:
             return False
@@ -52,8 +53,8 @@ class RowCollectives:
         return True
 
     @contextmanager
-    def stand_in(self, slice_tokens: int) -> Iterator[None]:
-        """The row from its start again, for a row of whose slice this rank had `slice_tokens` tokens."""
+    def anchor(self, slice_tokens: int) -> Iterator[None]:
+        """Pass over the row a second time, with an anchor in place of this rank's slice of `slice_tokens` tokens."""
         self.seen, self.slice_tokens = 0, slice_tokens
         try:
             yield
@@ -61,54 +62,56 @@ class RowCollectives:
             self.slice_tokens = 0
 
 
-# Of torch 2.13: FSDP2 can be brought back to rest after an exception in forward or backward.
-CAN_STAND_IN = hasattr(FSDPModule, "reset_iter_state")
-# One a process, since a process trains one row at a time.
+# New in torch 2.13: FSDP2 can be reset after an exception in forward or backward.
+CAN_ANCHOR = hasattr(FSDPModule, "reset_iter_state")
+# One for the process, which computes one row at a time.
 ROW = RowCollectives()
 
 
 def row_on_all_ranks(
-    model: nn.Module, world: World, slice_tokens: int, work: Callable[[], T], anchor: Callable[[], object]
+    model: nn.Module, world: World, slice_tokens: int, work: Callable[[R], T], row: R, make_anchor: Callable[[], R]
 ) -> T:
-    """`work()`, the forward (and backward) of one row on this rank, while the other ranks compute theirs. Collective.
+    """Return `work(row)`, the forward (and backward) of this rank's row, while other ranks compute theirs. Collective.
 
     slice_tokens  tokens of this rank's slice of the row
-    anchor        the same on a row of one token; called only if `work` runs out of memory while others go on
+    make_anchor   makes a row of one token, for `work` to compute if `work(row)` runs out of memory
 
-    Raises RowMemoryError if memory ran out on any rank: on all of them, but for a rank that cannot stand in either.
-    Errors of other kinds are left to the watchdog.
+    Raises RowMemoryError on all ranks if any rank runs out of memory. A rank that cannot compute an anchor either
+    raises it alone. Other errors are left to the watchdog.
     """
     reason = ""
-    if CAN_STAND_IN and isinstance(model, FSDPModule):
-        # FSDP2 keeps the parameters of the root after a forward without gradients, and prefetches by former forwards;
-        # the collectives of a row must not depend on either.
+    if CAN_ANCHOR and isinstance(model, FSDPModule):
+        # FSDP2 keeps the root's parameters after a forward without gradients, and prefetches by earlier forwards. The
+        # collectives of a row must not depend on either.
         model.reset_iter_state()
     ROW.begin()
     try:
-        result = work()
+        result = work(row)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[0]
-    # Out of the handler: the exception's frames hold the very activations that have to go.
+    # Outside the handler: the exception's frames hold the activations that have to be freed.
     if reason and world.size == 1 and isinstance(model, FSDPModule):
         raise RowMemoryError(reason, here_only=True)
     if reason and world.size > 1:
         reason = f"rank {world.rank}: {reason}"
         free_memory()
-        _stand_in(model, slice_tokens, anchor, reason)
+        _compute_anchor(model, slice_tokens, work, make_anchor, reason)
     if world.any(bool(reason)):
         raise RowMemoryError("; ".join(text.decode() for text in world.gather(reason.encode()) if text))
     return result
 
 
-def _stand_in(model: nn.Module, slice_tokens: int, anchor: Callable[[], object], reason: str) -> None:
-    if not CAN_STAND_IN:
+def _compute_anchor(
+    model: nn.Module, slice_tokens: int, work: Callable[[R], object], make_anchor: Callable[[], R], reason: str
+) -> None:
+    if not CAN_ANCHOR or not isinstance(model, FSDPModule):
         raise RowMemoryError(f"{reason}; FSDP2 cannot be reset after it before torch 2.13", here_only=True)
     model.reset_iter_state()
     try:
-        with ROW.stand_in(slice_tokens):
-            anchor()
+        with ROW.anchor(slice_tokens):
+            work(make_anchor())
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -116,14 +119,14 @@ def _stand_in(model: nn.Module, slice_tokens: int, anchor: Callable[[], object],
 
 
 class _InPlaceOfDefault:
-    """What FSDP2 asks of a custom collective beside the call: its buffers, made as FSDP2 makes them."""
+    """Base of a custom collective of FSDP2: it allocates buffers as FSDP2 does."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class _AllGather(_InPlaceOfDefault):
-    """FSDP2's gather of parameters; a stand-in that has had it computes with zeros."""
+    """FSDP2's gather of parameters. An anchor that already completed it computes with zeros."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -135,7 +138,7 @@ class _AllGather(_InPlaceOfDefault):
 
 
 class _ReduceScatter(_InPlaceOfDefault):
-    """FSDP2's sum of gradients; a stand-in that has had it gets its own, for nobody to use."""
+    """FSDP2's sum of gradients. An anchor that already completed it gets zeros, which nobody uses."""
 
     def __call__(
         self,
@@ -152,7 +155,7 @@ class _ReduceScatter(_InPlaceOfDefault):
 
 
 def count_collectives(module: FSDPModule) -> None:
-    """Let the collectives of a sharded module pass through ROW, where this torch can reset FSDP2 after an error."""
-    if CAN_STAND_IN:
+    """Count the collectives of a sharded module in ROW, if this torch can reset FSDP2 after an error."""
+    if CAN_ANCHOR:
         module.set_custom_all_gather(_AllGather())
         module.set_custom_reduce_scatter(_ReduceScatter())

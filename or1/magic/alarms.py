@@ -57,14 +57,13 @@ class EntropyWatch:
                 return f"step {step}: entropy {word}, {self.baseline:.3g} -> {entropy:.3g} nats per token; {cause}"
         return None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's manifest."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EntropyWatch:
-        """The inverse of `to_json`."""
-        return cls(**data)
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.first, self.beyond, self.sounded = list(state["first"]), dict(state["beyond"]), dict(state["sounded"])
 
 
 def collapse_advice(config: Config, stage: StageConfig) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-ArrayT = TypeVar("ArrayT")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NormaliserKind = Literal["token", "sequence", "dr_grpo"]
 
 
@@ -28,12 +30,12 @@ class Normaliser:
     scale: float = 1.0
 
     def units(self, length: int) -> float:
-        """Share of a response of `length` tokens in the denominator."""
+        """Return the share of a response of `length` tokens in the denominator."""
         share = {"token": length, "sequence": 1, "dr_grpo": self.max_tokens}[self.kind]
         return self.scale * share
 
-    def weights(self, lengths_N: ArrayT) -> ArrayT:
-        """Factor of each token's loss; lengths_N: tokens of the response that it belongs to, an array or tensor."""
+    def weights(self, lengths_N: Tensor) -> Tensor:
+        """Return the factor of each token's loss. lengths_N: tokens of its response, float[N]."""
         return 1.0 / lengths_N if self.kind == "sequence" else 0.0 * lengths_N + 1.0
 
 

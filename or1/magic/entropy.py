@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EntropyController:
-    """Holds the policy's entropy at a target by moving the coefficient c of an entropy bonus.
+    """A controller that holds the policy's entropy at a target: it moves the coefficient c of an entropy bonus.
 
     At step k, with e_k the rollout's entropy in nats per token:
 
@@ -29,9 +29,9 @@ class EntropyController:
         alpha = controller.alpha(entropy)        before the update; loss -= alpha * mean entropy
         controller.update(entropy)               after it
 
-    The defaults are the released code's; the paper's own are variant="paper", delta=5e-3, coef_max=inf and, taken
-    literally, coef_min=-inf: above the target c would turn into a penalty on entropy. The state
-    (coef, gate) belongs in every checkpoint: the released code lost it on resume and between stages.
+    The defaults are the released code's. The paper's are variant="paper", delta=5e-3, coef_max=inf and, taken
+    literally, coef_min=-inf: above the target c would become a penalty on entropy. The state (coef, gate) belongs in
+    every checkpoint: the released code lost it on resume and between stages.
     """
 
     coef: float = 0.0
@@ -57,20 +57,19 @@ class EntropyController:
 
     @classmethod
     def start(cls, config: EntropyConfig) -> EntropyController:
-        """The controller before the first step."""
+        """Return the controller of a config before the first step."""
         return cls(
-            config.coef,
-            True,
-            config.target,
-            config.delta,
-            config.coef_min,
-            config.coef_max,
-            config.variant,
-            config.control,
+            coef=config.coef,
+            target=config.target,
+            delta=config.delta,
+            coef_min=config.coef_min,
+            coef_max=config.coef_max,
+            variant=config.variant,
+            control=config.control,
         )
 
     def alpha(self, entropy: float) -> float:
-        """The coefficient to apply in the step whose rollout has this entropy. Changes no state."""
+        """Return the coefficient for the step whose rollout has this entropy. Changes no state."""
         match self.control, self.variant:
             case "none", _:
                 return 0.0
@@ -91,20 +90,29 @@ class EntropyController:
         self.coef = min(max(self.coef, self.coef_min), self.coef_max)
         self.gate = below
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's manifest."""
         return {"coef": self.coef, "gate": self.gate}
 
-    def restore(self, state: dict[str, Any]) -> EntropyController:
-        """Take up the state of a checkpoint; returns the controller."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.coef, self.gate = float(state["coef"]), bool(state["gate"])
+
+    def state(self) -> dict[str, Any]:
+        """Return `state_dict()`; the name that or1.magic published first."""
+        return self.state_dict()
+
+    def restore(self, state: Mapping[str, Any]) -> EntropyController:
+        """Call `load_state` and return the controller; the name that or1.magic published first."""
+        self.load_state(state)
         return self
 
 
 def rollout_entropy(groups: Sequence[Group]) -> float:
-    """Mean of -log p over the sampled tokens: an unbiased estimate of the policy's entropy, nats per token; or NaN.
+    """Return the mean of -log p over the sampled tokens, in nats per token; NaN without a token.
 
-    It is known before the update, so the coefficient of a step can depend on the entropy of the same step (Eq. 3.2).
+    The mean is an unbiased estimate of the policy's entropy. It is known before the update, so the coefficient of a
+    step can depend on the entropy of the same step (Eq. 3.2).
     """
     logp = np.concatenate([np.empty(0, np.float32), *(r.logp for group in groups for r in group.responses)])
     known = logp[np.isfinite(logp)]

@@ -1,4 +1,4 @@
-"""Groups -> what is trained: shaped rewards, advantages, which groups are kept, and minibatches of their responses."""
+"""Groups -> minibatches: shaped rewards, advantages, rejection, and the responses of each optimizer step."""
 
 # P prompts, K kept groups, M responses each
 
@@ -17,12 +17,12 @@ from or1.magic.denominator import Normaliser
 
 
 @dataclass(frozen=True)
-class Trainable:
-    """The part of a rollout that is trained.
+class Selection:
+    """The groups of a rollout that are trained.
 
-    kept           groups in rollout order
+    kept           groups with an advantage, in rollout order
     advantages_KM  f64[K, M], NaN for a response without a reward
-    flags          for every group of the rollout, whether it is kept
+    flags          for every group of the rollout, True if it is kept
     """
 
     kept: list[Group]
@@ -30,21 +30,19 @@ class Trainable:
     flags: list[bool]
 
     def advantages_by_group(self) -> list[np.ndarray | None]:
-        """For every group of the rollout its advantages, None where it was left out."""
+        """Return the advantages of every group of the rollout, None for a rejected one."""
         rows = iter(self.advantages_KM)
         return [next(rows) if flag else None for flag in self.flags]
 
 
-def choose(
-    groups: Sequence[Group], usable: Sequence[bool], loss: LossConfig, reward: RewardConfig, stage: StageConfig
-) -> Trainable:
-    """Advantages (Eq. 2.5) and rejection: T_k = {i : some A_ij is not 0} (Eq. 3.1).
+def select(groups: Sequence[Group], loss: LossConfig, reward: RewardConfig, stage: StageConfig) -> Selection:
+    """Compute advantages (Eq. 2.5) and reject groups: T_k = {i : some A_ij is not 0} (Eq. 3.1).
 
-    `usable` says which groups may be trained at all. A group is rejected for its rewards as they were given: a penalty
-    for length alone is no reason to train on a problem that is solved or hopeless (DAPO, section 3.2).
+    Rejection looks at the rewards as they were given: a penalty for length alone is no reason to train on a problem
+    that is solved or hopeless (DAPO, section 3.2). A group whose log-probs are all unknown cannot be trained.
     """
     if not groups:
-        return Trainable([], np.empty((0, 0)), [])
+        return Selection([], np.empty((0, 0)), [])
     rewards_PM = np.stack([group.rewards for group in groups])
     if reward.overlong_buffer:
         lengths_PM = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
@@ -54,34 +52,34 @@ def choose(
     advantages_PM = group_advantages(
         rewards_PM, truncated_PM=truncated_PM, mask=loss.advantage_mask, scale_std=loss.advantage_std
     )
-    moves_P = (np.nan_to_num(advantages_PM) != 0).any(axis=1)
-    wanted = [
-        not loss.reject_zero_advantage or (has_advantage(group) and bool(moves))
-        for group, moves in zip(groups, moves_P, strict=True)
-    ]
-    flags = [want and may for want, may in zip(wanted, usable, strict=True)]
-    return Trainable([g for g, flag in zip(groups, flags, strict=True) if flag], advantages_PM[np.array(flags)], flags)
+    keep_P = np.array([is_known(group) for group in groups])
+    if loss.reject_zero_advantage:
+        keep_P &= np.array([has_advantage(group) for group in groups])
+        keep_P &= (np.nan_to_num(advantages_PM) != 0).any(axis=1)
+    kept = [group for group, keep in zip(groups, keep_P, strict=True) if keep]
+    return Selection(kept, advantages_PM[keep_P], keep_P.tolist())
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What one optimizer step trains on, and what its summed token losses are divided by."""
+    """The sequences of one optimizer step, and what the sum of their token losses is divided by."""
 
     sequences: list[TrainSequence]
     normaliser: Normaliser
 
 
-def minibatches(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> list[Minibatch]:
-    """Minibatches of at most `minibatch_prompts` groups, in rollout order.
+def minibatches(chosen: Selection, loss: LossConfig, stage: StageConfig) -> list[Minibatch]:
+    """Return minibatches of at most `minibatch_prompts` groups, in rollout order.
 
-    kept     near-equal parts, not full ones and a rest: a small rest would take a whole optimizer step of its own
-    sampled  as the released code: full parts and a rest, and each is divided by the tokens of a full one, so that the
-             step of the rest has its share of the size. Groups that replaced rejected ones do not make a part larger
+    By loss.denominator:
+    kept     parts of nearly equal size: a small rest would take a whole optimizer step of its own
+    sampled  as in the released code: full parts and a rest. Each part is divided by the tokens of a full part, so the
+             step of the rest is as much smaller. Groups that replaced rejected groups do not make a part larger
     """
     nominal = stage.minibatch_prompts or stage.prompts_per_step
     count = len(chosen.kept)
     if loss.denominator == "sampled":
-        parts = [range(at, min(at + nominal, count)) for at in range(0, count, nominal)]
+        parts = [np.arange(at, min(at + nominal, count)) for at in range(0, count, nominal)]
     else:
         parts = np.array_split(np.arange(count), max(math.ceil(count / nominal), 1))
     groups_of = _sequences_of(chosen)
@@ -96,8 +94,8 @@ def minibatches(chosen: Trainable, loss: LossConfig, stage: StageConfig) -> list
     return [batch for batch in made if any(s.known_tokens for s in batch.sequences)]
 
 
-def _sequences_of(chosen: Trainable) -> list[list[TrainSequence]]:
-    """The responses of every kept group that can be trained."""
+def _sequences_of(chosen: Selection) -> list[list[TrainSequence]]:
+    """Return the responses of every kept group that can be trained."""
     return [
         [
             TrainSequence(group.prompt.token_ids, response.token_ids, response.logp, float(advantage))
@@ -110,10 +108,10 @@ def _sequences_of(chosen: Trainable) -> list[list[TrainSequence]]:
 
 
 def unknown_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of these groups that are left out."""
+    """Return the number of tokens whose log-probability the engine reported as NaN or infinite."""
     return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)
 
 
 def is_known(group: Group) -> bool:
-    """Whether anything of a group can be trained."""
+    """Return True if a group has a token with a known log-probability."""
     return any(np.isfinite(r.logp).any() for r in group.responses)

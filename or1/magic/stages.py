@@ -1,148 +1,185 @@
-"""Which stage a step belongs to, and when one hands over to the next (Skywork-OR1 report, section 3.1).
+"""Which stage a step belongs to, and when a stage ends (Skywork-OR1 report, section 3.1).
 
-The report switched stages by hand, "once performance converged". Here a stage ends after its `steps`, or earlier, with
-`until = "plateau"`, once evaluations have stopped improving and the truncation rate has stopped falling
+The report switched stages by hand, "once performance converged". Here a stage ends after its `steps`. With
+`until = "plateau"` a stage ends earlier: once evaluations stop improving and the truncation rate stops falling
 (or1/magic/plateau.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from or1.config import Config, StageConfig
-from or1.magic.plateau import Point, has_plateaued
+from or1.core.seeds import seed_of
+from or1.magic.plateau import Point, eval_level, has_plateaued
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rollout step: its number from 1, the index and settings of its stage, and the seed of its random draws."""
+
+    number: int
+    stage_index: int
+    stage: StageConfig
+    seed: int
 
 
 @dataclass
-class StageProgress:
-    """Where in the stages a run is. Part of the checkpoint.
+class StageRecord:
+    """One stage of a run so far.
 
-    index    of the stage that the next step belongs to
-    began    rollout steps that were done when it began
-    history  its evaluations, from the one that it began with: accuracy or, where rewards are graded, mean reward, and
-             the truncation rate of the steps since the evaluation before, NaN for the first
-    former   the stage before as it was when it ended, None in the first: the last one may go on after its end
-    cut      truncation rates of the steps since the last evaluation
+    index    place in the config's stages, from 0
+    began    rollout steps that were done when the stage began
+    history  evaluations of the stage, the one at its beginning included: (step, level, truncation rate). The level is
+             accuracy, or the mean reward where rewards are graded. The truncation rate is the mean over the steps since
+             the evaluation before, NaN for the first
     """
 
     index: int = 0
     began: int = 0
     history: list[Point] = field(default_factory=list)
-    former: StageProgress | None = None
-    cut: list[float] = field(default_factory=list)
 
-    def at(self, config: Config, step: int) -> tuple[int, StageConfig]:
-        """Index and settings of the stage that runs `step`, one of the present stage or the first of the next.
 
-        Raises IndexError when the run is over.
+class Stages:
+    """The stages of a config, and the position of a run in them. Part of every checkpoint.
+
+    now     the stage of the next step; its index equals the number of stages once the run is finished
+    former  the stage before, as it was at its end; None in the first. A longer config may continue it
+    cut     truncation rates of the steps since the last evaluation
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.now = StageRecord()
+        self.former: StageRecord | None = None
+        self.cut: list[float] = []
+
+    @property
+    def index(self) -> int:
+        """Index of the stage of the next step."""
+        return self.now.index
+
+    @property
+    def finished(self) -> bool:
+        """True once no stage is left."""
+        return self.now.index >= len(self._config.stage)
+
+    def step(self, number: int) -> Step:
+        """Return rollout step `number`, which is of the current stage or the first of the next.
+
+        Raises IndexError past the last stage.
         """
-        index = self.index
-        if index < len(config.stage) and step > self.began + config.stage[index].steps:
+        index, stages = self.now.index, self._config.stage
+        if index < len(stages) and number > self.now.began + stages[index].steps:
             index += 1
-        if index >= len(config.stage):
-            raise IndexError(f"all {len(config.stage)} stages are done before step {step}; add a [[stage]]")
-        return index, config.stage[index]
+        if index >= len(stages):
+            raise IndexError(f"all {len(stages)} stages are done before step {number}; add a [[stage]]")
+        return Step(number=number, stage_index=index, stage=stages[index], seed=seed_of(self._config.seed, number))
 
-    def finished(self, config: Config) -> bool:
-        """Whether no stage is left."""
-        return self.index >= len(config.stage)
-
-    def steps_left(self, config: Config, step: int) -> int:
-        """Rollout steps from `step` to the end if no stage ends early: what a progress bar counts to."""
-        if self.finished(config):
+    def steps_left(self, number: int) -> int:
+        """Return the rollout steps after step `number` if no stage ends early."""
+        if self.finished:
             return 0
-        here = self.began + config.stage[self.index].steps - step
-        return here + sum(stage.steps for stage in config.stage[self.index + 1 :])
+        here = self.now.began + self._config.stage[self.now.index].steps - number
+        return here + sum(stage.steps for stage in self._config.stage[self.now.index + 1 :])
 
-    def is_last_step(self, config: Config, step: int) -> bool:
-        """Whether the present stage ends with rollout step `step` at the latest."""
-        return step >= self.began + config.stage[self.index].steps
+    def is_last_step(self, number: int) -> bool:
+        """Return True if the current stage ends with step `number` at the latest."""
+        return self._is_last(self.now, number)
 
-    def may_end(self, config: Config, step: int) -> bool:
-        """Whether the present stage may end with `step`, the one at work, be it by an evaluation that is due."""
-        stage = config.stage[self.index]
-        due = stage.until == "plateau" and step % config.eval.every_steps == 0
-        return self.is_last_step(config, step) or (due and len(self.history) + 1 >= 2 * stage.plateau_evals)
+    def may_end(self, number: int) -> bool:
+        """Return True if the current stage may end with step `number`, by its length or by an evaluation."""
+        stage = self._config.stage[self.now.index]
+        due = stage.until == "plateau" and number % self._config.eval.every_steps == 0
+        return self.is_last_step(number) or (due and len(self.now.history) + 1 >= 2 * stage.plateau_evals)
 
-    def note_step(self, truncated: float) -> None:
-        """Remember the truncation rate of a step; NaN if no group was completed, which says nothing of truncation."""
-        if math.isfinite(truncated):
+    def finish_step(self, number: int, metrics: Mapping[str, float]) -> str | None:
+        """Record the metrics of step `number`, and start the next stage if the current one ends with that step.
+
+        Returns the reason in words if a stage ended and another follows, else None.
+        """
+        # NaN: no group was completed, so nothing is known of truncation.
+        if math.isfinite(truncated := metrics.get("completion/truncated", math.nan)):
             self.cut.append(truncated)
+        if (level := eval_level(metrics)) is not None:
+            self.note_evaluation(number, level)
+        ended = self.now.index
+        reason = self.advance(number)
+        return None if reason is None or self.finished else f"stage {ended + 1} ends with step {number}: {reason}"
 
-    def note_evaluation(self, step: int, level: float) -> None:
-        """Remember one evaluation of the present stage, with the truncation rate of the steps since the one before."""
-        self.history.append((step, level, math.fsum(self.cut) / len(self.cut) if self.cut else math.nan))
+    def note_evaluation(self, number: int, level: float) -> None:
+        """Record one evaluation of the current stage, with the mean truncation rate since the evaluation before."""
+        rate = math.fsum(self.cut) / len(self.cut) if self.cut else math.nan
+        self.now.history.append((number, level, rate))
         self.cut = []
 
-    def advance(self, config: Config, step: int) -> str | None:
-        """Move on if the stage ends with `step`; returns why, in words, or None if it goes on."""
-        reason = self._why_it_ends(config, step)
+    def advance(self, number: int) -> str | None:
+        """Start the next stage if the current one ends with step `number`. Return the reason, None if it continues."""
+        reason = self._why_it_ends(self.now, number)
         if reason is not None:
-            self.former = StageProgress(self.index, self.began, self.history)
-            # The next stage begins with what this one came to; how much it truncates is not known yet.
-            start = [(at, level, math.nan) for at, level, _ in self.history[-1:] if at == step]
-            self.index, self.began, self.history, self.cut = self.index + 1, step, start, []
+            # The next stage begins at the level that this one reached. Its truncation rate is not known yet.
+            start = [(at, level, math.nan) for at, level, _ in self.now.history[-1:] if at == number]
+            self.former, self.now = self.now, StageRecord(self.now.index + 1, number, start)
+            self.cut = []
         return reason
 
-    def resume(self, config: Config, step: int) -> str | None:
-        """Take up a config whose stages may have become longer or shorter; returns what follows from it, in words.
+    def resume(self, number: int) -> str | None:
+        """Adapt to a config whose stages became longer or shorter. Return a message, None if nothing follows.
 
-        A finished run goes on with its last stage if that stage, as it is now, does not end with `step`.
+        A finished run continues its last stage if that stage, by the new config, does not end with step `number`.
         """
-        if not self.finished(config):
-            if not self.is_last_step(config, step):
+        if not self.finished:
+            if not self.is_last_step(number):
                 return None
-            return f"stage {self.index + 1} ends with step {step}: {self.advance(config, step)}"
+            ended = self.now.index
+            return f"stage {ended + 1} ends with step {number}: {self.advance(number)}"
         last = self.former
-        if last is None or last.index != len(config.stage) - 1 or last.is_last_step(config, step):
+        if last is None or last.index != len(self._config.stage) - 1 or self._is_last(last, number):
             return None
-        if (why := last._why_it_ends(config, step)) is not None:
+        if (why := self._why_it_ends(last, number)) is not None:
             return f"stage {last.index + 1} has ended: {why}"
-        self.index, self.began, self.history, self.former = last.index, last.began, last.history, None
-        return f"stage {last.index + 1} goes on, up to {config.stage[last.index].steps} steps"
+        self.now, self.former = last, None
+        return f"stage {last.index + 1} continues, up to {self._config.stage[last.index].steps} steps"
 
-    def _why_it_ends(self, config: Config, step: int) -> str | None:
-        stage = config.stage[self.index]
-        if self.is_last_step(config, step):
+    def _is_last(self, record: StageRecord, number: int) -> bool:
+        return number >= record.began + self._config.stage[record.index].steps
+
+    def _why_it_ends(self, record: StageRecord, number: int) -> str | None:
+        stage = self._config.stage[record.index]
+        if self._is_last(record, number):
             return f"its {stage.steps} steps are done"
-        if stage.until == "plateau" and has_plateaued(self.history, stage):
+        if stage.until == "plateau" and has_plateaued(record.history, stage):
             return (
-                f"over {stage.plateau_evals} evaluations accuracy or mean reward surely gains less than "
-                f"{stage.plateau_gain:g}, and truncation falls less than that"
+                f"over {stage.plateau_evals} evaluations accuracy or mean reward gains less than "
+                f"{stage.plateau_gain:g} with certainty, and truncation falls by less than that"
             )
         return None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        former = None if self.former is None else self.former.to_json()
-        history = [[None if math.isnan(value) else value for value in point] for point in self.history]
-        return {"index": self.index, "began": self.began, "history": history, "former": former, "cut": self.cut}
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's manifest."""
+        former = None if self.former is None else _plain(self.former) | {"former": None, "cut": []}
+        return _plain(self.now) | {"former": former, "cut": self.cut}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StageProgress:
-        """The inverse of `to_json`."""
-        history = [(int(s), *(math.nan if x is None else float(x) for x in numbers)) for s, *numbers in data["history"]]
-        former = data.get("former")
-        former = None if former is None else cls.from_json(former)
-        return cls(data["index"], data["began"], history, former, list(data.get("cut", [])))
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.now, former = record_of(state), state.get("former")
+        self.former = None if former is None else record_of(former)
+        self.cut = list(state.get("cut", []))
 
 
-def stage_at(config: Config, step: int) -> tuple[int, StageConfig]:
-    """Index and settings of the stage that runs rollout step `step`, counted from 1, if no stage ends early.
-
-    Raises IndexError past the last step.
-    """
-    end = 0
-    for index, stage in enumerate(config.stage):
-        end += stage.steps
-        if step <= end:
-            return index, stage
-    raise IndexError(f"step {step} is past the last of {config.total_steps} steps; add a [[stage]]")
+def record_of(state: Mapping[str, Any]) -> StageRecord:
+    """Return the current stage from the data of `Stages.state_dict`."""
+    return StageRecord(state["index"], state["began"], [_point(values) for values in state["history"]])
 
 
-def last_step_of(config: Config, index: int) -> int:
-    """The last rollout step of stage `index`, if no stage ends early."""
-    return sum(stage.steps for stage in config.stage[: index + 1])
+def _point(values: Sequence[Any]) -> Point:
+    step, level, truncated = (math.nan if value is None else float(value) for value in values)
+    return int(step), level, truncated
+
+
+def _plain(record: StageRecord) -> dict[str, Any]:
+    history = [[None if math.isnan(value) else value for value in point] for point in record.history]
+    return {"index": record.index, "began": record.began, "history": history}

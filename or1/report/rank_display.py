@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from or1.dist.watchdog import Watchdog
@@ -30,6 +31,10 @@ class RankDisplay:
         self._watchdog.beat(phase=name, done=done, total=total)
         if self._shown is not None:
             self._shown.phase(name, done, total)
+
+    def progress(self, name: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total) that shows the progress of a phase."""
+        return partial(self.phase, name)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """See RunDisplay.step."""

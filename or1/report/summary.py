@@ -46,7 +46,7 @@ def summarise(
         evals=eval_histories(records),
         steps_done=state.step,
         # Stages that ended early took fewer steps than they might have.
-        total_steps=state.step if state.stages.finished(config) else config.total_steps,
+        total_steps=state.step if state.stages.finished else config.total_steps,
         wall_s=math.fsum(step_seconds(r) for r in records),
         run_dir=config.run_dir,
         phase_s={phase: seconds for phase, seconds in phases.items() if seconds > 0},

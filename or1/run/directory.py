@@ -15,7 +15,7 @@ from or1.config.changes import changed_keys, described, fixed_keys
 from or1.config.load import dump_config
 from or1.core.errors import CheckpointError, RunError
 from or1.core.files import NO_ROOM, fsync, without_links, write_whole
-from or1.magic.stages import StageProgress
+from or1.magic.stages import record_of
 from or1.run.checkpoint import read_manifest, step_folder, step_folders
 from or1.run.marks import NAME as MARKS
 from or1.run.marks import is_altered, lost_history, mark_record
@@ -160,8 +160,8 @@ def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
     for step in reversed(steps):
         try:
             state = read_manifest(step_folder(checkpoints_of(run_dir), step))["state"]
-            stages = StageProgress.from_json(state["stages"])
-            return stages.index, stages.index + (state["step"] > stages.began)
+            stage = record_of(state["stages"])
+            return stage.index, stage.index + (state["step"] > stage.began)
         except (CheckpointError, ValueError, TypeError, LookupError, AttributeError):
             continue
     return 0, 0

@@ -42,7 +42,7 @@ _REMEDY = "restore that file, or replay a step after a later checkpoint"
 
 
 def write_rollouts(
-    folder: Path, step: int, stage: int, groups: Sequence[Group], advantages: Sequence[Sequence[float] | None]
+    folder: Path, step: int, stage: int, groups: Sequence[Group], advantages: Sequence[np.ndarray | None]
 ) -> Path:
     """Write one row a response. `advantages` has one entry a group: its M advantages, or None if it was rejected."""
     rows = [

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Group, Status
 from or1.data import SamplerState, SolvedPrompts
 from or1.magic.alarms import EntropyWatch
-from or1.magic.entropy import EntropyController
+from or1.magic.empty_steps import note_step
+from or1.magic.entropy import EntropyController, rollout_entropy
 from or1.magic.selection import unknown_tokens
-from or1.magic.stages import StageProgress
+from or1.magic.stages import Stages, Step
 from or1.run.in_flight import InFlight
 
-if TYPE_CHECKING:
-    pass
+_PARTS = ("entropy", "solved", "stages", "watch")
+_NUMBERS = ("step", "policy_version", "updates", "nonfinite_in_a_row")
 
 
 @dataclass
 class TrainState:
-    """Everything a resumed run needs beside weights and optimizer moments; what is not here is not resumed.
+    """Everything that a resumed run needs beside weights and optimizer moments. What is not here is not resumed.
 
-    Random numbers need no state: every step seeds its own from (seed, step).
+    step                rollout steps done
+    policy_version      version of the weights that the engine has
+    updates             optimizer steps taken
+    nonfinite_in_a_row  updates in a row that were skipped for a non-finite loss or gradient
+    totals              counts over the run, for its summary
+    budget              `state_dict` of the RowBudget
+    inputs              fingerprints of what the run reads, by name (or1.data.fingerprint)
+    in_flight           responses that outlive their step; saved apart, because most of it is tensors
+
+    Random numbers need no state: every step derives its seed from (seed, step).
     """
 
     entropy: EntropyController
+    stages: Stages
     step: int = 0
     sampler: SamplerState = field(default_factory=SamplerState)
     solved: SolvedPrompts = field(default_factory=SolvedPrompts)
@@ -36,23 +48,40 @@ class TrainState:
     updates: int = 0
     nonfinite_in_a_row: int = 0
     totals: Counter[str] = field(default_factory=Counter)
-    stages: StageProgress = field(default_factory=StageProgress)
     watch: EntropyWatch = field(default_factory=EntropyWatch)
     budget: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
-    """See `or1.data.fingerprint.inputs_of`."""
     in_flight: InFlight = field(default_factory=InFlight)
-    """Saved apart, since most of it is tensors; see `InFlight.to_checkpoint`."""
 
     @classmethod
     def start(cls, config: Config) -> TrainState:
-        """Before the first step."""
-        return cls(entropy=EntropyController.start(config.loss.entropy))
+        """Return the state before the first step."""
+        return cls(entropy=EntropyController.start(config.loss.entropy), stages=Stages(config))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's manifest, without `in_flight`."""
+        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        sampler, totals = asdict(self.sampler), dict(self.totals)
+        return parts | numbers | {"sampler": sampler, "totals": totals, "budget": self.budget, "inputs": self.inputs}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. Parts that an older or1 did not save keep their initial state."""
+        known = {*_PARTS, *_NUMBERS, "sampler", "totals", "budget", "inputs", "in_flight"}
+        if unknown := sorted(state.keys() - known):
+            raise ValueError(f"its state holds {', '.join(unknown)}, which this or1 does not know")
+        for name in _PARTS:
+            if name in state:
+                getattr(self, name).load_state(state[name])
+        for name in _NUMBERS:
+            setattr(self, name, state.get(name, 0))
+        self.sampler, self.totals = SamplerState(**state["sampler"]), Counter(state["totals"])
+        self.budget, self.inputs = dict(state.get("budget", {})), dict(state.get("inputs", {}))
 
     def note_update(self, took: bool, limit: int) -> None:
-        """Count an update that was skipped for a non-finite loss or gradient.
+        """Count an update; `took` is False if it was skipped for a non-finite loss or gradient.
 
-        Raises RunError after `limit` of them in a row.
+        Raises RunError after `limit` skipped updates in a row.
         """
         self.totals["skipped_updates"] += not took
         self.nonfinite_in_a_row = 0 if took else self.nonfinite_in_a_row + 1
@@ -71,14 +100,25 @@ class TrainState:
         return first
 
     def note_inputs(self, found: dict[str, str]) -> list[str]:
-        """Remember what the run reads; returns and counts what has changed since the checkpoint, one line each."""
+        """Record the fingerprints of the run's inputs. Return one line for each that changed since the checkpoint."""
         changed = [name for name in found if self.inputs.get(name, found[name]) != found[name]]
         self.totals["changed_inputs"] += len(changed)
         self.inputs = found
         return [f"{name} changed since step {self.step}: what follows is not the run that it was" for name in changed]
 
-    def count(self, groups: Sequence[Group]) -> None:
-        """Count what became of the responses of a step."""
+    def warnings(self, step: Step, groups: Sequence[Group], trained: bool, config: Config) -> list[str]:
+        """Record the entropy of a step and whether it trained anything. Return the warnings that are due."""
+        found = []
+        entropy = rollout_entropy(groups)
+        if math.isfinite(entropy) and (alarm := self.watch.note(step.number, entropy, config, step.stage)):
+            self.totals["entropy_alarms"] += 1
+            found.append(alarm)
+        if empty := note_step(self.totals, groups, trained, config):
+            found.append(f"step {step.number}: {empty}")
+        return found
+
+    def count(self, groups: Sequence[Group], config: Config) -> None:
+        """Count the scores of a step, and record which prompts it solved."""
         for group in groups:
             self.totals.update(score.status.value for score in group.scores)
             self.totals["graded_truncated"] += sum(
@@ -87,35 +127,5 @@ class TrainState:
             )
             self.totals["stragglers"] += sum(r.finish == "deadline" for r in group.responses)
         self.totals["nonfinite_logp"] += unknown_tokens(groups)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        return {
-            "inputs": self.inputs,
-            "entropy": self.entropy.state(),
-            "step": self.step,
-            "sampler": asdict(self.sampler),
-            "solved": self.solved.state(),
-            "policy_version": self.policy_version,
-            "updates": self.updates,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            "totals": dict(self.totals),
-            "budget": self.budget,
-            "stages": self.stages.to_json(),
-            "watch": self.watch.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, config: Config, data: dict[str, Any]) -> TrainState:
-        """The inverse of `to_json`; nothing is in flight."""
-        return cls(
-            **{name: value for name, value in data.items() if name != "in_flight"}
-            | {
-                "entropy": EntropyController.start(config.loss.entropy).restore(data["entropy"]),
-                "sampler": SamplerState(**data["sampler"]),
-                "solved": SolvedPrompts.from_state(data["solved"]) if "solved" in data else SolvedPrompts(),
-                "totals": Counter(data["totals"]),
-                "stages": StageProgress.from_json(data["stages"]),
-                "watch": EntropyWatch.from_json(data["watch"]),
-            }
-        )
+        if config.data.drop_solved:
+            self.solved.note(groups, config.data.solved_visits)

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Prompt, TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
 from or1.rollout.engine import Engine, Sampling
 from or1.rollout.hf import HfEngine
+from or1.run.state import TrainState
 from or1.train.metrics import UpdateStats
-from or1.train.update import UpdateSettings, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import score
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 64
 """Enough tokens that weights in the wrong place cannot hide, few enough to cost less than a hundredth of a step."""
@@ -64,6 +65,24 @@ class Parity:
         return {"mismatch/check_max": self.max_abs, "mismatch/check_mean": self.mean_abs}
 
 
+def push_weights(
+    engine: Engine, model: PreTrainedModel, state: TrainState, prompts: Sequence[Prompt], config: Config
+) -> dict[str, float]:
+    """Push the model's weights to the engine as the next version, and verify them every rollout.verify_every pushes.
+
+    prompts  of the last rollout: an engine that kept a cache of old weights kept it for these
+
+    Returns metrics of the check, none if there was none. Raises RunError if engine and trainer disagree. Collective.
+    """
+    version = state.policy_version + 1
+    engine.update_weights(version)
+    state.policy_version = version
+    every = config.rollout.verify_every
+    if isinstance(engine, HfEngine) or not every or version % every:
+        return {}
+    return compare_engine(engine, model, prompts, config).require().metrics()
+
+
 def compare_engine(engine: Engine, model: PreTrainedModel, prompts: Sequence[Prompt], config: Config) -> Parity:
     """Sample a few responses and score them with the trainer; nothing is trained."""
     room = config.optim.max_tokens_per_rank - config.data.max_prompt_tokens
@@ -73,12 +92,10 @@ def compare_engine(engine: Engine, model: PreTrainedModel, prompts: Sequence[Pro
     chosen = list(prompts[:PROMPTS])
     found = list(engine.generate(chosen, sampling))
     sequences = [TrainSequence(chosen[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found]
-    # All in one row, whatever was sampled: several ranks must run as many forwards.
-    one_row = Budget(sum(s.packed_tokens for s in sequences))
-    settings = UpdateSettings(PolicyObjective(), 0.0, config.rollout.temperature, one_row)
-    scored = with_old_logp(model, sequences, settings)
-    trainer = np.concatenate([s.old_logp for s in scored]).astype(np.float64)
-    drift = trainer - np.concatenate([s.rollout_logp for s in scored])
+    # One row, whatever was sampled: every rank must run as many forwards as the others.
+    policy = Policy(model, RowBudget(sum(s.packed_tokens for s in sequences)), config.rollout.temperature)
+    trainer = np.concatenate(score(policy, sequences)).astype(np.float64)
+    drift = trainer - np.concatenate([s.rollout_logp for s in sequences])
     return Parity(
         tokens=len(drift),
         max_abs=float(np.abs(drift).max()),

@@ -1,28 +1,34 @@
-"""Numbers that describe a step, from its rollout and its updates."""
+"""The metrics of a step: of its rollout, of its updates, and its times."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
 from or1.core.types import Group, Status
+from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
 from or1.magic.advantage import has_advantage
+from or1.magic.entropy import rollout_entropy
+from or1.magic.selection import unknown_tokens
 from or1.model.rows import Microbatch
 from or1.reward.terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.collect import Rollout
+from or1.run.state import TrainState
 from or1.train.optim import UpdateResult
 from or1_kernels.head import PolicyStats
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, statuses and lengths over all groups of a step, before rejection; empty if no group is complete.
+    """Return rewards, statuses and lengths over all groups of a step, before rejection; empty without a complete group.
 
     reward/graded              share of rewards that are neither 0 nor 1; see `or1.reward.terms`
     completion/truncated       share of responses that were cut
@@ -63,10 +69,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
-    """How a rollout fared in the engine. version: the policy about to be updated.
+    """Return what the engine did with a rollout. version: of the policy that is about to be updated.
 
     completion/deadline   share of responses that the deadline aborted
-    group/open            groups that go on under the next policy
+    group/open            groups that continue under the next policy
     policy/staleness      mean number of policies between the one that sampled a token and the one that trains on it
     """
     responses = [response for group in rollout.groups for response in group.responses]
@@ -80,7 +86,7 @@ def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 
 @dataclass
 class UpdateStats:
-    """Sums over the tokens of a step's updates; kept on the device until `metrics` so that nothing waits for them."""
+    """Sums over the tokens of a step's updates. They stay on the device until `metrics`, so that no update waits."""
 
     tokens: int = 0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,8 +95,8 @@ class UpdateStats:
     losses: list[float] = field(default_factory=list)
 
     def add_row(self, batch: Microbatch, stats: PolicyStats, old_is_engine: bool = False) -> None:
-        """Count one packed row. old_is_engine: its old log-probs are the engine's, not the trainer's."""
-        # After the first update of a rollout, the present policy's log-probs hold its own movement too.
+        """Add one packed row. old_is_engine: its old log-probs came from the engine and not from the trainer."""
+        # After the first update of a rollout, the current log-probs include the movement of the policy.
         own = stats.logp if batch.old_logp_N is None or old_is_engine else batch.old_logp_N
         drift = own.double() - batch.rollout_logp_N.double()
         values = {
@@ -107,7 +113,7 @@ class UpdateStats:
             self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float64)
 
     def add_rows(self, rows: UpdateStats) -> None:
-        """Count the rows that another one counted."""
+        """Add the rows of another UpdateStats."""
         self.tokens += rows.tokens
         for name, total in rows.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
@@ -118,27 +124,27 @@ class UpdateStats:
         self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
 
     def add_update(self, loss: float, result: UpdateResult) -> None:
-        """Count one optimizer step."""
+        """Add one optimizer step."""
         self.losses.append(loss)
         self.results.append(result)
 
     def reduce(self, world: World) -> None:
-        """Put together the numbers of all ranks; called once, before `metrics`."""
+        """Sum over ranks. Call once, before `metrics`. Collective."""
         if world.size == 1 or not self.results:
             return
-        # Every rank has trained a row in every update, if only an anchor, so all have the same names.
+        # Every rank trained a row in every update, an anchor at least, so all ranks have the same names.
         names = sorted(self.sums)
         values = world.sum(
             torch.stack([torch.as_tensor(self.tokens, dtype=torch.float64), *(self.sums[name].cpu() for name in names)])
         )
         self.tokens, self.sums = int(values[0]), dict(zip(names, values[1:], strict=True))
-        # Below every ratio, for a rank that has trained anchors only.
+        # Below every ratio, for a rank that trained anchors only.
         mine = torch.zeros((), dtype=torch.float64) if self.ratio_max is None else self.ratio_max.double()
         self.ratio_max = world.max(mine)
 
     def metrics(self) -> dict[str, float]:
-        """Token means, and means over the optimizer steps."""
-        if not self.results:
+        """Return means over tokens, and means over optimizer steps."""
+        if not self.results or self.ratio_max is None:
             return {"optim/updates": 0.0, "optim/skipped": 0.0}
         return {name: float(total) / self.tokens for name, total in self.sums.items()} | {
             # Largest weight that a token would have without loss.is_cap.
@@ -151,10 +157,58 @@ class UpdateStats:
         }
 
 
-def peak_memory_gib() -> float:
-    """Largest memory held so far: allocated GPU memory where there is a GPU, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+class StepMeter:
+    """The metrics of one step while it runs.
+
+    rollout  of the step
+    version  of the policy that is about to be updated
+    """
+
+    def __init__(self, rollout: Rollout, version: int):
+        self._rollout, self._seconds = rollout, dict.fromkeys(("train", "wait", "sync"), 0.0)
+        self._metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, version)
+        entropy = rollout_entropy(rollout.groups)
+        if math.isfinite(entropy):
+            self._metrics["policy/entropy_all"] = entropy
+
+    @property
+    def staleness(self) -> float:
+        """Mean number of policies between the one that sampled a token and the one that is updated."""
+        return self._metrics["policy/staleness"]
+
+    @contextmanager
+    def timed(self, part: Literal["train", "wait", "sync"]) -> Iterator[None]:
+        """Measure the wall time of a part of the step: training, waiting for the next rollout, pushing weights."""
+        began = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - began
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Add metrics by name."""
+        self._metrics |= metrics
+
+    def finish(self, stats: UpdateStats, kept: int, state: TrainState, budget: RowBudget) -> dict[str, float]:
+        """Return all metrics of the step. stats: of its updates, summed over ranks. kept: number of trained groups."""
+        rollout, seconds = self._rollout, self._seconds
+        tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
+        return (
+            self._metrics
+            | stats.metrics()
+            | {
+                "group/kept": float(kept),
+                "rollout/nonfinite_logp": float(unknown_tokens(rollout.groups)),
+                "policy/entropy_controller": state.entropy.coef,
+                "optim/out_of_memory": float(budget.out_of_memory),
+                "optim/row_tokens": float(budget.max_tokens),
+                "data/epoch": float(state.sampler.epoch),
+                "data/dropped_solved": float(len(state.solved.dropped)),
+                "perf/tokens_per_s": tokens
+                / (rollout.generate_s + rollout.reward_s + seconds["train"] + seconds["wait"]),
+                # A rollout that is made during training costs the step only what it waits for it after training.
+                "time/rollout": rollout.generate_s + seconds["wait"],
+                "time/reward": rollout.reward_s,
+                "time/reward_exposed": rollout.reward_s,
+                "time/train": seconds["train"],
+                "time/sync": seconds["sync"],
+            }
+        )

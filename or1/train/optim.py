@@ -62,7 +62,7 @@ class MasterAdamW:
                 if param.dtype not in (torch.float32, torch.float64):
                     param.register_post_accumulate_grad_hook(lambda p, i=i: self._sum_gradient(i, p))
 
-    def _new_master(self, param: nn.Parameter) -> Tensor | None:
+    def _new_master(self, param: Tensor) -> Tensor | None:
         """The parameter itself, a copy in the optimizer's type and place, or None: then it is made for each update."""
         dtype, device = _arithmetic_dtype(param), self._home(param)
         if param.dtype == dtype and param.device == device:
@@ -75,12 +75,14 @@ class MasterAdamW:
     def _home(self, param: Tensor) -> torch.device:
         return torch.device("cpu") if self.config.optimizer == "offload" else param.device
 
-    def _sum_gradient(self, i: int, param: nn.Parameter) -> None:
+    def _sum_gradient(self, i: int, param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        if grad is None:
+            return
         if i in self._sums:
-            self._sums[i] += param.grad
+            self._sums[i] += grad
         else:
-            self._sums[i] = param.grad.to(torch.float32)
-        param.grad = None
+            self._sums[i] = grad.to(torch.float32)
 
     def gradients(self) -> dict[str, Tensor]:
         """The sums so far, by parameter name. A parameter that the loss does not reach has none."""
@@ -119,15 +121,15 @@ class MasterAdamW:
             return
         dtype, device = _arithmetic_dtype(param), self._home(param)
         weight = param.to(device, dtype) if master is None else master
-        if self._states[i] is None:
-            self._states[i] = self.rule.new_state(weight)
+        state = self._states[i] or self.rule.new_state(weight)
+        self._states[i] = state
         grad = grad.to(device, dtype).mul_(scale.to(device))
         # One at a time, and each gradient freed after use: copies of all of them would be the peak of the step.
         self._sums.pop(i, None)
         self.params[i].grad = None
         # Biases and norm gains are vectors; decaying them pulls activations towards zero.
         decay = self.config.weight_decay if param.ndim >= 2 else 0.0
-        self.rule.update(weight.detach(), grad, self._states[i], lr, decay)
+        self.rule.update(weight.detach(), grad, state, lr, decay)
         if master is None:
             weight = round_stochastically(weight, seed=self.updates * len(self.params) + i)
         if master is not param:

@@ -1,4 +1,4 @@
-"""What a step trains on: new groups, groups left open by the last step, or a rollout made while that one trained."""
+"""The queue of rollouts: new groups, groups that an earlier step left open, and the rollout made during training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from or1.config import Config, StageConfig
+from or1.core.display import Display
 from or1.core.seeds import seed_of
 from or1.core.types import OpenGroup, Prompt
 from or1.data import Sampler
 from or1.dist.world import SINGLE, World
+from or1.magic.selection import select
+from or1.magic.stages import Step
 from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.collect import Progress, Rollout
@@ -22,81 +25,85 @@ Work = tuple[list[Prompt], list[OpenGroup]]
 
 
 class Stopped(Exception):
-    """The run ends while a rollout is being made ahead of it."""
+    """The run ended while the next rollout was being made."""
 
 
-class RolloutFeed:
-    """Rollouts in step order. It advances `state.sampler` and keeps `state.in_flight`, so a checkpoint taken after
-    `settle` holds everything.
+class RolloutQueue:
+    """The rollouts of a run in step order.
 
-    With `rollout.overlap`, the order of a step is: take(k), ahead(k + 1), train on k, settle(), push the weights; so
-    the engine never generates while it is being given weights, and each rollout is one policy old when it is trained.
+    The queue advances `state.sampler` and keeps `state.in_flight`, so a checkpoint after `settle` is complete.
+
+    With `rollout.overlap` the rollout of step k + 1 is made while step k trains: take(k), start_next(k), train,
+    settle(), push the weights. So the engine never generates while it receives weights, and a rollout is one policy
+    old when it is trained.
+
+    prompts  of data.train, in file order
+    scorer   grades every response as it arrives
     """
 
     def __init__(
         self,
         config: Config,
         prompts: Sequence[Prompt],
-        sampler: Sampler,
         engine: Engine,
+        scorer: Scorer,
         state: TrainState,
+        display: Display,
+        *,
+        sampler: Sampler,
         world: World = SINGLE,
     ):
-        self._config, self._prompts, self._sampler = config, prompts, sampler
-        self._engine, self._state, self._world = engine, state, world
+        self.prompts = prompts
+        self._config, self._sampler, self._scorer = config, sampler, scorer
+        self._engine, self._state, self._display, self._world = engine, state, display, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="or1-ahead")
         self._making: Future[Rollout] | None = None
         self._work: Work = ([], [])
         self._stop = threading.Event()
 
-    def take(self, number: int, scorer: Scorer, progress: Progress) -> Rollout:
-        """The rollout of step `number`: the one made ahead, or a new one."""
-        in_flight = self._state.in_flight
-        if in_flight.ahead is not None:
-            rollout, in_flight.ahead = in_flight.ahead, None
-            # Its time was that of the step before.
-            return replace(rollout, generate_s=0.0, reward_s=0.0)
-        prompts, sampling, carried = self._next_work(number)
-        share = self._make(prompts, sampling, carried, scorer, progress)
-        rollout = exchange(self._world, share, prompts, carried)
-        in_flight.carried = list(rollout.open)
+    def take(self, step: Step) -> Rollout:
+        """Return the rollout of a step, with new groups in place of rejected ones (loss.refill_rounds). Collective."""
+        self._drop_solved(step)
+        progress = self._display.progress("rollout")
+        rollout, loss = self._first(step, progress), self._config.loss
+        for attempt in range(1, loss.refill_rounds + 1):
+            missing = step.stage.prompts_per_step
+            missing -= len(select(rollout.groups, loss, self._config.reward, step.stage).kept)
+            if missing <= 0:
+                break
+            rollout = rollout.plus(self._refill(step, attempt, missing, progress))
         return rollout
 
-    def refill(self, number: int, attempt: int, count: int, scorer: Scorer, progress: Progress) -> Rollout:
-        """`count` more groups for step `number`, to replace rejected ones; `attempt` counts from 1."""
-        _, stage = self._state.stages.at(self._config, number)
-        prompts = self._fresh(count)
-        sampling = self._sampling(stage, seed_of(self._config.seed, number, attempt))
-        return exchange(self._world, self._make(prompts, sampling, [], scorer, progress), prompts, [])
+    def skip(self, step: Step) -> None:
+        """Take the prompts of a step whose rollout the caller has."""
+        self._drop_solved(step)
+        self._next_work(step)
 
-    def skip(self, number: int) -> None:
-        """Advance the sampler past step `number`, whose rollout the caller has."""
-        self._next_work(number)
+    def start_next(self, step: Step) -> None:
+        """Start to make the rollout after `step`, if there is a next step. Without overlap, let the engine rest.
 
-    def ahead(self, number: int, scorer: Scorer) -> None:
-        """Start making the rollout of step `number`, if overlap is on and there is such a step.
-
-        The first one of a stage waits for its stage: until the step before is over, neither its limit and prompts nor
-        which of them are solved is known.
+        The first rollout of a stage waits for its stage: before `step` is over, its limit, its prompts and the solved
+        prompts are not known.
         """
         stages = self._state.stages
-        if not self._config.rollout.overlap or stages.may_end(self._config, number - 1):
+        if not self._config.rollout.overlap:
+            self._engine.release()
             return
-        if stages.steps_left(self._config, number - 1):
-            prompts, sampling, carried = self._next_work(number)
+        if not stages.may_end(step.number) and stages.steps_left(step.number):
+            prompts, sampling, carried = self._next_work(stages.step(step.number + 1))
             self._work = prompts, carried
-            self._making = self._pool.submit(self._make, prompts, sampling, carried, scorer, self._check_stop)
+            self._making = self._pool.submit(self._make, prompts, sampling, carried, self._check_stop)
 
     def settle(self) -> None:
-        """Wait for what `ahead` started. Raises what went wrong there."""
+        """Wait for the rollout that `start_next` started. Raises the error that ended it. Collective."""
         if self._making is not None:
             making, self._making = self._making, None
-            # In this thread and not in that one: collectives of two threads would meet in different orders.
+            # In this thread: collectives of two threads would be called in different orders on different ranks.
             self._state.in_flight.ahead = exchange(self._world, making.result(), *self._work)
             self._state.in_flight.carried = list(self._state.in_flight.ahead.open)
 
     def close(self) -> None:
-        """Give up what is being made."""
+        """Abort the rollout that is being made."""
         self._stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -104,19 +111,44 @@ class RolloutFeed:
         if self._stop.is_set():
             raise Stopped
 
-    def _next_work(self, number: int) -> tuple[list[Prompt], Sampling, list[OpenGroup]]:
-        """What to generate for a step; decided in the trainer's thread, where the sampler's state lives."""
-        _, stage = self._state.stages.at(self._config, number)
+    def _first(self, step: Step, progress: Progress) -> Rollout:
+        """Return the rollout that was made during the step before, or a new one."""
+        in_flight = self._state.in_flight
+        if in_flight.ahead is not None:
+            rollout, in_flight.ahead = in_flight.ahead, None
+            # Its generation time was already counted in the previous step.
+            return replace(rollout, generate_s=0.0, reward_s=0.0)
+        prompts, sampling, carried = self._next_work(step)
+        rollout = exchange(self._world, self._make(prompts, sampling, carried, progress), prompts, carried)
+        in_flight.carried = list(rollout.open)
+        return rollout
+
+    def _refill(self, step: Step, attempt: int, count: int, progress: Progress) -> Rollout:
+        prompts = self._fresh(count)
+        sampling = self._sampling(step.stage, seed_of(self._config.seed, step.number, attempt))
+        return exchange(self._world, self._make(prompts, sampling, [], progress), prompts, [])
+
+    def _drop_solved(self, step: Step) -> None:
+        """Report how many solved prompts the stage of `step` drops, at its start (only with data.drop_solved)."""
+        if dropped := self._state.solved.enter(step.stage_index):
+            total = len(self.prompts)
+            self._display.message(
+                f"{dropped} prompts that the stage before always solved are dropped; "
+                f"{total - len(self._state.solved.dropped)} of {total} are left"
+            )
+
+    def _next_work(self, step: Step) -> tuple[list[Prompt], Sampling, list[OpenGroup]]:
+        """Choose what to generate for a step. In the trainer's thread, which owns the sampler's state."""
         carried = self._state.in_flight.carried
-        prompts = self._fresh(max(stage.prompts_per_step - len(carried), 0))
-        return prompts, self._sampling(stage, seed_of(self._config.seed, number)), carried
+        prompts = self._fresh(max(step.stage.prompts_per_step - len(carried), 0))
+        return prompts, self._sampling(step.stage, step.seed), carried
 
     def _fresh(self, count: int) -> list[Prompt]:
         if not count:
             return []
-        solved_N = self._state.solved.mask(self._prompts)
+        solved_N = self._state.solved.mask(self.prompts)
         chosen, self._state.sampler = self._sampler.take(self._state.sampler, count, solved_N)
-        return [self._prompts[i] for i in chosen]
+        return [self.prompts[i] for i in chosen]
 
     def _sampling(self, stage: StageConfig, seed: int) -> Sampling:
         rollout = self._config.rollout
@@ -131,8 +163,8 @@ class RolloutFeed:
             top_k=rollout.top_k,
         )
 
-    def _make(
-        self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], scorer: Scorer, progress: Progress
-    ) -> Rollout:
-        """This rank's share."""
-        return collect_share(self._world, self._engine, scorer, prompts, sampling, carried=carried, progress=progress)
+    def _make(self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], progress: Progress) -> Rollout:
+        """Generate this rank's share."""
+        return collect_share(
+            self._world, self._engine, self._scorer, prompts, sampling, carried=carried, progress=progress
+        )

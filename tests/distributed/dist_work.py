@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.config import DistConfig, ModelConfig, OptimConfig
 from or1.core.types import Prompt, TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World, join
 from or1.model.load import load_model, load_tokenizer
 from or1.model.shared_prompts import Sharing
@@ -21,7 +21,9 @@ from or1.rollout.engine import Sampling
 from or1.rollout.hf import HfEngine
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy, with_old_logp
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
+from or1.train.update import update
 from or1_kernels.objective import PolicyObjective
 
 
@@ -51,8 +53,13 @@ class Probe(MasterAdamW):
         return super().step_if_finite(loss)
 
 
-def settings_of(world: World, sharing: Sharing) -> UpdateSettings:
-    return UpdateSettings(PolicyObjective(clip_high=0.28), 0.03, 1.1, Budget(96), sharing, world=world)
+ALPHA = 0.03
+
+
+def policy_of(
+    model: PreTrainedModel, world: World, sharing: Sharing = "off", budget: RowBudget | None = None
+) -> Policy:
+    return Policy(model, budget or RowBudget(96), 1.1, PolicyObjective(clip_high=0.28), sharing, world)
 
 
 def one_update(
@@ -70,11 +77,11 @@ def one_update(
             config = ModelConfig(path=str(path), dtype=dtype, device="cpu", gradient_checkpointing=checkpointing)
             model = load_model(config, world).train()
             optimizer = Probe(model, OptimConfig(grad_clip=1e30), world)
-            settings, stats = settings_of(world, sharing), UpdateStats()
+            policy, stats = policy_of(model, world, sharing), UpdateStats()
             sequences = sequences_of(abs(count))
             if count < 0:
-                sequences = with_old_logp(model, sequences, settings)
-            assert update_policy(model, optimizer, sequences, settings, stats)
+                sequences = with_old_logp(policy, sequences)
+            assert update(policy, optimizer, sequences, ALPHA, stats)
             stats.reduce(world)
             results.append(
                 {
@@ -94,7 +101,7 @@ def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray
         prompts = [Prompt("made", "made", "", np.array([5, 6, 7], np.int32), ("0",))] if world.is_main else []
         engine = HfEngine(model, load_tokenizer(str(tokenizer)), batch_size=1)
         assert len(list(engine.generate(prompts, Sampling(1.0, 4, 3, 1)))) == 3 * len(prompts)
-        assert update_policy(model, optimizer, sequences_of(13), settings_of(world, "off"), UpdateStats())
+        assert update(policy_of(model, world), optimizer, sequences_of(13), ALPHA, UpdateStats())
         return optimizer.seen
 
 
@@ -161,25 +168,21 @@ def update_out_of_memory(
         for failing, places in [("", {}), *failures]:
             model = load_model(model_config, world).train()
             optimizer, stats, told = Probe(model, OptimConfig(lr=1e-3), world), UpdateStats(), []
-            settings = {
-                phase: UpdateSettings(
-                    PolicyObjective(), 0.03, 1.1, world=world, budget=Budget(rows[phase != failing], tell=told.append)
-                )
-                for phase in ("score", "update")
-            }
+            budgets = {phase: RowBudget(rows[phase != failing], message=told.append) for phase in ("score", "update")}
+            policies = {phase: Policy(model, budget, 1.1, world=world) for phase, budget in budgets.items()}
             if failing == "score":
                 OutOfMemoryOnce(model, places.get(world.rank))
-            sequences = with_old_logp(model, sequences_of(MANY), settings["score"])
+            sequences = with_old_logp(policies["score"], sequences_of(MANY))
             if failing == "update":
                 OutOfMemoryOnce(model, places.get(world.rank))
-            assert update_policy(model, optimizer, sequences, settings["update"], stats)
+            assert update(policies["update"], optimizer, sequences, ALPHA, stats)
             stats.reduce(world)
             results.append(
                 {
                     "grads": optimizer.seen,
                     "metrics": stats.metrics(),
                     "told": told,
-                    "budgets": [s.budget.state() for s in settings.values()],
+                    "budgets": [budget.state_dict() for budget in budgets.values()],
                     "old_logp": {str(i): s.old_logp for i, s in enumerate(sequences)},
                     "weights": {n: whole(p) for n, p in model.named_parameters()},
                 }

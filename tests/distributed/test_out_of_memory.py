@@ -8,8 +8,8 @@ import pytest
 from rank_processes import run_ranks
 
 from or1.config import ModelConfig
-from or1.dist.oom_peers import CAN_STAND_IN
-from or1.train.update import longest_of
+from or1.dist.oom_peers import CAN_ANCHOR
+from or1.train.rank_rows import longest_of
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
 FAILURES = [
@@ -26,7 +26,7 @@ FAILURES = [
 FEW = [FAILURES[0], FAILURES[-2]]
 
 
-@pytest.mark.skipif(not CAN_STAND_IN, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
+@pytest.mark.skipif(not CAN_ANCHOR, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
 @pytest.mark.parametrize(
     ("size", "sequence", "model", "dtype", "checkpointing", "failures"),
     [

@@ -13,7 +13,7 @@ import pytest
 from rank_processes import exit_codes, or1_command, or1_ranks, started
 from small_run import arguments, lines
 
-from or1.dist.oom_peers import CAN_STAND_IN
+from or1.dist.oom_peers import CAN_ANCHOR
 from or1.run.checkpoint import committed_steps, load_checkpoint
 
 
@@ -144,12 +144,12 @@ def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAN_STAND_IN, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
+@pytest.mark.skipif(not CAN_ANCHOR, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
 @pytest.mark.timeout(400)
 def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(two_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     assert or1_ranks(2, arguments(run_dir), log, OR1_FAULT="train.backward:rank1:step2:oom") == [0, 0]
-    assert "out of memory with packed rows of 96 tokens; going on with 48" in output(log, 0)
+    assert "out of memory with packed rows of 96 tokens; the update is retried with 48" in output(log, 0)
     assert "rank 1: out of memory (OR1_FAULT)" in output(log, 0)
     ours, theirs = lines(run_dir), lines(two_ranks)
     assert [line["optim/out_of_memory"] for line in ours[1:]] == [0, 1, 1, 1, 1, 1]
@@ -171,7 +171,7 @@ def test_f25_a_rank_that_cannot_even_stand_in_ends_both_and_the_next_start_has_h
         ranks[1][0].join(150)
         codes = exit_codes(ranks, 15)
     assert codes == [75, 75]
-    why = "a row of one token does not fit either" if CAN_STAND_IN else "FSDP2 cannot be reset after it before"
+    why = "a row of one token does not fit either" if CAN_ANCHOR else "FSDP2 cannot be reset after it before"
     for rank in (0, 1):
         assert "out of memory with packed rows of 96 tokens" in output(log, rank)
         assert "The same command resumes with rows of 48" in output(log, rank)

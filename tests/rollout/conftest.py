@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from or1.config import Config
 from or1.core.types import Prompt, TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.load import load_model, load_tokenizer
 from or1.rollout import make_engine
 from or1.rollout.engine import Engine, Finished, Sampling
-from or1.train.update import UpdateSettings, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -43,8 +43,7 @@ class Side:
         sequences = [
             TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found
         ]
-        settings = UpdateSettings(PolicyObjective(), 0.0, temperature, Budget(4096))
-        scored = with_old_logp(self.model, sequences, settings)
+        scored = with_old_logp(Policy(self.model, RowBudget(4096), temperature), sequences)
         return max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored)
 
     @contextlib.contextmanager

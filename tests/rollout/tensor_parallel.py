@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from or1.config import Config
 from or1.core.types import Prompt, TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.load import load_model, load_tokenizer
 from or1.rollout import make_engine
 from or1.rollout.engine import Sampling
-from or1.train.update import UpdateSettings, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         sequences = [
             TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found
         ]
-        scored = with_old_logp(model, sequences, UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(4096)))
+        scored = with_old_logp(Policy(model, RowBudget(4096)), sequences)
         result["drift"].append(max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored))
         result["slots"].append(sorted([f.prompt, f.sample] for f in found))
     late = list(engine.generate(prompts, Sampling(1.0, 64, 4, seed=9, deadline_s=1e-6 if rank == 0 else 100.0)))

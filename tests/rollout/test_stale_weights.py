@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from or1 import trainer
 from or1.cli import main
 from or1.config import Config
 from or1.rollout.engine import Engine
 from or1.rollout.hf import HfEngine
+from or1.train import build
 
 # Nothing that can be learnt, so that every step has something to learn from.
 REWARD = """
@@ -86,12 +86,12 @@ def test_f18_a_copy_that_no_push_reaches_any_more_stops_the_run_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make_engine = trainer.make_engine
+    make_engine = build.make_engine
 
     def make_copied(config: Config, *rest: object) -> Engine:
         return Copied(make_engine(config, *rest), pushes)
 
-    monkeypatch.setattr(trainer, "make_engine", make_copied)
+    monkeypatch.setattr(build, "make_engine", make_copied)
     code = main([*arguments, "--set", "rollout.engine=hf"])
     assert len(drifts(tmp_path)) == pushes and max(drifts(tmp_path), default=0.0) < 1e-4
     assert code == (0 if pushes == 3 else 70)

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from or1.config import OptimConfig
 from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response, Score, Status, TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.magic.advantage import group_advantages
 from or1.rollout.collect import collect
 from or1.rollout.engine import Sampling
@@ -25,8 +25,8 @@ from or1.rollout.vllm import local as vllm_local
 from or1.rollout.vllm.local import LocalEngine
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.update import update
 
 from .conftest import Side, prompts_of
 
@@ -56,19 +56,19 @@ def next_version(side: Side) -> int:
 def test_log_probs_agree_after_each_of_50_updates(side: Side) -> None:
     optimizer = MasterAdamW(side.model, OptimConfig(lr=3e-3, warmup_steps=0))
     prompts, worst = prompts_of(4), 0.0
-    settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(4096))
+    policy = Policy(side.model, RowBudget(4096))
     before = {n: p.clone() for n, p in side.model.named_parameters()}
-    for update in range(50):
-        found = side.generate(prompts, seed=update)
+    for number in range(50):
+        found = side.generate(prompts, seed=number)
         rewards = np.array([(f.response.token_ids % 2 == 0).mean() for f in found]).reshape(4, 4)
         advantages = group_advantages(rewards).ravel()
         sequences = [
             TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, float(a))
             for f, a in zip(found, advantages, strict=True)
         ]
-        assert update_policy(side.model, optimizer, sequences, settings, UpdateStats())
+        assert update(policy, optimizer, sequences, 0.0, UpdateStats())
         version = next_version(side)
-        found = side.generate(prompts, seed=1000 + update)
+        found = side.generate(prompts, seed=1000 + number)
         assert {f.response.version for f in found} == {version}
         worst = max(worst, side.drift(prompts, found))
     moved = max(float((p - before[n]).abs().max()) for n, p in side.model.named_parameters())

@@ -20,9 +20,12 @@ from or1.dist.world import SINGLE, join
 from or1.magic import rollout_entropy as masked_entropy
 from or1.magic.advantage import has_advantage
 from or1.magic.entropy import rollout_entropy
+from or1.magic.stages import Step
 from or1.report.rank_display import RankDisplay
+from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import exchange
 from or1.rollout.collect import Rollout
+from or1.train.build import Parts, build
 from or1.trainer import Trainer
 
 ADDER = Path(__file__).resolve().parents[2] / "examples" / "tiny-adder"
@@ -81,9 +84,23 @@ def config_of(folder: Path, stages: Sequence[dict[str, Any]] = ({},), **sections
     return Config.model_validate({"run_dir": str(folder / "run"), "stage": [STAGE | s for s in stages]} | merged)
 
 
-def trainer_of(config: Config) -> Trainer:
-    """The trainer that `or1 train` would make, without a display."""
-    return Trainer(config, RankDisplay(Watchdog(SINGLE, 60.0), None))
+def trainer_of(config: Config, scorer: Scorer | None = None) -> Trainer:
+    """Return a trainer as `or1 train` makes it, with its `parts` and `display`, without a terminal.
+
+    scorer  every response is wrong without one
+    """
+    display = RankDisplay(Watchdog(SINGLE, 60.0), None)
+    parts = build(config, display, scorer=scorer or Unsolved())
+    trainer = Trainer(parts)
+    trainer.parts, trainer.display = parts, display
+    return trainer
+
+
+def run_of(config: Config, display: RankDisplay | None = None) -> Parts:
+    """Run a config to its end with the scorer of `[reward]`. Return the parts of the run, which are closed."""
+    with build(config, display or RankDisplay(Watchdog(SINGLE, 60.0), None)) as parts:
+        assert Trainer(parts).run()
+    return parts
 
 
 def response(*tokens: int, entropy: float = 1.0, finish: str = "stop", text: str = "") -> Response:
@@ -99,11 +116,14 @@ def group(rewards: Sequence[float], responses: Sequence[Response], name: str = "
 
 def learn(trainer: Trainer, *groups: Group, step: int = 1) -> dict[str, float]:
     """The metrics of a step of stage 1 that trains on these groups."""
-    return trainer.learn(step, 0, trainer.config.stage[0], Rollout(list(groups), 0.0, 0.0), log=False)
+    chosen = Step(number=step, stage_index=0, stage=trainer.config.stage[0], seed=0)
+    return trainer.learn(chosen, Rollout(list(groups), 0.0, 0.0), replayed=True)
 
 
 class Unsolved:
     """A scorer for which every response is wrong; it keeps them."""
+
+    remarks = ()
 
     def __init__(self) -> None:
         self.seen: list[Response] = []

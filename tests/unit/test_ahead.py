@@ -34,17 +34,17 @@ class OneSolved:
 def steps(config: Config, count: int, evaluation: dict[str, float] | None = None) -> tuple[Trainer, list[bool]]:
     """A trainer after so many steps, and whether each had made the rollout of the next one."""
     config.run_path.mkdir(parents=True, exist_ok=True)
-    trainer = trainer_of(config)
-    trainer.scorer = OneSolved()
-    trainer.scorer.first = trainer.data.prompts[0].id
+    scorer = OneSolved()
+    trainer = trainer_of(config, scorer)
+    trainer.scorer, scorer.first = scorer, trainer.parts.data.prompts[0].id
     ahead = []
     for number in range(1, count + 1):
-        index, stage = trainer.state.stages.at(config, number)
-        trainer.step(number, index, stage)
+        step = trainer.state.stages.step(number)
+        trainer.learn(step, trainer.sample(step))
         trainer.state.step = number
         ahead.append(trainer.state.in_flight.ahead is not None)
-        trainer._hand_over(number, (evaluation or {}) if number % config.eval.every_steps == 0 else {})
-    trainer.feed.close()
+        trainer.state.stages.finish_step(number, (evaluation or {}) if number % config.eval.every_steps == 0 else {})
+    trainer.rollouts.close()
     return trainer, ahead
 
 

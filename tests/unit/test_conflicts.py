@@ -48,7 +48,6 @@ from or1.core.types import Group, Score, Status
 from or1.eval.accuracy import evaluate_set
 from or1.magic.advantage import group_advantages
 from or1.magic.entropy import EntropyController
-from or1.magic.stages import stage_at
 from or1.reward import make_scorer
 from or1.reward.math import grade
 from or1.train.metrics import rollout_metrics
@@ -247,7 +246,7 @@ def test_conflict_7_temperature_reaches_the_samples(temperature: float, p: float
     recipe = load_config(root / "examples" / "recipes" / "or1-7b.toml", files=False)
     settings = next(s for s in recipe.eval.sets if s.temperature == temperature)
     trainer, scorer = trainer_of(config_of(tmp_path)), Unsolved()
-    evaluate_set(trainer.engine, scorer, trainer.data.prompts, settings, 4)
+    evaluate_set(trainer.engine, scorer, trainer.parts.data.prompts, settings, 4)
     assert len(scorer.seen) == 3 * settings.samples
     (found,) = {float(x) for r in scorer.seen for token, x in zip(r.token_ids, r.logp, strict=True) if token == ZERO}
     assert found == pytest.approx(math.log(p), rel=1e-6)
@@ -271,7 +270,8 @@ def test_conflict_8_schedules_are_the_papers(recipe: str, step: int, paper: tupl
     """Code: scripts for 8K, 16K and 32K alone, all with batches of 256 and groups of 16; --set gives those."""
 
     def batch(config: Config) -> tuple[int, ...]:
-        _, stage = stage_at(config, step)
+        ends = np.cumsum([stage.steps for stage in config.stage])
+        stage = config.stage[int(np.searchsorted(ends, step))]
         per_update = stage.prompts_per_step // stage.updates_per_step
         return (stage.max_response_tokens, stage.prompts_per_step, per_update, stage.group_size)
 
@@ -336,11 +336,11 @@ def test_conflict_10_solved_prompts_are_dropped_at_the_start_of_a_stage(drop: bo
     """Of three prompts one is always solved. Paper: the next stage does without it. Code: nothing of the kind."""
     config = config_of(tmp_path, [{}, {"steps": 9, "prompts_per_step": 6}], data={"drop_solved": drop})
     trainer = trainer_of(config)
-    solved, mixed, failed = (prompt.id for prompt in trainer.data.prompts)
+    solved, mixed, failed = (prompt.id for prompt in trainer.parts.data.prompts)
     rewards = {solved: [1, 1], mixed: [1, 0], failed: [0, 0]}
     learn(trainer, *(group(r, [response(ZERO)] * 2, name) for name, r in rewards.items()))
-    trainer.begin(2, 1)
-    rollout = trainer.feed.take(3, Unsolved(), lambda done, total: None)
+    trainer.rollouts.skip(trainer.state.stages.step(2))
+    rollout = trainer.rollouts.take(trainer.state.stages.step(3))
     names = [g.prompt.id for g in rollout.groups]
     assert trainer.state.solved.dropped == ({solved} if drop else set())
     assert set(names) == ({mixed, failed} if drop else {solved, mixed, failed})

@@ -267,7 +267,7 @@ def test_a_function_that_cannot_be_used_is_one_message_before_training(
 def test_a_column_that_no_row_has_ends_the_start_before_a_model_is_loaded(
     functions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("or1.trainer.load_model", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("or1.train.build.load_model", lambda *_: pytest.fail("loaded the model"))
     settings = {"reward__kind": f"{functions}:needs_level", "reward__require_think_close": "false"}
     assert main(arguments(tmp_path / "run", **settings)) == 2
     assert "or1: reward.kind: no row has 'level', 'hint'" in capfd.readouterr().err

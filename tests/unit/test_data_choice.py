@@ -113,7 +113,8 @@ def test_a_stage_drops_what_the_one_before_solved_every_time_it_came() -> None:
     assert solved.enter(0) == 0 and solved.mask([ask("q", "a")]) is None
     solved.note([group("a", 1, 1), group("b", 1, 0), group("c", 1, 1), group("d", 0.5, 0.5)])
     solved.note([group("c", 1, 0), group("a", 1, 1)])
-    solved = SolvedPrompts.from_state(json.loads(json.dumps(solved.state())))
+    state, solved = json.loads(json.dumps(solved.state_dict())), SolvedPrompts()
+    solved.load_state(state)
     assert solved.enter(0) == 0 and solved.enter(1) == 1 and solved.enter(1) == 0
     assert solved.mask([ask("q", name) for name in "abcd"]).tolist() == [True, False, False, False]
     solved.note([group("b", 1, 1)])

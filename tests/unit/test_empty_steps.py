@@ -13,7 +13,6 @@ from hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_
 
 from or1.core.types import Group, Score, Status
 from or1.magic.empty_steps import note_step, nothing_trained
-from or1.run.state import TrainState
 
 
 def of_statuses(*statuses: Status, rewards: float = 0.0) -> Group:
@@ -82,7 +81,7 @@ def test_a_run_tells_it_and_a_resumed_run_goes_on_counting(tmp_path: Path, monke
     equal = group([1, 1], [response(ZERO, EOS), response(ZERO, ONE, EOS)])
     learn(trainer, equal, step=1)
     learn(trainer, equal, step=2)
-    trainer.state = TrainState.from_json(trainer.config, json.loads(json.dumps(trainer.state.to_json())))
+    trainer.state.load_state(json.loads(json.dumps(trainer.state.state_dict())))
     assert said == []
     learn(trainer, equal, step=3)
     assert len(said) == 1 and said[0].startswith("step 3: nothing is trained, 3 steps in a row: every response of ev")

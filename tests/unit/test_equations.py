@@ -20,7 +20,7 @@ from or1.config import EntropyConfig, LossConfig, RewardConfig, StageConfig
 from or1.core.types import Response
 from or1.magic.advantage import group_advantages
 from or1.magic.entropy import EntropyController
-from or1.magic.selection import choose, minibatches
+from or1.magic.selection import minibatches, select
 
 
 def test_equation_2_5_advantages_use_the_sample_standard_deviation() -> None:
@@ -34,7 +34,7 @@ def test_equation_2_5_advantages_use_the_sample_standard_deviation() -> None:
     # What the update is given: one number for every token of a response.
     groups = [group(r.tolist(), [response(ZERO, EOS)] * 4) for r in rewards]
     stage = StageConfig(**STAGE | {"group_size": 4})
-    chosen = choose(groups, [True, True], LossConfig(), RewardConfig(), stage)
+    chosen = select(groups, LossConfig(), RewardConfig(), stage)
     (batch,) = minibatches(chosen, LossConfig(), stage)
     assert [s.advantage for s in batch.sequences] == pytest.approx(np.ravel(expected), rel=1e-5)
 
@@ -86,6 +86,6 @@ def test_equation_4_1_updates_of_a_rollout(d_r: int, d_t: int, reuse: int, updat
     assert stage.on_policy == (updates == 1)
     # The minibatches that a step makes of as many kept groups, each passed `reuse` times.
     groups = [group([1, 0], [response(ZERO)] * 2)] * d_r
-    chosen = choose(groups, [True] * d_r, LossConfig(), RewardConfig(), stage)
+    chosen = select(groups, LossConfig(), RewardConfig(), stage)
     parts = minibatches(chosen, LossConfig(), stage)
     assert len(parts) * reuse == updates and {len(part.sequences) for part in parts} == {d_t * 2}

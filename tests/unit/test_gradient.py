@@ -12,26 +12,29 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from or1.config import EntropyConfig, ModelConfig, OptimConfig
+from or1.config import Config, ModelConfig, OptimConfig
 from or1.core.errors import RunError
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
-from or1.magic.denominator import Normaliser
-from or1.magic.entropy import EntropyController
+from or1.dist.oom_retry import RowBudget
+from or1.magic.denominator import TOKEN_MEAN, Normaliser
 from or1.model.load import load_model
 from or1.model.rows import pack_rows
 from or1.run.state import TrainState
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, _train_row, update_policy, with_old_logp
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
+from or1.train.update import _train_row, update
 from or1_kernels.objective import PolicyObjective
 
 TEMPERATURE, ALPHA, CLIP_LOW, CLIP_HIGH, MAX_TOKENS = 1.3, 0.07, 0.2, 0.28, 40
 
 
-def settings_of(max_tokens: int) -> UpdateSettings:
-    objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
-    return UpdateSettings(objective, ALPHA, TEMPERATURE, Budget(max_tokens))
+OBJECTIVE = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+
+
+def policy_of(model: PreTrainedModel, max_tokens: int) -> Policy:
+    return Policy(model, RowBudget(max_tokens), TEMPERATURE, OBJECTIVE)
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -50,9 +53,13 @@ def sequences_of(seed: int, off_policy: bool) -> list[TrainSequence]:
 
 
 def gradient_of_update(
-    path: Path, sequences: list[TrainSequence], settings: UpdateSettings
+    path: Path,
+    sequences: list[TrainSequence],
+    max_tokens: int = 64,
+    objective: PolicyObjective = OBJECTIVE,
+    normaliser: Normaliser = TOKEN_MEAN,
 ) -> tuple[dict, UpdateStats]:
-    """What `update_policy` hands to the optimizer."""
+    """Return the gradient that `update` gives to the optimizer."""
     model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
     step = optimizer.step_if_finite
@@ -60,7 +67,8 @@ def gradient_of_update(
         seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
         step(loss),
     )[1]
-    assert update_policy(model, optimizer, sequences, settings, stats)
+    policy = Policy(model, RowBudget(max_tokens), TEMPERATURE, objective)
+    assert update(policy, optimizer, sequences, ALPHA, stats, normaliser)
     return seen, stats
 
 
@@ -108,7 +116,7 @@ def test_any_packing_gives_the_gradient_of_the_naive_loss(adder: Path, off_polic
     longest = max(s.packed_tokens for s in sequences)
     shuffled = [sequences[i] for i in order]
     for max_tokens, given in ((longest, sequences), (64, sequences), (64, shuffled), (4096, sequences)):
-        found, stats = gradient_of_update(adder, given, settings_of(max_tokens))
+        found, stats = gradient_of_update(adder, given, max_tokens)
         assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
         assert found.keys() == expected.keys()
         for name, grad in found.items():
@@ -125,12 +133,8 @@ def test_kl_and_normalisers_give_the_gradient_of_the_naive_loss(adder: Path, nor
     sequences = [replace(s, ref_logp=s.old_logp + rng.normal(0, 0.5, len(s.old_logp))) for s in sequences_of(4, True)]
     reference = AutoModelForCausalLM.from_pretrained(adder, dtype=torch.float64, attn_implementation="sdpa").train()
     expected, expected_loss = naive_gradient(reference, sequences, 0.3, normaliser)
-    settings = replace(
-        settings_of(64),
-        objective=PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=0.3),
-        normaliser=Normaliser(normaliser, MAX_TOKENS),
-    )
-    found, stats = gradient_of_update(adder, sequences, settings)
+    objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=0.3)
+    found, stats = gradient_of_update(adder, sequences, 64, objective, Normaliser(normaliser, MAX_TOKENS))
     assert stats.losses[0] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
     for name, grad in found.items():
         scale = expected[name].abs().max().item()
@@ -143,16 +147,16 @@ def test_a_non_finite_advantage_skips_the_update_and_repeats_stop_the_run(adder:
     model = load(adder)
     optimizer = MasterAdamW(model, OptimConfig())
     before = [p.clone() for p in model.parameters()]
-    stats, state = UpdateStats(), TrainState(EntropyController.start(EntropyConfig()))
+    stats, state = UpdateStats(), TrainState.start(Config(run_dir="r", model={"path": "m"}))
     with pytest.raises(RunError, match=r"3 updates in a row.*max_nonfinite_steps"):
         for _ in range(10):
-            state.note_update(update_policy(model, optimizer, bad, settings_of(64), stats), limit=3)
+            state.note_update(update(policy_of(model, 64), optimizer, bad, ALPHA, stats), limit=3)
     assert state.totals["skipped_updates"] == 3 and stats.metrics()["optim/skipped"] == 3
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_one_finite_update_forgives_those_skipped_before() -> None:
-    state = TrainState(EntropyController.start(EntropyConfig()))
+    state = TrainState.start(Config(run_dir="r", model={"path": "m"}))
     for took in (False, False, True, False, False):
         state.note_update(took, limit=3)
     assert state.nonfinite_in_a_row == 2 and state.totals["skipped_updates"] == 4
@@ -160,9 +164,9 @@ def test_one_finite_update_forgives_those_skipped_before() -> None:
 
 def test_old_logp_is_the_policys_own_and_makes_the_ratio_one(adder: Path) -> None:
     model, sequences = load(adder), sequences_of(5, False)
-    filled = with_old_logp(model, sequences, settings_of(64))
-    found, stats = gradient_of_update(adder, filled, settings_of(64))
-    on_policy, _ = gradient_of_update(adder, sequences, settings_of(64))
+    filled = with_old_logp(policy_of(model, 64), sequences)
+    found, stats = gradient_of_update(adder, filled)
+    on_policy, _ = gradient_of_update(adder, sequences)
     assert stats.metrics()["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-12)
     for name, grad in found.items():
         torch.testing.assert_close(grad, on_policy[name], rtol=1e-9, atol=1e-12)
@@ -175,13 +179,13 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
     logp = lost.rollout_logp.copy()
     logp[[t for t in tokens if t < len(logp)]] = np.nan
     given = [*sequences[:2], replace(lost, rollout_logp=logp), *sequences[3:]]
-    found, stats = gradient_of_update(adder, given, settings_of(64))
+    found, stats = gradient_of_update(adder, given)
     trained = sum(s.trained_tokens for s in sequences) - int(np.isnan(logp).sum())
     assert stats.tokens == trained and all(np.isfinite(v) for v in stats.metrics().values())
 
-    whole, _ = gradient_of_update(adder, sequences, settings_of(64))
+    whole, _ = gradient_of_update(adder, sequences)
     if len(tokens) > 1:
-        rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]], settings_of(64))
+        rest, _ = gradient_of_update(adder, [*sequences[:2], *sequences[3:]])
         assert all(torch.allclose(grad, rest[name], rtol=1e-9, atol=1e-12) for name, grad in found.items())
     assert any(not torch.allclose(grad, whole[name], rtol=1e-3) for name, grad in found.items())
 
@@ -193,5 +197,6 @@ def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adde
 def test_f12_a_row_without_a_sequence_has_a_gradient_of_zeros(adder: Path, objective: PolicyObjective) -> None:
     model = load(adder)
     (anchor,) = pack_rows([], [[]], dtype=torch.float64)
-    loss, _ = _train_row(model, anchor, replace(settings_of(64), objective=objective), denominator=7.0)
+    policy = Policy(model, RowBudget(64), TEMPERATURE, objective)
+    loss, _ = _train_row(policy, ALPHA, TOKEN_MEAN, 7.0, anchor)
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())

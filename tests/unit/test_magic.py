@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from or1.config import Config, EntropyConfig
+from or1.config import EntropyConfig
 from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.eval.accuracy import pass_at_k
-from or1.magic.advantage import group_advantages, has_advantage, reject_zero_advantage
+from or1.magic.advantage import group_advantages, has_advantage
 from or1.magic.entropy import EntropyController
-from or1.magic.stages import last_step_of, stage_at
 
 
 def group_with(rewards: list[float]) -> Group:
@@ -22,8 +21,7 @@ def group_with(rewards: list[float]) -> Group:
 def test_equal_rewards_have_advantage_exactly_zero_and_are_rejected() -> None:
     assert (group_advantages(np.ones((1, 4))) == 0).all()
     groups = [group_with([1, 1]), group_with([1, 0]), group_with([0, 0]), group_with([0.25, 0.5])]
-    assert reject_zero_advantage(groups) == [groups[1], groups[3]]
-    assert not has_advantage(groups[0])
+    assert [has_advantage(each) for each in groups] == [False, True, False, True]
 
 
 def controller(variant: str, **settings: float) -> EntropyController:
@@ -60,17 +58,6 @@ def test_script_defaults_saturate_after_fifty_steps() -> None:
     for _ in range(10):
         c.update(0.0)
     assert c.coef == 5e-3
-
-
-def test_stages_count_steps_from_one() -> None:
-    stage = {"max_response_tokens": 8, "prompts_per_step": 2, "group_size": 2}
-    config = Config(
-        run_dir="r", model={"path": "m"}, data={"train": ["t"]}, stage=[stage | {"steps": 3}, stage | {"steps": 2}]
-    )
-    assert [stage_at(config, step)[0] for step in (1, 3, 4, 5)] == [0, 0, 1, 1]
-    assert (last_step_of(config, 0), last_step_of(config, 1)) == (3, 5)
-    with pytest.raises(IndexError, match="past the last of 5"):
-        stage_at(config, 6)
 
 
 @pytest.mark.parametrize(("n", "c", "k", "expected"), [(4, 1, 1, 0.25), (4, 1, 2, 0.5), (4, 2, 2, 5 / 6), (4, 0, 4, 0)])

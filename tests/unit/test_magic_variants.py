@@ -16,8 +16,8 @@ from or1.magic.advantage import group_advantages, overlong_penalty
 from or1.magic.alarms import BASELINE_STEPS, PATIENCE, REPEAT, EntropyWatch
 from or1.magic.denominator import Normaliser
 from or1.magic.plateau import has_plateaued
-from or1.magic.selection import choose, minibatches
-from or1.magic.stages import StageProgress
+from or1.magic.selection import minibatches, select
+from or1.magic.stages import Stages
 
 STAGE = {"steps": 100, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}
 
@@ -62,7 +62,7 @@ def test_a_truncated_response_without_a_reward_stays_without_one(mask: str) -> N
     assert found[2] == 0 and math.isnan(found[3]) and np.isfinite(found[:3]).all()
     responses = [response(ZERO), response(ZERO), response(ZERO, finish="length"), response(ZERO, finish="length")]
     loss, stage = LossConfig(advantage_mask=mask), StageConfig(**STAGE | {"group_size": 4})
-    chosen = choose([group([1, 0, 0, math.nan], responses)], [True], loss, RewardConfig(), stage)
+    chosen = select([group([1, 0, 0, math.nan], responses)], loss, RewardConfig(), stage)
     (batch,) = minibatches(chosen, loss, stage)
     assert len(batch.sequences) == 3, "a response without a reward is not trained"
 
@@ -105,7 +105,7 @@ def parts_of(kept: int, sampled: int, d_r: int, d_t: int | None, denominator: st
     stage = StageConfig(**STAGE | {"prompts_per_step": d_r, "minibatch_prompts": d_t})
     groups = [group([1, 0], [response(ZERO)] * 2) for _ in range(kept)]
     groups += [group([0, 0], [response(ZERO)] * 2)] * (sampled - kept)
-    batches = minibatches(choose(groups, [True] * sampled, loss, RewardConfig(), stage), loss, stage)
+    batches = minibatches(select(groups, loss, RewardConfig(), stage), loss, stage)
     return [(len(batch.sequences) // 2, batch.normaliser.scale) for batch in batches]
 
 
@@ -161,40 +161,44 @@ def test_a_plateau_is_flat_in_accuracy_and_in_truncation(
     assert has_plateaued(history, plateau()) is flat
 
 
-def note(progress: StageProgress, step: int, accuracy: float) -> None:
+def note(progress: Stages, step: int, accuracy: float) -> None:
     """A step without truncation, and an evaluation after it."""
-    progress.note_step(0.0)
+    progress.cut.append(0.0)
     progress.note_evaluation(step, accuracy)
 
 
 def test_stages_hand_over_by_steps_or_by_plateau_and_survive_a_checkpoint() -> None:
     stages = [STAGE | {"steps": 3}, plateau().model_dump() | {"steps": 9}, STAGE | {"steps": 2}]
     config = config_of().model_copy(update={"stage": tuple(StageConfig(**s) for s in stages)})
-    progress, seen = StageProgress(), []
+    progress, seen = Stages(config), []
     for step in range(1, 15):
-        if progress.finished(config):
+        if progress.finished:
             break
         seen.append(progress.index)
         note(progress, step, 0.5)
-        progress = StageProgress.from_json(json.loads(json.dumps(progress.to_json())))
-        progress.advance(config, step)
+        state = json.loads(json.dumps(progress.state_dict()))
+        progress = Stages(config)
+        progress.load_state(state)
+        progress.advance(step)
     # The second stage is flat from the evaluation on that it begins with: two windows of two have that and three more.
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert StageProgress(1, 3).steps_left(config, 5) == 7 + 2
-    assert [StageProgress(0, 0).at(config, step)[0] for step in (1, 3, 4)] == [0, 0, 1]
     with pytest.raises(IndexError, match="all 3 stages are done"):
-        progress.at(config, 9)
+        progress.step(9)
+    progress = Stages(config)
+    assert [progress.step(number).stage_index for number in (1, 3, 4)] == [0, 0, 1]
+    progress.advance(3)
+    assert progress.steps_left(5) == 7 + 2
 
 
-def resumed(before: list[dict], after: list[dict], steps: int, accuracy: float = 0.5) -> tuple[StageProgress, str]:
+def resumed(before: list[dict], after: list[dict], steps: int, accuracy: float = 0.5) -> tuple[Stages, str]:
     """Where a run of `steps` steps under the stages `before` goes on under `after`, and what it says."""
     old, new = (config_of().model_copy(update={"stage": tuple(StageConfig(**s) for s in s)}) for s in (before, after))
-    progress = StageProgress()
+    before, after = Stages(old), Stages(new)
     for step in range(1, steps + 1):
-        note(progress, step, accuracy)
-        progress.advance(old, step)
-    progress = StageProgress.from_json(progress.to_json())
-    return progress, progress.resume(new, steps) or ""
+        note(before, step, accuracy)
+        before.advance(step)
+    after.load_state(before.state_dict())
+    return after, after.resume(steps) or ""
 
 
 def test_a_finished_run_goes_on_where_its_last_stage_has_become_longer() -> None:
@@ -204,21 +208,22 @@ def test_a_finished_run_goes_on_where_its_last_stage_has_become_longer() -> None
         progress, said = resumed([one, two], after, 3)
         assert said == "" and progress.index == 2
     progress, said = resumed([one, two], [one, three], 3)
-    assert "stage 2 goes on, up to 3 steps" in said
-    assert (progress.index, progress.began, progress.history[1:]) == (1, 1, [(2, 0.5, 0.0), (3, 0.5, 0.0)])
+    assert "stage 2 continues, up to 3 steps" in said
+    assert (progress.index, progress.now.began, progress.now.history[1:]) == (1, 1, [(2, 0.5, 0.0), (3, 0.5, 0.0)])
     assert resumed([one, two], [one, two, one], 3)[0].index == 2, "a stage more"
     progress, said = resumed([flat], [flat | {"steps": 20}], 4)
     assert progress.index == 1 and "has ended: over 2 evaluations accuracy" in said
     assert resumed([flat], [flat | {"until": "steps"}], 4)[0].index == 0
     progress, said = resumed([three, two], [two, two], 2)
-    assert (progress.index, progress.began) == (1, 2) and "stage 1 ends with step 2: its 2 steps are done" in said
+    assert (progress.index, progress.now.began) == (1, 2) and "stage 1 ends with step 2: its 2 steps are done" in said
 
 
 def heard(entropies: list[float], config: Config) -> dict[int, str]:
     watch, stage = EntropyWatch(), config.stage[0]
     said = {}
     for step, entropy in enumerate(entropies, 1):
-        watch = EntropyWatch.from_json(watch.to_json())
+        state, watch = watch.state_dict(), EntropyWatch()
+        watch.load_state(state)
         if (message := watch.note(step, entropy, config, stage)) is not None:
             said[step] = message
     return said

@@ -14,15 +14,16 @@ from transformers import PreTrainedModel
 from or1.config import ModelConfig, OptimConfig
 from or1.core.errors import MemoryLimitError, MemoryOptionError, RowMemoryError, ShorterRowsError
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
 from or1.model.memory import _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
 from or1.model.rows import pack
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
+from or1.train.update import update
 
 
 def sequences_of(shapes: list[tuple[int, int]], seed: int = 0) -> list[TrainSequence]:
@@ -171,10 +172,10 @@ ERRORS = [
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
 def test_out_of_memory_halves_the_row_and_gives_the_same_gradient(error: RuntimeError, where: str, adder: Path) -> None:
-    def update(limit: int | None) -> tuple[dict[str, Tensor], UpdateStats, Budget, list[str]]:
+    def updated(limit: int | None) -> tuple[dict[str, Tensor], UpdateStats, RowBudget, list[str]]:
         model = load(adder, gradient_checkpointing="layer" if where == "backward" else "none")
         told: list[str] = []
-        budget = Budget(64, tell=told.append)
+        budget = RowBudget(64, message=told.append)
         if limit is not None:
             # Call 2 is the second row's forward; where backward runs the layer again, call 4 is the second row's
             # backward, after the layers above it have left their gradients.
@@ -185,11 +186,11 @@ def test_out_of_memory_halves_the_row_and_gives_the_same_gradient(error: Runtime
             seen.update({n: g.clone() for n, g in optimizer.gradients().items()}),
             step(loss),
         )[1]
-        assert update_policy(model, optimizer, SEQUENCES, UpdateSettings(PolicyObjective(), 0.1, 1.0, budget), stats)
+        assert update(Policy(model, budget), optimizer, SEQUENCES, 0.1, stats)
         return seen, stats, budget, told
 
-    plain, plain_stats, _, _ = update(None)
-    found, stats, budget, told = update(40)
+    plain, plain_stats, _, _ = updated(None)
+    found, stats, budget, told = updated(40)
     assert budget.max_tokens == 32 and budget.out_of_memory == 1
     assert len(told) == 1 and "64" in told[0] and "optim.max_tokens_per_rank = 32" in told[0]
     assert stats.tokens == plain_stats.tokens and stats.losses == pytest.approx(plain_stats.losses, rel=1e-11)
@@ -201,44 +202,45 @@ def test_a_row_never_becomes_shorter_than_the_longest_sequence(adder: Path) -> N
     model = load(adder)
     longest = max(s.packed_tokens for s in SEQUENCES)
     OutOfMemoryAt(model.get_decoder().layers[0].mlp, longest - 1, 1, ERRORS[0])
-    budget = Budget(100)
-    setting = UpdateSettings(PolicyObjective(), 0.0, 1.0, budget)
+    budget = RowBudget(100)
     with pytest.raises(MemoryLimitError, match=rf"row of {longest} tokens.*max_response_tokens"):
-        update_policy(model, MasterAdamW(model, OptimConfig()), SEQUENCES, setting, UpdateStats())
+        update(Policy(model, budget), MasterAdamW(model, OptimConfig()), SEQUENCES, 0.0, UpdateStats())
     assert budget.max_tokens == longest and budget.out_of_memory == 2
 
 
 def test_the_old_logp_pass_backs_off_too_and_the_budget_stays(adder: Path) -> None:
     model = load(adder)
-    expected = with_old_logp(model, SEQUENCES, UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(64)))
-    budget = Budget(64)
+    expected = with_old_logp(Policy(model, RowBudget(64)), SEQUENCES)
+    budget = RowBudget(64)
     OutOfMemoryAt(model.get_decoder().layers[0].mlp, 40, 1, ERRORS[0])
-    found = with_old_logp(model, SEQUENCES, UpdateSettings(PolicyObjective(), 0.0, 1.0, budget))
+    found = with_old_logp(Policy(model, budget), SEQUENCES)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours.old_logp, theirs.old_logp, rtol=1e-10)
-    resumed = Budget(64)
-    resumed.restore(budget.state())
+    resumed = RowBudget(64)
+    resumed.load_state(budget.state_dict())
     assert (resumed.max_tokens, resumed.out_of_memory) == (32, 1)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(adder: Path) -> None:
     model = load(adder)
     OutOfMemoryAt(model.get_decoder().layers[0].mlp, 0, 1, RuntimeError("shapes do not match"))
-    budget = Budget(64)
+    budget = RowBudget(64)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        with_old_logp(model, SEQUENCES, UpdateSettings(PolicyObjective(), 0.0, 1.0, budget))
+        with_old_logp(Policy(model, budget), SEQUENCES)
     assert budget.out_of_memory == 0
 
 
 def test_a_run_that_cannot_go_on_in_shorter_rows_says_whether_a_resumed_one_would() -> None:
     caps: list[int] = []
 
-    def attempt(max_tokens: int) -> None:
-        raise RowMemoryError("rank 1: out of memory", here_only=True)
+    def fail(budget: RowBudget) -> None:
+        for attempt in budget.attempts(longest=30):
+            with attempt:
+                raise RowMemoryError("rank 1: out of memory", here_only=True)
 
     with pytest.raises(ShorterRowsError, match=r"resumes with rows of 48.*rank 1"):
-        Budget(96, cap=caps.append).run(attempt, 30)
+        fail(RowBudget(96, cap=caps.append))
     with pytest.raises(MemoryLimitError) as caught:
-        Budget(30, cap=caps.append).run(attempt, 30)
+        fail(RowBudget(30, cap=caps.append))
     assert type(caught.value) is MemoryLimitError and "resumes" not in str(caught.value)
     assert caps == [48]

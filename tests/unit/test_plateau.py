@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_run import config_of, trainer_of
+from hand_run import config_of, run_of, trainer_of
 
 from or1.config import StageConfig
 from or1.magic.plateau import eval_level, has_plateaued
-from or1.magic.stages import StageProgress
+from or1.magic.stages import Stages
 
 STAGE = StageConfig(steps=740, max_response_tokens=8, prompts_per_step=4, group_size=2, until="plateau")
 EVERY = 20
@@ -62,13 +62,13 @@ def test_truncation_is_that_of_all_steps_between_two_evaluations(tmp_path: Path)
     """The evaluation before training is the first. A single step says little, and none where no group was completed."""
     trainer = trainer_of(config_of(tmp_path, [{"steps": 9, "until": "plateau"}]))
     seen = {"eval/test/avg@1": 0.5}
-    trainer._hand_over(0, seen)
+    trainer.state.stages.finish_step(0, seen)
     for step, cut in enumerate((0.2, 0.4, math.nan), 1):
-        trainer._hand_over(step, {"completion/truncated": cut})
-    trainer.state.stages = StageProgress.from_json(json.loads(json.dumps(trainer.state.stages.to_json())))
-    trainer._hand_over(4, {"completion/truncated": 0.6} | seen)
-    trainer._hand_over(5, {"completion/truncated": 1.0} | seen)
-    (first, *rest) = trainer.state.stages.history
+        trainer.state.stages.finish_step(step, {"completion/truncated": cut})
+    trainer.state.stages.load_state(json.loads(json.dumps(trainer.state.stages.state_dict())))
+    trainer.state.stages.finish_step(4, {"completion/truncated": 0.6} | seen)
+    trainer.state.stages.finish_step(5, {"completion/truncated": 1.0} | seen)
+    (first, *rest) = trainer.state.stages.now.history
     assert first[:2] == (0, 0.5) and math.isnan(first[2])
     assert [step for step, _, _ in rest] == [4, 5]
     assert [cut for _, _, cut in rest] == pytest.approx([(0.2 + 0.4 + 0.6) / 3, 1.0])
@@ -78,19 +78,18 @@ def test_a_run_notes_the_evaluation_before_its_first_step(tmp_path: Path) -> Non
     (tmp_path / "run").mkdir()
     held_out = [{"name": "s", "path": str(tmp_path / "train.jsonl")}]
     config = config_of(tmp_path, [{"steps": 2}], reward={"workers": 1}, eval={"sets": held_out, "every_steps": 1})
-    trainer = trainer_of(config)
-    assert trainer.run()
-    assert [step for step, _, _ in trainer.state.stages.former.history] == [0, 1, 2]
+    former = run_of(config).state.stages.former
+    assert [step for step, _, _ in former.history] == [0, 1, 2]
 
 
 def test_the_next_stage_begins_with_the_evaluation_that_ended_the_one_before(tmp_path: Path) -> None:
     config = config_of(tmp_path, [{"steps": 2}, {"steps": 3}])
-    progress = StageProgress()
+    progress = Stages(config)
     for step in (1, 2):
-        progress.note_step(0.5)
+        progress.cut.append(0.5)
         progress.note_evaluation(step, step / 10)
-        progress.advance(config, step)
-    ((step, level, cut),) = progress.history
+        progress.advance(step)
+    ((step, level, cut),) = progress.now.history
     assert (progress.index, step, level) == (1, 2, 0.2) and math.isnan(cut), "its truncation is not known yet"
 
 

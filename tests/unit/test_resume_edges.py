@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hand_run import EOS, ONE, ZERO, config_of, group, response, trainer_of
+from hand_run import EOS, ONE, ZERO, Unsolved, config_of, group, response, trainer_of
 from safetensors import SafetensorError
 from small_run import ROOT
 
@@ -33,7 +33,7 @@ from or1.core.errors import ConfigError, DiskError, RolloutError, RunError, Stor
 from or1.core.files import SEAL
 from or1.core.types import OpenGroup, Prompt
 from or1.data import SamplerState
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE
 from or1.eval.store import PartStore
@@ -43,6 +43,7 @@ from or1.run.checkpoint_writer import CheckpointWriter
 from or1.run.in_flight import InFlight
 from or1.run.lock import RunLock
 from or1.run.rollout_log import read_rollouts, write_rollouts
+from or1.train.build import Parts, build
 from or1.trainer import Trainer
 
 
@@ -151,9 +152,9 @@ class Messages:
         return lambda *args, **options: None
 
 
-def resumed(config: Any) -> tuple[Trainer, list[str]]:
+def resumed(config: Any) -> tuple[Parts, list[str]]:
     messages = Messages()
-    return Trainer(config, RankDisplay(Watchdog(SINGLE, 60.0), messages)), messages.said
+    return build(config, RankDisplay(Watchdog(SINGLE, 60.0), messages), scorer=Unsolved()), messages.said
 
 
 def save_with(config: Any, **state: Any) -> None:
@@ -161,8 +162,12 @@ def save_with(config: Any, **state: Any) -> None:
     trainer.state.step = 1
     for name, value in state.items():
         setattr(trainer.state, name, value)
-    trainer._save()
-    trainer.checkpoints.wait()
+    save(trainer)
+
+
+def save(trainer: Trainer) -> None:
+    trainer.session.save()
+    trainer.session._checkpoints.wait()
 
 
 def test_data_that_shrank_begins_the_next_epoch_and_says_so(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_data_that_shrank_begins_the_next_epoch_and_says_so(tmp_path: Path) -> N
     trainer, said = resumed(config)
     assert trainer.state.sampler == SamplerState(1, 0)
     assert any("the data has 1 prompts and 2 of the epoch were taken before; epoch 1 begins" in line for line in said)
-    assert trainer.sampler.take(trainer.state.sampler, 2)[0].tolist() == [0, 0]
+    assert [prompt.id for prompt in trainer.rollouts._fresh(2)] == [trainer.data.prompts[0].id] * 2
 
 
 UNFIT: list[tuple[str, Any]] = [
@@ -227,26 +232,25 @@ def test_open_responses_follow_their_prompts_and_go_with_them(ahead: bool, tmp_p
     from or1.rollout.collect import Rollout
 
     config = config_of(tmp_path)
-    prompts = trainer_of(config).data.prompts
+    prompts = trainer_of(config).parts.data.prompts
     answers = (response(ZERO, ONE), response(ONE, EOS))
     carried = [OpenGroup(prompt, answers, (None, None)) for prompt in prompts]
     closed = [replace(group([1, 0], list(answers)), prompt=prompt) for prompt in prompts]
     rollout = Rollout(closed, 1.0, 2.0, list(carried)) if ahead else None
 
-    def save() -> None:
+    def save_open() -> None:
         trainer = trainer_of(config)
         trainer.state.step = 1
         trainer.state.in_flight = InFlight(
             rollout
             and replace(
-                rollout, groups=[replace(g, prompt=p) for g, p in zip(closed, trainer.data.prompts, strict=True)]
+                rollout, groups=[replace(g, prompt=p) for g, p in zip(closed, trainer.parts.data.prompts, strict=True)]
             ),
-            [replace(g, prompt=p) for g, p in zip(carried, trainer.data.prompts, strict=True)],
+            [replace(g, prompt=p) for g, p in zip(carried, trainer.parts.data.prompts, strict=True)],
         )
-        trainer._save()
-        trainer.checkpoints.wait()
+        save(trainer)
 
-    save()
+    save_open()
     rows = [{"question": question, "answer": "0"} for question in ("9+9", "1+3", "1+1")]
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     trainer, said = resumed(config)
@@ -263,7 +267,7 @@ def test_open_responses_follow_their_prompts_and_go_with_them(ahead: bool, tmp_p
 
 
 def test_open_responses_of_an_older_or1_go_by_their_place(tmp_path: Path) -> None:
-    trainer = trainer_of(config_of(tmp_path))
+    trainer = trainer_of(config_of(tmp_path)).parts
     prompts = trainer.data.prompts
     open_groups = [OpenGroup(p, (response(ZERO),), (None,)) for p in prompts]
     state, tensors = InFlight(None, open_groups).to_checkpoint(prompts)
@@ -560,7 +564,7 @@ def test_a_save_that_fails_between_two_looks_is_no_commit(tmp_path: Path, monkey
 
 
 def test_a_lowered_budget_holds_a_longer_sequence_that_comes_later() -> None:
-    budget, asked = Budget(100), []
+    budget = RowBudget(100)
     budget.max_tokens = 24
-    assert budget.run(lambda tokens: asked.append(tokens) or tokens, longest=40) == 40
-    assert budget.run(lambda tokens: asked.append(tokens) or tokens, longest=10) == 24 and budget.max_tokens == 24
+    assert [[attempt.max_tokens for attempt in budget.attempts(longest)] for longest in (40, 10)] == [[40], [24]]
+    assert budget.max_tokens == 24

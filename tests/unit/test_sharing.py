@@ -13,15 +13,16 @@ from transformers import PreTrainedModel
 
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
-from or1.dist.oom_retry import Budget
+from or1.dist.oom_retry import RowBudget
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
 from or1.model.rows import pack, pack_indexed
 from or1.model.shared_prompts import make_units, saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
-from or1.train.update import UpdateSettings, update_policy, with_old_logp
-from or1_kernels.objective import PolicyObjective
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
+from or1.train.update import update
 
 
 def group_sequences(shapes: list[tuple[int, list[int]]], seed: int = 0, vocab: int = 19) -> list[TrainSequence]:
@@ -116,17 +117,17 @@ def test_the_update_is_the_same(recompute: bool, adder: Path) -> None:
     found = {}
     for sharing in ("off", "on"):
         model = fp64_model(adder)
-        setting = UpdateSettings(PolicyObjective(), 0.05, 1.1, Budget(40), sharing)
+        policy = Policy(model, RowBudget(40), 1.1, sharing=sharing)
         sequences = group_sequences(GROUPS)
         if recompute:
-            sequences = with_old_logp(model, sequences, setting)
+            sequences = with_old_logp(policy, sequences)
         optimizer, stats, seen = MasterAdamW(model, OptimConfig(lr=1e-3)), UpdateStats(), {}
         step = optimizer.step_if_finite
         optimizer.step_if_finite = lambda loss, seen=seen, o=optimizer, step=step: (
             seen.update({n: g.clone() for n, g in o.gradients().items()}),
             step(loss),
         )[1]
-        assert update_policy(model, optimizer, sequences, setting, stats)
+        assert update(policy, optimizer, sequences, 0.05, stats)
         found[sharing] = (stats.losses[0], stats.metrics()["policy/entropy_exact"], seen)
     assert found["on"][:2] == pytest.approx(found["off"][:2], rel=1e-11)
     for name, grad in found["off"][2].items():

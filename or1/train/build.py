@@ -1,0 +1,151 @@
+"""From a config to the parts of a run: data, scorer, model, optimizer, engine, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from or1.config import Config
+from or1.core.display import Display
+from or1.data import RunData, Sampler, load_run_data
+from or1.data.fingerprint import inputs_of
+from or1.dist.oom_retry import RowBudget
+from or1.dist.world import SINGLE, World
+from or1.eval.evaluator import Evaluator
+from or1.model.load import load_model, load_tokenizer
+from or1.reward import make_scorer
+from or1.reward.scorer import Scorer
+from or1.reward.scorers import remarks_of
+from or1.rollout import make_engine
+from or1.rollout.engine import Engine
+from or1.run.directory import cap_rows
+from or1.run.resume import Checkpointed
+from or1.run.session import Session
+from or1.run.state import TrainState
+from or1.train.optim import MasterAdamW
+from or1.train.rank_rows import Policy
+from or1.train.rollout_queue import RolloutQueue
+from or1_kernels.objective import PolicyObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a run. Use as a context manager: it ends the engine, the scorer and a rollout that is being made."""
+
+    config: Config
+    world: World
+    data: RunData
+    tokenizer: PreTrainedTokenizerBase
+    state: TrainState
+    policy: Policy
+    reference: Policy | None
+    optimizer: MasterAdamW
+    engine: Engine
+    rollouts: RolloutQueue
+    evaluator: Evaluator
+    session: Session
+    stack: ExitStack
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+def build(
+    config: Config,
+    display: Display,
+    world: World = SINGLE,
+    *,
+    stop: Callable[[], bool] = bool,
+    resume: int | None = None,
+    scorer: Scorer | None = None,
+) -> Parts:
+    """Load what a run needs, and resume from its newest checkpoint. Collective.
+
+    What fails fast comes first: the data and the scorer are checked before the model is loaded.
+
+    stop    returns True once the run was asked to stop
+    resume  step to resume from, 0 for the start; None for the newest checkpoint
+    scorer  used instead of the scorer of `[reward]`; the caller closes it
+    """
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.path)
+        data = load_run_data(config, tokenizer)
+        if scorer is None:
+            prompts = chain(data.prompts, *data.eval_prompts.values())
+            scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
+            for remark in remarks_of(scorer, config.run_path):
+                display.message(remark)
+        model = load_model(config.model, world).train()
+        policy = _policy(config, model, display, world)
+        optimizer = MasterAdamW(model, config.optim, world)
+        engine = make_engine(config, model, tokenizer, world)
+        stack.callback(engine.close)
+        saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
+        state = _state(saved, data, engine, display, resume)
+        sampler = Sampler(len(data.prompts), config.seed, data.pools)
+        rollouts = RolloutQueue(config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world)
+        stack.callback(rollouts.close)
+        return Parts(
+            config=config,
+            world=world,
+            data=data,
+            tokenizer=tokenizer,
+            state=state,
+            policy=policy,
+            reference=_reference(config, policy),
+            optimizer=optimizer,
+            engine=engine,
+            rollouts=rollouts,
+            evaluator=Evaluator(config, data.eval_prompts, engine, scorer, state, display, world=world),
+            session=Session(config, state, saved, display, world, stop=stop),
+            stack=stack.pop_all(),
+        )
+
+
+def _state(saved: Checkpointed, data: RunData, engine: Engine, display: Display, resume: int | None) -> TrainState:
+    """Return the state to start from, with its weights in the model and the engine. Collective."""
+    state = saved.restore(resume, display.message)
+    if state.step:
+        engine.update_weights(state.policy_version)
+    for changed in state.note_inputs(inputs_of(saved.config, data)):
+        display.message(changed)
+    if resume is None:
+        saved.cap_rows(display.message)
+    return state
+
+
+def _policy(config: Config, model: PreTrainedModel, display: Display, world: World) -> Policy:
+    loss = config.loss
+    budget = RowBudget(
+        config.optim.max_tokens_per_rank, message=display.message, cap=partial(cap_rows, config.run_path)
+    )
+    objective = PolicyObjective(
+        kind=loss.kind, clip_low=loss.clip_low, clip_high=loss.clip_high, kl_coef=loss.kl_coef, is_cap=loss.is_cap
+    )
+    return Policy(
+        model,
+        budget,
+        config.rollout.temperature,
+        objective,
+        config.optim.share_prompts,
+        world,
+        old_is_engine=loss.old_logp == "rollout",
+        progress=display.progress("train"),
+    )
+
+
+def _reference(config: Config, policy: Policy) -> Policy | None:
+    """Return the reference model of the KL term, None without one."""
+    if config.loss.kl_coef == 0:
+        return None
+    path = config.loss.reference or config.model.path
+    settings = config.model.model_copy(update={"path": path})
+    return replace(policy, model=load_model(settings, policy.world).requires_grad_(False))
