@@ -13,20 +13,20 @@ from typing import Any
 from or1.config import Config, StageConfig
 
 BASELINE_STEPS = 5
-"""Steps whose mean entropy is what later steps are compared with."""
+"""Number of first steps; later steps are compared with their mean entropy."""
 PATIENCE = 5
-"""Steps in a row beyond a bound that make an alarm; one noisy batch makes none."""
+"""Steps in a row beyond a bound before an alarm, so that one noisy batch raises none."""
 REPEAT = 50
-"""Steps before the same alarm sounds again."""
+"""Steps before the same alarm repeats."""
 
 
 @dataclass
 class EntropyWatch:
-    """Counts steps beyond the bounds. Part of the checkpoint, so a resumed run warns at the same steps.
+    """A count of steps beyond the bounds. Part of the checkpoint, so a resumed run warns at the same steps.
 
     first      entropies of the first steps, nats per token
     beyond     steps in a row beyond each bound
-    sounded    step at which each alarm last sounded
+    sounded    step of the last alarm of each kind
     """
 
     first: list[float] = field(default_factory=list)
@@ -35,16 +35,16 @@ class EntropyWatch:
 
     @property
     def baseline(self) -> float:
-        """Mean entropy of the first steps; nan until they are there."""
+        """Mean entropy of the first steps; NaN before they are done."""
         return math.fsum(self.first) / BASELINE_STEPS if len(self.first) == BASELINE_STEPS else math.nan
 
     def note(self, step: int, entropy: float, config: Config, stage: StageConfig) -> str | None:
-        """Take in one step's entropy, over all sampled tokens; returns a warning worth showing, or None."""
+        """Record the entropy of a step, over all sampled tokens. Return a warning that is due, or None."""
         if len(self.first) < BASELINE_STEPS:
             self.first.append(entropy)
             return None
         bounds, first = config.loss.entropy, self.baseline
-        # A controller that was asked to raise the entropy to its target has not let it explode by doing so.
+        # A controller that raises the entropy to its target as configured causes no explosion.
         highest = max(first, bounds.target) if bounds.control == "adaptive" else first
         outside = {"low": entropy < bounds.alarm_low * first, "high": entropy > bounds.alarm_high * highest}
         for side, is_out in outside.items():
@@ -67,7 +67,7 @@ class EntropyWatch:
 
 
 def collapse_advice(config: Config, stage: StageConfig) -> str:
-    """What to change against a collapse, the most likely cause in this config first."""
+    """Return advice against a collapse, for the most likely cause in this config first."""
     advice = []
     if stage.updates_per_step > 1:
         advice.append(
@@ -93,7 +93,7 @@ def collapse_advice(config: Config, stage: StageConfig) -> str:
 
 
 def explosion_advice(config: Config, stage: StageConfig) -> str:
-    """What to change against an explosion, the most likely cause in this config first."""
+    """Return advice against an explosion, for the most likely cause in this config first."""
     entropy = config.loss.entropy
     advice = []
     if entropy.control == "constant":

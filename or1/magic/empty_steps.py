@@ -1,4 +1,4 @@
-"""Steps in which nothing is trained: when to say so, what was seen in them, and what to change."""
+"""Warnings about steps in which nothing is trained: the statuses of the responses, and remedies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from or1.core.records import number
 from or1.core.types import Group, Status
 
 PATIENCE = 3
-"""Empty steps in a row that are told the first time; then 10, 100 and so on."""
+"""Empty steps in a row before the first warning; the next follow at 10, 100 and so on."""
 _SHOWN = 3
 _CHOOSE = (
     "`or1 filter` with data.keep_difficulty keeps the problems that the model solves sometimes",
@@ -38,11 +38,11 @@ _REMEDIES = {
 
 
 def note_step(totals: Counter[str], groups: Sequence[Group], kept: bool, config: Config) -> str:
-    """Count a step; returns what to say if steps in a row were empty, else nothing.
+    """Count a step. Return a warning if several steps in a row were empty, else "".
 
     totals  the counts of the run, which are in its checkpoints
-    groups  of the step, before rejection; a step without a complete group says nothing of the rewards
-    kept    whether any group was trained
+    groups  of the step, before rejection; without a complete group the rewards are not known
+    kept    True if any group was trained
     """
     totals["empty_steps"] += not kept
     if kept:
@@ -61,7 +61,7 @@ def note_step(totals: Counter[str], groups: Sequence[Group], kept: bool, config:
 
 
 def nothing_trained(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return why a run had no update at all, from its lines of metrics.jsonl; nothing if it had one, or no step."""
+    """Return why a run had no update at all, from its lines of metrics.jsonl; "" if it had one, or no step."""
     steps = [record for record in records if number(record.get("step"), 0.0) > 0]
     if not steps or any(number(record.get("optim/updates"), 0.0) for record in steps):
         return ""
@@ -77,7 +77,7 @@ def nothing_trained(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _seen(groups: Sequence[Group]) -> str:
-    """What the rewards of groups that were not trained look like."""
+    """Return a description of the rewards of groups that were not trained."""
     scored = [group.rewards[~np.isnan(group.rewards)] for group in groups]
     equal = Counter(float(rewards[0]) for rewards in scored if rewards.size and rewards.min() == rewards.max())
     unscored = sum(not rewards.size for rewards in scored)

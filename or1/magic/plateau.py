@@ -1,4 +1,4 @@
-"""Whether evaluations have stopped improving: a straight line through the last ones, and how sure its slope is."""
+"""Detection of a plateau of evaluations: a straight line through the last ones, and the error of its slope."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from or1.config import StageConfig
 from or1.core.records import AVG_KEY, number
 
 SURENESS = 2.0
-"""Standard errors that the rise may be above its estimate: a rise is missed about once in forty looks."""
+"""Standard errors by which the true rise may exceed its estimate: a rise is missed about once in forty tests."""
 
 Point = tuple[int, float, float]
 """Step, accuracy or mean reward, truncation rate; NaN where there is no number."""
 
 
 def has_plateaued(history: Sequence[Point], stage: StageConfig) -> bool:
-    """Whether evaluations are surely flat over the last window of `plateau_evals` and the one before.
+    """Return True if the last two windows of `plateau_evals` evaluations are flat.
 
-    Both signals must be flat: accuracy that rises, or truncation that still falls, says that the present context is
-    not used up. Flat means that the gain of a window, plus two standard errors, is below `plateau_gain`. The best
-    evaluation so far would be no measure: of many noisy ones it grows, and hides a rise. Evaluations without a number
-    count for nothing.
+    Both signals must be flat: while accuracy rises or truncation falls, the current context is not used up. Flat means
+    that the gain of a window, plus two standard errors, is below `plateau_gain`. The best evaluation so far is no
+    measure: the maximum of many noisy values grows by itself and hides a rise. Evaluations without a number are
+    ignored.
     """
     looked_at = 2 * stage.plateau_evals
     if len(history) < looked_at:
@@ -35,24 +35,24 @@ def has_plateaued(history: Sequence[Point], stage: StageConfig) -> bool:
 
 
 def _most(points: Sequence[Point], column: int, sign: int) -> float:
-    """The largest gain a step that the points still allow; 0 if fewer than two have a number."""
+    """Return the largest gain per step that the points allow; 0 if fewer than two have a number."""
     given = np.array([(p[0], sign * p[column]) for p in points if math.isfinite(p[column])], dtype=np.float64)
     if len(given) < 2:
         return 0.0
     (steps, values) = (given - given.mean(axis=0)).T
     spread = float(np.square(steps).sum())
     slope = float((steps * values).sum()) / spread
-    if len(given) == 2:  # they lie on their line, and tell nothing of the noise
+    if len(given) == 2:  # two points are on their line, so the noise is unknown
         return slope
     residual = float(np.square(values - slope * steps).sum()) / (len(given) - 2)
     return slope + SURENESS * math.sqrt(residual / spread)
 
 
 def eval_level(metrics: Mapping[str, float]) -> float | None:
-    """Return what an evaluation says, the mean over its sets; None if the metrics hold no evaluation.
+    """Return the level of an evaluation, the mean over its sets; None if the metrics hold no evaluation.
 
-    A set with graded rewards says its mean reward, since its accuracy counts only those of at least 1; any other set
-    says its accuracy.
+    The level of a set is its accuracy. With graded rewards it is the mean reward, because accuracy counts only
+    rewards of at least 1.
     """
     levels = []
     for key, value in metrics.items():

@@ -1,10 +1,10 @@
-"""AdamW of one weight: its moments in full precision or in 8 bits, and rounding to bf16 at random."""
+"""AdamW of one weight, with moments in full precision or 8 bits, and stochastic rounding to bf16."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -14,32 +14,32 @@ from torch.optim.adamw import adamw
 from or1.config import OptimConfig
 from or1.core.errors import OptimizerError
 
-# bitsandbytes' and torchao's block, and the size below which 8 bits save nothing worth their error.
+# The block of bitsandbytes and torchao. Below the second size 8 bits save too little for their error.
 _BLOCK, _MIN_QUANTIZED = 256, 4096
 
 State = dict[str, Tensor]
-# What any rule's `flatten` may give.
+# Keys that the `flatten` of a rule may return.
 FLAT_KEYS = ("step", "exp_avg", "exp_avg_sq", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale")
 
 
 class Rule(Protocol):
-    """How one weight is updated. A state is a dict of tensors; `flatten` makes them plain for a checkpoint."""
+    """The update rule of one weight. A state is a dict of tensors, which `flatten` makes plain for a checkpoint."""
 
     def new_state(self, weight: Tensor) -> State:
-        """Before the first update."""
+        """Return the state before the first update."""
 
     def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
-        """One step of AdamW (arXiv 1711.05101, Algorithm 2) on `weight` and `state`, in place."""
+        """Take one step of AdamW (arXiv 1711.05101, Algorithm 2) on `weight` and `state`, in place."""
 
     def flatten(self, state: State) -> dict[str, Tensor]:
-        """Plain tensors that hold the state exactly."""
+        """Return plain tensors that hold the state exactly."""
 
     def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        """The inverse of `flatten`. Raises OptimizerError for tensors of another kind of state."""
+        """Return the state that `flatten` was given. Raises OptimizerError for tensors of another kind of state."""
 
 
 def make_rule(config: OptimConfig) -> Rule:
-    """The rule of `optim.optimizer`. Raises OptimizerError if its library is missing."""
+    """Return the rule of `optim.optimizer`. Raises OptimizerError if its library is missing."""
     if config.optimizer != "adamw8bit":
         return FullAdamW(config)
     if importlib.util.find_spec("torchao") is None:
@@ -50,19 +50,17 @@ def make_rule(config: OptimConfig) -> Rule:
 
 
 class FullAdamW:
-    """Moments of the weight's own type."""
+    """AdamW with moments of the weight's dtype."""
 
     def __init__(self, config: OptimConfig):
         self.config = config
 
     def new_state(self, weight: Tensor) -> State:
-        """See Rule."""
-        # A fused update counts its steps on the device, so that the host need not wait for it.
+        # A fused update counts its steps on the device, so that the host does not wait for the device.
         step = torch.zeros((), dtype=torch.float32, device=weight.device if self._fused(weight) else "cpu")
         return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
     def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
-        """See Rule."""
         beta1, beta2 = self.config.betas
         adamw(
             [weight],
@@ -83,11 +81,9 @@ class FullAdamW:
         )
 
     def flatten(self, state: State) -> dict[str, Tensor]:
-        """See Rule."""
         return dict(state)
 
     def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        """See Rule."""
         state = self.new_state(weight)
         _require(state.keys(), tensors)
         return {key: tensors[key].to(value.device, copy=True) for key, value in state.items()}
@@ -97,16 +93,15 @@ class FullAdamW:
 
 
 class AdamW8bit:
-    """Moments in blocks of 256 values of 8 bits with an fp32 scale each (arXiv 2110.02861), held by torchao.
+    """AdamW with moments in torchao's blocks of 256 values of 8 bits and one fp32 scale (arXiv 2110.02861).
 
-    Small weights and those that do not divide into blocks have full moments.
+    Small weights, and weights that do not divide into blocks, have full moments.
     """
 
     def __init__(self, config: OptimConfig):
         self.config = config
 
     def new_state(self, weight: Tensor) -> State:
-        """See Rule."""
         return {
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": _moment(weight, signed=True),
@@ -114,7 +109,6 @@ class AdamW8bit:
         }
 
     def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float) -> None:
-        """See Rule."""
         state["step"] += 1
         beta1, beta2 = self.config.betas
         _adam_of(weight.is_cuda)(
@@ -134,17 +128,19 @@ class AdamW8bit:
         )
 
     def flatten(self, state: State) -> dict[str, Tensor]:
-        """See Rule."""
         flat = {"step": state["step"]}
         for key in ("exp_avg", "exp_avg_sq"):
             moment = state[key]
-            # The third part, the map from code to value, is a constant.
-            parts = {".codes": moment.codes, ".scale": moment.scale} if _quantized(moment) else {"": moment}
+            # The third part, the map from code to value, is constant.
+            parts = (
+                {".codes": _part(moment, "codes"), ".scale": _part(moment, "scale")}
+                if _quantized(moment)
+                else {"": moment}
+            )
             flat |= {key + part: tensor for part, tensor in parts.items()}
         return flat
 
     def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        """See Rule."""
         state = self.new_state(weight)
         flat = self.flatten(state)
         _require(flat.keys(), tensors)
@@ -157,6 +153,12 @@ def _quantized(moment: Tensor) -> bool:
     return hasattr(moment, "codes")
 
 
+def _part(moment: Tensor, name: str) -> Tensor:
+    # An attribute of torchao's subclass of Tensor.
+    part: Tensor = getattr(moment, name)
+    return part
+
+
 def _moment(weight: Tensor, signed: bool) -> Tensor:
     if weight.numel() < _MIN_QUANTIZED or weight.numel() % _BLOCK:
         return torch.zeros_like(weight)
@@ -167,7 +169,7 @@ def _moment(weight: Tensor, signed: bool) -> Tensor:
 
 @functools.cache
 def _adam_of(compiled: bool) -> Callable[..., None]:
-    """torchao's update of one weight; compiled on the GPU, where eager mode would hold many copies of the weight."""
+    """Return torchao's update of one weight, compiled on the GPU, where eager mode holds many copies of the weight."""
     from torchao.optim.adam import single_param_adam
 
     if not compiled:
@@ -176,14 +178,14 @@ def _adam_of(compiled: bool) -> Callable[..., None]:
 
     @functools.wraps(single_param_adam)
     def update(*args: object, **kwargs: object) -> None:
-        # Compiled anew for every shape, and some models have more of them than torch.compile allows by default.
+        # Compiled for every shape. Some models have more shapes than torch.compile allows by default.
         with torch._dynamo.utils.disable_cache_limit():
             fast(*args, **kwargs)
 
     return update
 
 
-def _require(keys, tensors: dict[str, Tensor]) -> None:
+def _require(keys: Iterable[str], tensors: dict[str, Tensor]) -> None:
     missing = sorted(set(keys) - tensors.keys())
     if missing:
         raise OptimizerError(
@@ -193,11 +195,11 @@ def _require(keys, tensors: dict[str, Tensor]) -> None:
 
 
 def round_stochastically(weight: Tensor, seed: int) -> Tensor:
-    """bf16 copy of an fp32 tensor, each value rounded to one of its two neighbours with expectation equal to it.
+    """Return a bf16 copy of an fp32 tensor: each value is rounded to a neighbour at random, unbiased.
 
-    The bits are a function of `seed` alone, so that a resumed run rounds as the first one did.
+    The bits depend on `seed` alone, so that a resumed run rounds as the first run did.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
     noise = torch.randint(0, 1 << 16, weight.shape, generator=generator, device=weight.device, dtype=torch.int32)
-    # bf16 is the upper half of fp32: adding noise below carries into it as often as the lower half demands.
+    # bf16 is the upper half of fp32: noise below carries into it as often as the lower half demands.
     return noise.add_(weight.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)

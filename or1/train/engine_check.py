@@ -1,4 +1,4 @@
-"""Do engine and trainer give the same tokens the same log-probabilities? Checked after pushes and by `or1 doctor`."""
+"""Comparison of engine and trainer: the same tokens must have the same log-probabilities after a push of weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from or1.train.rank_rows import Policy
 from or1.train.score import score
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 64
-"""Enough tokens that weights in the wrong place cannot hide, few enough to cost less than a hundredth of a step."""
+"""Size of a check: enough tokens to find misplaced weights, at less than a hundredth of the cost of a step."""
 LIMIT_FP32, LIMIT_BF16 = 1e-3, 0.1
-"""Largest difference of one token in fp32, which sits near 1e-5, and mean difference in bf16, which sits near 0.02 with
-single tokens beyond 0.2. One tensor that was left out is beyond both."""
+"""Limits: the largest difference of a token in fp32 (seen: 1e-5) and the mean difference in bf16 (seen: 0.02, with
+single tokens beyond 0.2). One tensor that was not pushed exceeds both."""
 
 LIMIT_KL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2e-2}
-"""Largest mean k3 between trainer and embedded engine, which share their weights. Seen: 1e-12 in fp32, 1.5e-3 in bf16
-on a real model of 135 M parameters. Dropout of 0.1 gives 1e-3 in fp32, another attention more than 1."""
+"""Limit of the mean k3 between trainer and embedded engine, which share their weights. Seen: 1e-12 in fp32, and 1.5e-3
+in bf16 on a real model of 135 M parameters. Dropout of 0.1 gives 1e-3 in fp32, another attention more than 1."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Parity:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is what rounding explains."""
+        """True if rounding explains the difference."""
         return self.max_abs <= LIMIT_FP32 if self.exact else self.mean_abs <= LIMIT_BF16
 
     def require(self) -> Parity:
-        """Itself. Raises RunError if the log-probs do not agree."""
+        """Return self, or raise RunError if the log-probs disagree."""
         if not self.agrees:
             limit = f"max {LIMIT_FP32:g}" if self.exact else f"mean {LIMIT_BF16:g}"
             raise RunError(
@@ -61,7 +61,7 @@ class Parity:
         return self
 
     def metrics(self) -> dict[str, float]:
-        """As metric names."""
+        """Return the metrics of the check by name."""
         return {"mismatch/check_max": self.max_abs, "mismatch/check_mean": self.mean_abs}
 
 

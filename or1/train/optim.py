@@ -1,4 +1,4 @@
-"""AdamW over master weights, gradient sums, clipping, and the gate that refuses non-finite updates."""
+"""AdamW over master weights: gradient sums, clipping, and the check that skips non-finite updates."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from or1.dist.fsdp import local_shard
 from or1.dist.world import SINGLE, World
 from or1.train.adam import FLAT_KEYS, State, make_rule, round_stochastically
 
-# Longest first: "exp_avg." begins "exp_avg.codes." too.
+# Longest first: "exp_avg." is a prefix of "exp_avg.codes." too.
 _PREFIXES = sorted((f"{key}." for key in ("master", *FLAT_KEYS)), key=len, reverse=True)
 
 
 class UpdateResult(NamedTuple):
-    """grad_norm: L2 norm over all parameters before clipping. lr: rate used. took: whether parameters changed."""
+    """The result of one optimizer step.
+
+    grad_norm  L2 norm over all parameters before clipping
+    lr         learning rate of the step
+    took       False if the step was skipped for a non-finite loss or gradient
+    """
 
     grad_norm: float
     lr: float
@@ -26,12 +31,12 @@ class UpdateResult(NamedTuple):
 
 
 class MasterAdamW:
-    """AdamW whose arithmetic is fp32 (fp64 for fp64 models), whatever the type of the model's parameters.
+    """AdamW with fp32 arithmetic (fp64 for fp64 models), whatever the dtype of the model's parameters.
 
-    A learning rate of 1e-6 moves a bf16 weight by less than its rounding step, so an update added to bf16 weights and
-    rounded to nearest would be lost. So either fp32 masters are kept, or the sum is rounded at random
-    (`optim.weights`). Parameters that are fp32 or fp64 already are their own masters and cost nothing more.
-    `optim.optimizer` says what the moments are and whether they and the masters live in host memory.
+    A learning rate of 1e-6 moves a bf16 weight by less than its rounding step. An update that is rounded to nearest
+    would be lost. So the optimizer keeps fp32 masters, or rounds the sum stochastically (`optim.weights`). fp32 and
+    fp64 parameters are their own masters, at no cost. `optim.optimizer` selects the kind of the moments, and whether moments
+    and masters are in host memory.
 
     Gradients are summed over backward passes in `optim.grad_dtype` until `step_if_finite` or `zero_grad`.
     """
@@ -52,7 +57,7 @@ class MasterAdamW:
             )
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
-        # What this rank holds of them; where they are not sharded, the parameters themselves.
+        # This rank's shards; the parameters themselves without sharding.
         self.shards = [local_shard(p) for p in self.params]
         self.masters = [self._new_master(p) for p in self.shards]
         self._states: list[State | None] = [None] * len(self.params)
@@ -63,7 +68,7 @@ class MasterAdamW:
                     param.register_post_accumulate_grad_hook(lambda p, i=i: self._sum_gradient(i, p))
 
     def _new_master(self, param: Tensor) -> Tensor | None:
-        """The parameter itself, a copy in the optimizer's type and place, or None: then it is made for each update."""
+        """Return the parameter, or a copy in the optimizer's dtype and place; None to make one for each update."""
         dtype, device = _arithmetic_dtype(param), self._home(param)
         if param.dtype == dtype and param.device == device:
             return param
@@ -85,7 +90,7 @@ class MasterAdamW:
             self._sums[i] = grad.to(torch.float32)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The sums so far, by parameter name. A parameter that the loss does not reach has none."""
+        """Return the gradient sums by parameter name, without parameters that the loss does not reach."""
         found = {name: self._gradient(i) for i, name in enumerate(self.names)}
         return {name: grad for name, grad in found.items() if grad is not None}
 
@@ -94,19 +99,19 @@ class MasterAdamW:
         return None if grad is None else local_shard(grad)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self._sums.clear()
         for param in self.params:
             param.grad = None
 
     @torch.no_grad()
     def step_if_finite(self, loss: Tensor) -> UpdateResult:
-        """Clip, then update if loss and gradient norm are finite; else leave parameters, moments and schedule alone."""
+        """Clip and update if loss and gradient norm are finite; else change nothing. Drop the gradients. Collective."""
         norm = _total_norm(list(self.gradients().values()), self.world)
         lr = self.config.lr * min(1.0, (self.updates + 1) / max(self.config.warmup_steps, 1))
         took = self.world.all_agree(bool(torch.isfinite(norm) & torch.isfinite(loss)))
         if took:
-            # As torch's clip_grad_norm_: the small constant keeps a norm of 0 from dividing.
+            # As in torch's clip_grad_norm_: the small constant avoids a division by 0.
             scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             for i in range(len(self.params)):
                 self._step_one(i, scale, lr)
@@ -124,7 +129,7 @@ class MasterAdamW:
         state = self._states[i] or self.rule.new_state(weight)
         self._states[i] = state
         grad = grad.to(device, dtype).mul_(scale.to(device))
-        # One at a time, and each gradient freed after use: copies of all of them would be the peak of the step.
+        # One parameter at a time, and its gradient freed after use: copies of all would be the memory peak of the step.
         self._sums.pop(i, None)
         self.params[i].grad = None
         # Biases and norm gains are vectors; decaying them pulls activations towards zero.
@@ -136,7 +141,7 @@ class MasterAdamW:
             param.copy_(weight)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by parameter name, for a checkpoint."""
+        """Return weights and moments by parameter name, for a checkpoint."""
         tensors: dict[str, Tensor] = {}
         for name, param, master, state in zip(self.names, self.shards, self.masters, self._states, strict=True):
             tensors[f"master.{name}"] = (param if master is None else master).detach()
@@ -145,7 +150,7 @@ class MasterAdamW:
         return tensors
 
     def state_rows(self) -> dict[str, int]:
-        """Rows of the whole tensor, for those of `state_tensors` that are split over ranks where there are several."""
+        """Return the rows of the whole tensor for each of `state_tensors` that is sharded with several ranks."""
         whole = dict(zip(self.names, zip(self.params, self.shards, strict=True), strict=True))
         rows: dict[str, int] = {}
         for key, tensor in self.state_tensors().items():
@@ -156,9 +161,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Restore what `state_tensors` gave, bit for bit.
+        """Restore what `state_tensors` returned, bit for bit.
 
-        Raises KeyError for a parameter that is missing, OptimizerError if the state is of other optimizer settings.
+        Raises KeyError for a missing parameter, OptimizerError for state of other optimizer settings.
         """
         self.updates = updates
         for i, (name, param, master) in enumerate(zip(self.names, self.shards, self.masters, strict=True)):
