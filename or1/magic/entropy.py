@@ -58,15 +58,8 @@ class EntropyController:
     @classmethod
     def start(cls, config: EntropyConfig) -> EntropyController:
         """Return the controller of a config before the first step."""
-        return cls(
-            coef=config.coef,
-            target=config.target,
-            delta=config.delta,
-            coef_min=config.coef_min,
-            coef_max=config.coef_max,
-            variant=config.variant,
-            control=config.control,
-        )
+        names = {"coef", "target", "delta", "coef_min", "coef_max", "variant", "control"}
+        return cls(**config.model_dump(include=names))
 
     def alpha(self, entropy: float) -> float:
         """Return the coefficient for the step whose rollout has this entropy. Changes no state."""
@@ -98,12 +91,11 @@ class EntropyController:
         """Restore what `state_dict` returned."""
         self.coef, self.gate = float(state["coef"]), bool(state["gate"])
 
-    def state(self) -> dict[str, Any]:
-        """Return `state_dict()`; the name that or1.magic published first."""
-        return self.state_dict()
+    # The names that or1.magic published first.
+    state = state_dict
 
     def restore(self, state: Mapping[str, Any]) -> EntropyController:
-        """Call `load_state` and return the controller; the name that or1.magic published first."""
+        """Call `load_state` and return the controller."""
         self.load_state(state)
         return self
 
