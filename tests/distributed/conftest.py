@@ -1,4 +1,4 @@
-"""What these tests share."""
+"""Fixtures of these tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_fixtures import no_server_left  # noqa: F401
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dist_work
 import numpy as np
 import pytest
-from rank_processes import run_ranks
+
+from tests.helpers import dist_work
+from tests.helpers.ranks import run_ranks
 
 # Sequences of an update; below 0 with old log-probs, recomputed. One sequence leaves ranks without any.
 COUNTS = [13, 1, -13]

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rank_processes import or1_ranks
-from small_run import arguments, lines
 
 from or1.commands import restarts
 from or1.dist.local_ranks import _pass_on
 from or1.run.checkpoint import MANIFEST, committed_steps
+from tests.helpers.ranks import or1_ranks
+from tests.helpers.small_run import arguments, lines
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
 

@@ -11,20 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from listeners import listeners
 
 from or1.dist import local_ranks
 from or1.dist.world import open_store
 from or1.rollout.vllm.push import BroadcastPush
 from or1.rollout.vllm.worker import WeightReceiver
+from tests.helpers.listeners import listeners
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 RANK = """#!{python}
 import json, os, sys
-sys.path.insert(0, {here!r})
 import torch.distributed as dist
-from listeners import listeners
+from tests.helpers.listeners import listeners
 dist.init_process_group("gloo")
 dist.barrier()
 found = {{"rank": listeners([os.getpid()]), "launcher": listeners([os.getppid()])}}
@@ -51,9 +50,10 @@ def test_a_store_listens_on_its_own_address_alone() -> None:
 @pytest.mark.timeout(60)
 def test_nproc_opens_no_port_beyond_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "rank"
-    script.write_text(RANK.format(python=sys.executable, here=str(Path(__file__).parent), out=str(tmp_path)))
+    script.write_text(RANK.format(python=sys.executable, out=str(tmp_path)))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(local_ranks.sys, "executable", str(script))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     before = listeners([os.getpid()])
     assert local_ranks.run_ranks(2, []) == 0

@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import dist_work
 import numpy as np
 import pytest
-from rank_processes import or1_ranks, run_ranks
 from safetensors.torch import load_file, save_file
-from small_run import arguments, lines
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.architecture_cases import CASES
 from benchmarks.architectures import write_checkpoint
 from or1.config import ModelConfig
 from or1.model.load import load_model
+from tests.helpers import dist_work
+from tests.helpers.ranks import or1_ranks, run_ranks
+from tests.helpers.small_run import arguments, lines
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dist_work
 import numpy as np
 import pytest
-from rank_processes import run_ranks
 
 from or1.config import ModelConfig
 from or1.dist.oom_peers import CAN_ANCHOR
 from or1.train.rank_rows import longest_of
+from tests.helpers import dist_work
+from tests.helpers.ranks import run_ranks
 
 # Which rank, and where: among a row's first collectives, in its midst, at its last; in a later row; on both ranks.
 FAILURES = [

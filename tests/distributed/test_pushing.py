@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from push_work import broadcast_to_a_failing_server, pushed_to_a_dead_server
-from rank_processes import run_ranks
 
 from or1.config import ModelConfig
 from or1.model.export import named_weights, weight_forms
 from or1.model.load import load_model
+from tests.helpers.push_work import broadcast_to_a_failing_server, pushed_to_a_dead_server
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.mark.timeout(100)

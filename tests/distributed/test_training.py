@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rank_processes import or1_ranks
-from small_run import arguments, lines
 
 from or1.run.checkpoint import committed_steps, load_checkpoint
+from tests.helpers.ranks import or1_ranks
+from tests.helpers.small_run import arguments, lines
 
 CURVES = {"optim/loss": 1e-4, "optim/grad_norm": 1e-4, "policy/entropy": 1e-4, "reward/mean": 0.0}
 

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from rank_processes import exit_codes, or1_command, or1_ranks, started
-from small_run import arguments, lines
+from tests.helpers.ranks import exit_codes, or1_command, or1_ranks, started
+from tests.helpers.small_run import arguments, lines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SETTINGS = {

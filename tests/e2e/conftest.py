@@ -1,4 +1,4 @@
-"""What these tests share."""
+"""Fixtures of these tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rank_fixtures import no_server_left  # noqa: F401
-from rank_processes import start_or1
+
+from tests.helpers.ranks import start_or1
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rank_processes import start_or1
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from or1.cli import main
+from tests.helpers.ranks import start_or1
 
 RECIPE = """
 run_dir = "{run_dir}"

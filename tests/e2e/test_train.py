@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rank_processes import start_or1
 
 from or1.cli import main
 from or1.run.checkpoint import committed_steps, load_checkpoint
+from tests.helpers.ranks import start_or1
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rank_processes import start_or1
 
 from or1.run.checkpoint import committed_steps
+from tests.helpers.ranks import start_or1
 
 SETTINGS = (
     "stage.0.steps=9",

@@ -8,17 +8,17 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import fault_work
 import pytest
 import torch
-from rank_processes import or1_ranks, run_ranks
-from small_run import arguments, lines
 
 from or1.cli import main
 from or1.core import faults
 from or1.core.errors import DiskError, ForeignFileError
 from or1.run.checkpoint import Checkpoint, committed_steps, load_checkpoint, load_latest, verify_checkpoint
 from or1.run.checkpoint_writer import CheckpointWriter, save_checkpoint
+from tests.helpers import fault_work
+from tests.helpers.ranks import or1_ranks, run_ranks
+from tests.helpers.small_run import arguments, lines
 
 
 def small_checkpoint(step: int) -> Checkpoint:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import ROOT, arguments
 
 from or1.cli import main
 from or1.run.metrics_log import read_metrics
+from tests.helpers.small_run import ROOT, arguments
 
 SEED = int(os.environ.get("OR1_FUZZ_SEED", "16"))
 COUNT = int(os.environ.get("OR1_FUZZ_COUNT", "150"))

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from sandboxes import census, kind_or_skip
 
 from or1.config import RewardConfig
 from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import make_scorer
 from or1.reward.scorers import MathScorer
+from tests.helpers.sandboxes import census, kind_or_skip
 
 SLOTS, LIMIT_S = 4, 0.5
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rank_processes import exit_codes, or1_command, or1_ranks, started
-from small_run import arguments, lines
 
 from or1.run.checkpoint import committed_steps, load_checkpoint, verify_checkpoint
+from tests.helpers.ranks import exit_codes, or1_command, or1_ranks, started
+from tests.helpers.small_run import arguments, lines
 
 KILLS = 20
 SAME = ("reward/mean", "policy/entropy", "policy/entropy_coef", "optim/loss", "optim/grad_norm", "optim/lr")

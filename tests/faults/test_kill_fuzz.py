@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rank_processes import exit_codes, or1_command, start_or1, started
-from small_run import ROOT, arguments, lines
 
 from or1.run.checkpoint import committed_steps, load_checkpoint, verify_checkpoint
+from tests.helpers.ranks import exit_codes, or1_command, start_or1, started
+from tests.helpers.small_run import ROOT, arguments, lines
 
 SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 KILLS = int(os.environ.get("KILL_COUNT", "200"))

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_run import arguments
 
 from or1.cli import main
 from or1.config import ModelConfig
 from or1.model.load import ModelError, load_model, load_tokenizer
+from tests.helpers.small_run import arguments
 
 INDEX = "model.safetensors.index.json"
 

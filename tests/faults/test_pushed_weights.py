@@ -6,10 +6,9 @@ import stat
 import time
 from pathlib import Path
 
-import fault_work
-from rank_processes import started
-
 from or1.rollout.vllm.push import FilePush
+from tests.helpers import fault_work
+from tests.helpers.ranks import started
 
 
 def when_told(path: Path) -> Path:

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rank_processes import exit_codes, or1_command, or1_ranks, started
-from small_run import arguments, lines
 
 from or1.dist.oom_peers import CAN_ANCHOR
 from or1.run.checkpoint import committed_steps, load_checkpoint
+from tests.helpers.ranks import exit_codes, or1_command, or1_ranks, started
+from tests.helpers.small_run import arguments, lines
 
 
 def output(log: Path, rank: int) -> str:

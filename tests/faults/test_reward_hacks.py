@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from sandboxes import kind_or_skip, score
 
 from or1.core.types import Score, Status
 from or1.reward.code.sandbox import Inside
+from tests.helpers.sandboxes import kind_or_skip, score
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandboxes import MEMORY_MIB, census, kind_or_skip, output, score
 
 from or1.core.types import Score, Status
 from or1.reward.code.sandbox import SandboxStartError, find_sandbox
+from tests.helpers.sandboxes import MEMORY_MIB, census, kind_or_skip, output, score
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -245,7 +245,7 @@ def test_a_test_that_finds_no_room_for_a_process_is_a_crash(sandbox: str) -> Non
 ZOMBIES = """
 import ctypes, os, sys, time
 from or1.reward.code import sandbox
-from sandboxes import score
+from tests.helpers.sandboxes import score
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process, which, as in many containers, reaps none
 for _ in range(5):
     score("print(1)", {"inputs": ["1\\n"], "outputs": ["1\\n"]}, sys.argv[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 # Each function calls the next.
@@ -53,7 +54,7 @@ def called(node: ast.AST) -> set[str]:
 
 
 def test_the_optimizer_step_is_six_calls_from_the_command(root: Path) -> None:
-    for (path, name), (_, target) in zip(CALLS, CALLS[1:], strict=False):
+    for (path, name), (_, target) in itertools.pairwise(CALLS):
         assert target.rpartition(".")[2] in called(function(root / path, name)), f"{name} does not call {target}"
     print(" -> ".join(name for _, name in CALLS), f": {len(CALLS) - 1} calls")
     assert len(CALLS) - 1 <= MAX_CALLS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from grpo_helpers import WORDS, Record, even_ids, parameters, word_tokenizer
+from tests.helpers.grpo import WORDS, Record, even_ids, parameters, word_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_helpers import even_ids, word_tokenizer
+
+from tests.helpers.grpo import even_ids, word_tokenizer
 
 pytestmark = pytest.mark.integrations
 

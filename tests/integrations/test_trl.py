@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_helpers import WORDS, assert_same_training
 
 from or1.integrations.trl import UnsupportedTRLError, patch
+from tests.helpers.grpo import WORDS, assert_same_training
 
 GRPOConfig = pytest.importorskip("trl").GRPOConfig
 pytestmark = pytest.mark.integrations

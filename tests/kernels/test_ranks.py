@@ -3,17 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).with_name("ranks.py")
 
 
 @pytest.mark.parametrize("checks", ["vocab_parallel,vocab_parallel_extremes", "fsdp,fsdp_tied"])
 def test_two_ranks_equal_one(checks, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(SCRIPT), checks]
+    command = [sys.executable, "-m", "tests.helpers.kernel_ranks", checks]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "rendezvous")],

@@ -36,7 +36,8 @@ def test_two_ranks_share_a_model_and_keep_their_own_responses(
         "2",
         "--master-port",
         "29573",
-        "tests/rollout/tensor_parallel.py",
+        "-m",
+        "tests.helpers.tensor_parallel",
         str(tmp_path / "config.json"),
         str(tmp_path),
     ]
