@@ -27,7 +27,7 @@ from or1.core import faults
 from or1.core.errors import DiskError
 from or1.core.seeds import seed_of
 from or1.core.types import Group, Prompt, Status
-from or1.data import RunData, Sampler, load_run_data
+from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import Budget
 from or1.dist.world import SINGLE, World
@@ -74,13 +74,13 @@ class Trainer:
         world: World = SINGLE,
         stop: Callable[[], bool] = lambda: False,
         resume: int | None = None,
-        check: Callable[[RunData], None] = lambda data: None,
+        check: Callable[[Problems], None] = lambda data: None,
     ):
         """`stop` is asked after every step. `resume` is the step to go on from, 0 for the start; None: the newest.
         `check` sees the data before the model is loaded."""
         self.config, self.display, self.world, self._stop = config, display, world, stop
         self.tokenizer = load_tokenizer(config.model.path)
-        self.data = load_run_data(config, self.tokenizer)
+        self.data = load_problems(config, self.tokenizer)
         check(self.data)
         self.sampler = Sampler(len(self.data.prompts), config.seed, self.data.pools)
         self.model = load_model(config.model, world).train()

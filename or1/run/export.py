@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a plain Hugging Face folder."""
+"""Export of a run's checkpoint as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from or1.run.directory import checkpoints_of, recorded_run
 
 
 def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
-    """Write checkpoint `step` (default: the newest) of a run as a Hugging Face folder; returns the folder.
+    """Write checkpoint `step` of a run, the newest if None, as a Hugging Face folder. Return that folder.
 
-    Raises RunError if the folder is not a run or has no such checkpoint.
+    Raises RunError if `run_dir` is not a run or has no such checkpoint, CheckpointError if the checkpoint is damaged.
     """
     config = recorded_run(run_dir)
     quiet_libraries()
@@ -44,7 +44,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
         others = ", ".join(str(each) for each in steps if each != chosen)
         remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
         raise type(error)(f"{error}; {remedy}") from error
-    # In host memory: what several GPUs trained need not fit on one.
+    # On the CPU: a model trained on several GPUs may not fit on one.
     plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
     model = load_model(config.model.model_copy(update=plain), packs=False)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
             if saved is None or saved.shape != parameter.shape:
                 raise RunError(
                     f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
-                    "has; it is of another model, or was altered"
+                    "has; it belongs to another model, or was altered"
                 )
             parameter.copy_(saved)
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")

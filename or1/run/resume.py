@@ -22,7 +22,8 @@ def restore(trainer: Any, step: int | None) -> TrainState | None:
 
     Collective. Raises CheckpointError if there are checkpoints and none can be used.
     """
-    folder, world, found = checkpoints_of(trainer.config.run_path), trainer.world, []
+    folder, world = checkpoints_of(trainer.config.run_path), trainer.world
+    found: list[TrainState] = []
 
     def use(checkpoint: Checkpoint) -> None:
         found[:] = [_fill(trainer, checkpoint)]

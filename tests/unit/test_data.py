@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from or1.config import Config
-from or1.data import DataError, PromptSet, Sampler, SamplerState, encode, load_prompts, load_run_data, prompt_lines
+from or1.data import DataError, PromptSet, Sampler, SamplerState, encode, load_problems, load_prompts, prompt_lines
 from or1.data import rows as rows_module
 
 CHAT = (
@@ -289,7 +289,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, "the chat template of 'the tokenizer' has not put one prompt into tokens after 0 s; it may loop"),
+        (LOOP, "the chat template of 'the tokenizer' has not encoded one prompt after 0 s; it may loop"),
         ("{% for m in messages %}", "the chat template of 'the tokenizer' is not Jinja: .* in line 1; mend"),
     ],
 )
@@ -511,7 +511,7 @@ def test_a_function_of_ones_own_needs_no_answers(tmp_path: Path, name: str) -> N
             "reward": {"kind": "m:f"},
         }
     )
-    data = load_run_data(config, None)
+    data = load_problems(config, None)
     assert [(p.text, p.golds, p.row.get("style")) for p in data.prompts] == [("hi", (), "brief"), ("ho", (), None)]
     assert len(data.eval_prompts["e"]) == 2 and f"({name}, no answers), 2 kept" in data.reports[0].summary()
     with pytest.raises(DataError, match=r"the first has text; rename them to one of: .*, prompt, question, problem$"):

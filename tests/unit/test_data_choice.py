@@ -24,8 +24,8 @@ from or1.data import (
     Sampler,
     SamplerState,
     SolvedPrompts,
+    load_problems,
     load_prompts,
-    load_run_data,
     times_solved,
 )
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
@@ -165,13 +165,13 @@ def test_difficulty_of_a_file_goes_by_the_whole_prompt(tmp_path: Path) -> None:
     table = {"prompt": [f"q{n}!" for n in range(4)], "samples": [8] * 4, "passes": [0, 1, 7, 8]}
     pq.write_table(pa.table(table), rates)
     settings = {"train": str(path), "prompt_suffix": "!", "difficulty_file": str(rates)}
-    found = load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
+    found = load_problems(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
     assert [p.text for p in found.prompts] == ["q1!", "q2!"] and found.notes == []
-    warned = load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 15)), None)
+    warned = load_problems(config(tmp_path, **settings, keep_difficulty=(1, 15)), None)
     assert len(warned.prompts) == 3 and "counts out of 8, so keep_difficulty up to 15" in warned.notes[0]
     rates.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="is not a file of `or1 filter`"):
-        load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
+        load_problems(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
 
 
 def test_a_model_with_nothing_but_null_counts_is_not_listed_as_one_that_has_some(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
         base = config(tmp_path, train=str(path), difficulty_file=str(rates), keep_difficulty=keep)
         settings = base.model_copy(update={"filter": base.filter.model_copy(update={"samples": 8})})
         filter_run._summarise(settings, Counted(), rates)
-        kept = [p.text for p in load_run_data(settings, None).prompts]
+        kept = [p.text for p in load_problems(settings, None).prompts]
         assert f"keeps {len(kept)} of 6 prompts" in capsys.readouterr().out
         assert kept.count("1+2") in (0, 3)
 
@@ -234,14 +234,14 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
 def test_prompts_with_equal_text_are_told(tmp_path: Path) -> None:
     rows = [("1+2", "3"), ("a", "1"), ("1+2", "3"), ("1+2", "4"), ("b", "1")]
     path = write(tmp_path / "train.jsonl", *({"question": q, "answer": a} for q, a in rows))
-    assert load_run_data(config(tmp_path, train=str(path)), None).notes == [
+    assert load_problems(config(tmp_path, train=str(path)), None).notes == [
         "duplicates: 2 of 5 training prompts have the text of an earlier one (train.jsonl:3 that of train.jsonl:1); "
         "kept, so they are trained on more often",
         "  1 of them with another answer, so one of the two is wrong: train.jsonl:4 has '4', train.jsonl:1 has '3'",
     ]
     one = write(tmp_path / "one.jsonl", {"question": "a", "answer": "1"}, {"question": "b", "answer": "1"})
     # A file that is named twice is meant to count twice.
-    twice = load_run_data(config(tmp_path, train=[str(one), str(one)]), None)
+    twice = load_problems(config(tmp_path, train=[str(one), str(one)]), None)
     assert len(twice.prompts) == 4 and twice.notes == []
 
 
@@ -294,7 +294,7 @@ def test_contamination_is_listed_and_dropped_as_asked(tmp_path: Path, mode: str)
     train = write(tmp_path / "train.jsonl", *({"question": q, "answer": "1"} for q in ("new", *HELD_OUT[:2], "other")))
     held = write(tmp_path / "held.jsonl", *({"question": q, "answer": "1"} for q in HELD_OUT))
     sets = [{"name": "aime", "path": str(held), "limit": 1}]
-    found = load_run_data(config(tmp_path, train=str(train), decontaminate=mode, sets=sets), None)
+    found = load_problems(config(tmp_path, train=str(train), decontaminate=mode, sets=sets), None)
     assert [p.id for p in found.prompts] == [f"train.jsonl:{n}" for n in ((1, 4) if mode == "drop" else (1, 2, 3, 4))]
     assert len(found.eval_prompts["aime"]) == 1
     if mode == "off":
@@ -318,7 +318,7 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
     held = write(tmp_path / "held.jsonl", *({"question": q, "answer": "1"} for q in HELD_OUT))
     mix = [{"path": str(one), "weight": 2}, {"path": str(two), "weight": 1}]
     settings = config(tmp_path, mix=mix, decontaminate="drop", decontaminate_against=str(held))
-    found = load_run_data(settings, None)
+    found = load_problems(settings, None)
     assert [p.text for p in found.prompts] == list("abcdef")
     assert found.pools == (Pool(0, 2, 2.0), Pool(2, 4, 1.0))
 

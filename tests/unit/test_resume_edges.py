@@ -101,7 +101,7 @@ def test_a_save_without_room_says_what_is_used_up_and_that_nothing_stands(
     disk(tmp_path, 0, number)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(checkpoint(1))
-    with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{told}.*No checkpoint stands"):
+    with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{told}.*There is no older checkpoint"):
         writer.wait()
 
 
@@ -536,7 +536,7 @@ def test_standard_output_that_is_gone_does_not_end_a_command(where: str) -> None
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert done.stderr.endswith("done\n")
     if where != ">&-":
-        assert done.stderr.count("standard output cannot be written any more") == 1
+        assert done.stderr.count("standard output can no longer be written") == 1
 
 
 class Racing:
