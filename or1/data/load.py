@@ -142,7 +142,7 @@ class _Loader(NamedTuple):
             try:
                 if isinstance(row, RowError):
                     raise row
-                prompt = _make_prompt(row, schema, f"{name}:{line}", name, self.encode)
+                prompt = _make_prompt(row, schema, row_id=f"{name}:{line}", file=name, encode=self.encode)
                 reason = self.difficulty.verdict(row, prompt.text) if self.difficulty else None
             except RowError as error:
                 bad.append(BadRow(line, str(error)))
@@ -195,14 +195,14 @@ class _Loader(NamedTuple):
         return f". No row has a count for data.difficulty_model = {wanted!r}{found}"
 
 
-def _make_prompt(row: Row, schema: Schema | None, row_id: str, name: str, encode: Encoder) -> Prompt:
+def _make_prompt(row: Row, schema: Schema | None, *, row_id: str, file: str, encode: Encoder) -> Prompt:
     if schema is None:
         raise RowError("the file has no known schema")
     truth = schema.truth(row)
     golds, tests = ((), truth) if isinstance(truth, CodeTests) else (truth, None)
     encoded = encode(schema.ask(row), schema.prompt)
     source = row.get("data_source")
-    source = source if isinstance(source, str) and source else name
+    source = source if isinstance(source, str) and source else file
     return Prompt(
         id=row_id,
         source=source,

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class CheckpointWriter:
         # Copied, because the next update changes these tensors in place.
         tensors = {name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()}
         copied = Checkpoint(checkpoint.step, json.loads(json.dumps(checkpoint.state)), tensors, checkpoint.rows)
-        self._job = _Job(self._folder, copied, self._keep, self._world, self._mark)
+        self._job = _Job(self._folder, copied, keep=self._keep, world=self._world, mark=self._mark)
 
     def _make_partial(self, path: Path) -> None:
         problem = ""
@@ -128,7 +129,7 @@ class CheckpointWriter:
 class _Job(threading.Thread):
     """Thread that writes one checkpoint. `error` is set when this rank's part failed."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int, world: World, mark: Callable[[int], None]):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, *, keep: int, world: World, mark: Callable[[int], None]):
         super().__init__(name="or1-checkpoint", daemon=True)
         self.folder, self.checkpoint, self.keep, self.world = folder, checkpoint, keep, world
         self.partial, self.mark = partial_folder(folder, checkpoint.step), mark
@@ -140,8 +141,8 @@ class _Job(threading.Thread):
         """Write this rank's shard; on rank 0 also the manifest, then commit."""
         try:
             self._with_room(self._write_shard)
-            if self.world.is_main and self._await_shards():
-                self._with_room(self._write_manifest)
+            if self.world.is_main and (shards := self._await_shards()) is not None:
+                self._with_room(partial(self._write_manifest, shards))
                 self._commit()
         except OSError as error:
             self.error = self._describe(error)
@@ -192,19 +193,20 @@ class _Job(threading.Thread):
         about = {"file": path.name, "entry": file_entry(path), "tensors": sorted(mine)}
         write_whole(self.partial / f"shard_{rank}.json", json.dumps(about))
 
-    def _await_shards(self) -> bool:
+    def _await_shards(self) -> list[dict[str, Any]] | None:
+        """Wait for the shards of all ranks and return what their JSON files contain; None if the save is abandoned."""
         paths = [self.partial / f"shard_{rank}.json" for rank in range(self.world.size)]
         while not all(path.is_file() for path in paths):
             if self.abandoned.wait(_POLL_S):
-                return False
-        self._shards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+                return None
+        shards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         for path in paths:
             path.unlink()
-        return True
+        return shards
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, shards: list[dict[str, Any]]) -> None:
         faults.hit("ckpt.before_manifest", self.checkpoint.step)
-        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest()), indent=1))
+        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest(shards)), indent=1))
 
     def _commit(self) -> None:
         step, final = self.checkpoint.step, step_folder(self.folder, self.checkpoint.step)
@@ -216,10 +218,10 @@ class _Job(threading.Thread):
         for old in [s for s in committed_steps(self.folder) if s <= step][: -self.keep]:
             remove_step(self.folder, old)
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         tensors: dict[str, dict[str, Any]] = {}
         for name in self.checkpoint.tensors:
-            holders = [shard["file"] for shard in self._shards if name in shard["tensors"]]
+            holders = [shard["file"] for shard in shards if name in shard["tensors"]]
             if name not in self.checkpoint.rows:
                 tensors[name] = {"parts": [[holders[0]]]}
                 continue
@@ -230,7 +232,7 @@ class _Job(threading.Thread):
             "format": FORMAT,
             "step": self.checkpoint.step,
             "world_size": self.world.size,
-            "files": {shard["file"]: shard["entry"] for shard in self._shards},
+            "files": {shard["file"]: shard["entry"] for shard in shards},
             "tensors": tensors,
             "state": self.checkpoint.state,
         }

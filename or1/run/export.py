@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from or1.core.errors import RunError
+import torch
+
+from or1.core.errors import CheckpointError, RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
+from or1.run.checkpoint import load_checkpoint, step_folder, step_folders
 from or1.run.directory import checkpoints_of, recorded_run
+from or1.run.marks import lost_newest
 
 
 def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
@@ -17,13 +21,9 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     """
     config = recorded_run(run_dir)
     quiet_libraries()
-    import torch
-
-    from or1.core.errors import CheckpointError
+    # After quiet_libraries: the Hugging Face libraries read its environment variables when they are imported.
     from or1.model.export import export_model
     from or1.model.load import load_model, load_tokenizer
-    from or1.run.checkpoint import load_checkpoint, step_folders
-    from or1.run.marks import lost_newest
 
     steps = step_folders(checkpoints_of(run_dir))
     lost = lost_newest(run_dir)
@@ -39,7 +39,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     if chosen not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
     try:
-        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+        checkpoint = load_checkpoint(step_folder(checkpoints_of(run_dir), chosen))
     except CheckpointError as error:
         others = ", ".join(str(each) for each in steps if each != chosen)
         remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
