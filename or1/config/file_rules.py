@@ -110,7 +110,7 @@ def nothing_to_execute(config: Config) -> Iterator[Problem]:
             yield Problem(
                 "model.path",
                 f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
-                "never runs; use a model that transformers knows, and remove auto_map",
+                "never runs; use a model that transformers supports, and remove auto_map",
             )
 
 
@@ -145,5 +145,5 @@ def positions_reach(config: Config) -> Iterator[Problem]:
             yield Problem(
                 where,
                 f"{limit} is more than max_position_embeddings = {positions} in {path}, beyond which "
-                "the model was not made to go; lower it, or raise that where the model can do more",
+                "the model was not trained; lower it, or raise that if the model supports more",
             )

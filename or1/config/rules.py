@@ -81,7 +81,7 @@ def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
 def _no_endpoint(config: Config) -> Iterator[Problem]:
     if config.endpoint.url is not None:
         yield Problem(
-            "endpoint.url", "a server that or1 cannot give weights to is for `or1 eval` and `or1 filter`; remove it"
+            "endpoint.url", "or1 cannot send weights to an endpoint; it is for `or1 eval` and `or1 filter`; remove it"
         )
 
 
@@ -89,8 +89,8 @@ def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
     if config.reward.is_function and config.reward.require_think_close:
         yield Problem(
             "reward.require_think_close",
-            "true has no effect with a function of your own, which is given "
-            "all of the text; remove it, and let the function look for </think>",
+            "true has no effect with a user-defined function, which gets the whole text; remove it, and let the "
+            "function check for </think>",
         )
 
 
@@ -99,7 +99,7 @@ def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     if beat > limit:
         yield Problem(
             "dist.heartbeat_timeout_s",
-            f"{beat:g} is above dist.timeout_s = {limit:g}, so a dead rank would be noticed by that alone; lower it",
+            f"{beat:g} is above dist.timeout_s = {limit:g}, which would end the run before the heartbeat does; lower it",
         )
 
 

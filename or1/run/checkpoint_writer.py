@@ -100,7 +100,7 @@ class CheckpointWriter:
         job = self._job
         alive = self._world.any(job.is_alive())
         if self._world.any(job.error is not None):
-            self._fail(job)
+            self._fail()
         elif not alive:
             self._job = None
 
@@ -116,8 +116,10 @@ class CheckpointWriter:
             self._job.join()
             shutil.rmtree(self._job.partial, ignore_errors=True)
 
-    def _fail(self, job: _Job) -> None:
-        self._job = None
+    def _fail(self) -> None:
+        job, self._job = self._job, None
+        if job is None:
+            return
         job.abandoned.set()
         job.join()
         messages = [m.decode() for m in self._world.gather(str(job.error or "").encode())]
