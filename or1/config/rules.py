@@ -89,7 +89,7 @@ def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
     if config.reward.is_function and config.reward.require_think_close:
         yield Problem(
             "reward.require_think_close",
-            "true has no effect with a user-defined function, which gets the whole text; remove it, and let the "
+            "true has no effect with a function of your own, which is given the whole text; remove it, and let the "
             "function check for </think>",
         )
 
@@ -99,7 +99,7 @@ def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     if beat > limit:
         yield Problem(
             "dist.heartbeat_timeout_s",
-            f"{beat:g} is above dist.timeout_s = {limit:g}, which would end the run before the heartbeat does; lower it",
+            f"{beat:g} is above dist.timeout_s = {limit:g}, which would end the run first; lower it",
         )
 
 
