@@ -225,7 +225,7 @@ def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
                 f"rollout.{name}",
                 f'{value} together with loss.entropy.control = "adaptive": the controller '
                 "estimates the policy's entropy from the sampled tokens, which is biased for tokens of a truncated "
-                f'distribution, so the target would be missed; set {name} = {off}, or control = "constant" or "none"',
+                f'distribution, so the target would not be held; set {name} = {off}, or control = "constant" or "none"',
             )
 
 
