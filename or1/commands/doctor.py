@@ -97,7 +97,7 @@ def _vllm_line(config: Config | None) -> Line:
 def _canary(config: Config) -> Iterator[Line]:
     """Log-probs of engine and trainer with the checkpoint's weights, then again after pushing those very weights."""
     from or1.core.errors import AttentionError, EngineError
-    from or1.data import load_run_data
+    from or1.data import load_problems
     from or1.model.load import ModelError, load_model, load_tokenizer, remarks_of
     from or1.rollout import make_engine
     from or1.train.engine_check import compare_engine
@@ -111,7 +111,7 @@ def _canary(config: Config) -> Iterator[Line]:
         return
     for remark in remarks_of(model):
         yield Line("model", "ok", remark)
-    prompts = load_run_data(config, tokenizer).prompts
+    prompts = load_problems(config, tokenizer).prompts
     with RunDisplay(1, config.stage) as display:
         display.phase("engine")
         try:

@@ -21,7 +21,7 @@ from or1.run.directory import check_run_dir, checkpoints_of, prepare_run_dir, re
 from or1.run.lock import RunLock
 
 if TYPE_CHECKING:
-    from or1.data import RunData
+    from or1.data import Problems
     from or1.dist.world import World
     from or1.report.rank_display import RankDisplay
     from or1.train.build import Parts
@@ -90,7 +90,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
         refused = str(error)
         tell(f"or1: {refused}")
     quiet_libraries()
-    from or1.data import load_run_data, prompt_lines
+    from or1.data import load_problems, prompt_lines
     from or1.model.isolation import rehearse_model
     from or1.model.load import load_tokenizer
     from or1.model.source import require_source
@@ -100,7 +100,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     if config.loss.kl_coef > 0 and config.loss.reference is not None:
         require_source(config.loss.reference)
     remarks = _rehearse_models(config, rehearse_model)
-    data = load_run_data(config, tokenizer)
+    data = load_problems(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     for line in missing_here(config):
         print(visible(line))
@@ -126,7 +126,7 @@ def _rehearse_models(config: Config, rehearse_model: Callable[[ModelConfig], lis
     return list(dict.fromkeys(chain(*each)))
 
 
-def _try_rewards(config: Config, data: RunData, tell: Callable[[str], None]) -> None:
+def _try_rewards(config: Config, data: Problems, tell: Callable[[str], None]) -> None:
     """Find what is wrong with the workers or a function of the user's own before minutes go into a model.
 
     The function is loaded once and not called: a call may cost money or depend on what it was given before. Raises

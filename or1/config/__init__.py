@@ -1,6 +1,7 @@
-"""The configuration: frozen pydantic models, one per TOML section. Imports no torch, so a bad config answers at once.
+"""Configuration: frozen pydantic models, one per TOML section. Imports no torch, so a bad config fails at once.
 
-The docstring under a field is its help text; `or1.config.load` prints it beside an error in that field.
+The docstring under a field is its help text. `or1.config.load` prints it with an error in that field, and
+`python -m or1.config.reference` prints all of them as a page.
 """
 
 from __future__ import annotations

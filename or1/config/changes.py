@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change."""
+"""Rules about which settings may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from or1.config import Config
 
-# What steers what is watched and kept, where the engine runs, how the ranks share the work, and what graders may take.
+# Settings of logging and evaluation, of the engine's process, of the division of work, and of the graders' resources.
 _FREE = (
     "log",
     "checkpoint",
@@ -20,18 +20,18 @@ _FREE = (
     "reward.workers",
     "reward.memory_mib",
 )
-# How long a stage goes on; everything else in it shapes its steps, which a replay repeats by the recorded settings.
+# Fields that only set how long a stage lasts. Replay relies on all other fields of a stage being unchanged.
 _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
 _ABSENT = object()
-# Only evaluations to come are held against them, so that a stage that has ended has no use for them.
+# Fields that only future evaluations are compared with. They have no effect on a stage that has ended.
 _NO_MORE = frozenset({"plateau_evals", "plateau_gain"})
 _STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted paths of the leaves that differ between two resolved configs; tables in a list by their index.
+    """Return the dotted paths of the leaves that differ between two resolved configs; a table in a list by its index.
 
-    A setting that the old config lacks, since its or1 had none, does not differ from its default.
+    A setting that the old config lacks, because an older or1 did not have it, counts as its default.
     """
     return [key for key in _differences(old, new, "") if not _is_new_and_default(key.split("."), old, new)]
 
@@ -60,11 +60,11 @@ def _text(value: Any) -> str:
 
 
 def fixed_keys(changed: Sequence[str], done: int, begun: int, stages: int) -> list[str]:
-    """Those of the changed keys that a run must keep once it has steps to go on from.
+    """Return those of the changed keys that a run with trained steps must not change.
 
-    done    stages that have ended
-    begun   stages that have had a step
-    stages  stages there are now; the last one may go on after its end
+    done    number of stages that have ended
+    begun   number of stages that have had a step
+    stages  number of stages in the new config; the last one may be extended after its end
     """
 
     def is_free(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Rules about files: whether those that a config names are there, and are safe to open."""
+"""Rules about the files that a config names: they exist, and are safe to open."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def training_files(config: Config) -> Iterator[Problem]:
 
 def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     """Find missing files among (dotted path of the setting, file) pairs."""
-    # A file may be named twice, which doubles its share; it is missing once.
+    # A file may be named twice, which doubles its weight. If it is missing, it is reported once.
     for path, where in {path: where for where, path in reversed(named)}.items():
         if is_dir(path):
             yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
@@ -44,7 +44,7 @@ def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
 
 
 def _some(pattern: str) -> str:
-    """The first files of a pattern, for a message; empty if there are none."""
+    """Return the first files that match a pattern, for a message; empty if there are none."""
     found = sorted(name for name in glob.glob(pattern) if is_file(name))
     return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
 
@@ -61,7 +61,7 @@ def files_exist(config: Config) -> Iterator[Problem]:
 
 def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
     model = Path(path)
-    # A hub id has one slash too; but what stands before it would not be a folder here, nor that of a data file.
+    # A hub id has one slash too, but its first part is no folder here, and no data file is in a folder of that name.
     files = (*config.data.files, *(each.path for each in config.eval.sets))
     data = {part for each in files for part in Path(each).parts[:1]}
     looks_local = (
@@ -79,7 +79,7 @@ def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
 
 
 def paths_usable(config: Config) -> Iterator[Problem]:
-    """What is a path only sometimes, so that its field cannot tell."""
+    """Check settings that are paths only for some values, which the type of their field cannot express."""
     for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind)):
         if path is not None and (problem := path_problem(path)):
             yield Problem(where, problem)
@@ -93,7 +93,7 @@ def reward_file_exists(config: Config) -> Iterator[Problem]:
 
 
 def nothing_to_execute(config: Config) -> Iterator[Problem]:
-    """A model folder whose weights are pickled only, or whose config names code of its own, is not opened at all."""
+    """Refuse a model folder with pickled weights only, or with a config that names code of its own."""
     folder = Path(config.model.path)
     if not is_file(folder / "config.json"):
         return
@@ -110,7 +110,7 @@ def nothing_to_execute(config: Config) -> Iterator[Problem]:
             yield Problem(
                 "model.path",
                 f"{path} asks for code that came with the checkpoint (auto_map), which or1 "
-                "never runs; use a model that transformers knows, and remove auto_map",
+                "never runs; use a model that transformers supports, and remove auto_map",
             )
 
 
@@ -118,11 +118,11 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""  # What reads the folder in earnest says what is wrong with the file.
+        return ""  # Loading the model reports what is wrong with the file.
 
 
 def positions_reach(config: Config) -> Iterator[Problem]:
-    """A response limit beyond the positions that a model folder names; what a hub id names is not known yet."""
+    """Refuse response limits beyond max_position_embeddings of a local model folder. A hub id is not checked here."""
     path = Path(config.model.path) / "config.json"
     if not is_file(path) or config.endpoint.url is not None:
         return
@@ -130,13 +130,13 @@ def positions_reach(config: Config) -> Iterator[Problem]:
         known = json.loads(path.read_text(encoding="utf-8"))
         known = known.get("text_config", known)
         positions, rope = known["max_position_embeddings"], known.get("rope_scaling") or known.get("rope_parameters")
-        # Scaled positions reach farther, each kind of them in its own way.
+        # Each kind of scaling extends the positions by its own rule.
         if not isinstance(positions, int) or (rope and rope.get("rope_type", "default") != "default"):
             return
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        return  # What reads the folder in earnest says what is wrong with the file.
-    limits = [(f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)]
-    limits += [
+        return  # Loading the model reports what is wrong with the file.
+    limits: list[tuple[str, int | None]] = [
+        *((f"stage.{i}.max_response_tokens", stage.max_response_tokens) for i, stage in enumerate(config.stage)),
         ("eval.max_response_tokens", config.eval.max_response_tokens),
         ("filter.max_response_tokens", config.filter.max_response_tokens),
     ]
@@ -145,5 +145,5 @@ def positions_reach(config: Config) -> Iterator[Problem]:
             yield Problem(
                 where,
                 f"{limit} is more than max_position_embeddings = {positions} in {path}, beyond which "
-                "the model was not made to go; lower it, or raise that where the model can do more",
+                "the model was not trained; lower it, or raise that if the model supports more",
             )

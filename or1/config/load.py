@@ -1,4 +1,4 @@
-"""TOML files and `--set` overrides -> Config, or every mistake at once with its path and remedy."""
+"""Loading: a TOML file and `--set` overrides become a Config, or an error with every mistake, its path and a remedy."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from or1.config import Config
 from or1.config.paths import found_from
 from or1.config.peers import known_as, nearest
 from or1.config.rules import Verb, contradictions
+from or1.config.section import section_of
 from or1.core.errors import ConfigError, Problem
 
-# In place of a refused number that is required: valid for all of them.
-_STAND_IN = 2
+# Replaces a refused number that is required; valid for every such field.
+_PLACEHOLDER = 2
 _DEEPEST = 8
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "train", *, files: bool = True) -> Config:
-    """Read a TOML file or a run's config.resolved.json, apply `a.b=c` overrides, validate for what is to be done.
+    """Read a TOML file or a run's config.resolved.json, apply `a.b=c` overrides, and validate for `verb`.
 
-    files  False: the files it names need not be there
+    files  False: the files that the config names need not exist
 
-    A file that is not found from the working directory is looked for from the config's folder, then from the one above.
+    A file that does not exist relative to the working directory is searched relative to the config's folder, then
+    relative to its parent.
 
     Raises ConfigError with all mistakes: unreadable file, TOML syntax, unknown keys, types, ranges, missing files and
     contradictions between sections.
@@ -50,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "t
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as JSON, which keeps nulls where TOML cannot."""
+    """Return the resolved config as JSON, which has nulls, unlike TOML."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
 
@@ -71,7 +73,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         problem = Problem("file", "nests too deeply to be read; no setting needs more than three levels")
         raise ConfigError(str(path), [problem]) from error
     except ValueError as error:
-        # Such as a number of more digits than Python turns into an integer.
+        # For example a number with more digits than int() accepts.
         raise ConfigError(str(path), [Problem("file", f"cannot be read ({error}); correct that value")]) from error
     if not isinstance(data, dict):
         problem = Problem("file", f"holds a {type(data).__name__} where a table of settings is expected")
@@ -80,7 +82,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _apply_override(data: dict[str, Any], text: str) -> Problem | None:
-    """Write one `a.b=c` into `data`; c is read as TOML, or as a plain string where it is not. Lists take an index."""
+    """Write one `a.b=c` into `data`. c is parsed as TOML, else taken as a plain string. Lists take an index."""
     key, sep, raw = text.partition("=")
     if not sep or not key.strip():
         return Problem(
@@ -130,14 +132,14 @@ def _child(node: Any, part: str) -> Any:
 
 
 def _index(text: str, items: list[Any]) -> int | None:
-    # Other scripts have digits too, which int() or the reader of the message may not know.
+    # Digits of other scripts are refused, since int() may not accept them.
     if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(items):
         return int(text)
     return None
 
 
 def _shown(value: object) -> str:
-    """The value for a message, shortened; a number of thousands of digits and a deep list have no text at all."""
+    """Return a value for a message, shortened. Numbers with thousands of digits and deep lists have no repr."""
     try:
         return _SHOWN.repr(value)
     except (ValueError, RecursionError):
@@ -149,7 +151,11 @@ def _shorter(text: str) -> str:
 
 
 def _validate(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """Validate; on errors also the config without the offending values, so that contradictions still show."""
+    """Return the validated config and its problems.
+
+    On errors the offending values are removed or replaced, and the rest is validated again. The caller can then still
+    check the rest for contradictions. Returns None as config if the second validation fails too.
+    """
     try:
         return Config.model_validate(data), []
     except ValidationError as error:
@@ -163,7 +169,7 @@ def _validate(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
 
 
 def _mend(data: dict[str, Any], location: tuple[int | str, ...], kind: str) -> None:
-    """Take the offending value away, or put a valid one in its place if it is required."""
+    """Remove the offending value, or replace a required one by a valid placeholder."""
     *parents, last = location
     node: Any = data
     for part in parents:
@@ -175,20 +181,20 @@ def _mend(data: dict[str, Any], location: tuple[int | str, ...], kind: str) -> N
         node.pop(last, None)
         field = _field(location) if kind != "extra_forbidden" else None
         if field is not None and field.is_required():
-            node[str(last)] = _stand_in(field)
+            node[str(last)] = _placeholder(field)
 
 
-def _stand_in(field: FieldInfo) -> Any:
-    if (section := _section_type(field.annotation)) is not None:
-        return {name: _stand_in(each) for name, each in section.model_fields.items() if each.is_required()}
-    return "-" if field.annotation is str else _STAND_IN
+def _placeholder(field: FieldInfo) -> Any:
+    if (section := section_of(field.annotation)[0]) is not None:
+        return {name: _placeholder(each) for name, each in section.model_fields.items() if each.is_required()}
+    return "-" if field.annotation is str else _PLACEHOLDER
 
 
 def _follows_from(problem: Problem, refused: Sequence[Problem]) -> bool:
-    """Whether a contradiction is about a value that was refused, or about the one that stands in its place."""
+    """Return True if a contradiction concerns a refused value or its placeholder."""
     return any(
         f"{problem.path}.".startswith(f"{each.path}.")
-        or f"{each.path.rpartition('.')[2]} = {_STAND_IN}" in problem.message
+        or f"{each.path.rpartition('.')[2]} = {_PLACEHOLDER}" in problem.message
         for each in refused
     )
 
@@ -217,7 +223,7 @@ def _explain(error: Any) -> Problem:
 
 
 def _hint(location: tuple[int | str, ...], section: list[str], given: object) -> str:
-    """What to write in place of an unknown key: another trainer's name, a wrong section and a slip are told apart."""
+    """Return advice for an unknown key: or1's name for another trainer's key, the right section, or the spelling."""
     name = str(location[-1])
     close = difflib.get_close_matches(name, section, n=1)
     elsewhere = known_as(Config, name, given) or ([] if close else nearest(Config, name))
@@ -227,33 +233,27 @@ def _hint(location: tuple[int | str, ...], section: list[str], given: object) ->
 
 
 def _describe(location: tuple[int | str, ...]) -> tuple[list[str], str]:
-    """The keys of the section that holds `location`, and the help text of the field there (with its default)."""
+    """Return the keys of the section that contains `location`, and the field's help text with its default."""
     names: list[str] = list(Config.model_fields)
     text = ""
     for field in _fields(location):
         default = "" if field.is_required() or field.default is None else f" Default: {field.default!r}."
-        text = f"{field.description or ''}{default if not isinstance(field.default, BaseModel) else ''}".strip()
-        if (child := _section_type(field.annotation)) is not None:
+        about = " ".join((field.description or "").split())
+        text = f"{about}{default if not isinstance(field.default, BaseModel) else ''}".strip()
+        if (child := section_of(field.annotation)[0]) is not None:
             names = list(child.model_fields)
     return names, text
 
 
 def _fields(location: tuple[int | str, ...]) -> Iterator[FieldInfo]:
-    """The fields on the way to `location`; without its list indices, and unknown keys."""
+    """Yield the fields on the path `location`, without list indices and unknown keys."""
     model: type[BaseModel] = Config
     for part in location:
         field = model.model_fields.get(str(part)) if isinstance(part, str) else None
         if field is not None:
             yield field
-            model = _section_type(field.annotation) or model
+            model = section_of(field.annotation)[0] or model
 
 
 def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
     return next(reversed(list(_fields(location))), None) if isinstance(location[-1], str) else None
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return inner[0] if inner else None

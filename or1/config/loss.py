@@ -17,23 +17,23 @@ class EntropyConfig(Section):
     variant: Literal["script", "paper"] = "script"
     """script: the released code (gate lags a step, coefficient clipped). paper: Eq. 3.2 (gate on the same step)."""
     coef: float = Field(0.0, ge=0)
-    """Initial coefficient; for `constant`, the coefficient."""
+    """Coefficient; with control = "adaptive", its initial value."""
     target: float = Field(0.2, ge=0)
-    """Entropy in nats per token that the adaptive controller holds."""
+    """Target entropy of the adaptive controller, in nats per token."""
     measure: Literal["kept", "all"] = "kept"
-    """Whose tokens say how high the entropy is. kept: those of kept groups, as the released code. all: every sampled
-    token; kept groups have mixed outcomes, so once most groups are solved they no longer show a collapse."""
+    """Tokens over which the entropy is measured. kept: tokens of kept groups, as in the released code. all: every
+    sampled token. Kept groups have mixed outcomes, so once most groups are solved they no longer show a collapse."""
     delta: float = Field(1e-4, gt=0)
     """Change of the coefficient per step. Default 1e-4 (script) or 5e-3 (paper)."""
     coef_min: float = 0.0
-    """Lower bound of the coefficient. The paper names none; below 0 the bonus becomes a penalty on entropy."""
+    """Lower bound of the coefficient. The paper has none; a negative coefficient penalises entropy."""
     coef_max: float = Field(5e-3, gt=0)
-    """Upper bound of the coefficient. Default 5e-3 (script) or 1.0 (paper, which names no bound)."""
+    """Upper bound of the coefficient. Default 5e-3 (script) or 1.0 (paper, which has no bound)."""
     alarm_low: float = Field(0.1, ge=0)
-    """Warn of collapse below this share of the first steps' entropy; 0: never."""
+    """Warn of entropy collapse below this fraction of the first steps' entropy; 0: never."""
     alarm_high: float = Field(3.0, gt=1)
-    """Warn of explosion above this multiple of the first steps' entropy, or of `target` where control = "adaptive" and
-    that is higher."""
+    """Warn of entropy explosion above this multiple of the first steps' entropy. With control = "adaptive", above this
+    multiple of `target` if that is higher."""
 
     @model_validator(mode="before")
     @classmethod
@@ -53,26 +53,26 @@ class LossConfig(Section):
     clip_high: float = Field(0.2, ge=0)
     """The ratio is clipped above 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
     old_logp: Literal["auto", "recompute", "rollout"] = "auto"
-    """Old log-probs. auto: none when on-policy, else recompute. rollout: trust the engine's."""
+    """Old log-probs. auto: none when on-policy, else recompute. rollout: those of the engine."""
     is_cap: float | None = Field(None, gt=0)
     """Cap of the truncated importance weight between engine and trainer; absent means no correction."""
     reject_zero_advantage: bool = True
-    """Leave out groups whose responses are all wrong or all right (paper, section 3.1)."""
+    """Reject groups whose responses are all wrong or all correct (paper, section 3.1)."""
     normaliser: Literal["token", "sequence", "dr_grpo"] = "token"
     """token: divide by all trained tokens (Eq. 3.1). sequence: mean over responses of token means (GRPO).
     dr_grpo: divide by responses times max_response_tokens."""
     denominator: Literal["kept", "sampled"] = "kept"
-    """What rejection does to the step size. kept: divide by what is trained (paper), in near-equal minibatches.
-    sampled: in full minibatches and a rest, which is divided as a full one, so that its step is smaller (code)."""
+    """Effect of rejection on the step size. kept: divide by the trained tokens (paper), in minibatches of nearly equal
+    size. sampled: full minibatches and a smaller last one, divided like a full one, so its step is smaller (code)."""
     advantage_mask: Literal["none", "before", "after"] = "none"
-    """Truncated responses: none: wrong like any other (paper). before: out of the group's mean and std, advantage 0.
-    after: in mean and std, advantage 0 (paper, section 3.2.3)."""
+    """Treatment of truncated responses. none: like any other wrong response (paper). before: excluded from the group's
+    mean and std, advantage 0. after: included in mean and std, advantage 0 (paper, section 3.2.3)."""
     advantage_std: bool = True
-    """Divide advantages by the group's standard deviation; false is Dr.GRPO's choice."""
+    """Divide advantages by the group's standard deviation; false as in Dr.GRPO."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy || reference); 0, the report's choice, loads no reference model."""
+    """Weight of the k3 estimate of KL(policy || reference). 0, as in the report, loads no reference model."""
     reference: str | None = None
     """Hugging Face checkpoint of the reference model; absent means model.path. Only read when kl_coef > 0."""
     refill_rounds: int = Field(0, ge=0)
-    """Extra rollouts a step may take to replace rejected groups (DAPO's dynamic sampling); 0: the batch shrinks."""
+    """Most extra rollouts of a step that replace rejected groups (DAPO's dynamic sampling); 0: the batch shrinks."""
     entropy: EntropyConfig = EntropyConfig()

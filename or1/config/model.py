@@ -1,4 +1,4 @@
-"""`[model]`: the policy and how its forward and backward run."""
+"""`[model]`: the policy, and how its forward and backward run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from or1.config.section import MOST_TOKENS, FilePath, Section
 
-# Names that other trainers take for the same thing.
+# Other names for the same types and devices, as other trainers use them.
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "float": "float32", "double": "float64"}
 _DEVICES = {"gpu": "cuda", "cuda:0": "cuda"}
 
@@ -32,20 +32,20 @@ class ModelConfig(Section):
     path: FilePath
     """Hugging Face checkpoint folder or hub id of a causal language model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], BeforeValidator(short_dtype)] = "bfloat16"
-    """Type of the weights in forward and backward; `optim.weights` says what the optimizer keeps. fp32, bf16 and fp64
-    mean the same; there is no float16."""
+    """Type of the weights in forward and backward; `optim.weights` sets what the optimizer keeps. fp32, bf16 and fp64
+    are accepted too; there is no float16."""
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_device)] = "auto"
-    """Where to train; auto takes the GPU if there is one. gpu and cuda:0 mean cuda; another GPU is chosen by the
-    environment variable CUDA_VISIBLE_DEVICES."""
+    """Training device; auto: the GPU if there is one. gpu and cuda:0 mean cuda. To use another GPU, set the environment
+    variable CUDA_VISIBLE_DEVICES."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed rows. flash: the flash-attn package; varlen: torch's own; both need a GPU and 16-bit
     weights. sdpa: exact on any device and type, slow on a GPU. auto: the first of these that can run."""
     gradient_checkpointing: Annotated[Literal["none", "layer", "offload"], BeforeValidator(_from_bool)] = "none"
-    """layer: keep each layer's input and recompute the rest in backward. offload: keep those inputs in host memory (on
-    the CPU the same as layer). true and false mean layer and none."""
+    """layer: keep each layer's input and recompute the rest in backward. offload: keep these inputs in host memory (on
+    the CPU, same as layer). true and false mean layer and none."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, where installed and the architecture is
-    known to Liger; never on the CPU."""
+    """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, if Liger is installed and supports the
+    architecture; never on the CPU."""
     mlp_tile_tokens: int = Field(16384, ge=0, le=MOST_TOKENS)
-    """Rows longer than this pass through each MLP in tiles of at most this many tokens, which bounds its activations;
-    free with gradient checkpointing, one more MLP forward without. 0: never."""
+    """Longer rows pass through each MLP in tiles of at most this many tokens, which bounds the memory of activations.
+    No extra cost with gradient checkpointing, one more MLP forward without. 0: never."""

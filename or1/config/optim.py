@@ -14,30 +14,30 @@ class OptimConfig(Section):
     """`[optim]`"""
 
     optimizer: Literal["adamw", "adamw8bit", "offload"] = "adamw"
-    """adamw: fp32 moments beside the weights. adamw8bit: moments in blockwise 8 bits (torchao). offload: fp32 moments
-    and master weights in host memory, the update on the CPU."""
+    """adamw: fp32 moments on the device. adamw8bit: blockwise 8-bit moments (torchao). offload: fp32 moments and
+    master weights in host memory, with the update on the CPU."""
     weights: Literal["master", "stochastic"] = "master"
-    """What an update is added to. master: an fp32 copy of bf16 weights. stochastic: the bf16 weights themselves,
-    rounded up or down at random so that small updates survive on average; saves 4 bytes a parameter."""
+    """Weights that the update is added to. master: an fp32 copy of bf16 weights. stochastic: the bf16 weights, with
+    stochastic rounding, so that small updates survive on average; saves 4 bytes per parameter."""
     grad_dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(short_dtype)] = "float32"
-    """Type in which a bf16 model's gradient is summed over packed rows; bfloat16 saves 2 bytes a parameter. Models of
-    other types sum in their own."""
+    """Type in which gradients of a bf16 model are summed over packed rows; bfloat16 saves 2 bytes per parameter.
+    Gradients of other models are summed in the model's type."""
     lr: float = Field(1e-6, gt=0, le=10)
     """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
-    """Updates over which the learning rate rises linearly from 0."""
+    """Number of updates over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays, each in [0, 1)."""
     eps: float = Field(1e-8, ge=1e-30, le=1)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.01, ge=0, le=100)
-    """Decoupled weight decay on matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; none for norms and biases."""
     grad_clip: float = Field(1.0, ge=1e-30, le=1e30)
     """Largest gradient norm of one update."""
     max_tokens_per_rank: int = Field(32768, ge=1, le=2**31 - 1)
-    """Tokens in one packed row; sets peak memory, never the gradient."""
+    """Largest number of tokens in a packed row; affects peak memory, not the gradient."""
     share_prompts: Literal["auto", "on", "off"] = "auto"
-    """Let the responses of a group share one copy of their prompt in a packed row; the gradient is the same. auto: if
-    that saves at least 10 % of the tokens."""
+    """Responses of a group share one copy of their prompt in a packed row; the gradient is the same. auto: if that
+    saves at least 10 % of the tokens."""
     max_nonfinite_steps: int = Field(3, ge=1, le=MOST_STEPS)
-    """Stop after this many updates in a row were skipped for a non-finite loss or gradient."""
+    """Stop after this many consecutive updates were skipped because of a non-finite loss or gradient."""

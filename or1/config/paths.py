@@ -1,4 +1,4 @@
-"""Where the files of a config are: from the working directory, or from where the config itself is."""
+"""Resolution of the paths in a config: relative to the working directory, or to the folder of the config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from or1.config import Config
 
 
 def is_file(path: str | Path) -> bool:
-    """Return whether a file can be seen there; one behind a folder that may not be searched cannot."""
+    """Return True if the path is a visible file; False if a parent folder may not be searched."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -17,7 +17,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_dir(path: str | Path) -> bool:
-    """Return whether a folder can be seen there."""
+    """Return True if the path is a visible folder."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -25,11 +25,11 @@ def is_dir(path: str | Path) -> bool:
 
 
 def found_from(source: Path, config: Config) -> Config:
-    """Return the config with the files that only the config's folder, or the one above it, leads to named from there.
+    """Return the config with paths that exist only relative to the config's folder, or its parent, resolved from there.
 
     source  the config's file
 
-    A path that leads somewhere from the working directory is kept, and so is one that leads nowhere.
+    A path that exists relative to the working directory stays unchanged, and so does one that exists nowhere.
     """
     try:
         folder = source.absolute().parent

@@ -1,4 +1,4 @@
-"""Names of other trainers for what or1 has under a name of its own: TRL, verl, OpenRLHF, prime-rl, AReaL."""
+"""Names that other trainers use for or1's settings: TRL, verl, OpenRLHF, prime-rl, AReaL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
+
+from or1.config.section import section_of
 
 _PEERS = {
     "learning_rate": "optim.lr",
@@ -113,9 +115,9 @@ _PEERS = {
 def known_as(config: type[BaseModel], name: str, given: object = None) -> list[str]:
     """Return the paths of the settings that an unknown key may mean, best first.
 
-    config    the whole configuration's class
-    name      the key: a name of another trainer, or one that stands in another section here
-    given     its value: the keys of an unknown table are looked up in place of its own name
+    config  the class of the whole configuration
+    name    the key: a name of another trainer, or of a setting in another section
+    given   its value; if it is a table, the keys of that table are looked up instead
     """
     if isinstance(given, Mapping) and given:
         found = [path for leaf in _leaves(given) for path in _of_name(config, leaf)]
@@ -124,16 +126,16 @@ def known_as(config: type[BaseModel], name: str, given: object = None) -> list[s
 
 
 def nearest(config: type[BaseModel], name: str) -> list[str]:
-    """Return the path of the setting, in any section, whose name or another trainer's is spelt most alike."""
+    """Return the path of the setting, in any section, whose name here or in another trainer is spelt most similarly."""
     names = {path.rpartition(".")[2]: path for path in reversed(list(settings(config)))}
     close = difflib.get_close_matches(name.lower(), [*names, *_PEERS], n=1, cutoff=0.8)
     return [names.get(close[0]) or _PEERS[close[0]]] if close else []
 
 
 def settings(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the path of every setting, tables in a list by the index 0."""
+    """Yield the path of every setting; tables in a list get the index 0."""
     for name, field in config.model_fields.items():
-        section, listed = _section(field.annotation)
+        section, listed = section_of(field.annotation)
         if section is None:
             yield f"{prefix}{name}"
         else:
@@ -153,11 +155,3 @@ def _leaves(table: Mapping[str, Any], depth: int = 8) -> Iterator[str]:
             yield from _leaves(value, depth - 1)
         else:
             yield str(name)
-
-
-def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field holds, and whether it holds a list of such."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return (inner[0], True) if inner else (None, False)

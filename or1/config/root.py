@@ -1,4 +1,4 @@
-"""`Config`, the whole of a TOML file, and its smallest sections: `[[stage]]`, `[dist]`, `[checkpoint]`, `[log]`."""
+"""`Config`, the whole of a TOML file, and its small sections: `[[stage]]`, `[dist]`, `[checkpoint]`, `[log]`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, 
 
 
 class StageConfig(Section):
-    """`[[stage]]`"""
+    """`[[stage]]`: a training stage."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
-    """Rollout steps in this stage; with `until = "plateau"`, the most it takes."""
+    """Rollout steps of this stage; with `until = "plateau"`, the largest number of steps."""
     until: Literal["steps", "plateau"] = "steps"
-    """When to hand over: after `steps`, or as soon as evaluations are surely flat: in accuracy (in mean reward where
-    rewards are graded), and in the truncation rate of the training steps between them."""
+    """End of the stage. steps: after `steps`. plateau: as soon as accuracy (mean reward for graded rewards) and the
+    truncation rate of the training steps between evaluations have become flat."""
     plateau_evals: int = Field(6, ge=1, le=MOST_STEPS)
-    """Evaluations of a window. A line through the last two windows tells what a window gains; more windows need more
-    evaluations, and bear more noise. 1 compares two evaluations and allows for no noise."""
+    """Evaluations per window. A line fitted through the last two windows gives the gain of a window. Larger windows
+    need more evaluations and tolerate more noise. 1 compares two evaluations and does not account for noise."""
     plateau_gain: float = Field(0.005, gt=0, le=1e6)
-    """Smallest rise of accuracy or mean reward, or fall of the truncation rate, in a window that counts as a gain."""
+    """Smallest rise of accuracy or mean reward, or fall of the truncation rate, per window that counts as a gain."""
     max_response_tokens: int = Field(ge=1, le=MOST_TOKENS)
     """Response limit of this stage; a longer response is truncated and, by default, scores 0."""
     prompts_per_step: int = Field(ge=1, le=2**20)
@@ -38,18 +38,17 @@ class StageConfig(Section):
     """Responses per prompt (the paper's gs)."""
     minibatch_prompts: int | None = Field(None, ge=1, le=2**20)
     """Prompts of one optimizer step (the paper's D_T); absent means prompts_per_step, which is on-policy."""
-
     reuse: int = Field(1, ge=1, le=1000)
     """Passes over each rollout (the paper's N_reuse); above 1 is off-policy."""
 
     @property
     def updates_per_step(self) -> int:
-        """N_SGD = D_R / D_T * N_reuse (paper, Eq. 4.1), before rejection makes the rollout smaller."""
+        """Optimizer steps per rollout, N_SGD = D_R / D_T * N_reuse (paper, Eq. 4.1), not counting rejected groups."""
         return -(-self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)) * self.reuse
 
     @property
     def on_policy(self) -> bool:
-        """Whether one rollout feeds exactly one optimizer step, so that the ratio is 1 and the clip inert."""
+        """True if one rollout has exactly one optimizer step. The ratio is then 1 and the clip inert."""
         return self.updates_per_step == 1
 
 
@@ -57,42 +56,42 @@ class DistConfig(Section):
     """`[dist]`: has no effect in a single process."""
 
     sequence_parallel: int = Field(1, ge=1, le=1024)
-    """Ranks that share one packed row, each with part of its tokens (Ulysses); divides the number of ranks and the
-    model's query and key-value heads. Raise it where one row's activations do not fit."""
+    """Ranks that share one packed row, each with part of its tokens (Ulysses). Must divide the number of ranks and the
+    model's query and key-value heads. Raise it if the activations of one row do not fit into memory."""
     timeout_s: float = Field(1800.0, ge=1, le=MOST_SECONDS)
-    """A rank waits this long for the others, generation of the slowest included; then the run ends."""
+    """Longest time in seconds that a rank waits for the others, including the slowest generation; then the run ends."""
     heartbeat_timeout_s: float = Field(60.0, ge=1, le=MOST_SECONDS)
-    """A rank that gives no sign of life for this long is dead, and the run ends on all others."""
+    """A rank without a heartbeat for this many seconds counts as dead, and the run ends on all ranks."""
 
 
 class CheckpointConfig(Section):
     """`[checkpoint]`"""
 
     every_steps: int = Field(20, ge=1, le=MOST_STEPS)
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; there is always one after the last step."""
     keep: int = Field(2, ge=1, le=MOST_STEPS)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class LogConfig(Section):
     """`[log]`"""
 
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Write TensorBoard events in addition to metrics.jsonl."""
     rollouts_every_steps: int = Field(1, ge=1, le=MOST_STEPS)
     """Steps between saved rollouts (rollouts/step_N.parquet)."""
 
 
 class Config(Section):
-    """A whole run. `or1.config.load.load_config` makes one from TOML."""
+    """All settings of a run. `or1.config.load.load_config` builds one from TOML."""
 
     run_dir: FilePath
     """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of data order and sampling."""
     deterministic: bool = False
-    """On a GPU, use only algorithms whose result has the same bits every time, and fail where there is none; slower. A
-    CPU run always is."""
+    """On a GPU, use only deterministic algorithms, and fail for an operation without one; slower. Runs on the CPU are
+    always deterministic."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -110,7 +109,7 @@ class Config(Section):
 
     @property
     def total_steps(self) -> int:
-        """Rollout steps of all stages together."""
+        """Number of rollout steps of all stages."""
         return sum(stage.steps for stage in self.stage)
 
     @property
@@ -125,5 +124,5 @@ class Config(Section):
 
     @property
     def run_path(self) -> Path:
-        """The run directory as a path."""
+        """Run directory as a Path."""
         return Path(self.run_dir)

@@ -1,4 +1,4 @@
-"""Contradictions between sections, and files that are not there: what no single field can know."""
+"""Rules about contradictions between sections and about missing files, which no single field can check."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _MOST_RESPONSES = 2**20
 
 
 def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> list[Problem]:
-    """Every rule's complaints about a config whose fields are valid one by one, for what is to be done with it.
+    """Return the problems that the rules find in a config whose fields are valid individually.
 
-    files  False: whatever files exist
+    verb   the command that will use the config
+    files  False: do not check that training files, evaluation sets and models exist
     """
     rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (training_files, files_exist)]
     return [problem for rule in rules for problem in rule(config)]
@@ -44,7 +45,7 @@ def _data_given(config: Config) -> Iterator[Problem]:
     if not data.files:
         yield Problem("data.train", "missing; name JSONL, JSON-array or parquet files of training problems")
     if data.train and data.mix:
-        yield Problem("data.mix", "stands beside data.train; name the files in one of them")
+        yield Problem("data.mix", "cannot be combined with data.train; name the files in one of them")
 
 
 def _difficulty_given(config: Config) -> Iterator[Problem]:
@@ -80,7 +81,7 @@ def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
 def _no_endpoint(config: Config) -> Iterator[Problem]:
     if config.endpoint.url is not None:
         yield Problem(
-            "endpoint.url", "a server that or1 cannot give weights to is for `or1 eval` and `or1 filter`; remove it"
+            "endpoint.url", "or1 cannot send weights to an endpoint; it is for `or1 eval` and `or1 filter`; remove it"
         )
 
 
@@ -88,8 +89,8 @@ def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
     if config.reward.is_function and config.reward.require_think_close:
         yield Problem(
             "reward.require_think_close",
-            "true has no effect with a function of your own, which is given "
-            "all of the text; remove it, and let the function look for </think>",
+            "true has no effect with a function of your own, which is given the whole text; remove it, and let the "
+            "function check for </think>",
         )
 
 
@@ -98,7 +99,7 @@ def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     if beat > limit:
         yield Problem(
             "dist.heartbeat_timeout_s",
-            f"{beat:g} is above dist.timeout_s = {limit:g}, so a dead rank would be noticed by that alone; lower it",
+            f"{beat:g} is above dist.timeout_s = {limit:g}, which would end the run first; lower it",
         )
 
 
@@ -187,11 +188,11 @@ def _importance_weights_sound(config: Config) -> Iterator[Problem]:
                     "needs importance weights; set loss.is_cap, for example to 2.0, or remove this",
                 )
         return
-    for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
-        if value != off:
+    for name, setting, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
+        if setting != off:
             yield Problem(
                 f"rollout.{name}",
-                f"{value} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
+                f"{setting} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
                 "from a truncated distribution, whose probabilities are those of the whole one divided by "
                 "the mass that survives, so every importance weight would be multiplied by that mass; set "
                 f"{name} = {off}, or remove loss.is_cap",
@@ -205,12 +206,12 @@ def _importance_weights_sound(config: Config) -> Iterator[Problem]:
 
 
 def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
-    """Settings that read the engine's log-probs as those of the policy, which truncated sampling makes wrong."""
+    """Find settings that use the engine's log-probs as the policy's, which truncated sampling makes wrong."""
     rollout, loss = config.rollout, config.loss
     for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if value == off:
             continue
-        # transformers' generate reports log-probs among all tokens, so the ratio is right there.
+        # transformers' generate reports log-probs among all tokens, so its ratio is correct.
         if loss.old_logp == "rollout" and rollout.engine != "hf":
             yield Problem(
                 f"rollout.{name}",
@@ -223,9 +224,8 @@ def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"rollout.{name}",
                 f'{value} together with loss.entropy.control = "adaptive": the controller '
-                "estimates the policy's entropy from the sampled tokens, and tokens of a truncated "
-                "distribution say something else, on each engine in its own way, so that the target would "
-                f'not be held; set {name} = {off}, or control = "constant" or "none"',
+                "estimates the policy's entropy from the sampled tokens, which is biased for tokens of a truncated "
+                f'distribution, so the target would not be held; set {name} = {off}, or control = "constant" or "none"',
             )
 
 
@@ -250,7 +250,7 @@ def _engine_fits(config: Config) -> Iterator[Problem]:
 
 
 def _vllm_samples(config: Config) -> Iterator[Problem]:
-    """vLLM refuses a request beyond this, which a run would learn in its first rollout only."""
+    """Refuse temperatures that vLLM refuses; a run would fail only in its first rollout."""
     if config.rollout.engine != "vllm" or config.endpoint.url is not None:
         return
     named = [("rollout.temperature", config.rollout.temperature), ("filter.temperature", config.filter.temperature)]
@@ -293,7 +293,7 @@ def _magic_variants_sound(config: Config) -> Iterator[Problem]:
         if stage.until == "plateau" and not config.eval.sets:
             yield Problem(
                 f"stage.{i}.until",
-                '"plateau" is told by evaluations, but there are none; add [[eval.sets]], or set until = "steps"',
+                '"plateau" needs evaluations, but there are none; add [[eval.sets]], or set until = "steps"',
             )
 
 

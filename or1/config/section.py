@@ -1,22 +1,30 @@
-"""What every section of the configuration is: closed, frozen, with its help text under each field."""
+"""`Section`, the base class of all configuration sections, and the types of paths."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
-# Far beyond any run, and small enough that products of two, seconds of a clock and 64-bit numbers hold them.
+# Far beyond any run, yet small enough that a product of two fits into 64 bits and a clock accepts the seconds.
 MOST_TOKENS, MOST_STEPS, MOST_SECONDS, MOST_MIB = 2**24, 10**9, 10**7, 2**24
 _LONGEST_PATH, _LONGEST_NAME = 4000, 255
 
 
 class Section(BaseModel):
-    """A closed, immutable table: an unknown key is an error, a field never changes after loading."""
+    """Closed, immutable table: an unknown key is an error, and no field changes after loading."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """Return the section class in a field's type, None for a plain value, and True for a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    inner = [each for each in get_args(annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return (inner[0], True) if inner else (None, False)
 
 
 def _listed(value: object) -> object:
@@ -24,13 +32,13 @@ def _listed(value: object) -> object:
 
 
 def path_problem(value: str) -> str:
-    """Return why no file can have this name, empty if one can; the first look at the disk would raise otherwise."""
+    """Return the reason why no file can have this name, "" if one can. Access to such a path would raise an error."""
     locale = "rename it, or set LANG to a UTF-8 locale such as C.UTF-8"
     try:
         encoded = os.fsencode(value)
     except UnicodeEncodeError as error:
         return f"a path cannot have the character at place {error.start + 1} here; {locale}"
-    # A path of another encoding, as Python keeps it, has no text that libraries could write into their files.
+    # Python represents undecodable bytes by surrogates, which libraries cannot write into their files.
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         return f"a path must be text in this locale; {locale}"
     if not value.strip() or "\0" in value:

@@ -1,1 +1,1 @@
-"""What every room speaks: types, errors, atomic files, codecs, faults and text. Imports nothing of or1."""
+"""Types, errors, atomic files, codecs, seeds, faults and text. Imports nothing else of or1."""

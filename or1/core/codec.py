@@ -1,6 +1,7 @@
-"""Groups as bytes, to travel between ranks and into checkpoints: safetensors for arrays, JSON for the rest, no pickle.
+"""Serialisation of rollout groups: safetensors for arrays, JSON for the rest, no pickle.
 
-Any tree of or1.core.types' dataclasses, tuples, dicts, arrays and plain values; a new field needs no change here.
+The bytes travel between ranks. Supported are trees of the dataclasses and enums of or1.core.types, tuples, lists,
+dicts with string keys, numpy arrays and plain values. A new field of a dataclass needs no change here.
 """
 
 from __future__ import annotations
@@ -18,34 +19,37 @@ from or1.core import types
 from or1.core.errors import WireError
 
 _TREE = "tree"
-# What a tree may name: by these alone, since an attribute of the module may be anything that it imports.
+# Only classes defined in or1.core.types may be named in a tree. Other attributes of that module are its imports.
 _OWN = [each for each in vars(types).values() if isinstance(each, type) and each.__module__ == types.__name__]
 _DATACLASSES = {each.__name__: each for each in _OWN if is_dataclass(each)}
 _ENUMS = {each.__name__: each for each in _OWN if issubclass(each, StrEnum)}
 
 
 def dumps(value: Any) -> bytes:
-    """The bytes of a tree. Raises TypeError for anything that `loads` could not rebuild."""
+    """Return a tree as bytes. Raises TypeError for a value that `loads` could not rebuild."""
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_plain(value, arrays)).encode()
     return save(arrays | {_TREE: np.frombuffer(tree, dtype=np.uint8)})
 
 
 def loads(data: bytes) -> Any:
-    """The inverse of `dumps`: bit for bit, lists as tuples. Raises WireError for bytes that `dumps` does not write."""
+    """Return the tree that `dumps` serialised, bit for bit except that lists become tuples.
+
+    Raises WireError for bytes that `dumps` did not write.
+    """
     try:
         arrays = load(data)
         return _rebuilt(json.loads(arrays.pop(_TREE).tobytes()), arrays)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
         raise WireError(
-            f"{len(data)} bytes from another rank are no groups of this or1 ({type(error).__name__}: "
-            f"{error}); run the same or1 on every rank"
+            f"{len(data)} bytes from another rank cannot be decoded ({type(error).__name__}: {error}); run the same "
+            "or1 on every rank"
         ) from error
 
 
 def _plain(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, np.ndarray):
-        # An empty array's bytes are nothing; safetensors keeps its shape and type all the same.
+        # Empty arrays too: safetensors keeps their shape and dtype.
         arrays[str(len(arrays))] = np.ascontiguousarray(value)
         return {"array": str(len(arrays) - 1)}
     if _DATACLASSES.get(type(value).__name__) is type(value):
@@ -58,7 +62,7 @@ def _plain(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return {"dict": {key: _plain(item, arrays) for key, item in value.items()}}
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise TypeError(f"{type(value).__name__} cannot travel; make it a dataclass of or1.core.types")
+    raise TypeError(f"{type(value).__name__} cannot be serialised; make it a dataclass of or1.core.types")
 
 
 def _rebuilt(tree: Any, arrays: dict[str, np.ndarray]) -> Any:

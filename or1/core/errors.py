@@ -1,6 +1,6 @@
-"""Every error that ends a command: the message names what is wrong, the limit and the remedy.
+"""Errors that end a command, with their exit codes. Each message names the problem, the limit and the remedy.
 
-`or1` prints the message as one line, without a traceback, and returns the error's `exit_code`.
+`or1` prints the message without a traceback and returns the error's `exit_code`.
 """
 
 from __future__ import annotations
@@ -9,79 +9,82 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 EXIT_USAGE, EXIT_DATA, EXIT_RUN, EXIT_RETRY, EXIT_INTERRUPTED = 2, 65, 70, 75, 130
-"""Bad arguments or config; bad data; anything else of or1; run the same command again; Ctrl-C."""
+"""Exit codes: bad arguments or config; bad data; other errors of or1; retry the same command; Ctrl-C."""
 
 
 class Or1Error(ValueError):
-    """Base of or1's own errors. Any other exception is a bug, or another library's, and keeps its traceback."""
+    """Base class of or1's own errors.
+
+    Any other exception is a bug, or comes from another library, and is shown with its traceback.
+    """
 
     exit_code = EXIT_RUN
 
 
 class WireError(Or1Error):
-    """Bytes that hold no tree of or1.core.types."""
+    """Bytes that do not decode to a tree of or1.core.types."""
 
 
 class FaultError(Or1Error):
-    """OR1_FAULT is not of the form above."""
+    """Value of OR1_FAULT that does not have the form described in or1.core.faults."""
 
 
 class DataError(Or1Error):
-    """Data that cannot be trained on; the message names every offending file and its bad rows."""
+    """Unusable training data; the message names every offending file and its bad rows."""
 
     exit_code = EXIT_DATA
 
 
 class RowError(Or1Error):
-    """Why one row is unusable."""
+    """Reason why one row of data is unusable."""
 
 
 class RunError(Or1Error):
-    """A run directory that cannot be used as asked; the message names it and the remedy."""
+    """Run directory that cannot be used for the requested command."""
 
 
 class CheckpointError(Or1Error):
-    """A checkpoint that cannot be used; the message names the file and the remedy."""
+    """Missing, damaged or unsuitable checkpoint; the message names the file."""
 
 
 class ForeignFileError(CheckpointError):
-    """A file or link in a checkpoint, or a name in its manifest, that or1 did not write; nothing there is opened."""
+    """File or link in a checkpoint that or1 did not write, or a manifest entry outside the checkpoint. Never opened."""
 
     exit_code = EXIT_USAGE
 
 
 class DiskError(Or1Error):
-    """A checkpoint that could not be written; the message names the path, the bytes and the remedy."""
+    """Checkpoint that could not be written; the message names the path and the bytes needed."""
 
     exit_code = EXIT_RETRY
 
 
 class MetricsError(Or1Error):
-    """The metrics of a run were taken from under it; the message names the file and the remedy."""
+    """metrics.jsonl was removed or replaced during the run."""
 
 
 class RolloutError(Or1Error):
-    """Rollouts that cannot be written or read back; the message names the file and the remedy."""
+    """Rollout file that cannot be written or read back."""
 
 
 class StoreError(Or1Error):
-    """A folder of results that belongs to something else; the message names it and the remedy."""
+    """Results folder that was made under other settings, or cannot be read."""
 
 
 class ModelError(Or1Error):
-    """A checkpoint that cannot be trained; the message names it and the remedy."""
+    """Model checkpoint that cannot be trained."""
 
 
 class ModelSourceError(Or1Error):
-    """A model that is neither in a folder nor at the hub; the message names it and the remedy."""
+    """Model that exists neither as a folder nor on the hub."""
 
 
 class MemoryOptionError(Or1Error):
-    """An option that cannot be had on this model or machine; the message names it and the remedy."""
+    """Memory-saving option that is unavailable on this model or machine."""
 
 
 class PackingError(ModelError):
-    """An architecture that packed rows would train wrongly; `reason` is short and has no numbers."""
+    """Architecture that packed rows would train incorrectly; `reason` is short and contains no numbers."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -89,15 +92,15 @@ class PackingError(ModelError):
 
 
 class AttentionError(Or1Error):
-    """A backend that cannot run here; the message names it and the remedy."""
+    """Attention backend that cannot run on this machine."""
 
 
 class DistError(Or1Error):
-    """Ranks that cannot be arranged as asked; the message names the numbers and the remedy."""
+    """Arrangement of ranks that is impossible; the message names the numbers."""
 
 
 class RowMemoryError(RuntimeError):
-    """A packed row did not fit into memory; the message says on which rank. All ranks raise it, unless `here_only`."""
+    """Out of memory on a packed row; the message names the rank. All ranks raise this error unless `here_only`."""
 
     def __init__(self, message: str, here_only: bool = False):
         super().__init__(message)
@@ -105,70 +108,70 @@ class RowMemoryError(RuntimeError):
 
 
 class MemoryLimitError(Or1Error):
-    """A sequence that does not fit into memory even in a row of its own; the message names it and the remedy."""
+    """Sequence that does not fit into memory even in a row of its own."""
 
 
 class ShorterRowsError(MemoryLimitError):
-    """A row that did not fit in a run that cannot go on in shorter ones; the same command resumes with those."""
+    """Out of memory in a run that cannot shorten its rows while running; the same command resumes with shorter rows."""
 
     exit_code = EXIT_RETRY
 
 
 class EngineError(Or1Error):
-    """An engine that cannot work or has stopped working; the message names the cause and a remedy."""
+    """Inference engine that cannot start or has stopped working."""
 
 
 class EndpointError(Or1Error):
-    """A server that cannot be used or has stopped answering; the message names it and the remedy."""
+    """Server that is unusable or has stopped answering."""
 
 
 class ServerLost(EngineError):
-    """The server died or hangs."""
+    """Inference server that died or hangs."""
 
     exit_code = EXIT_RETRY
 
 
 class ScorerError(Or1Error):
-    """A scorer that cannot work at all: the message names the cause and a remedy."""
+    """Scorer that cannot score any response."""
 
 
 class RewardFunctionError(ScorerError):
-    """A function of the user's own that cannot be loaded or called."""
+    """User-defined reward function that cannot be loaded or called."""
 
     exit_code = EXIT_USAGE
 
 
 class ReportError(Or1Error):
-    """The folder is not a run, or holds nothing to report yet; the message says which and what to do."""
+    """Folder that is not a run, or a run without anything to report yet."""
 
 
 class PlanError(Or1Error):
-    """What cannot be planned; the message names it and the remedy."""
+    """Config whose memory or time cannot be estimated."""
 
     exit_code = EXIT_USAGE
 
 
 class OptimizerError(Or1Error):
-    """An optimizer that cannot be had, or a state that is not its own; the message names it and the remedy."""
+    """Unavailable optimizer, or an optimizer state that does not match the model."""
 
 
 class GroundTruthError(Or1Error):
-    """Why a row's ground truth is unusable."""
+    """Reason why a row's ground truth is unusable."""
 
 
 class TestedError(Or1Error):
-    """Why no program could be told right by these tests."""
+    """Reason why no program could pass these tests."""
 
 
 class Problem(NamedTuple):
-    """One mistake: where (dotted path), and what is wrong with a remedy."""
+    """One mistake in a config: the dotted path of the key, and a message with the remedy."""
 
     path: str
     message: str
 
 
 class ConfigError(Or1Error):
-    """A config that cannot run; `problems` holds every mistake found."""
+    """Config that cannot run; `problems` contains every mistake found."""
 
     exit_code = EXIT_USAGE
 

@@ -1,9 +1,9 @@
-"""Faults on purpose, for the tests of what a run survives: OR1_FAULT=point:rankR:stepS:action, several with commas.
+"""Injected faults for crash tests: OR1_FAULT=point:rankR:stepS:action, several separated by commas.
 
-    OR1_FAULT=ckpt.after_shard:rank1:step3:kill      SIGKILL rank 1 when it has written its shard of step 3
+    OR1_FAULT=ckpt.after_shard:rank1:step3:kill      SIGKILL rank 1 after it has written its shard of step 3
     OR1_FAULT=train.gradient:rank0:step2+:inf        from step 2 on, an infinity in rank 0's gradient
 
-`rank*` is every rank. Unset, `hit` is one comparison with None.
+`rank*` means every rank. With OR1_FAULT unset, `hit` is one comparison with None.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ class _Fault(NamedTuple):
 def _parse(text: str | None) -> tuple[_Fault, ...] | None:
     if not text:
         return None
-    matches = [_FORM.fullmatch(part) for part in text.split(",")]
-    if None in matches:
+    return tuple(_parse_one(part, text) for part in text.split(","))
+
+
+def _parse_one(part: str, text: str) -> _Fault:
+    if (found := _FORM.fullmatch(part)) is None:
         raise FaultError(f"OR1_FAULT = {text!r} is not point:rankR:stepS:action; unset it for a run without faults")
-    return tuple(_Fault(m[1], m[2], int(m[3]), bool(m[4]), m[5]) for m in matches)
+    point, rank, step, onwards, action = found.groups()
+    return _Fault(point=point, rank=rank, step=int(step), onwards=bool(onwards), action=action)
 
 
 _FAULTS = _parse(os.environ.get("OR1_FAULT"))
@@ -49,15 +53,16 @@ _step = 0
 
 
 def at_step(step: int) -> None:
-    """Say which step the run is in."""
+    """Set the step that `hit` compares with."""
     global _step
     _step = step
 
 
 def hit(point: str, step: int | None = None) -> str | None:
-    """Pass a point where a fault may be placed; returns the action if it is one that the caller carries out.
+    """Carry out the fault placed at this point, if any; return its action if the caller must act, else None.
 
-    kill, term and hang happen here; enospc raises OSError as a full disk does, oom what torch raises out of memory.
+    kill, term and hang happen here. enospc raises OSError as a full disk does, oom raises torch.OutOfMemoryError. Any
+    other action is returned.
     """
     if _FAULTS is None:
         return None
@@ -67,12 +72,18 @@ def hit(point: str, step: int | None = None) -> str | None:
     return None
 
 
+def poison(point: str, tensors: Iterable[Any]) -> None:
+    """Overwrite one element of the first non-empty tensor with infinity, in place, if `point` has the action inf."""
+    if hit(point) == "inf":
+        next(tensor for tensor in tensors if tensor.numel()).view(-1)[0] = math.inf
+
+
 def _act(fault: _Fault) -> str:
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "term":
-            # Once: a point may be passed several times in a step, and a second SIGTERM means something else.
+            # Only once: a step may pass the point several times, and a second SIGTERM ends the process at once.
             _sent.add(fault)
             os.kill(os.getpid(), signal.SIGTERM)
         case "hang":
@@ -81,7 +92,7 @@ def _act(fault: _Fault) -> str:
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "oom":
-            # Once, unless it is to last: the smaller row that comes next should fit.
+            # Only once unless the fault is permanent: the retry in shorter rows must succeed.
             if not fault.onwards:
                 _sent.add(fault)
             raise _out_of_memory()
@@ -92,9 +103,3 @@ def _out_of_memory() -> RuntimeError:
     import torch
 
     return torch.OutOfMemoryError("out of memory (OR1_FAULT)")
-
-
-def poison(point: str, gradients: Iterable[Any]) -> None:
-    """Write an infinity into the first gradient that is not empty, if fault `point` is due with action "inf"."""
-    if hit(point) == "inf":
-        next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = math.inf

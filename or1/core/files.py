@@ -1,22 +1,28 @@
-"""Files that a crash leaves whole or absent, and that no symbolic link leads elsewhere."""
+"""Atomic file and folder writes, and checksums.
+
+Every write of or1 that a crash must not leave half done uses `replacing`, `write_whole` or `commit_folder`. They write
+under a hidden temporary name and rename. A reader therefore sees the old content or the new, never a mixture.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Error numbers of a write that found no room: the disk, the user's quota, or the limit of a file's size."""
+"""Error numbers of a write without space: a full disk, an exhausted quota, or the limit on file size."""
 SEAL = "sha256"
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +33,8 @@ def fsync(path: Path) -> None:
 def without_links(path: str, flags: int) -> int:
     """Open a file for `open(..., opener=without_links)`. Raises OSError if its name is a symbolic link.
 
-    Others can guess the names of lock files and of half-written ones, and put a link to a file of the user's there.
+    The names of lock files and temporary files are predictable. Without this check another user could place a link
+    there and make or1 overwrite the link's target.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
@@ -38,27 +45,71 @@ def without_links(path: str, flags: int) -> int:
         raise OSError(errno.ELOOP, text, str(path)) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file; whatever happens meanwhile, its name holds the old content or the new, and the new is on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    # What a crash left half-written, or a link that somebody has put there.
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; after the block, rename that file to `path`.
+
+    durable  fsync the file before the rename, and the folder after. Off where speed counts more than a power cut:
+             files in memory, and files that a run can write again
+    shared   several processes may write `path` at once, so the temporary name contains the process id
+
+    An error in the block leaves `path` untouched and removes the temporary file.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    # Left by a crash, or a link that someone placed there: most writers of file formats would write through the link.
     partial.unlink(missing_ok=True)
-    with open(partial, "w", encoding="utf-8", opener=without_links) as file:
+    try:
+        yield partial
+        if durable:
+            fsync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync(path.parent)
+
+
+def write_whole(path: Path, text: str, *, durable: bool = True, shared: bool = False) -> None:
+    """Replace the content of a file atomically; `durable` and `shared` as for `replacing`."""
+    with (
+        replacing(path, durable=durable, shared=shared) as partial,
+        open(partial, "w", encoding="utf-8", opener=without_links) as file,
+    ):
         file.write(text)
-    fsync(partial)
-    os.replace(partial, path)
-    fsync(path.parent)
+
+
+def commit_folder(partial: Path, final: Path) -> None:
+    """Rename a finished folder to `final`, replace an older one there, and fsync the parent folder.
+
+    The caller fsyncs the files. Raises NotADirectoryError if `final` is a file or a symbolic link.
+    """
+    if os.path.lexists(final):
+        if final.is_symlink() or not final.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder, so or1 does not replace it", str(final))
+        remove_folder(final)
+    os.replace(partial, final)
+    fsync(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder. Its name disappears first, so a crash halfway leaves no incomplete folder under that name."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON data with the sha256 of its canonical text under the key SEAL, for `is_unbroken`."""
     plain = json.loads(json.dumps({key: value for key, value in data.items() if key != SEAL}))
-    return plain | {SEAL: _digest(plain)}
+    return {**plain, SEAL: _digest(plain)}
 
 
 def is_unbroken(data: Mapping[str, Any]) -> bool:
-    """Return whether sealed data is what was sealed. Data without a seal, of an older or1, passes."""
-    return SEAL not in data or data[SEAL] == _digest({key: value for key, value in data.items() if key != SEAL})
+    """Return True if sealed data is unchanged since `sealed`, or has no seal because an older or1 wrote it."""
+    return SEAL not in data or bool(data[SEAL] == _digest({key: value for key, value in data.items() if key != SEAL}))
 
 
 def _digest(data: Mapping[str, Any]) -> str:
@@ -66,6 +117,6 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file, as read back from it."""
+    """Return the manifest entry of a file, {"sha256": hex digest, "bytes": size}, computed from the file on disk."""
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}

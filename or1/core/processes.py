@@ -1,7 +1,7 @@
-"""Processes and what they start: adopt orphans, reap them, and end every descendant.
+"""Process control: adopt orphans, reap children, and kill every descendant.
 
-A descendant that moved to another session or process group escapes `killpg`, so descendants are found in /proc. Where
-there is no Linux, the functions do what they can and say nothing.
+A descendant that moved to another session or process group escapes `killpg`, so descendants are found in /proc. On
+systems other than Linux the functions do as much as the system allows, without an error.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _PAUSE_S = 0.002
 
 
 def adopt_orphans() -> bool:
-    """Become the parent of every descendant whose own parent ends; returns whether the system can do that.
+    """Become the parent of every descendant whose own parent ends. Return True if the system supports that.
 
-    Without this they go to process 1, which in a container without `--init` never reaps them.
+    Without a subreaper, orphans go to process 1, which in a container without `--init` never reaps them.
     """
     return _prctl(_SET_CHILD_SUBREAPER, 1)
 
@@ -29,7 +29,7 @@ def die_with(parent: int) -> None:
 
     The kernel watches the THREAD that forked. Use this only where the parent has one thread.
     """
-    # With no such call the getppid below still catches a parent that has already gone.
+    # The parent may have ended before the prctl; getppid catches that, also on systems without prctl.
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -37,18 +37,18 @@ def die_with(parent: int) -> None:
 
 def _prctl(option: int, value: int) -> bool:
     try:
-        return ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) == 0
+        return bool(ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) == 0)
     except (OSError, AttributeError):
         return False
 
 
 def descendants(root: int) -> list[int]:
-    """Return the living processes that `root` started, directly or not; none where there is no /proc."""
+    """Return the ids of all living direct and indirect children of `root`; empty on systems without /proc."""
     children: dict[int, list[int]] = {}
     with contextlib.suppress(OSError):
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat", "rb") as file:
-                # The name of the program, in parentheses, may hold spaces and parentheses.
+                # The program's name, in parentheses, may itself contain spaces and parentheses.
                 state, parent = file.read().rpartition(b")")[2].split()[:2]
                 if state not in (b"Z", b"X"):
                     children.setdefault(int(parent), []).append(int(name))
@@ -61,10 +61,10 @@ def descendants(root: int) -> list[int]:
 
 
 def kill_descendants(root: int, patience_s: float = 2.0) -> set[int]:
-    """Kill every descendant of `root` and wait until none lives; returns their ids. Gives up after `patience_s`."""
+    """Kill every descendant of `root` and return their ids. Wait at most `patience_s` seconds until none is alive."""
     killed: set[int] = set()
     end = time.monotonic() + patience_s
-    # Again and again: one that forks may do so between the look and the kill.
+    # Repeated, because a descendant may fork between the listing and the kill.
     while (living := descendants(root)) and time.monotonic() < end:
         for pid in living:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -75,7 +75,7 @@ def kill_descendants(root: int, patience_s: float = 2.0) -> set[int]:
 
 
 def reap_orphans(but: int | None = None) -> None:
-    """Reap children that have ended. The status of the child `but` is left for its own waitpid."""
+    """Reap children that have ended, except the child `but`, whose exit status its own waitpid needs."""
     if not hasattr(os, "waitid"):
         return
     with contextlib.suppress(ChildProcessError):
@@ -84,7 +84,7 @@ def reap_orphans(but: int | None = None) -> None:
 
 
 def has_children() -> bool:
-    """Return whether this process has any child, a dead one that was not reaped included."""
+    """Return True if this process has a child, including a zombie. Always True on systems without waitid."""
     if not hasattr(os, "waitid"):
         return True
     try:

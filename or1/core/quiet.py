@@ -1,4 +1,4 @@
-"""Keep the chatter of libraries out of the output of or1."""
+"""Suppression of progress bars and advice that libraries print."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of libraries out of the display; their errors still show."""
+    """Turn off progress bars and warnings of Hugging Face libraries; their errors are still shown."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)

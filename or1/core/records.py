@@ -1,4 +1,4 @@
-"""Values in a record of metrics.jsonl, which may be missing or of another type."""
+"""Tolerant access to the records of metrics.jsonl, whose values may be missing or of another type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Nine digits at most: int() refuses thousands of them, and no run has so many samples.
+# At most nine digits: int() raises ValueError for thousands of digits.
 AVG_KEY = re.compile(r"eval/([^/]+)/avg@([0-9]{1,9})")
 
 
@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 
 def number(value: object, default: float = math.nan) -> float:
-    """A metric as a float; `default` for anything missing, not a number, or not finite."""
+    """Return a metric as a float; `default` if the value is missing, not a number, or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return default
     try:

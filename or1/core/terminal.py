@@ -1,7 +1,7 @@
-"""What goes to standard error beside the display, with every escape sequence spelt out.
+"""Safe output to the terminal: control characters in messages are shown as text.
 
-Error messages quote responses, data files, servers and model folders. A terminal would obey the escape sequences in
-them: clear the screen, set the title, or show a line that or1 never wrote.
+Error messages quote responses, data files, servers and model folders. Escape sequences in such text could clear the
+screen, set the window title, or imitate a line of or1's own output.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from or1.core.text import visible
 
 
 def tell(text: object) -> None:
-    """Print a message on standard error; its newlines stay, other invisible characters are spelt out."""
+    """Print a message on standard error with control characters made visible; newlines are kept."""
     print(visible(text), file=sys.stderr, flush=True)
 
 
 def tell_traceback(error: BaseException) -> None:
-    """Print the traceback of an error as Python does, by `tell`."""
+    """Print the traceback of an error in Python's format, through `tell`."""
     tell("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def guard_terminal() -> None:
-    """Make tracebacks, log lines and warnings of this process go through `visible`, whichever library writes them."""
+    """Filter tracebacks, log lines and warnings of this process through `visible`, whichever library writes them."""
     sys.excepthook = _show_traceback
     threading.excepthook = _show_traceback_of_thread
     logging.setLogRecordFactory(_VisibleRecord)
@@ -42,7 +42,7 @@ def guard_terminal() -> None:
 
 
 class _Output:
-    """Standard output that may go: a pipe that is closed or a full disk loses lines of the display, and not the run."""
+    """Standard output that survives a closed pipe or a full disk: lines are dropped, the run continues."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._lost = stream, False
@@ -51,17 +51,17 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop the text where that is not possible."""
+        """Write the text, or drop it if the stream is broken. Return the length of the text."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write all lines."""
+        """Write or drop every line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or drop what was to be written."""
+        """Flush the stream unless it is broken."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -70,12 +70,12 @@ class _Output:
                 action()
         except OSError as error:
             self._lost = True
-            # Python flushes once more at the end, and would fail again; what is in the buffer goes nowhere.
+            # Python flushes again at exit and would fail again, so the descriptor is redirected to /dev/null.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-            tell(f"or1: standard output cannot be written any more ({error}); what follows is not shown there")
+            tell(f"or1: standard output can no longer be written ({error}); further output there is dropped")
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
@@ -84,16 +84,16 @@ def _show_traceback(kind: type[BaseException], error: BaseException, where: Trac
 
 def _show_traceback_of_thread(found: threading.ExceptHookArgs) -> None:
     if found.exc_value is not None and found.exc_type is not SystemExit:
-        name = found.thread.name if found.thread is not None else "that has ended"
+        name = found.thread.name if found.thread is not None else "(ended)"
         tell(f"Exception in thread {name}:")
         _show_traceback(found.exc_type, found.exc_value, found.exc_traceback)
 
 
 class _VisibleRecord(logging.LogRecord):
-    """A log record for whichever handler a library has installed."""
+    """Log record that filters its text through `visible`, whichever handler formats the record."""
 
     def getMessage(self) -> str:
         if self.exc_info and self.exc_info[0] is not None and not self.exc_text:
-            # A formatter keeps the text that is there, and would write a raw one otherwise.
+            # logging.Formatter reuses exc_text if it is set; otherwise it would format the raw traceback.
             self.exc_text = visible("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
         return visible(super().getMessage())

@@ -1,4 +1,4 @@
-"""Numbers and text as a person reads them, in the terminal and in the report."""
+"""Formatting of numbers and text for people, in the terminal and in the report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-# C0 and C1 controls would steer a terminal or corrupt a page; direction overrides would reorder what is read.
+# C0 and C1 controls could steer a terminal or corrupt a page; bidirectional overrides could reorder the text.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BLOCKS, _ASCII_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", "_.-=+*#@"
 
 
 def visible(text: object) -> str:
-    """Text from outside with its invisible characters spelt out: an escape becomes <U+001B>."""
+    """Return text with its control and bidirectional characters spelt out: an escape becomes <U+001B>."""
     return _UNSEEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", str(text))
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: 42 s, 3 min 12 s, 5 h 07 min."""
+    """Return seconds in words: 42 s, 3 min 12 s, 5 h 07 min."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -26,13 +26,13 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as on a clock, which takes few columns: 0:42, 2:33, 1:02:33."""
+    """Return seconds in clock format, which needs few columns: 0:42, 2:33, 1:02:33."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def count_text(value: float) -> str:
-    """A count with at most four digits: 12600000 -> 12.6 M."""
+    """Return a count in at most four digits with a suffix: 12600000 -> 12.6 M."""
     for least, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
             return f"{value / unit:.3g} {suffix}"
@@ -40,7 +40,10 @@ def count_text(value: float) -> str:
 
 
 def value_text(value: float, kind: str) -> str:
-    """A metric in a style: fixed3, fixed4, short, tokens, count, percent or percent0; "-" if it is not finite."""
+    """Return a metric as text, "-" if not finite.
+
+    kind  fixed3, fixed4, tokens, count, percent, percent0 or short
+    """
     if not math.isfinite(value):
         return "-"
     match kind:
@@ -61,7 +64,7 @@ def value_text(value: float, kind: str) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
-    """Finite values as a row of at most `width` block characters, each the mean of its share of them."""
+    """Return finite values as at most `width` block characters, each the mean of an equal share of the values."""
     if not values:
         return ""
     cells = min(width, len(values))

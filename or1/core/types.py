@@ -1,4 +1,4 @@
-"""The data that flows through a step. Arrays are numpy on the host; torch begins at `or1.model.rows`."""
+"""Data types of a training step. Arrays are numpy on the host; torch is first used in `or1.model.rows`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 
 class Status(StrEnum):
-    """What became of scoring one response; every value is counted by name.
+    """Outcome of scoring one response; metrics count every value by name.
 
-    OK         right, or, for a reward of the user's own, above 0
-    WRONG      wrong, or not above 0
-    NO_ANSWER  nothing in it to grade
-    TRUNCATED  cut at the token limit, or never out of its thoughts
-    TIMEOUT    grading it took too long
-    CRASH      grading it failed
-    SKIPPED    the user's reward gave None: it has no reward
+    OK         correct, or a user-defined reward above 0
+    WRONG      incorrect, or a user-defined reward of at most 0
+    NO_ANSWER  the response contains nothing to grade
+    TRUNCATED  cut at the token limit, or still inside the thinking block
+    TIMEOUT    grading took too long
+    CRASH      grading failed
+    SKIPPED    the user-defined reward returned None: no reward
     """
 
     OK = "ok"
@@ -33,17 +33,18 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class CodeTests:
-    """The tests of one programming problem; `or1.reward.ground_truth` makes them from what data sets hold.
+    """Tests of one programming problem; `or1.reward.ground_truth` builds them from the formats of data sets.
 
     kind         "stdin": the program reads inputs[i] and prints outputs[i]
-                 "function": `fn_name`, a function or a method of class Solution, called with the JSON values in the
-                 lines of inputs[i], returns one of the JSON values in the lines of outputs[i]
-                 "asserts": `script` asserts what the program's names must do
-    inputs       one per test; as many outputs; never none
+                 "function": `fn_name`, a function or a method of class Solution, is called with the JSON values in the
+                 lines of inputs[i] and returns one of the JSON values in the lines of outputs[i]
+                 "asserts": `script` asserts the behaviour of the program's names
+    inputs       one per test, at least one for "stdin" and "function"
+    outputs      as many as inputs
     fn_name      the function under test
     script       Python source with at least one assert statement
-    setup        Python source that comes before both the program and the script
-    names        what the script takes from the program; every other name is its own, Python's or the setup's
+    setup        Python source that runs before both the program and the script
+    names        names that the script takes from the program; all others are its own, Python's or the setup's
     """
 
     kind: Literal["stdin", "function", "asserts"]
@@ -59,10 +60,10 @@ class CodeTests:
 class Prompt:
     """One problem: `Prompt(id="train.jsonl:17", source="train.jsonl", text="12+7", token_ids=[...], golds=("19",))`.
 
-    golds     equally good answers of a maths problem
-    tests     of a programming problem
-    row       the columns of the data row as they were read, for rewards that users bring
-    messages  the same as `text` in roles, for servers that apply the chat template themselves
+    golds     equally correct answers of a maths problem
+    tests     tests of a programming problem
+    row       the columns of the data row as read from the file, for user-defined rewards
+    messages  the chat messages behind `text`, for servers that apply the chat template themselves
     """
 
     id: str
@@ -82,9 +83,9 @@ class Response:
     token_ids  i32[L], up to and including the end-of-sequence token if one was sampled
     logp       f32[L], the engine's log-probability of each token at the sampling temperature, nats
     finish     "stop" if the last token is end-of-sequence, "length" if the response was cut at the limit, "deadline" if
-               it was aborted because time was up; such a response may have no token at all
+               generation was aborted at its deadline; such a response may have no tokens
     version    policy version that sampled its last token
-    versions   i32[L], policy version that sampled each token, or None where `version` sampled all of them
+    versions   i32[L], policy version that sampled each token, or None if `version` sampled all of them
     """
 
     token_ids: np.ndarray
@@ -96,20 +97,20 @@ class Response:
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was cut before its end-of-sequence token."""
+        """True if the response ended without an end-of-sequence token."""
         return self.finish != "stop"
 
     @property
     def token_versions(self) -> np.ndarray:
-        """i32[L]: the policy version behind each token."""
+        """Policy version that sampled each token, i32[L]."""
         return np.full(len(self.token_ids), self.version, np.int32) if self.versions is None else self.versions
 
 
 @dataclass(frozen=True)
 class Score:
-    """Reward of one response and why. A reward of NaN is none: the response is left out of its group.
+    """Reward and status of one response. NaN means no reward: the response leaves its group and is not trained on.
 
-    cause  of a crash, for a person
+    cause  reason of a crash, as text
     """
 
     reward: float
@@ -119,7 +120,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Group:
-    """The M responses to one prompt with their scores, in sampling order."""
+    """All M responses to one prompt with their scores, in sampling order."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
@@ -127,13 +128,13 @@ class Group:
 
     @property
     def rewards(self) -> np.ndarray:
-        """f64[M]; NaN where a response has no reward"""
+        """Rewards, f64[M]; NaN for a response without a reward."""
         return np.array([score.reward for score in self.scores], dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class OpenGroup:
-    """A group some of whose responses are to go on under the next policy; those have no score yet."""
+    """Group with unfinished responses that continue under the next policy; those have no score yet."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
@@ -142,10 +143,14 @@ class OpenGroup:
 
 @dataclass(frozen=True)
 class TrainSequence:
-    """One response to train on: `prompt_ids` i32[Lp], `response_ids` i32[L], `rollout_logp` f32[L], its advantage.
+    """One response to train on.
 
-    `old_logp` float[L] is what the ratio compares with; None when the update is on-policy. `ref_logp` float[L] is the
-    reference model's, which the KL term reads.
+    prompt_ids    i32[Lp]
+    response_ids  i32[L]
+    rollout_logp  f32[L], the engine's log-probabilities, nats; NaN where unknown
+    advantage     advantage of every token of the response
+    old_logp      float[L], log-probabilities of the old policy in the ratio; None for an on-policy update
+    ref_logp      float[L], log-probabilities of the reference model for the KL term
     """
 
     prompt_ids: np.ndarray
@@ -157,7 +162,7 @@ class TrainSequence:
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens this sequence takes in a packed row."""
+        """Tokens of this sequence in a packed row."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
     @property
@@ -167,5 +172,5 @@ class TrainSequence:
 
     @property
     def known_tokens(self) -> int:
-        """Tokens that the loss sums over: those of which the engine reported a finite log-probability."""
+        """Tokens that the loss sums over, which are those with a finite log-probability from the engine."""
         return int(np.isfinite(self.rollout_logp).sum())

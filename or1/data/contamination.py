@@ -1,13 +1,16 @@
-"""Training prompts that repeat an evaluation problem: n words in a row in common, or the whole of a short one.
+"""Detection of training prompts that repeat an evaluation problem.
 
-Words are runs of letters and digits, lower-cased. Instructions that a set repeats ("Let's think step by step and output
-the final answer within ...") are no sign of contamination: stretches of words that many problems of a set share are cut
-out of it first. Nor is a turn of phrase ("m/n where m and n are relatively prime positive integers. Find m+n"): words
-that more than ten different training prompts have are not counted, a rule of GPT-3's decontamination. What is left of
-such phrases is why the default is to report and not to drop.
+A training prompt overlaps if it shares n consecutive words with a problem, or contains a short problem as a whole.
+Words are runs of letters and digits, in lower case.
 
-A problem with fewer than n words of its own is looked for as a whole, with its symbols, since "3 + 4" and "3 - 4" have
-the same words; one of fewer than eight words must be all there is to the training prompt.
+Instructions that a set repeats ("Let's think step by step and output the final answer within ...") do not indicate
+contamination. Stretches of words that many problems of a set share are therefore removed first. Common phrases ("m/n
+where m and n are relatively prime positive integers. Find m+n") do not count either: words that occur in more than
+ten different training prompts are ignored, a rule of GPT-3's decontamination. Some phrases still pass, so the default
+is to report overlaps and not to drop the prompts.
+
+A problem with fewer than n words of its own is compared as a whole, including its symbols: "3 + 4" and "3 - 4" have
+the same words. With fewer than eight words, it must equal the whole training prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Overlap(NamedTuple):
 
 
 class EvalIndex:
-    """Looks training prompts up among the problems of evaluation sets, each given by name."""
+    """Index of the problems of evaluation sets, given by name, in which training prompts are looked up."""
 
     def __init__(self, sets: Mapping[str, Sequence[Prompt]], n: int = 13):
         self._n = n
@@ -50,7 +53,7 @@ class EvalIndex:
                 self._add(prompt, (name, prompt.id), _own_stretches(of_prompt, common))
 
     def find(self, prompts: Sequence[Prompt]) -> list[Overlap]:
-        """An overlap for every training prompt that has one, in order."""
+        """Return one overlap for each training prompt that has any, in the order of the prompts."""
         shared = [[g for g in _grams(_words(prompt.text), self._n) if g in self._grams] for prompt in prompts]
         by_text = {prompt.text: grams for prompt, grams in zip(prompts, shared, strict=True)}
         spread = Counter(gram for grams in by_text.values() for gram in set(grams))
@@ -82,7 +85,7 @@ class EvalIndex:
 
 
 def decontamination_lines(overlaps: Sequence[Overlap], n_prompts: int, dropped: bool, listed: int = 3) -> list[str]:
-    """What a person is told: how many, by set, and the first of them."""
+    """Return a report for the user: the number of overlaps per evaluation set, and the first `listed` of them."""
     if not overlaps:
         return [f"decontamination: none of {n_prompts:,} training prompts repeats an evaluation problem"]
     by_set = ", ".join(f"{count:,} in {name}" for name, count in Counter(o.eval_set for o in overlaps).items())
@@ -104,19 +107,19 @@ def _grams(words: Sequence[str], n: int) -> list[str]:
 
 
 def _is_prose(gram: str) -> bool:
-    """Whether at least half of the words have letters: a run of numbers is a sequence that many problems may have."""
+    """Return True if at least half of the words contain letters. Many problems may share a mere sequence of numbers."""
     words = gram.split()
     return 2 * sum(not word.isdigit() for word in words) >= len(words)
 
 
 def _boilerplate(problems: Sequence[Sequence[str]]) -> set[str]:
-    """Short stretches of words that at least 3 and a fifth of a set's problems share."""
+    """Return short stretches of words that at least three, and at least a fifth, of a set's problems share."""
     counts = Counter(gram for words in problems for gram in set(_grams(words, _BOILERPLATE_WORDS)))
     return {gram for gram, count in counts.items() if count >= max(3, len(problems) / 5)}
 
 
 def _own_stretches(words: Sequence[str], common: set[str]) -> list[list[str]]:
-    """What is left of a problem between its boilerplate."""
+    """Return the stretches of a problem between its boilerplate."""
     shared = [False] * len(words)
     for start, gram in enumerate(_grams(words, _BOILERPLATE_WORDS)):
         if gram in common:

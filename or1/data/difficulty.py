@@ -14,10 +14,11 @@ TOO_EASY, TOO_HARD, UNRATED = "too easy", "too hard", "without a difficulty"
 
 @dataclass(frozen=True)
 class DifficultyFilter:
-    """Keeps prompts that were solved `low` to `high` times, both included.
+    """Filter that keeps prompts solved `low` to `high` times, both included.
 
-    model  whose count to read in a row's extra_info.model_difficulty (Skywork-OR1-RL-Data counts out of 16)
-    rates  whole prompt text -> times solved, as read by `read_rates`; used instead of `model` where given
+    model        the model whose count is read from a row's extra_info.model_difficulty (Skywork-OR1-RL-Data: out of 16)
+    rates        whole prompt text -> times solved, from `read_rates`; used instead of `model` if given
+    seen_models  models with a count in any row, for the message if the wanted model has none
     """
 
     low: int
@@ -25,10 +26,9 @@ class DifficultyFilter:
     model: str | None = None
     rates: Mapping[str, int] | None = None
     seen_models: set[str] = field(default_factory=set)
-    """Every model for which a row has a count, for the message when the wanted one has none."""
 
     def verdict(self, row: Row, text: str) -> str | None:
-        """None to keep a prompt, else why it is left out. Raises RowError for a count that is no number."""
+        """Return None to keep a prompt, else the reason to drop it. Raises RowError if the count is not a number."""
         solved = self.rates.get(text) if self.rates is not None else self._of_model(row)
         if solved is None:
             return UNRATED
@@ -41,7 +41,7 @@ class DifficultyFilter:
         counts = info.get("model_difficulty") if isinstance(info, Mapping) else None
         if not isinstance(counts, Mapping):
             return None
-        # Columnar files give every row the models of all, with null where there is no count.
+        # Columnar files have all models in every row, with null for a missing count.
         self.seen_models.update(model for model, count in counts.items() if count is not None)
         solved = counts.get(self.model)
         if solved is None:
@@ -52,10 +52,10 @@ class DifficultyFilter:
 
 
 def times_solved(rows: Iterable[tuple[str, int, int]]) -> dict[str, int]:
-    """How often each text was solved, from (text, passes, samples) of every prompt that was measured.
+    """Return how often each text was solved, from (text, passes, samples) of every measured prompt.
 
-    Prompts with equal text are one problem that was sampled more often: their passes and samples are summed, and the
-    rate is told as a count out of the samples of one. What was solved sometimes stays between never and always.
+    Prompts with equal text count as one problem that was sampled more often: passes and samples are summed. The rate is
+    scaled to the samples of one prompt. A text that was solved sometimes never becomes "always" or "never" by rounding.
     """
     sums: dict[str, tuple[int, int, int]] = {}
     for text, passes, samples in rows:
@@ -71,10 +71,10 @@ def _count(passes: int, total: int, samples: int) -> int:
 
 
 def read_rates(path: str, high: int) -> tuple[dict[str, int], list[str]]:
-    """Times solved by whole prompt text from a file of `or1 filter`, and warnings about its use with `high`.
+    """Return times solved by whole prompt text from a file of `or1 filter`, and warnings about its use with `high`.
 
-    The text with its suffix is the key, because that is what the model was asked; see `times_solved` for a text that
-    comes more than once. Raises DataError for another file.
+    The key is the text with its suffix, since the model was asked exactly that. `times_solved` merges repeated texts.
+    Raises DataError for any other file.
     """
     import pyarrow
     import pyarrow.parquet

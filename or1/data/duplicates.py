@@ -1,4 +1,4 @@
-"""Training prompts that have the text of another: kept, since a file may repeat what it wants more of, but told."""
+"""Report of training prompts with equal text. They are kept, since a file may repeat prompts to weight them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from or1.core.types import Prompt
 
 
 def duplicate_lines(prompts: Sequence[Prompt]) -> list[str]:
-    """What a person is told of prompts with equal text; nothing where there are none.
+    """Return lines for the user about prompts with equal text; none if there are no such prompts.
 
-    A file that is named twice has its prompts, by their ids, once.
+    A file that is named twice counts once, because its prompt ids are equal.
     """
     first: dict[str, Prompt] = {}
     unlike: list[tuple[Prompt, Prompt]] = []

@@ -1,4 +1,4 @@
-"""A question or messages -> token ids, through the tokenizer's chat template if it has one."""
+"""Encoding of a question or chat messages as token ids, through the tokenizer's chat template if there is one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from or1.core.errors import DataError, RowError
 from or1.data.schemas import clean, filled
 
 TEMPLATE_LIMIT_S = 60.0
-"""Seconds for a chat template and one prompt of no great length; see `_time_limit`."""
+"""Seconds that a chat template may take for a short prompt; `_apply_template` adds time for long ones."""
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*\"")
 
 Messages = tuple[dict[str, str], ...]
 
 
 class Encoded(NamedTuple):
-    """The question as text, as messages, and as i32 token ids that end where the response begins."""
+    """One question as text, as chat messages, and as token ids i32[L] that end where the response begins."""
 
     text: str
     messages: Messages
@@ -33,13 +33,13 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Question or messages, or JSON text of messages -> Encoded.
+    """Converts a question, messages, or messages as JSON text to Encoded.
 
-    Raises RowError, and DataError for a chat template that no prompt can be put through. A template that loops is
-    stopped after TEMPLATE_LIMIT_S; how much memory a template takes is not limited.
+    tokenizer  a transformers tokenizer; None if the inference server has its own, and then there are no token ids
+    suffix     appended verbatim to the last user message
 
-    tokenizer  a transformers tokenizer, or None where the server that generates has its own: then there are no ids
-    suffix     put after the last user message, as it is
+    Raises RowError for one unusable prompt, and DataError for a chat template that cannot encode any. A template that
+    loops is stopped after TEMPLATE_LIMIT_S. The memory of a template is not limited.
     """
 
     def __init__(self, tokenizer: Any, suffix: str):
@@ -84,14 +84,15 @@ class Encoder:
         seconds = TEMPLATE_LIMIT_S + sum(len(message["content"]) for message in messages) / 1e5
         try:
             with _time_limit(seconds):
-                # transformers 5 returns a BatchEncoding unless told not to.
-                return self._tokenizer.apply_chat_template(
+                # transformers 5 returns a BatchEncoding unless return_dict is False.
+                ids: list[int] = self._tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=True, return_dict=False
                 )
+                return ids
         except _TooSlowError as error:
             self._broken = (
-                f"the chat template of {self._name()} has not put one prompt into tokens after "
-                f"{seconds:.0f} s; it may loop without end, so mend the tokenizer's chat_template"
+                f"the chat template of {self._name()} has not encoded one prompt after {seconds:.0f} s; it may loop "
+                "without end, so mend the tokenizer's chat_template"
             )
             raise DataError(self._broken) from error
         except TemplateSyntaxError as error:
@@ -100,7 +101,7 @@ class Encoder:
                 f"{error.lineno}; mend the tokenizer's chat_template"
             )
             raise DataError(self._broken) from error
-        except Exception as error:  # a template is code that came with a model, and may fail in any way
+        except Exception as error:  # a template is code of a model's author and may raise anything
             cause = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise RowError(f"the chat template refuses it: {cause}") from error
 
@@ -108,18 +109,18 @@ class Encoder:
         return repr(getattr(self._tokenizer, "name_or_path", "") or "the tokenizer")
 
     def _encode(self, text: str) -> list[int]:
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         if ids and ids[-1] == self._tokenizer.eos_token_id and not text.endswith(self._tokenizer.eos_token):
             return ids[:-1]
         return ids
 
 
 class _TooSlowError(Exception):
-    """The time limit passed."""
+    """Expiry of the time limit of a chat template."""
 
 
 def _messages_in(text: str) -> list[Any]:
-    """The messages that a text is JSON of, or one message that is the text."""
+    """Return the messages in a JSON text, or one user message with the text itself."""
     if _MESSAGES.match(text):
         try:
             found = json.loads(text)
@@ -132,7 +133,10 @@ def _messages_in(text: str) -> list[Any]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlowError in the block after `seconds`. Only the main thread can be interrupted; others run on."""
+    """Raise _TooSlowError in the block after `seconds`.
+
+    No-op outside the main thread, which is the only thread that receives signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -148,6 +152,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        # Whoever had set the alarm before gets the rest of it.
+        # An alarm that was set before the block continues with its remaining time.
         if left:
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)

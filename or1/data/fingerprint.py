@@ -1,4 +1,4 @@
-"""What a run reads that its config only names: problems and the user's own reward function, as fingerprints."""
+"""Fingerprints of a run's inputs that the config only names: problems, and a user-defined reward function."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from or1.config import Config
 from or1.core.types import Prompt
-from or1.data import RunData
+from or1.data import Problems
 from or1.reward.custom import file_of
 
 
-def inputs_of(config: Config, data: RunData) -> dict[str, str]:
-    """sha256 of each input, by what a person calls it; of a reward function its file, not what that imports."""
+def inputs_of(config: Config, data: Problems) -> dict[str, str]:
+    """Return the sha256 of each input by its name for people. For a reward function, its file without its imports."""
     own = config.reward.is_function
     found = {"the training problems": fingerprint(data.prompts, own)}
     found |= {f"the problems of {name}": fingerprint(prompts, own) for name, prompts in data.eval_prompts.items()}
@@ -23,9 +23,9 @@ def inputs_of(config: Config, data: RunData) -> dict[str, str]:
 
 
 def fingerprint(prompts: Iterable[Prompt], columns: bool = False) -> str:
-    """sha256 of everything about the prompts that their responses and scores depend on.
+    """Return the sha256 of all fields of the prompts that their responses and scores depend on.
 
-    columns  the rows' other columns too, which a function of the user's own may read
+    columns  include the other columns of the rows, which a user-defined reward function may read
     """
     digest = hashlib.sha256()
     for prompt in prompts:

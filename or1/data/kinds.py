@@ -1,6 +1,6 @@
-"""Files that or1 does not read, recognised by how they begin.
+"""Recognition of unsupported file formats by their first bytes.
 
-One line then says what is wrong with all of their rows.
+A single error for the file then replaces an error for each of its rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_LE
 
 HEAD_BYTES = 4096
-"""How much of a file's beginning `foreign_kind` needs."""
+"""Number of first bytes of a file that `foreign_kind` needs."""
 
 _READS = "or1 reads JSONL, one JSON array or parquet"
 _ARROW = f"{_READS}; convert the file, for example with datasets: Dataset.from_file(FILE).to_parquet(NEW)"
@@ -39,14 +39,14 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     *((start, "UTF-16 text", _UTF16) for start in (b"{\0", b"[\0", b"\0{", b"\0[")),
 )
 _MARKUP = re.compile(rb"\s*<[!?a-zA-Z]")
-# The first line opens an object that goes on in the second: with a key, or with the first row of {"data": [ ...
+# An object that starts in the first line and continues in the second, with a key or with the first row of {"data": [
 _PRETTY = re.compile(rb"\s*\{[^\n]{0,999}\n\s*\"|\s*\{[^\n]{0,999}\[[ \t\r]*\n(?:[ \t]+[{\]]|\{[^\n]*,[ \t\r]*\n)")
 _CELL = re.compile(rb"\s*\"?[A-Za-z_][\w .-]{0,60}\"?\s*")
 _SEPARATORS = {b",": "CSV", b"\t": "TSV", b";": "CSV"}
 
 
 def foreign_kind(path: str, head: bytes) -> str | None:
-    """What a file is that or1 does not read, and the remedy; None if the file is to be tried.
+    """Return the name of an unsupported format and the remedy, as the end of a sentence; None for any other file.
 
     head  the first HEAD_BYTES of the file
     """
@@ -73,22 +73,18 @@ def foreign_kind(path: str, head: bytes) -> str | None:
 
 
 def _table_kind(path: str, lines: list[bytes]) -> str | None:
-    """CSV and TSV, by the file's name or by a first line of nothing but names of columns."""
+    """Recognise CSV and TSV by the file's extension, or by a first line that consists of column names only."""
     if not lines or any(line.startswith((b"{", b"[")) for line in lines):
         return None
-    name = path.lower().rpartition(".")[2]
-    kind = (
-        name.upper()
-        if name in ("csv", "tsv")
-        else next(
-            (
-                kind
-                for separator, kind in _SEPARATORS.items()
-                if separator in lines[0] and all(map(_CELL.fullmatch, lines[0].split(separator)))
-            ),
-            None,
-        )
-    )
-    return kind and (
-        f"is {kind}; {_READS}; convert the file, for example with pandas: pandas.read_csv(FILE).to_parquet(NEW)"
-    )
+    extension = path.lower().rpartition(".")[2]
+    kind = extension.upper() if extension in ("csv", "tsv") else _kind_of_header(lines[0])
+    if kind is None:
+        return None
+    return f"is {kind}; {_READS}; convert the file, for example with pandas: pandas.read_csv(FILE).to_parquet(NEW)"
+
+
+def _kind_of_header(line: bytes) -> str | None:
+    for separator, kind in _SEPARATORS.items():
+        if separator in line and all(map(_CELL.fullmatch, line.split(separator))):
+            return kind
+    return None

@@ -1,7 +1,7 @@
-"""Files of problems -> prompts.
+"""Loading of prompts from files of problems.
 
-A broken row costs that row only: it is named (`file:line: reason`), counted and left out. Too many of them, or a file
-nothing can be used of, is a DataError before any training.
+A broken row costs only that row: it is named (`file:line: reason`), counted and skipped. Too many broken rows, or a
+file without any usable row, raise DataError before training starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LISTED = 20
 
 
 class BadRow(NamedTuple):
-    """An unusable row: line of a JSONL file or row of another, counted from 1, and why."""
+    """One unusable row with the reason. `line` counts the lines of a JSONL file or the rows of another file, from 1."""
 
     line: int
     reason: str
@@ -31,9 +31,9 @@ class BadRow(NamedTuple):
 
 @dataclass(frozen=True)
 class FileReport:
-    """What became of the rows of one file: rows = kept + over_long + sum(filtered) + len(bad). Blank lines are no rows.
+    """Counts of one file: rows = kept + over_long + sum(filtered) + len(bad). Blank lines do not count as rows.
 
-    filtered  sound rows left out for their difficulty, by reason
+    filtered  number of valid rows dropped for their difficulty, by reason
     """
 
     path: str
@@ -45,7 +45,7 @@ class FileReport:
     filtered: Mapping[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """One line for a person."""
+        """Return the counts in one line."""
         filtered = "".join(f"{count} {reason}, " for reason, count in self.filtered.items())
         return (
             f"{self.path}: {self.rows} rows ({self.schema}), {self.kept} kept, {self.over_long} over-long, "
@@ -53,18 +53,18 @@ class FileReport:
         )
 
     def lines(self) -> list[str]:
-        """Summary and listing."""
+        """Return the summary and the listing."""
         return [self.summary(), *self.listing()]
 
     def listing(self) -> list[str]:
-        """`file:line: reason` of the first 20 bad rows, and how many more there are."""
+        """Return `file:line: reason` of the first 20 bad rows, and the number of the others."""
         lines = [f"{self.path}:{row.line}: {row.reason}" for row in self.bad[:_LISTED]]
         return lines + ([f"... and {len(self.bad) - _LISTED} more"] if len(self.bad) > _LISTED else [])
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable problems of all files in file order, and a report per file."""
+    """Usable problems of all files in file order, and one report per file."""
 
     prompts: list[Prompt]
     reports: list[FileReport]
@@ -80,22 +80,22 @@ def load_prompts(
     difficulty: DifficultyFilter | None = None,
     answers: bool = True,
 ) -> PromptSet:
-    r"""Read JSONL, JSON-array and parquet files of problems with their answers.
+    """Read JSONL, JSON-array and parquet files of problems with their answers.
 
-    paths              each file's schema is detected from its columns: question/answer (GSM8K: the gold is what
+    paths              the schema of each file is detected from its columns: question/answer (GSM8K: the gold answer
                        follows `####`), problem/{answer, solution}, TRL's prompt/{answer, ground_truth, solution},
-                       verl's prompt/reward_model.ground_truth, and tests of programs as LeetCode, TACO, HumanEval,
-                       MBPP and LiveCodeBench write them; an answer may be a list of equally good ones
-    tokenizer          a transformers tokenizer; with a chat template, a question becomes one user message and the
-                       prompt ends where the assistant's turn begins; without one it is encoded as it is, without EOS.
+                       verl's prompt/reward_model.ground_truth, and program tests in the formats of LeetCode, TACO,
+                       HumanEval, MBPP and LiveCodeBench; an answer may be a list of equally correct ones
+    tokenizer          a transformers tokenizer. With a chat template, a question becomes one user message and the
+                       prompt ends where the assistant's turn begins. Without one, the text is encoded without EOS.
                        None leaves the prompts without token ids, for a server that has its own tokenizer
-    max_prompt_tokens  longer prompts are left out and counted
-    prompt_suffix      put after the question (of messages: after the last user message), as it is
-    max_bad_fraction   limit for each file
-    difficulty         which problems to keep by how often a model solves them; None keeps all
-    answers            False: a file that has none is taken too, for a reward that needs none
+    max_prompt_tokens  longer prompts are dropped and counted
+    prompt_suffix      appended verbatim to the question (to the last user message of a chat)
+    max_bad_fraction   largest allowed fraction of bad rows in each file
+    difficulty         filter by how often a model solves the problems; None keeps all
+    answers            False accepts files without answers, for a reward that does not need them
 
-    Raises DataError for a file that cannot be read, has more bad rows than the limit, or of which nothing is left.
+    Raises DataError for a file that cannot be read, has too many bad rows, or has no usable row.
     """
     loader = _Loader(Encoder(tokenizer, prompt_suffix), max_prompt_tokens, difficulty, answers)
     prompts: list[Prompt] = []
@@ -116,13 +116,13 @@ def load_prompts(
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """How prompt ids call the files: by name, or by path where two share a name."""
+    """Return the name of each file in prompt ids: its base name, or its path if two files share a base name."""
     names = [Path(path).name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 class _Loader(NamedTuple):
-    """One file at a time, under one set of rules."""
+    """Settings shared by all files of one `load_prompts` call."""
 
     encode: Encoder
     max_prompt_tokens: int
@@ -134,12 +134,15 @@ class _Loader(NamedTuple):
         schema = detect(path, [row for _, row in rows if isinstance(row, dict)], self.answers)
         prompts: list[Prompt] = []
         bad: list[BadRow] = []
-        over_long, filtered = 0, Counter()
+        over_long = 0
+        filtered: Counter[str] = Counter()
         if self.difficulty:
             self.difficulty.seen_models.clear()
         for line, row in rows:
             try:
-                prompt = _make_prompt(row, schema, f"{name}:{line}", name, self.encode)
+                if isinstance(row, RowError):
+                    raise row
+                prompt = _make_prompt(row, schema, row_id=f"{name}:{line}", file=name, encode=self.encode)
                 reason = self.difficulty.verdict(row, prompt.text) if self.difficulty else None
             except RowError as error:
                 bad.append(BadRow(line, str(error)))
@@ -150,11 +153,19 @@ class _Loader(NamedTuple):
                 filtered[reason] += 1
             else:
                 prompts.append(prompt)
-        label = schema.label if schema else "no known schema"
-        return prompts, FileReport(path, label, len(rows), len(prompts), over_long, tuple(bad), dict(filtered))
+        report = FileReport(
+            path=path,
+            schema=schema.label if schema else "no known schema",
+            rows=len(rows),
+            kept=len(prompts),
+            over_long=over_long,
+            bad=tuple(bad),
+            filtered=dict(filtered),
+        )
+        return prompts, report
 
     def complaints(self, report: FileReport, max_bad_fraction: float) -> list[str]:
-        """Why a file cannot be used, if so."""
+        """Return the reasons why a file is unusable; empty if it is usable."""
         if report.rows == 0:
             return [f"{report.path}: has no rows; remove it from the data or fill it"]
         listing = [f"  {line}" for line in report.listing()]
@@ -175,7 +186,7 @@ class _Loader(NamedTuple):
         return []
 
     def _known_models(self, report: FileReport) -> str:
-        if not report.filtered.get(UNRATED) or self.difficulty.rates is not None:
+        if not report.filtered.get(UNRATED) or self.difficulty is None or self.difficulty.rates is not None:
             return ""
         wanted, seen = self.difficulty.model, self.difficulty.seen_models
         if wanted in seen:
@@ -184,14 +195,22 @@ class _Loader(NamedTuple):
         return f". No row has a count for data.difficulty_model = {wanted!r}{found}"
 
 
-def _make_prompt(row: Row | RowError, schema: Schema | None, row_id: str, name: str, encode: Encoder) -> Prompt:
-    if isinstance(row, RowError):
-        raise row
+def _make_prompt(row: Row, schema: Schema | None, *, row_id: str, file: str, encode: Encoder) -> Prompt:
+    if schema is None:
+        raise RowError("the file has no known schema")
     truth = schema.truth(row)
     golds, tests = ((), truth) if isinstance(truth, CodeTests) else (truth, None)
     encoded = encode(schema.ask(row), schema.prompt)
     source = row.get("data_source")
-    source = source if isinstance(source, str) and source else name
-    # A problem of LiveCodeBench can carry many megabytes of packed tests, which `tests` has already.
-    kept = {key: value for key, value in row.items() if key != "private_test_cases"}
-    return Prompt(row_id, source, encoded.text, encoded.token_ids, golds, tests, kept, encoded.messages)
+    source = source if isinstance(source, str) and source else file
+    return Prompt(
+        id=row_id,
+        source=source,
+        text=encoded.text,
+        token_ids=encoded.token_ids,
+        golds=golds,
+        tests=tests,
+        # A problem of LiveCodeBench may have many megabytes of packed tests, which `tests` already contains.
+        row={key: value for key, value in row.items() if key != "private_test_cases"},
+        messages=encoded.messages,
+    )

@@ -1,4 +1,4 @@
-"""Everything that `[data]` and `[[eval.sets]]` ask for: files, mixture, difficulty, decontamination."""
+"""Problems that `[data]` and `[[eval.sets]]` select: files, mixture, difficulty, decontamination."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from or1.data.sampler import Pool
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The problems of a run.
+class Problems:
+    """Problems of a run.
 
-    prompts       what is trained on, file after file
-    pools         where each file of a mixture lies in `prompts`; empty without one
-    eval_prompts  the problems of each evaluation set by its name
-    reports       what became of the rows of each training file
-    eval_reports  and of each evaluation set
+    prompts       training prompts, file after file
+    pools         position of each file of a mixture in `prompts`; empty without a mixture
+    eval_prompts  problems of each evaluation set by its name
+    reports       row counts of each training file
+    eval_reports  row counts of each evaluation set
     overlaps      training prompts that repeat an evaluation problem
-    notes         lines for a person about difficulty, duplicates and contamination
+    notes         lines for the user about difficulty, duplicates and contamination
     """
 
     prompts: list[Prompt]
@@ -38,13 +38,13 @@ class RunData:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """The report for a person; evaluation sets are named only if something of them is left out."""
-        told = [*self.reports, *(report for report in self.eval_reports if report.kept < report.rows)]
-        return [line for report in told for line in report.lines()] + self.notes
+        """Return the report for the user. Evaluation sets appear only if some of their rows were dropped."""
+        shown = [*self.reports, *(report for report in self.eval_reports if report.kept < report.rows)]
+        return [line for report in shown for line in report.lines()] + self.notes
 
 
 def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
-    """All problems of every evaluation set by name. Raises DataError."""
+    """Return all problems of every evaluation set by its name. Raises DataError."""
     data = config.data
     return {
         each.name: load_prompts(
@@ -59,8 +59,8 @@ def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
     }
 
 
-def load_run_data(config: Config, tokenizer: Any) -> RunData:
-    """Read, filter and decontaminate. Raises DataError for a file that cannot be used, or if nothing is left of one."""
+def load_problems(config: Config, tokenizer: Any) -> Problems:
+    """Read, filter and decontaminate all problems. Raises DataError for an unusable file, or one without prompts."""
     difficulty, notes = _difficulty(config.data)
     loaded = load_training_files(config, tokenizer, difficulty)
     sets = load_eval_sets(config, tokenizer)
@@ -71,11 +71,19 @@ def load_run_data(config: Config, tokenizer: Any) -> RunData:
     limited = {each.name: evals[each.name][: each.limit] for each in config.eval.sets}
     eval_reports = [report for found in sets.values() for report in found.reports]
     notes += duplicate_lines(prompts)
-    return RunData(prompts, pools, limited, loaded.reports, eval_reports, overlaps, notes + found_lines)
+    return Problems(
+        prompts=prompts,
+        pools=pools,
+        eval_prompts=limited,
+        reports=loaded.reports,
+        eval_reports=eval_reports,
+        overlaps=overlaps,
+        notes=notes + found_lines,
+    )
 
 
 def load_training_files(config: Config, tokenizer: Any, difficulty: DifficultyFilter | None = None) -> PromptSet:
-    """The problems of data.train or data.mix, file after file. Raises DataError."""
+    """Return the problems of data.train or data.mix, file after file. Raises DataError."""
     data = config.data
     return load_prompts(
         data.files,
@@ -116,7 +124,7 @@ def _decontaminate(
 
 
 def _without(loaded: PromptSet, left_out: set[str], weights: Sequence[float]) -> tuple[list[Prompt], tuple[Pool, ...]]:
-    """The prompts that stay, and the pool that each file becomes if there are weights."""
+    """Return the remaining prompts, and one pool per file if there are weights."""
     prompts: list[Prompt] = []
     pools: list[Pool] = []
     place = 0

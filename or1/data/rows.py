@@ -1,4 +1,4 @@
-"""JSONL, JSON-array and parquet files -> rows, each with its number; a broken row is a value, not an exception."""
+"""Reading of JSONL, JSON-array and parquet files row by row. A broken row is a value, not an exception."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from or1.core.errors import DataError, RowError
 from or1.data.kinds import HEAD_BYTES, foreign_kind
 
 MAX_LINE_BYTES = 256 << 20
-"""A longer JSONL line is a bad row, and is passed over without being held. LiveCodeBench packs the tests of a problem
-into its line; more than this of them is refused as well (or1.reward.ground_truth.MAX_TEST_BYTES)."""
+"""Size limit of a JSONL line. A longer line is a bad row and is never held in memory as a whole. LiveCodeBench packs
+the tests of a problem into its line; or1.reward.ground_truth.MAX_TEST_BYTES limits those too."""
 
 Row = dict[str, Any]
 
 
 def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (line or row number from 1, the row or what is wrong with it). Blank lines are left out.
+    """Yield (line or row number from 1, the row or a RowError). Blank lines are skipped.
 
     A file that begins with `[` is one JSON array of rows. Raises DataError if the file as a whole cannot be read, or
-    is of a kind that or1 does not read.
+    has an unsupported format.
     """
     try:
         with open(path, "rb") as file:
@@ -59,7 +59,7 @@ def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Pass over the rest of a line; returns its bytes."""
+    """Skip the rest of a line; return its size in bytes."""
     size = 0
     while part := file.readline(1 << 20):
         size += len(part)
@@ -85,9 +85,9 @@ def _parse_line(raw: bytes) -> Row | RowError:
 
 
 def _read_array(path: str, raw: bytes) -> Iterator[tuple[int, Row | RowError]]:
-    """The elements of one JSON array, counted from 1."""
+    """Yield the elements of one JSON array, numbered from 1."""
     try:
-        # A byte that is not UTF-8 becomes half a surrogate pair, which costs its own row when the text is looked at.
+        # A byte that is not UTF-8 becomes a lone surrogate, for which `or1.data.schemas.clean` rejects the row later.
         text = raw.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
         rows = json.loads(text, object_pairs_hook=_unique_or_error)
     except json.JSONDecodeError as error:
@@ -145,16 +145,18 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def _batch_rows(batch: Any) -> list[Row | RowError]:
-    """The rows of a record batch, read at once, or one by one if any of them cannot be read."""
+    """Return the rows of a record batch; they are converted one by one if the conversion of the whole batch fails."""
     try:
-        return batch.to_pylist()
+        rows: list[Row | RowError] = batch.to_pylist()
+        return rows
     except (ValueError, OverflowError):
         return [_batch_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
 def _batch_row(batch: Any) -> Row | RowError:
     try:
-        return batch.to_pylist()[0]
+        row: Row = batch.to_pylist()[0]
+        return row
     except UnicodeDecodeError as error:
         return RowError(f"text is not UTF-8 at byte {error.start + 1}")
     except (ValueError, OverflowError) as error:

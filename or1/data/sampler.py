@@ -1,4 +1,4 @@
-"""The order in which a run takes its prompts: a pure function of (seed, epoch, cursor), so that it can resume."""
+"""Order of the prompts: a pure function of (seed, epoch, cursor), so that a run can resume."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from or1.core.errors import DataError
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where in the data a run is: `cursor` places of `epoch` are passed. Always 0 <= cursor < n."""
+    """Position in the data: the first `cursor` places of `epoch` are done. Always 0 <= cursor < n."""
 
     epoch: int = 0
     cursor: int = 0
 
 
 class Pool(NamedTuple):
-    """One file of a mixture: its prompts are start .. start + size - 1, its share is weight / sum of weights."""
+    """One file of a mixture: prompts start .. start + size - 1, with the share weight / sum of weights."""
 
     start: int
     size: int
@@ -28,11 +28,11 @@ class Pool(NamedTuple):
 
 
 class Sampler:
-    """The order of n prompts, each epoch a permutation that depends on (seed, epoch) only.
+    """Order of n prompts; each epoch is a permutation that depends on (seed, epoch) only.
 
-    With `pools`, an epoch is still n prompts, of which each pool has its share: a small pool with a large weight
-    repeats within an epoch, a large one with a small weight goes on in the next where it stopped. Every prompt of a
-    pool comes once before any of them comes again.
+    With `pools`, an epoch still has n prompts, divided among the pools by weight. A small pool with a large weight
+    repeats prompts within an epoch. A large pool with a small weight continues in the next epoch where it stopped.
+    Every pool draws each of its prompts once before it draws any of them again.
     """
 
     def __init__(self, n: int, seed: int, pools: Sequence[Pool] = ()):
@@ -45,12 +45,12 @@ class Sampler:
     def take(
         self, state: SamplerState, count: int, skip_N: np.ndarray | None = None
     ) -> tuple[np.ndarray, SamplerState]:
-        """The next `count` prompt indices, i64[count], and the state after them; runs on into following epochs.
+        """Return the next `count` prompt indices, i64[count], and the state after them. May span several epochs.
 
-        skip_N  bool[n], prompts to pass over. The cursor counts places in the order of all prompts, so that what is
-                skipped may change at any time and the order of the others stays.
+        skip_N  bool[n], prompts to skip. The cursor counts places in the order of all prompts. The order of the other
+                prompts therefore does not depend on the skipped ones, which may change between calls
 
-        Raises DataError for a state that is not of this data, or if every prompt is to be skipped.
+        Raises DataError for a state that does not fit the data, or if every prompt is skipped.
         """
         if not 0 <= state.cursor < self.n or state.epoch < 0:
             raise DataError(f"{state} does not fit {self.n} prompts; resume with the data files the run started with")
@@ -79,7 +79,7 @@ class Sampler:
         return self._cached[1]
 
     def _mixture(self, epoch: int) -> np.ndarray:
-        """The n prompts of an epoch, pool by pool: places epoch * count .. of each pool's own endless order."""
+        """Return the n prompts of an epoch, pool by pool: places epoch * count .. of each pool's own infinite order."""
         parts = []
         for p, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
             places = np.arange(epoch * count, (epoch + 1) * count)
@@ -92,7 +92,7 @@ class Sampler:
 
 
 def _shares(n: int, pools: Sequence[Pool]) -> list[int]:
-    """How many of n prompts each pool has, by largest remainder."""
+    """Return the number of prompts per pool in an epoch of n, by the largest-remainder method."""
     total = sum(pool.weight for pool in pools)
     exact = [n * pool.weight / total for pool in pools]
     counts = [int(share) for share in exact]

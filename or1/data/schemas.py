@@ -1,4 +1,4 @@
-"""Which columns of a file hold the problem and what is right, and how both are read."""
+"""Schemas of data files: the columns of the problem and of its ground truth, and how to read them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Truth = tuple[str, ...] | CodeTests
 
 
 class Schema(NamedTuple):
-    """The columns of one kind of file, and how they are read.
+    """Columns of one kind of file, and how to read them.
 
     prompt    column of the question
-    gold      column that must be there beside it; "" if nothing need be right
+    gold      column that must exist besides; "" if no ground truth is needed
     read      row -> gold answers or tests; raises RowError or GroundTruthError
-    question  row -> the question as text or messages; None: the prompt column as it is
+    question  row -> the question as text or messages; None: the value of the prompt column
     """
 
     prompt: str
@@ -31,11 +31,11 @@ class Schema(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How reports call it."""
+        """Name in reports."""
         return f"{self.prompt}/{self.gold}" if self.gold else f"{self.prompt}, no answers"
 
     def truth(self, row: Row) -> Truth:
-        """What is right in a row. Raises RowError."""
+        """Return the gold answers or tests of a row. Raises RowError."""
         if not self.gold:
             return ()
         column(row, self.gold)
@@ -45,13 +45,13 @@ class Schema(NamedTuple):
             raise RowError(str(error)) from error
 
     def ask(self, row: Row) -> Any:
-        """The question of a row, text or messages. Raises RowError."""
+        """Return the question of a row, text or messages. Raises RowError."""
         value = column(row, self.prompt)
         return value if self.question is None else self.question(row)
 
 
 def column(row: Row, name: str) -> Any:
-    """A value that must be there. Raises RowError if it is missing or null."""
+    """Return the value of a required column. Raises RowError if it is missing or null."""
     if name not in row:
         raise RowError(f"missing column {name!r}")
     if row[name] is None:
@@ -60,7 +60,12 @@ def column(row: Row, name: str) -> Any:
 
 
 def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | None:
-    """The schema of the first row that has one; None if the file has no row at all. answers: as for `load_prompts`."""
+    """Return the schema of the first row that matches one; None for a file without rows.
+
+    answers  as for `load_prompts`
+
+    Raises DataError if no row matches a schema.
+    """
     for row in rows:
         for schema in _SCHEMAS:
             if schema.prompt in row and schema.gold in row:
@@ -81,21 +86,21 @@ def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | Non
 
 
 def filled(text: str, what: str) -> str:
-    """`text`, if it is more than white space. Raises RowError."""
+    """Return `text` if it is more than white space. Raises RowError."""
     if not text.strip():
         raise RowError(f"{what} is empty")
     return clean(text, what)
 
 
 def clean(text: str, what: str) -> str:
-    """`text`, if the tokenizer can take it. Raises RowError."""
+    """Return `text` if a tokenizer can encode it. Raises RowError."""
     if "\0" in text:
         raise RowError(f"{what} holds a NUL character")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        # How `or1.data.rows` keeps a byte of a JSON array that is not UTF-8.
+        # `or1.data.rows` decodes an invalid byte of a JSON array to a surrogate in this range.
         found = "a byte that is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
         raise RowError(f"{what} holds {found} at character {error.start + 1}") from None
     return text
@@ -114,7 +119,7 @@ def _gsm8k(row: Row) -> Truth:
 
 
 def _solution(row: Row) -> Truth:
-    r"""A worked solution's gold is its last \boxed{}."""
+    r"""Return the last \boxed{} of a worked solution as the gold answer."""
     value = row["solution"]
     return plain_golds((last_box(value) or value) if isinstance(value, str) else value)
 
@@ -131,12 +136,12 @@ def _tests_column(row: Row) -> Truth:
 
 
 def _tests(row: Row) -> Truth:
-    """Tests in columns of their own."""
+    """Read tests from separate columns."""
     return parse_tests({key: value for key, value in row.items() if key in _TEST_COLUMNS})
 
 
 def _live_code_bench_question(row: Row) -> str:
-    """The problem, how the program takes its input, and where it is to be written."""
+    """Return the problem with the input format and the code block to complete."""
     starter = row.get("starter_code")
     if isinstance(starter, str) and starter.strip():
         how = "Complete the starter code below; its signature stays as it is."
@@ -172,7 +177,7 @@ _TEST_COLUMNS = frozenset(
         "private_test_cases",
         "metadata",
         "input_output",
-        # What tells which names of a script of asserts are the program's.
+        # These columns show which names in a script of asserts belong to the program.
         "code",
         "canonical_solution",
         "prompt",

@@ -1,4 +1,4 @@
-"""One prompt as the model sees it: mistakes in templates and suffixes are seen here or nowhere."""
+"""Display of one encoded prompt, the only place where mistakes in chat templates and suffixes become visible."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from or1.core.types import Prompt
 
 _MOST = 2000
-"""Characters of a prompt that are shown."""
+"""Maximum number of characters shown."""
 
 
 def prompt_lines(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
-    """The first prompt decoded from its token ids, with the special tokens, for a person."""
+    """Return lines that show the first prompt decoded from its token ids, special tokens included."""
     if not prompts:
         return []
     prompt = prompts[0]
     text = tokenizer.decode(prompt.token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if len(text) > _MOST:
-        # Both ends matter: what stands before the question, and where the response begins.
+        # Both ends matter: the text before the question, and the place where the response begins.
         cut = len(text) - _MOST
         text = f"{text[: _MOST // 2]} ... ({cut:,} more characters) ... {text[len(text) - _MOST // 2 :]}"
     lines = [f"first prompt as the model sees it ({prompt.id}, {len(prompt.token_ids):,} tokens):"]

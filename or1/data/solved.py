@@ -1,4 +1,4 @@
-"""The online filter: a stage does not train on what the stage before solved every time (report, section 3.1)."""
+"""Online filter: a stage drops prompts that the previous stage always solved (Skywork-OR1 report, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from or1.reward.terms import RIGHT
 
 @dataclass
 class SolvedPrompts:
-    """Part of a run's state, by prompt id.
+    """Record of solved prompts by prompt id, part of a run's state.
 
-    always   of the prompts seen in the present stage, whether every response was right, of all visits or of the last
-    dropped  prompts that an earlier stage solved by every one of those responses
+    always   for each prompt seen in the current stage, True if every response was correct (in all visits, or in the
+             last one)
+    dropped  prompts that an earlier stage always solved
     """
 
     stage: int = 0
@@ -25,7 +26,10 @@ class SolvedPrompts:
     dropped: set[str] = field(default_factory=set)
 
     def enter(self, stage: int) -> int:
-        """Begin stage `stage` if it is a later one: what the one before always solved is dropped. Returns how many."""
+        """Begin stage `stage` if it is later than the current one, and drop prompts that the current one always solved.
+
+        Return the number of newly dropped prompts.
+        """
         if stage <= self.stage:
             return 0
         solved = {name for name, always in self.always.items() if always}
@@ -34,9 +38,9 @@ class SolvedPrompts:
         return len(solved)
 
     def note(self, groups: Iterable[Group], visits: Literal["all", "last"] = "all") -> None:
-        """Remember what became of the prompts of a step.
+        """Record the results of one step.
 
-        visits  "last": a prompt that was wrong in an earlier visit of the stage and is right since counts as solved
+        visits  "last": only the last visit of a prompt counts. "all": one incorrect response in any visit counts
         """
         for group in groups:
             right = bool(group.rewards.min() >= RIGHT)
@@ -44,7 +48,7 @@ class SolvedPrompts:
             self.always[group.prompt.id] = before and right
 
     def mask(self, prompts: Sequence[Prompt]) -> np.ndarray | None:
-        """bool[N], the dropped ones of `prompts`; None if there are none."""
+        """Return bool[N], True for the dropped ones of `prompts`; None if no prompt is dropped."""
         if not self.dropped:
             return None
         return np.fromiter((prompt.id in self.dropped for prompt in prompts), dtype=bool, count=len(prompts))

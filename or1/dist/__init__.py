@@ -1,1 +1,1 @@
-"""Ranks and shards, and what happens when one of them fails; the one place of raw collectives."""
+"""Ranks, sharding, and the handling of failed ranks. The only package with raw collectives."""

@@ -1,9 +1,10 @@
-"""FSDP2: parameters, gradients and optimizer state in shards over all ranks; gradients are summed, never averaged."""
+"""FSDP2: parameters, gradients and optimizer state are sharded over all ranks; gradients are summed, not averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,47 +19,54 @@ from or1.dist.world import World, split_evenly
 
 
 def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> PreTrainedModel:
-    """Shard every decoder layer, the head, and what is left, in place. Collective; in a world of one it only moves.
+    """Shard every decoder layer, the head and the remaining parameters in place. Return the model. Collective.
 
-    Tensors on the meta device get memory, and `fill_shards` gives them their values.
-    Shards are fp32 at least and serve as the optimizer's masters; forward and backward run in the model's own type,
-    gradients are reduced in fp32 at least. A tied head stays in the root's group with the embedding.
+    In a world of size 1 the model only moves to the device. Tensors on the meta device get memory; `fill_shards` sets
+    their values afterwards.
+
+    Shards are at least fp32 and serve as the optimizer's master weights. Forward and backward run in the model's dtype.
+    Gradients are reduced in fp32 or wider. A tied head stays in the root's group, together with the embedding.
     """
+    # The override of `to` in transformers has wrong types.
+    module: nn.Module = model
     if world.size == 1:
-        return model.to(device)
+        module.to(device)
+        return model
     compute, full = model.dtype, torch.promote_types(model.dtype, torch.float32)
-    # Inputs are never cast: token ids need no cast, and the loss takes fp32 weights and advantages beside bf16 states.
+    # Inputs are not cast: token ids must stay integers, and the loss takes fp32 weights and advantages.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=full, cast_forward_inputs=False)
-    options = {"mesh": world.shard_mesh, "mp_policy": policy}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    for layer in decoder_layers(model):
-        fully_shard(layer.to(full), **options)
+    groups = [*decoder_layers(model)]
     if head.weight is not embedding.weight:
-        fully_shard(head.to(full), **options)
-    fully_shard(model.to(full), **options)
+        groups.append(head)
+    # The root last: FSDP2 gives it the parameters that no group has.
+    for group in (*groups, module):
+        fully_shard(group.to(full), mesh=world.shard_mesh, mp_policy=policy)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
-    for module in _sharded_modules(model):
-        # The loss is divided by the tokens of all ranks already; FSDP's own division by the ranks would come on top.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-        count_collectives(module)
-    # Training calls the decoder and the head, not forward: this entry gathers what the root holds for both.
+    for sharded in _sharded_modules(model):
+        # The loss is already divided by the tokens of all ranks, so FSDP must not divide by the number of ranks.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        count_collectives(sharded)
+    # torch types every attribute of a module as Tensor or Module.
+    root: Any = model
+    # Training calls the decoder and the head, not forward. This entry gathers the root's parameters for both.
     decoder = model.get_decoder()
-    model.decode = lambda **inputs: decoder(**inputs)
-    register_fsdp_forward_method(model, "decode")
-    # FSDP2 finds out which module is the root in the first forward, and cannot be reset before.
-    model.find_root = lambda: None
-    register_fsdp_forward_method(model, "find_root")
-    model.find_root()
-    model.reshard()
+    root.decode = lambda **inputs: decoder(**inputs)
+    register_fsdp_forward_method(root, "decode")
+    # FSDP2 determines the root module in the first forward, and `reshard` fails before that.
+    root.find_root = lambda: None
+    register_fsdp_forward_method(root, "find_root")
+    root.find_root()
+    root.reshard()
     return model
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder, whatever the architecture calls them.
+    """Return the decoder's layers, whatever attribute of the architecture contains them.
 
-    Raises DistError if they are not one list.
+    Raises DistError if the decoder does not have exactly one list of layers.
     """
     decoder = model.get_decoder()
     if isinstance(found := getattr(decoder, "layers", None), nn.ModuleList):
@@ -71,7 +79,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @torch.no_grad()
 def fill_shards(model: PreTrainedModel, whole: PreTrainedModel | None, world: World) -> None:
-    """The parameters and buffers of `whole`, which the main rank has, into a sharded model, one by one. Collective."""
+    """Copy parameters and buffers of `whole` into the sharded model, one tensor at a time. Collective.
+
+    whole  the unsharded model on the main rank, None on the others
+    """
     values = {} if whole is None else dict(whole.named_parameters()) | dict(whole.named_buffers())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         shard = local_shard(tensor)
@@ -84,15 +95,16 @@ def fill_shards(model: PreTrainedModel, whole: PreTrainedModel | None, world: Wo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` has sharded it."""
+    """Return True if `shard_model` has sharded the model."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole parameters on every rank inside, so that each may run forward as often as it likes. Collective on entry.
+    """Hold whole parameters on every rank inside the block, so that ranks may call forward independently.
 
-    Generation needs it: ranks generate different numbers of tokens, and a gather in each forward would never match.
+    Collective on entry. Generation needs this: ranks generate different numbers of tokens, so gathers inside forward
+    would not match up between ranks.
     """
     modules = list(_sharded_modules(model))
     for module in modules:
@@ -102,14 +114,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            # The root alone keeps its parameters after a forward: they are the first that backward needs.
+            # Only the root keeps its parameters after forward, since backward needs them first.
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor is its own part."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    """Return this rank's part of a sharded tensor, sharing its memory. Any other tensor is returned unchanged."""
+    found = tensor.detach()
+    return found.to_local() if isinstance(found, DTensor) else tensor
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
@@ -117,7 +130,10 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, each whole, one at a time; a tied one comes once. Collective."""
+    """Yield names and whole tensors of parameters and persistent buffers, one at a time. Collective.
+
+    A tied parameter is yielded once.
+    """
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     shared -= {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():

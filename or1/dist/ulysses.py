@@ -1,7 +1,8 @@
 """Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): the ranks of a group share one packed row.
 
-Each holds a slice of the row's tokens everywhere but in attention. There, an all-to-all turns [all heads, T/S tokens]
-into [heads/S, all T tokens], attention runs on whole documents as on one rank, and a second all-to-all turns back.
+Outside of attention, each rank holds a slice of the row's tokens. Before attention, an all-to-all turns
+[all heads, T/S tokens] into [heads/S, all T tokens]. Attention then runs on whole documents, as on one rank. A second
+all-to-all restores the slices.
 """
 
 # T packed tokens of a row, S ranks of a group, Q query or key-value heads, D head dimension, N trained tokens
@@ -18,7 +19,7 @@ from or1.dist.oom_peers import ROW
 
 
 def check_heads(config: PretrainedConfig, size: int) -> None:
-    """Raise DistError unless every rank of a group gets whole heads."""
+    """Raise DistError unless the number of heads is divisible by the group's size."""
     if size == 1:
         return
     config = config.get_text_config()
@@ -38,21 +39,21 @@ def check_heads(config: PretrainedConfig, size: int) -> None:
 
 
 def to_all_tokens(x_TQD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T/S, Q, D], this rank's tokens, to [T, Q/S, D], this rank's heads."""
+    """Exchange [T/S, Q, D], all heads of this rank's tokens, for [T, Q/S, D], this rank's heads of all tokens."""
     size, (tokens, heads, width) = group.size(), x_TQD.shape
     sent = x_TQD.view(tokens, size, heads // size, width).transpose(0, 1)
     return _AllToAll.apply(sent, group).reshape(size * tokens, heads // size, width)
 
 
 def to_all_heads(x_TQD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, Q/S, D], this rank's heads, to [T/S, Q, D], this rank's tokens."""
+    """Exchange [T, Q/S, D], this rank's heads of all tokens, for [T/S, Q, D], all heads of this rank's tokens."""
     size, (tokens, heads, width) = group.size(), x_TQD.shape
     received = _AllToAll.apply(x_TQD.view(size, tokens // size, heads, width), group)
     return received.transpose(0, 1).reshape(tokens // size, size * heads, width)
 
 
 class _AllToAll(torch.autograd.Function):
-    """Block i of dimension 0 goes to rank i; its own inverse, so backward is the same exchange."""
+    """All-to-all of the blocks of dimension 0: block i goes to rank i. It is its own inverse, also in backward."""
 
     @staticmethod
     def forward(ctx, x_STQD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -68,7 +69,7 @@ def _exchange(x_STQD: Tensor, group: dist.ProcessGroup) -> Tensor:
     tokens = x_STQD.shape[1]
     sent = x_STQD.contiguous()
     if ROW.slice_tokens:
-        # A stand-in has few tokens; the others exchange whole slices.
+        # Out of memory, this rank replaced its row by a few tokens, while the others exchange whole slices.
         sent = torch.nn.functional.pad(sent, (0, 0, 0, 0, 0, ROW.slice_tokens - tokens))
     out = torch.empty_like(sent)
     if ROW.due():

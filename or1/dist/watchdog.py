@@ -1,8 +1,8 @@
-"""No rank waits for ever for one that is gone.
+"""Watchdog: no rank waits forever for a rank that is gone.
 
-Each rank tells the others every second what it is doing, through torchrun's key-value store and a thread of its own. A
-rank that falls silent, or says that it failed, ends the run everywhere: with a message that names it, its phase and the
-work it had left, and with the stacks of this rank's threads, which show the collective it waited in.
+Every second, a thread of each rank publishes the rank's status in torchrun's key-value store. A rank that stops
+publishing, or publishes a failure, ends the run on all ranks. The message names that rank, its phase and its remaining
+work. It includes the stacks of this rank's threads, which show the collective they waited in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEY = "or1/alive/{}"
 
 
 class Watchdog:
-    """What this rank does, for the others to see, and what they do."""
+    """Publishes the status of this rank and checks that of the others. With a single rank every method is a no-op."""
 
     def __init__(self, world: World, timeout_s: float):
         self.world, self.timeout_s = world, timeout_s
@@ -42,7 +42,7 @@ class Watchdog:
         self._beats = 0
         self._thread: threading.Thread | None = None
         if world.size > 1:
-            # A connection of its own: the process group's is locked while a collective sets up.
+            # A separate connection, because that of the process group is locked while a collective is set up.
             self._store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -55,28 +55,31 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, **doing: Any) -> None:
-        """Say what this rank does: step, phase, done, total."""
+        """Update this rank's status: step, phase, done, total."""
         former, self._mine = self._mine, self._mine | doing
-        # A new phase is told at once: it may be the one that this rank dies in.
+        # A new phase is published immediately, since this rank may die in it.
         if self._thread is not None and any(former[key] != self._mine[key] for key in ("phase", "step")):
             with contextlib.suppress(RuntimeError):
                 self._publish()
 
     def close(self) -> None:
-        """This rank is through; the others no longer expect a sign of it."""
+        """Publish the normal end of this rank, so that the others stop checking it."""
         self._end("through", True)
 
     def fail(self, error: BaseException) -> None:
-        """This rank ends with an error. If that is a collective's, wait for the watch to name the rank that is gone."""
+        """Publish that this rank ends with an error.
+
+        For an error of a collective, wait first until the watch thread identifies the rank that is gone.
+        """
         if self._thread is not None and is_collective_error(error):
             tell_traceback(error)
             self.timeout_s = min(self.timeout_s, 3 * self._period)
             self._thread.join(self.timeout_s + _DIAGNOSIS_S)
             self._give_up(f"a collective failed here, and {self._table()}")
-        told = self._thread is not None and self.world.is_main
+        hosts_store = self._thread is not None and self.world.is_main
         self._end("failed", f"{type(error).__name__}: {error}"[:2000])
-        if told:
-            # The store may end with this process: the others should read why before that.
+        if hosts_store:
+            # The store may end with this process, so the others get time to read the reason.
             time.sleep(2 * self._period)
 
     def _end(self, key: str, value: Any) -> None:
@@ -86,7 +89,7 @@ class Watchdog:
         self._thread.join()
         self._thread = None
         self.beat(**{key: value})
-        # Nobody is left to tell if the store is gone.
+        # If the store is gone, no other rank can read the status.
         with contextlib.suppress(RuntimeError):
             self._publish()
 
@@ -118,9 +121,9 @@ class Watchdog:
                     self._give_up(f"{_describe(rank, status)} has given no sign of life for {silent_s:.0f} s")
 
     def _forgive(self, late_s: float) -> None:
-        """After a look that came much too late, give the others that time: what held this rank may have held all.
+        """Extend the other ranks' deadlines by `late_s` if this thread itself ran much too late.
 
-        A frozen container or a paused virtual machine stops every rank, and the clock goes on.
+        A frozen container or a paused virtual machine stops all ranks while the clock runs.
         """
         if late_s > 2 * self._period:
             self._seen = {rank: (status, seen + late_s) for rank, (status, seen) in self._seen.items()}
@@ -135,14 +138,15 @@ class Watchdog:
             f"\nor1: {reason}.\nThis is {_describe(self.world.rank, self._mine)}; it ends too, since no step can be "
             "finished without the other. The same command resumes from the newest checkpoint. Stacks of this rank:"
         )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        # Not sys.exit: the main thread sits in a collective that never returns.
+        # 2 is the descriptor of standard error; Python's object for it may be missing.
+        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        # Not sys.exit: the main thread waits in a collective that never returns.
         os._exit(EXIT_RETRY)
 
 
 @contextlib.contextmanager
 def watched(world: World, timeout_s: float) -> Iterator[Watchdog]:
-    """A watchdog for the block; an error that leaves the block is told to the other ranks."""
+    """Run the block under a watchdog. An error that leaves the block is published to the other ranks."""
     watchdog = Watchdog(world, timeout_s)
     try:
         yield watchdog
@@ -153,7 +157,7 @@ def watched(world: World, timeout_s: float) -> Iterator[Watchdog]:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether this is what a collective raises when a peer closed its connection or a wait took too long."""
+    """Return True for the errors that collectives raise after a peer closed its connection or a wait timed out."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text or "connection" in text)

@@ -1,7 +1,7 @@
-"""The ranks of a run: who they are, and the few things they must decide together.
+"""The ranks of a run, and the decisions they make together.
 
-Every choice that steers a collective has to come out the same on all ranks, or some wait for ever for the others. Such
-choices go through `World.all_agree` and `World.any`, which name what they do where they are made.
+A decision that affects collectives must have the same result on all ranks, or the run deadlocks. Such decisions use
+`World.all_agree` and `World.any`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from or1.core.errors import DistError
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run as a mesh [data, sequence]; a single process is a world of size 1 without a mesh.
+    """Ranks of a run as a mesh [data, sequence]. A single process is a world of size 1 without a mesh.
 
-    Ranks of one sequence group are neighbours (rank = data_rank * sequence_size + sequence_rank): they exchange
+    Ranks of one sequence group are adjacent: rank = data_rank * sequence_size + sequence_rank. They exchange
     activations in every layer and should share a node.
     """
 
@@ -37,64 +37,64 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what a run writes once: metrics, rollouts, manifests, the display."""
+        """True on the rank that writes metrics, rollouts, manifests and the display."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which share of an update's packed rows this rank trains."""
+        """Index of this rank's share of an update's packed rows."""
         return self.rank // self.sequence_size
 
     @property
     def data_size(self) -> int:
-        """Shares of an update."""
+        """Number of shares of an update's packed rows."""
         return self.size // self.sequence_size
 
     @property
     def sequence_rank(self) -> int:
-        """Which part of each packed row this rank holds."""
+        """Index of this rank's slice of each packed row."""
         return self.rank % self.sequence_size
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share this rank's packed rows; None without sequence parallelism."""
+        """Process group of the ranks that share this rank's packed rows; None without sequence parallelism."""
         return self.mesh["sequence"].get_group() if self.mesh is not None and self.sequence_size > 1 else None
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """All ranks as one dimension: parameters are sharded over data and sequence alike."""
+        """One-dimensional mesh over all ranks. Parameters are sharded over both data and sequence ranks."""
         if self.mesh is None:
             raise DistError("a single process has no mesh; start several with `or1 train --nproc N`")
         return self.mesh["data", "sequence"]._flatten("shard")
 
     def share(self, count: int) -> range:
-        """Which of `count` independent pieces of work this rank does: every size-th, from its rank on."""
+        """Return this rank's share of `count` independent pieces of work: every size-th, starting at its rank."""
         return range(self.rank, count, self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over all ranks, on the host."""
+        """Return the elementwise sum over all ranks, on the CPU. Collective."""
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def max(self, values: Tensor) -> Tensor:
-        """Elementwise maximum over all ranks, on the host."""
+        """Return the elementwise maximum over all ranks, on the CPU. Collective."""
         largest = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
     def all_agree(self, flag: bool) -> bool:
-        """Whether the flag is true on every rank."""
+        """Return True if the flag is true on every rank. Collective."""
         return self.sum(torch.tensor(int(flag))).item() == self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true on some rank."""
+        """Return True if the flag is true on at least one rank. Collective."""
         return self.sum(torch.tensor(int(flag))).item() > 0
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank."""
+        """Return the bytes of every rank in rank order, on every rank. Collective."""
         if self.size == 1:
             return [payload]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -107,7 +107,7 @@ class World:
         return [row[: int(n)].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method. Collective."""
         self.any(False)
 
 
@@ -115,17 +115,16 @@ SINGLE = World()
 
 
 def launched_ranks() -> int:
-    """Ranks that torchrun (or `or1 train --nproc`) started this process as one of; 1 without it."""
+    """Return the number of ranks that torchrun or `or1 train --nproc` started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def join(config: DistConfig, device: torch.device) -> Iterator[World]:
-    """The world of this process, by torchrun's environment; leaves it at the end.
+    """Yield the world that torchrun's environment variables describe, and leave the process group at the end.
 
-    Control data travels over gloo on the host, tensors of a GPU model over NCCL.
-
-    Raises DistError if `dist.sequence_parallel` does not divide the number of ranks.
+    Control data uses gloo on the host; tensors of a GPU model use NCCL. Raises DistError if `dist.sequence_parallel`
+    does not divide the number of ranks.
     """
     size = launched_ranks()
     if size % config.sequence_parallel:
@@ -148,24 +147,24 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
 
 
 def world_of(device_type: str, sequence_size: int) -> World:
-    """The mesh over the ranks of the initialised process group. Collective."""
+    """Return the world over the ranks of the initialised process group. Collective."""
     size = dist.get_world_size()
     mesh = init_device_mesh(device_type, (size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence"))
     return World(dist.get_rank(), size, sequence_size, mesh)
 
 
 def open_store(address: str) -> dist.TCPStore:
-    """Return a key-value store that listens on this one address, at a free port.
+    """Return a key-value store that listens only on the given address, at a free port.
 
-    Whoever reaches the port of a store may read and change all that is in it: a store asks for no password.
+    A store has no password: every process that reaches its port can read and change its content.
     """
-    # Without a socket of our own, TCPStore listens on every interface, whatever address the caller names.
+    # Without a socket from the caller, TCPStore listens on every interface, whatever its address argument.
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def split_evenly(count: int, parts: int) -> Sequence[range]:
-    """Consecutive ranges as torch.chunk makes them, which is how FSDP2 shards dimension 0; late ones may be empty."""
+    """Return consecutive ranges as torch.chunk and FSDP2 split dimension 0. The last ranges may be empty."""
     width = -(-count // parts) if count else 0
     return [range(min(i * width, count), min((i + 1) * width, count)) for i in range(parts)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from or1.core.errors import StoreError
-from or1.core.files import SEAL, is_unbroken, sealed, write_whole
+from or1.core.files import SEAL, is_unbroken, replacing, sealed, write_whole
 
 _PART = b"or1.part"
 
@@ -48,11 +47,9 @@ class PartStore:
     def write(self, index: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Commit one part."""
         path = self._path(index)
-        partial = path.with_suffix(".partial")
         table = pa.Table.from_pylist(list(rows), schema=self.schema).replace_schema_metadata({_PART: str(index)})
-        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-        _sync(partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
         self._done.add(index)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -80,14 +77,12 @@ class PartStore:
         if self._merged:
             return
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.final.with_name(f".{self.final.name}.partial")
-        # Anew, since the writer would follow a symbolic link of that name.
-        partial.unlink(missing_ok=True)
-        with pq.ParquetWriter(partial, self.schema, compression="zstd", write_page_checksum=True) as writer:
+        with (
+            replacing(self.final) as partial,
+            pq.ParquetWriter(partial, self.schema, compression="zstd", write_page_checksum=True) as writer,
+        ):
             for table in self.tables():
                 writer.write_table(table.replace_schema_metadata(None))
-        _sync(partial)
-        os.replace(partial, self.final)
         self._merged = True
         self._write_record()
         self._remove_parts()
@@ -160,8 +155,3 @@ def move_aside(path: Path) -> str | None:
     aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     shutil.move(path, aside)
     return f"moved the former results to {aside}"
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.core.files import commit_folder
 from or1.dist.fsdp import whole_tensors
 from or1.dist.world import SINGLE, World
 from or1.model.seal import seal_export
@@ -65,9 +64,7 @@ def export_model(
     tokenizer.save_pretrained(partial)
     _forget_attention(partial / "config.json", dtype)
     seal_export(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    commit_folder(partial, folder)
     return folder
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from or1.core.errors import ReportError
+from or1.core.files import write_whole
 from or1.core.records import number
 from or1.core.text import count_text, duration, value_text, visible
 from or1.report.page_data import RunData, load_run
@@ -47,12 +47,9 @@ def write_report(run_dir: Path) -> Path:
     plots, missing = render_plots(run)
     page = "".join(_page(run, plots, missing, samples, [*run.notes, *notes]))
     target = run.path / "report.html"
-    partial = run.path / f".report.{os.getpid()}.partial"
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, page, durable=False, shared=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ReportError(f"{target} cannot be written: {error.strerror}") from error
     return target
 

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it resumes from that."""
+"""The files of a run directory, and resuming from them."""

@@ -1,16 +1,15 @@
-"""Checkpoints on disk: safetensors shards and a JSON manifest with hashes, committed by one rename. No pickle anywhere.
+"""Checkpoints on disk: safetensors shards and a JSON manifest with hashes, committed by one rename. No pickle.
 
     checkpoints/step_20/   manifest.json  shard_0.safetensors  shard_1.safetensors ...
 
-A checkpoint is written into a hidden sibling folder (`or1.run.checkpoint_writer`), flushed to disk, and renamed; a
-crash at any instant leaves either the whole step or nothing that a reader looks at. Each rank writes its rows of every
-tensor; the manifest says which rows are where, so that any number of ranks can read them.
+`or1.run.checkpoint_writer` writes a checkpoint into a hidden sibling folder, flushes it to disk, and renames it. A
+crash at any instant therefore leaves the whole step or nothing that a reader considers. Each rank writes its rows of
+every tensor. The manifest records which file has which rows, so any number of ranks can read them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import stat
@@ -24,28 +23,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from or1.core.errors import CheckpointError, ForeignFileError
-from or1.core.files import SEAL, file_entry, is_unbroken
+from or1.core.files import SEAL, file_entry, is_unbroken, remove_folder
 from or1.dist.world import SINGLE, World, split_evenly
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _UNFINISHED = re.compile(r"\.step_[0-9]+\.(partial|removed)")
-# What file managers and network file systems put into folders; never opened.
+# Files that file managers and network file systems put into folders; never opened.
 _LITTER = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9A-Fa-f]+|Thumbs\.db|desktop\.ini")
 _KEYS = frozenset({"format", "step", "world_size", "files", "tensors", "state", SEAL})
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-# What a file that is no JSON of ours, or JSON of another shape, makes its reader raise.
+# Exceptions of a reader whose file is not JSON, or is JSON of another shape.
 _MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step leaves.
+    """State of a run after one step.
 
-    state   plain JSON data: step, sampler, controller, counters
-    tensors masters and moments by name: this rank's rows of those in `rows`, else whole and the same on every rank
-    rows    rows of the whole tensor (its size along dimension 0), for those split where there are several ranks
+    state    plain JSON data: step, sampler, controller, counters
+    tensors  masters and moments by name: this rank's rows of the tensors in `rows`; others are whole and the same on
+             every rank
+    rows     size of the whole tensor along dimension 0, for each tensor that is split over several ranks
     """
 
     step: int
@@ -55,17 +55,17 @@ class Checkpoint:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where a committed step is."""
+    """Return the folder of a committed step."""
     return folder / f"step_{step}"
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where a step is written before it is committed."""
+    """Return the hidden folder in which a step is written before its commit."""
     return folder / f".step_{step}.partial"
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """Steps that have a committed checkpoint in `folder`, ascending."""
+    """Return the steps that have a committed checkpoint in `folder`, ascending."""
     if not folder.is_dir():
         return []
     found = (_STEP.fullmatch(p.name) for p in folder.iterdir() if (p / MANIFEST).is_file())
@@ -73,45 +73,43 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def step_folders(folder: Path) -> list[int]:
-    """Steps whose folder is there, ascending, whole or not: one without a manifest was damaged after its commit."""
+    """Return the steps that have a folder, ascending, even a folder without a manifest, damaged after its commit."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a crash left half-written or half-removed."""
+    """Remove folders that a crash left half written or half removed."""
     if folder.is_dir():
         for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
-            # rmtree refuses a symbolic link, which goes without what it leads to.
+            # rmtree refuses a symbolic link. Only the link is removed, not its target.
             path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 def remove_step(folder: Path, step: int) -> None:
-    """Remove a committed step; a crash in between leaves nothing that a reader looks at."""
-    hidden = folder / f".step_{step}.removed"
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(step_folder(folder, step), hidden)
-    shutil.rmtree(hidden)
+    """Remove a committed step. A crash halfway leaves nothing that a reader considers."""
+    remove_folder(step_folder(folder, step))
 
 
 def load_latest(
-    folder: Path, world: World = SINGLE, use: Callable[[Checkpoint], None] = lambda checkpoint: None
+    folder: Path, world: World = SINGLE, use: Callable[[Checkpoint], None] | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, or None if there is none; with a warning for each newer one that does not.
+    """Load the newest checkpoint that verifies. Return it (None if there is none) and a warning for each newer one.
 
-    use  takes a verified checkpoint; raises CheckpointError for one that does not fit, and the one before is tried
+    use  called with each verified checkpoint; if it raises CheckpointError, the next older checkpoint is tried
 
-    Collective, and the same on every rank. Raises CheckpointError if there are checkpoints and none verifies: starting
-    anew in silence would lose the run; and ForeignFileError for a file that does not belong to one.
+    Collective; every rank returns the same step. Raises CheckpointError if there are checkpoints and none verifies: a
+    silent fresh start would lose the run. Raises ForeignFileError for a file that is not part of a checkpoint.
     """
     warnings: list[str] = []
-    # The main rank's list: on a network file system another rank's may be old, and each would load its own newest.
+    # Only the main rank's listing counts: on a network file system other ranks may see an older one.
     steps = json.loads(world.gather(json.dumps(step_folders(folder)).encode())[0])
     for step in reversed(steps):
         try:
             checkpoint = load_checkpoint(step_folder(folder, step), world)
-            _use(checkpoint, use, world)
+            if use is not None:
+                _use(checkpoint, use, world)
             return checkpoint, warnings
         except ForeignFileError:
             raise
@@ -133,9 +131,9 @@ def _use(checkpoint: Checkpoint, use: Callable[[Checkpoint], None], world: World
 
 
 def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
-    """Read and verify one checkpoint, written by any number of ranks; each gets its rows. Collective.
+    """Read and verify one checkpoint, written by any number of ranks; return this rank's rows. Collective.
 
-    Raises CheckpointError naming the file that is missing, cut or altered, on every rank, whichever found it.
+    Raises CheckpointError that names the missing, truncated or altered file, on every rank.
     """
     found: Checkpoint | None = None
     try:
@@ -157,7 +155,7 @@ def load_checkpoint(path: Path, world: World = SINGLE) -> Checkpoint:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has its size and sha256. Raises CheckpointError otherwise."""
+    """Return the manifest after checking the size and sha256 of every file. Raises CheckpointError for a mismatch."""
     manifest = read_manifest(path)
     problem = _first_problem(path, manifest, sorted(manifest["files"]))
     if problem is not None:
@@ -166,13 +164,16 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, and nothing else opened. Raises CheckpointError, or ForeignFileError if a file is not listed."""
+    """Return the manifest without opening any other file.
+
+    Raises CheckpointError for an invalid manifest, and ForeignFileError for a file that the manifest does not list.
+    """
     try:
-        # Before the manifest is opened, which may be a link or a pipe itself.
+        # Checked before the manifest is opened, because the manifest itself may be a link or a pipe.
         found = _files_below(path)
         if MANIFEST not in found:
             raise CheckpointError(f"{path / MANIFEST} is missing; it was removed after the checkpoint was written")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']}, this or1 reads {FORMAT}")
         files = {name: entry["sha256"] + f" {entry['bytes']:d}" for name, entry in manifest["files"].items()}
@@ -189,7 +190,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / foreign[0]} is not in the manifest: or1 did not write it and opens nothing in that folder; find "
             "out where it comes from, and remove it to use the checkpoint"
         )
-    # A listed file lies in this folder and is verified by its hash; a part that is none of them would not be.
+    # Listed files lie in this folder and are verified by hash. A tensor part in any other file would not be verified.
     outside = [name for name in files if not _PLAIN.fullmatch(name)]
     if outside or (outside := sorted(map(str, parts - files.keys()))):
         raise ForeignFileError(
@@ -200,7 +201,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _mismatch(path: Path, manifest: dict[str, Any]) -> str:
-    """Return why a manifest is not the one that was written for this folder, "" if it is."""
+    """Return the reason why a manifest does not belong to this folder, "" if it does."""
     if not is_unbroken(manifest) or manifest.keys() - _KEYS:
         return f"{path / MANIFEST} does not have its own sha256; it was altered or the disk is faulty"
     step = manifest["step"]
@@ -210,7 +211,7 @@ def _mismatch(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def _files_below(path: Path) -> set[str]:
-    """Return the names of all files below a folder. Raises ForeignFileError for what is neither file nor folder."""
+    """Return the names of all files below a folder. Raises ForeignFileError for anything but files and folders."""
     found = set()
     for each in path.rglob("*"):
         mode = each.lstat().st_mode
@@ -240,7 +241,7 @@ def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> Ch
 
 
 def _agree_on(problem: CheckpointError | None, world: World) -> CheckpointError | None:
-    """The lowest rank's problem, on every rank."""
+    """Return the lowest rank's problem on every rank. Collective."""
     if world.size == 1:
         return problem
     text = "" if problem is None else f"{int(isinstance(problem, ForeignFileError))}{problem}"
@@ -251,7 +252,7 @@ def _agree_on(problem: CheckpointError | None, world: World) -> CheckpointError 
 
 
 def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
-    """This rank's rows of every tensor; only the files that hold some of them are opened."""
+    """Read this rank's rows of every tensor; files without such rows are not opened."""
     tensors: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     with _Shards(path) as shards:
@@ -278,10 +279,11 @@ def _require_all_rows(name: str, entry: dict[str, Any]) -> None:
 
 
 class _Shards:
-    """Open safetensors files of one checkpoint."""
+    """Open safetensors files of one checkpoint, as a context manager."""
 
     def __init__(self, path: Path):
-        self._path, self._open = path, {}
+        self._path = path
+        self._open: dict[str, Any] = {}
 
     def __enter__(self) -> _Shards:
         return self
@@ -296,16 +298,20 @@ class _Shards:
         return self._open[name]
 
     def whole(self, file: str, name: str) -> Tensor:
-        """A tensor as one file holds it."""
-        return self._file(file).get_tensor(name)
+        """Return a tensor that one file contains whole."""
+        tensor: Tensor = self._file(file).get_tensor(name)
+        return tensor
 
     def rows(self, name: str, parts: list[list[Any]], wanted: range) -> Tensor:
-        """Rows of a tensor that is split over files; `parts` is [file, first row, rows] of each."""
-        pieces = []
+        """Return the rows `wanted` of a tensor that is split over files.
+
+        parts  [file, first row, number of rows] of each part
+        """
+        pieces: list[Tensor] = []
         for file, first, count in parts:
             start, stop = max(wanted.start, first), min(wanted.stop, first + count)
             if start < stop:
                 pieces.append(self._file(file).get_slice(name)[start - first : stop - first])
         if not pieces:
-            return self._file(parts[0][0]).get_slice(name)[0:0]
+            pieces.append(self._file(parts[0][0]).get_slice(name)[0:0])
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -1,8 +1,8 @@
-"""Writes checkpoints beside training: a copy of the state is taken at once, the files follow in a thread.
+"""Background writing of checkpoints: the state is copied at once, a thread writes the files.
 
-Every rank writes its shard into one hidden folder and a small JSON file about it; rank 0 waits for all of them, writes
-the manifest and renames the folder. The ranks meet through that folder and not through collectives, which belong to the
-training thread alone; it must be on a file system that all of them see.
+Every rank writes its shard and a small JSON file about the shard into one hidden folder. Rank 0 waits for all of
+them, writes the manifest and renames the folder. The threads synchronise through that folder, because collectives
+belong to the training thread. The folder must be on a file system that all ranks share.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 
 from or1.core import faults
 from or1.core.errors import CheckpointError, DiskError
-from or1.core.files import file_entry, fsync, sealed, write_whole
+from or1.core.files import commit_folder, file_entry, fsync, sealed, write_whole
 from or1.dist.world import SINGLE, World, split_evenly
 from or1.run.checkpoint import (
     FORMAT,
@@ -46,7 +47,10 @@ _REMEDIES = {
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: World = SINGLE) -> Path:
-    """Commit `folder/step_N`, then remove all but the newest `keep` up to N. Returns the committed path. Collective."""
+    """Commit `folder/step_N` and remove all but the newest `keep` steps up to N. Return the committed path.
+
+    Collective; blocks until the commit.
+    """
     writer = CheckpointWriter(folder, keep, world)
     writer.save(checkpoint)
     writer.wait()
@@ -54,13 +58,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: Worl
 
 
 class CheckpointWriter:
-    """Commits checkpoints of a run in the background, one at a time.
+    """Commits checkpoints of a run in a background thread, one at a time.
 
-    Every method is collective; they raise DiskError, on every rank, for an earlier checkpoint that could not be
-    written. The next `save` starts over. Where the disk is full, older checkpoints make room for a new one; the newest
-    that verifies stays in any case.
+    mark  called on the main rank with the step of every committed checkpoint
 
-    mark  called on the main rank with the step of every checkpoint that was committed
+    Every method is collective. Each raises DiskError on every rank if an earlier checkpoint could not be written; the
+    next `save` then starts over. On a full disk, older checkpoints are removed to make room. The newest checkpoint that
+    verifies is always kept.
     """
 
     def __init__(self, folder: Path, keep: int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None):
@@ -68,13 +72,13 @@ class CheckpointWriter:
         self._job: _Job | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Take a copy and begin to write it; waits for the checkpoint before, should it still be written."""
+        """Copy the state and start to write the copy. Blocks until the previous checkpoint is committed."""
         self.wait()
         self._make_partial(partial_folder(self._folder, checkpoint.step))
         # Copied, because the next update changes these tensors in place.
         tensors = {name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()}
         copied = Checkpoint(checkpoint.step, json.loads(json.dumps(checkpoint.state)), tensors, checkpoint.rows)
-        self._job = _Job(self._folder, copied, self._keep, self._world, self._mark)
+        self._job = _Job(self._folder, copied, keep=self._keep, world=self._world, mark=self._mark)
 
     def _make_partial(self, path: Path) -> None:
         problem = ""
@@ -88,31 +92,34 @@ class CheckpointWriter:
             raise DiskError(message)
 
     def poll(self) -> None:
-        """Look after the checkpoint that is being written, without waiting for it."""
+        """Check the checkpoint in progress without blocking. Raises DiskError if it failed."""
         if self._job is None:
             return
-        # Before the error, which is final once the thread has ended: the other order would take a failure that comes in
-        # between for a commit.
-        alive = self._world.any(self._job.is_alive())
-        if self._world.any(self._job.error is not None):
+        # Liveness is read before the error. In the other order, an error set between the two reads would look like a
+        # commit.
+        job = self._job
+        alive = self._world.any(job.is_alive())
+        if self._world.any(job.error is not None):
             self._fail()
         elif not alive:
             self._job = None
 
     def wait(self) -> None:
-        """Return when the checkpoint that is being written is committed."""
+        """Block until the checkpoint in progress is committed."""
         while self._job is not None:
             self.poll()
             time.sleep(_POLL_S if self._job is not None else 0)
 
     def close(self) -> None:
-        """Remove what a save that has failed left; one that is still at work goes on for as long as the process."""
+        """Remove the files of a failed save. A save in progress continues until the process ends."""
         if self._job is not None and self._job.error is not None and self._world.is_main:
             self._job.join()
             shutil.rmtree(self._job.partial, ignore_errors=True)
 
     def _fail(self) -> None:
         job, self._job = self._job, None
+        if job is None:
+            return
         job.abandoned.set()
         job.join()
         messages = [m.decode() for m in self._world.gather(str(job.error or "").encode())]
@@ -122,9 +129,9 @@ class CheckpointWriter:
 
 
 class _Job(threading.Thread):
-    """One checkpoint on its way to disk. `error` is set when this rank's part failed."""
+    """Thread that writes one checkpoint. `error` is set when this rank's part failed."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int, world: World, mark: Callable[[int], None]):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, *, keep: int, world: World, mark: Callable[[int], None]):
         super().__init__(name="or1-checkpoint", daemon=True)
         self.folder, self.checkpoint, self.keep, self.world = folder, checkpoint, keep, world
         self.partial, self.mark = partial_folder(folder, checkpoint.step), mark
@@ -133,16 +140,16 @@ class _Job(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Write the shard; on rank 0 also commit."""
+        """Write this rank's shard; on rank 0 also the manifest, then commit."""
         try:
             self._with_room(self._write_shard)
-            if self.world.is_main and self._await_shards():
-                self._with_room(self._write_manifest)
+            if self.world.is_main and (shards := self._await_shards()) is not None:
+                self._with_room(partial(self._write_manifest, shards))
                 self._commit()
         except OSError as error:
             self.error = self._describe(error)
         finally:
-            # Whatever else it was: its traceback follows, and no rank may take this thread's end for a commit.
+            # Set for any exception, so that no rank mistakes the end of this thread for a commit.
             if (cause := sys.exception()) is not None:
                 self.error = (
                     f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written on rank "
@@ -150,7 +157,7 @@ class _Job(threading.Thread):
                 )
 
     def _with_room(self, write: Callable[[], None]) -> None:
-        """Write; while the disk or the quota is full, remove the oldest checkpoint that can be spared and try again."""
+        """Call `write`; on a full disk or quota, remove the oldest spare checkpoint and retry."""
         while True:
             try:
                 return write()
@@ -159,13 +166,13 @@ class _Job(threading.Thread):
                     raise
 
     def _spare_one(self) -> bool:
-        """Remove the oldest checkpoint but for the newest that verifies; returns whether there was one.
+        """Remove the oldest checkpoint unless it is the newest that verifies. Return True if one was removed.
 
-        Several ranks may do so at once: what one has removed, another does not find.
+        Several ranks may call this at once; a checkpoint that another rank removed first is skipped.
         """
         older = [step for step in committed_steps(self.folder) if step < self.checkpoint.step]
         kept = next((step for step in reversed(older) if _verifies(step_folder(self.folder, step))), None)
-        # Where none verifies, a person has to look.
+        # If none verifies, none is removed: the user has to decide.
         if kept is None or kept == older[0]:
             return False
         with contextlib.suppress(FileNotFoundError):
@@ -174,51 +181,49 @@ class _Job(threading.Thread):
 
     def _write_shard(self) -> None:
         rank, tensors, rows = self.world.rank, self.checkpoint.tensors, self.checkpoint.rows
-        # What is the same on every rank is written once.
+        # Tensors that are equal on every rank are written by the main rank only.
         mine = {name: t for name, t in tensors.items() if self.world.is_main or name in rows}
         path = self.partial / f"shard_{rank}.safetensors"
         faults.hit("ckpt.before_shard", self.checkpoint.step)
         try:
             save_file(mine, path)
         except SafetensorError as error:
-            # A full disk comes as an error of safetensors' own, its number in the text.
+            # safetensors raises its own error for a full disk, with the errno in the text.
             raise _as_os_error(error, path) from error
         fsync(path)
         faults.hit("ckpt.after_shard", self.checkpoint.step)
         about = {"file": path.name, "entry": file_entry(path), "tensors": sorted(mine)}
         write_whole(self.partial / f"shard_{rank}.json", json.dumps(about))
 
-    def _await_shards(self) -> bool:
+    def _await_shards(self) -> list[dict[str, Any]] | None:
+        """Wait for the shards of all ranks and return what their JSON files contain; None if the save is abandoned."""
         paths = [self.partial / f"shard_{rank}.json" for rank in range(self.world.size)]
         while not all(path.is_file() for path in paths):
             if self.abandoned.wait(_POLL_S):
-                return False
-        self._shards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+                return None
+        shards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         for path in paths:
             path.unlink()
-        return True
+        return shards
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, shards: list[dict[str, Any]]) -> None:
         faults.hit("ckpt.before_manifest", self.checkpoint.step)
-        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest()), indent=1))
+        write_whole(self.partial / MANIFEST, json.dumps(sealed(self._manifest(shards)), indent=1))
 
     def _commit(self) -> None:
         step, final = self.checkpoint.step, step_folder(self.folder, self.checkpoint.step)
         faults.hit("ckpt.before_rename", step)
-        if final.exists():
-            remove_step(self.folder, step)
-        os.replace(self.partial, final)
-        fsync(self.folder)
+        commit_folder(self.partial, final)
         faults.hit("ckpt.after_rename", step)
         self.mark(step)
-        # Later ones are of a run that fell back behind them: they do not verify and must not count as the newest.
+        # Later steps exist if the run fell back to an older checkpoint. They do not verify, so they are not counted.
         for old in [s for s in committed_steps(self.folder) if s <= step][: -self.keep]:
             remove_step(self.folder, old)
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         tensors: dict[str, dict[str, Any]] = {}
         for name in self.checkpoint.tensors:
-            holders = [shard["file"] for shard in self._shards if name in shard["tensors"]]
+            holders = [shard["file"] for shard in shards if name in shard["tensors"]]
             if name not in self.checkpoint.rows:
                 tensors[name] = {"parts": [[holders[0]]]}
                 continue
@@ -229,7 +234,7 @@ class _Job(threading.Thread):
             "format": FORMAT,
             "step": self.checkpoint.step,
             "world_size": self.world.size,
-            "files": {shard["file"]: shard["entry"] for shard in self._shards},
+            "files": {shard["file"]: shard["entry"] for shard in shards},
             "tensors": tensors,
             "state": self.checkpoint.state,
         }
@@ -237,15 +242,15 @@ class _Job(threading.Thread):
     def _describe(self, error: OSError) -> str:
         needed = sum(t.nbytes for t in self.checkpoint.tensors.values())
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-        remedy = _REMEDIES.get(error.errno, "make room, or lower checkpoint.keep")
-        stand = (
-            "The newest checkpoint before it stands"
+        remedy = _REMEDIES.get(error.errno or 0, "make room, or lower checkpoint.keep")
+        rest = (
+            "The newest checkpoint before it is kept"
             if committed_steps(self.folder)
-            else ("No checkpoint stands: what was trained is lost unless a later one is written")
+            else "There is no older checkpoint: the training so far is lost unless a later one is written"
         )
         return (
             f"checkpoint {step_folder(self.folder, self.checkpoint.step)} could not be written ({error}): it takes "
-            f"{needed:,} bytes on rank {self.world.rank}, and {free:,} are free; {remedy}. {stand}"
+            f"{needed:,} bytes on rank {self.world.rank}, and {free:,} are free; {remedy}. {rest}"
         )
 
 

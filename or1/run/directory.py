@@ -1,12 +1,11 @@
-"""What survives a crash, and the run directory that holds it."""
+"""The run directory: creation, recorded settings, and checks before a resume."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,7 +13,7 @@ from or1.config import Config
 from or1.config.changes import changed_keys, described, fixed_keys
 from or1.config.load import dump_config
 from or1.core.errors import CheckpointError, RunError
-from or1.core.files import NO_ROOM, fsync, without_links, write_whole
+from or1.core.files import NO_ROOM, write_whole
 from or1.magic.stages import record_of
 from or1.run.checkpoint import read_manifest, step_folder, step_folders
 from or1.run.marks import NAME as MARKS
@@ -22,20 +21,18 @@ from or1.run.marks import is_altered, lost_history, mark_record
 from or1.run.metrics_log import read_metrics
 from or1.run.places import unusable
 
-if TYPE_CHECKING:
-    pass
-
 RECORD = "config.resolved.json"
 """The settings of a run, in its folder."""
-# Left by a run that ended out of memory.
+# Written when a step runs out of memory; the next start reads the file.
 _ROW_CAP = "row_tokens.json"
 
 
 def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
-    """Make the run directory and record the resolved config in it. Returns messages worth showing.
+    """Create the run directory and record the resolved config in it. Return messages for the user.
 
-    A directory that holds a run is resumed. `fresh` moves it aside instead; nothing is deleted. Raises RunError as
-    `check_run_dir` does, and if the folder cannot be made, or is to be moved and holds no run.
+    A directory that contains a run is resumed. `fresh` moves that run aside instead; nothing is deleted.
+
+    Raises RunError as `check_run_dir` and `require_movable` do, and if the folder cannot be created.
     """
     run_dir, messages = config.run_path, []
     try:
@@ -43,7 +40,7 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
             messages += _move_aside(run_dir)
         changed = check_run_dir(config)
         run_dir.mkdir(parents=True, exist_ok=True)
-        # A local model by its whole path, so that `or1 export` finds it from any folder.
+        # A local model is recorded by its absolute path, so that `or1 export` works from any folder.
         model = config.model.model_copy(update={"path": _whole_path(config.model.path)})
         text = dump_config(config.model_copy(update={"model": model}))
         messages += _remarks(run_dir, changed)
@@ -52,34 +49,34 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
-        raise RunError(f"run_dir = {str(run_dir)!r} cannot be a run's folder ({error}); choose another") from error
+        raise RunError(f"run_dir = {str(run_dir)!r} cannot hold a run ({error}); choose another folder") from error
     return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
 
 
 def _remarks(run_dir: Path, changed: list[str]) -> list[str]:
-    """Return what is odd about a folder that may be gone on with."""
-    said = []
+    """Return remarks on a folder whose run is resumed: an altered record, or steps without any checkpoint."""
+    remarks = []
     if changed and is_altered(run_dir, (run_dir / RECORD).read_bytes()):
-        said.append(f"{run_dir / RECORD} was changed since the run wrote it; it is written anew from these settings")
+        remarks.append(f"{run_dir / RECORD} was changed since the run wrote it; it is written anew from these settings")
     done = [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
     if done and max(done) > 0 and not step_folders(checkpoints_of(run_dir)):
-        said.append(f"no checkpoint was committed in {max(done)} steps; the run begins again at step 0")
-    return said
+        remarks.append(f"no checkpoint was committed in {max(done)} steps; the run begins again at step 0")
+    return remarks
 
 
 def require_movable(run_dir: Path) -> None:
-    """Raise RunError if --fresh cannot move what is in the folder aside."""
+    """Raise RunError if --fresh must not move the folder: it is the working folder, or does not contain a run."""
     if not run_dir.is_dir() or not any(run_dir.iterdir()):
         return
     if Path.cwd().is_relative_to(run_dir.resolve()):
         raise RunError(
-            f"run_dir = {str(run_dir)!r} is the folder that this command runs in, or holds it, so --fresh "
-            "cannot move it aside; start from another folder, or choose one with --set run_dir=..."
+            f"run_dir = {str(run_dir)!r} is or contains the current working folder, so --fresh cannot move it aside; "
+            "start from another folder, or choose one with --set run_dir=..."
         )
     if not any((run_dir / name).exists() for name in (RECORD, "metrics.jsonl", "checkpoints")):
         raise RunError(
-            f"{run_dir} holds no run (it has no {RECORD}), so --fresh leaves it where it is; choose another "
-            "folder with --set run_dir=..., or train beside what is there, without --fresh"
+            f"{run_dir} holds no run (it has no {RECORD}), so --fresh does not move it; choose another folder with "
+            "--set run_dir=..., or omit --fresh to train in this folder beside its present files"
         )
 
 
@@ -87,7 +84,7 @@ def _move_aside(run_dir: Path) -> list[str]:
     require_movable(run_dir)
     if not any(run_dir.iterdir()):
         return []
-    # Behind a link the folder itself is moved, and made anew: the disk that the link leads to was chosen.
+    # If run_dir is a link, its target is moved and recreated, so that the new run stays on the disk the user chose.
     run_dir = run_dir.resolve()
     aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     run_dir.rename(aside)
@@ -96,10 +93,10 @@ def _move_aside(run_dir: Path) -> list[str]:
 
 
 def check_run_dir(config: Config) -> list[str]:
-    """The settings in which the config differs from the run that its folder holds, if that may go on with them.
+    """Return the settings that differ from the recorded run, all of which a resumed run may change.
 
-    Where nothing was trained there is nothing to go on from, and any config will do. Raises RunError for a run with
-    settings that a resumed run must not change, or that does not say with which it was started.
+    A run that trained nothing has nothing to resume, so any config is accepted. Raises RunError if the folder is
+    unusable, if a differing setting must not change, or if the record or the checkpoints are missing.
     """
     run_dir = config.run_path
     if problem := unusable(run_dir):
@@ -114,35 +111,34 @@ def check_run_dir(config: Config) -> list[str]:
         return []
     settings = config.model_dump(mode="json")
     for each in (recorded, settings):
-        # The folder is the run's identity, by whatever path.
+        # The folder identifies the run; the path that leads to it may differ.
         each.pop("run_dir", None)
         if isinstance(model := each.get("model"), dict) and "path" in model:
             model["path"] = _whole_path(str(model["path"]))
     changed = changed_keys(recorded, settings)
     done, begun = _stages_so_far(run_dir, steps)
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
-        stages = (
-            (
-                "; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
-                "until it ends, or if it is the last"
-            )
-            if any(key.startswith("stage.") for key in fixed)
-            else ""
-        )
-        altered = (
-            (
-                f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
-                "this command)"
-            )
-            if is_altered(run_dir, (run_dir / RECORD).read_bytes())
-            else ""
-        )
-        raise RunError(
-            f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}: "
-            f"{described(fixed, recorded, settings)}. Set the old values to go on with that run, choose another folder "
-            "with --set run_dir=..., or start anew with --fresh, which moves the old run aside"
-        )
+        raise RunError(_refusal(run_dir, fixed, described(fixed, recorded, settings)))
     return changed
+
+
+def _refusal(run_dir: Path, fixed: list[str], differences: str) -> str:
+    stages = altered = ""
+    if any(key.startswith("stage.") for key in fixed):
+        stages = (
+            "; of a stage that has begun only steps, until, plateau_evals and plateau_gain may change, and only "
+            "until it ends, or if it is the last"
+        )
+    if is_altered(run_dir, (run_dir / RECORD).read_bytes()):
+        altered = (
+            f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
+            "this command)"
+        )
+    return (
+        f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}: {differences}. "
+        "Set the old values to resume that run, choose another folder with --set run_dir=..., or start anew with "
+        "--fresh, which moves the old run aside"
+    )
 
 
 def _checkpoint_every(recorded: dict[str, Any], config: Config) -> int:
@@ -156,19 +152,19 @@ def _whole_path(model: str) -> str:
 
 
 def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
-    """How many stages have ended, and how many have had a step, by the newest checkpoint that can be read."""
+    """Return the number of stages that have ended and that have begun, from the newest readable checkpoint."""
     for step in reversed(steps):
         try:
             state = read_manifest(step_folder(checkpoints_of(run_dir), step))["state"]
             stage = record_of(state["stages"])
-            return stage.index, stage.index + (state["step"] > stage.began)
+            return stage.index, stage.index + int(state["step"] > stage.began)
         except (CheckpointError, ValueError, TypeError, LookupError, AttributeError):
             continue
     return 0, 0
 
 
 def recorded_config(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run recorded, not yet validated. Raises RunError if it recorded none that can be read."""
+    """Return the recorded settings of a run, not validated. Raises RunError if they are missing or unreadable."""
     record = run_dir / RECORD
     if not record.is_file():
         raise RunError(f"{run_dir} has no {RECORD}, so it is not a run; name a run directory")
@@ -185,7 +181,7 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
 
 
 def require_own_record(run_dir: Path) -> None:
-    """Raise RunError if the settings in a run's folder are not those that the run wrote there."""
+    """Raise RunError if the recorded settings were changed since the run wrote them."""
     if is_altered(run_dir, (run_dir / RECORD).read_bytes()):
         raise RunError(
             f"{run_dir / RECORD} was changed since the run wrote it; put it back as it was, or remove it and repeat "
@@ -194,7 +190,7 @@ def require_own_record(run_dir: Path) -> None:
 
 
 def recorded_run(run_dir: Path) -> Config:
-    """The config that a run recorded. Raises RunError if it recorded none that this or1 can read."""
+    """Return the recorded config of a run. Raises RunError if it is missing, altered, or invalid in this version."""
     settings = recorded_config(run_dir)
     require_own_record(run_dir)
     try:
@@ -209,19 +205,17 @@ def recorded_run(run_dir: Path) -> Config:
 
 
 def cap_rows(run_dir: Path, max_tokens: int) -> None:
-    """Let the next start of the run pack rows of at most `max_tokens`, whatever its checkpoint says."""
-    partial = run_dir / f".{_ROW_CAP}.{os.getpid()}"
-    with open(partial, "w", encoding="utf-8", opener=without_links) as file:
-        file.write(json.dumps({"max_tokens": max_tokens}) + "\n")
-    fsync(partial)
-    os.replace(partial, run_dir / _ROW_CAP)
-    fsync(run_dir)
+    """Limit the packed rows of the next start to `max_tokens`, whatever its checkpoint records."""
+    # Several ranks may call this at once.
+    write_whole(run_dir / _ROW_CAP, json.dumps({"max_tokens": max_tokens}) + "\n", shared=True)
 
 
 def row_cap(run_dir: Path, least: int = 1) -> int | None:
-    """What `cap_rows` left, None if it was never called. Raises RunError if the file holds no number from `least` on.
+    """Return the limit that `cap_rows` recorded, None if there is none.
 
-    least  tokens that a row must have room for
+    least  tokens that a row must be able to hold
+
+    Raises RunError if the file does not contain an integer of at least `least`.
     """
     path = run_dir / _ROW_CAP
     if not path.is_file():
@@ -229,15 +223,15 @@ def row_cap(run_dir: Path, least: int = 1) -> int | None:
     try:
         cap = json.loads(path.read_text(encoding="utf-8"))["max_tokens"]
         if type(cap) is not int or cap < least:
-            raise ValueError(f"{cap!r}, the longest sequence may have {least}")
+            raise ValueError(f"{cap!r}, but the longest sequence may have {least}")
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError) as error:
         raise RunError(
-            f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and "
-            "rows have optim.max_tokens_per_rank until memory runs out again"
+            f"{path} does not hold a number of tokens ({type(error).__name__}: {error}); remove it, and rows have "
+            "optim.max_tokens_per_rank tokens until memory runs out again"
         ) from error
     return cap
 
 
 def checkpoints_of(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return run_dir / "checkpoints"

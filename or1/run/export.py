@@ -1,29 +1,29 @@
-"""A checkpoint of a run as a plain Hugging Face folder."""
+"""Export of a run's checkpoint as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from or1.core.errors import RunError
+import torch
+
+from or1.core.errors import CheckpointError, RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
+from or1.run.checkpoint import load_checkpoint, step_folder, step_folders
 from or1.run.directory import checkpoints_of, recorded_run
+from or1.run.marks import lost_newest
 
 
 def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
-    """Write checkpoint `step` (default: the newest) of a run as a Hugging Face folder; returns the folder.
+    """Write checkpoint `step` of a run, the newest if None, as a Hugging Face folder. Return that folder.
 
-    Raises RunError if the folder is not a run or has no such checkpoint.
+    Raises RunError if `run_dir` is not a run or has no such checkpoint, CheckpointError if the checkpoint is damaged.
     """
     config = recorded_run(run_dir)
     quiet_libraries()
-    import torch
-
-    from or1.core.errors import CheckpointError
+    # After quiet_libraries: the Hugging Face libraries read its environment variables when they are imported.
     from or1.model.export import export_model
     from or1.model.load import load_model, load_tokenizer
-    from or1.run.checkpoint import load_checkpoint, step_folders
-    from or1.run.marks import lost_newest
 
     steps = step_folders(checkpoints_of(run_dir))
     lost = lost_newest(run_dir)
@@ -39,12 +39,12 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
     if chosen not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {chosen}; it has {steps}; name one of those with --step")
     try:
-        checkpoint = load_checkpoint(checkpoints_of(run_dir) / f"step_{chosen}")
+        checkpoint = load_checkpoint(step_folder(checkpoints_of(run_dir), chosen))
     except CheckpointError as error:
         others = ", ".join(str(each) for each in steps if each != chosen)
         remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
         raise type(error)(f"{error}; {remedy}") from error
-    # In host memory: what several GPUs trained need not fit on one.
+    # On the CPU: a model trained on several GPUs may not fit on one.
     plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
     model = load_model(config.model.model_copy(update=plain), packs=False)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
             if saved is None or saved.shape != parameter.shape:
                 raise RunError(
                     f"the checkpoint of step {chosen} has no {name} of the shape that {config.model.path} "
-                    "has; it is of another model, or was altered"
+                    "has; it belongs to another model, or was altered"
                 )
             parameter.copy_(saved)
     return export_model(model, load_tokenizer(config.model.path), out or run_dir / "weights" / f"step_{chosen}")

@@ -1,4 +1,4 @@
-"""Responses that outlive their step, as data for a checkpoint: those generated one step ahead, and open groups."""
+"""Responses that outlive their step, as checkpoint data: a rollout generated one step ahead, and open groups."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ _DTYPES = {"token_ids": np.int32, "logp": np.float32, "versions": np.int32}
 
 @dataclass
 class InFlight:
-    """What a step leaves to the next: `ahead`, the next step's rollout if it was generated early; `carried`, groups
-    that go on under the next policy. `lost` counts groups of a checkpoint whose prompts are gone."""
+    """Rollout data that a step passes to the next.
+
+    ahead    the next step's rollout, if it was generated early
+    carried  groups that continue under the next policy
+    lost     number of groups in the checkpoint whose prompts are no longer in the data
+    """
 
     ahead: Rollout | None = None
     carried: list[OpenGroup] = field(default_factory=list)
     lost: int = 0
 
     def to_checkpoint(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain data and tensors; nothing of either where nothing is in flight. `prompts` are those of the run."""
+        """Return JSON data and tensors, both empty if nothing is in flight.
+
+        prompts  all prompts of the run; groups refer to them by index
+        """
         index = {id(prompt): i for i, prompt in enumerate(prompts)}
         groups: list[Group | OpenGroup] = [*(self.ahead.groups if self.ahead else []), *self.carried]
         if not groups and self.ahead is None:
@@ -44,7 +51,10 @@ class InFlight:
             _PREFIX + name: torch.from_numpy(np.concatenate([np.empty(0, _DTYPES[name]), *parts]).astype(_DTYPES[name]))
             for name, parts in columns.items()
         }
-        state = {"groups": [[index[id(g.prompt)], _members(g), _mark(g.prompt)] for g in groups], "closed": None}
+        state: dict[str, Any] = {
+            "groups": [[index[id(g.prompt)], _members(g), _mark(g.prompt)] for g in groups],
+            "closed": None,
+        }
         if self.ahead is not None:
             state["closed"] = len(self.ahead.groups)
             state["seconds"] = [self.ahead.generate_s, self.ahead.reward_s]
@@ -58,41 +68,68 @@ class InFlight:
         prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
     ) -> InFlight:
-        """The inverse of `to_checkpoint`. A prompt may be elsewhere now; a group whose prompt is gone is lost."""
+        """Rebuild from the results of `to_checkpoint`.
+
+        A prompt may have moved within the data. A group whose prompt is gone is dropped and counted in `lost`.
+        """
         if not state:
             return cls()
         arrays = {name: tensors[_PREFIX + name].numpy() for name in _DTYPES}
         places = {_mark(prompt): i for i, prompt in enumerate(prompts)}
-        closed = state["closed"]
-        done, carried, at, lost = [], [], 0, 0
+        closed: int | None = state["closed"]
+        done: list[Group] = []
+        carried: list[OpenGroup] = []
+        at = lost = 0
         for number, (index, members, *mark) in enumerate(state["groups"]):
-            responses = []
-            for length, finish, version, _ in members:
-                part = {name: array[at : at + length].copy() for name, array in arrays.items()}
-                at += length
-                text = tokenizer.decode(part["token_ids"].tolist(), skip_special_tokens=True)
-                mixed = None if (part["versions"] == version).all() else part["versions"]
-                responses.append(Response(part["token_ids"], part["logp"], finish, version, text, mixed))
-            scores = tuple(None if m[3] is None else Score(m[3][0], Status(m[3][1])) for m in members)
-            # Without a mark the state is of an older or1, which had the place alone.
-            place = places.get(mark[0]) if mark else index if index < len(prompts) else None
-            # The same problem may come twice, and has its place then.
-            if mark and index < len(prompts) and _mark(prompts[index]) == mark[0]:
-                place = index
+            tokens = sum(member[0] for member in members)
+            part = {name: array[at : at + tokens] for name, array in arrays.items()}
+            at += tokens
+            place = _place(index, mark, prompts, places)
             if place is None:
                 lost += 1
             elif closed is not None and number < closed:
-                done.append(Group(prompts[place], tuple(responses), scores))
+                scores = [score for score in _scores(members) if score is not None]
+                done.append(Group(prompts[place], _responses(members, part, tokenizer), tuple(scores)))
             else:
-                carried.append(OpenGroup(prompts[place], tuple(responses), scores))
-        # A rollout that lost all its groups is made anew.
-        ahead = None if closed is None or (closed and not done) else Rollout(done, *state["seconds"], list(carried))
-        return cls(ahead, carried, lost)
+                carried.append(OpenGroup(prompts[place], _responses(members, part, tokenizer), _scores(members)))
+        # A rollout without any group left is generated again.
+        if closed is None or (closed and not done):
+            return cls(None, carried, lost)
+        generate_s, reward_s = state["seconds"]
+        return cls(Rollout(done, generate_s=generate_s, reward_s=reward_s, open=list(carried)), carried, lost)
+
+
+def _place(index: int, mark: list[str], prompts: Sequence[Prompt], places: Mapping[str, int]) -> int | None:
+    """Return the index of a group's prompt in today's data, None if it is gone.
+
+    mark  one fingerprint; none in a checkpoint of an older or1, which recorded the index alone
+    """
+    if index < len(prompts) and (not mark or _mark(prompts[index]) == mark[0]):
+        # Checked before the fingerprints, because the same problem may occur twice.
+        return index
+    return places.get(mark[0]) if mark else None
+
+
+def _responses(
+    members: list[list[Any]], part: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Response, ...]:
+    responses, at = [], 0
+    for length, finish, version, _ in members:
+        token_ids, logp, versions = (part[name][at : at + length].copy() for name in _DTYPES)
+        at += length
+        text = str(tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+        mixed = None if (versions == version).all() else versions
+        responses.append(Response(token_ids, logp, finish=finish, version=version, text=text, versions=mixed))
+    return tuple(responses)
+
+
+def _scores(members: list[list[Any]]) -> tuple[Score | None, ...]:
+    return tuple(None if score is None else Score(score[0], Status(score[1])) for *_, score in members)
 
 
 def _mark(prompt: Prompt) -> str:
-    """Return a short name of what a response was written for, wherever the prompt is in the data."""
-    # Not its id, which may be a line's number.
+    """Return a short fingerprint of a prompt and its gold answers, independent of its place in the data."""
+    # Not the prompt's id, which may be a line number.
     golds = "\0".join(prompt.golds).encode("utf-8", "surrogatepass")
     return hashlib.sha256(np.asarray(prompt.token_ids, np.int64).tobytes() + golds).hexdigest()[:24]
 

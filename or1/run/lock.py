@@ -1,4 +1,4 @@
-"""One `or1 train` per run directory: two would overwrite each other's metrics and checkpoints."""
+"""Lock of a run directory: two `or1 train` processes there would overwrite each other's metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """The lock of a run directory. The kernel drops it, however its process ends."""
+    """Exclusive lock of a run directory. The kernel releases the lock when the process ends, however it ends."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / LOCK
@@ -28,13 +28,13 @@ class RunLock:
         self.warnings: list[str] = []
 
     def take(self, make: bool) -> None:
-        """Take the lock of the folder as it is now, in place of one taken before.
+        """Lock the folder as it is now, after releasing a lock taken before.
 
-        make  False: only if a run has locked the folder at some time, since nobody else can be at work in it
+        make  create the lock file if it is missing. False: skip a folder without one, since no run can be at work there
 
-        Raises RunError if another process has it, the file may not be written, or the folder belongs to another user;
-        OSError if the disk is full. Where the file system has no locks, what the file says of its holder counts, and
-        `warnings` says so.
+        Raises RunError if another process holds the lock, the file cannot be written, or the folder belongs to another
+        user; OSError if the disk is full. On a file system without locks, the holder recorded in the file decides, and
+        `warnings` has a line about that.
         """
         self.close()
         _require_own_folder(self._path.parent)
@@ -60,7 +60,7 @@ class RunLock:
             file.close()
             raise self._held(holder) from None
         except OSError as error:
-            # A network file system that was mounted without locks.
+            # For example a network file system that was mounted without locks.
             self._without_locks(file, error)
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
@@ -70,12 +70,12 @@ class RunLock:
     def _held(self, holder: str) -> RunError:
         return RunError(
             f"{self._path.parent} is the folder of a run that is at work ({holder}); wait for it, stop it, or "
-            "choose another folder with --set run_dir=... Where there is no such process, as after a node was "
-            f"lost, remove {self._path}; a run that is at work would end with that"
+            "choose another folder with --set run_dir=... If that process no longer exists, as after the loss of a "
+            f"node, remove {self._path}; never remove it while a run is at work"
         )
 
     def _without_locks(self, file: TextIO, error: OSError) -> None:
-        """Go by what the file says of its holder. Raises RunError if that is a process of this machine that lives."""
+        """Decide by the holder recorded in the file. Raises RunError if it is a living process of this machine."""
         file.seek(0)
         text = file.read().strip()
         try:
@@ -83,21 +83,21 @@ class RunLock:
             host, pid = str(holder["host"]), int(holder["pid"])
         except (ValueError, TypeError, LookupError, RecursionError):
             host, pid = "", 0
-        # A lock that is given back says nothing. A process that has ended may have left its name, and its number may
-        # have gone to another one that is younger than the file.
+        # A released lock file is empty. A process that was killed leaves its id, which a process younger than the file
+        # may have by now.
         if host == socket.gethostname() and pid != os.getpid() and _lived_at(pid, os.fstat(file.fileno()).st_mtime):
             file.close()
             raise self._held(text)
         other = text and host != socket.gethostname()
         elsewhere = f"; {self._path} names a process of another machine ({text})" if other else ""
         warning = (
-            f"the file system of {self._path.parent} has no locks ({error.strerror}), so nothing keeps a second "
-            f"`or1 train` out of that folder{elsewhere}; start one at a time"
+            f"the file system of {self._path.parent} has no locks ({error.strerror}), so a second `or1 train` in "
+            f"that folder would go unnoticed{elsewhere}; start one at a time"
         )
         self.warnings = [warning]
 
     def close(self) -> None:
-        """Give it back."""
+        """Release the lock; no-op if it is not held."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.truncate(0)
@@ -106,15 +106,15 @@ class RunLock:
 
 
 def _lived_at(pid: int, when: float) -> bool:
-    """Return whether a process lives that began before a time (seconds since 1970); without /proc, whether it lives."""
+    """Return True if process `pid` exists and started before `when` (seconds since 1970; ignored without /proc)."""
     if pid <= 0:
         return False
     try:
         about = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        # Field 22, the time of its start; the name before may hold spaces and brackets.
+        # Field 22 is the start time. The program's name in field 2 may contain spaces and parentheses.
         ticks = int(about.rpartition(")")[2].split()[19])
         booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-        # Both clocks are rounded to the second.
+        # Two seconds of tolerance, since both clocks are rounded to the second.
         return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK") < when + 2
     except FileNotFoundError:
         if Path("/proc/self").exists():
@@ -129,10 +129,10 @@ def _lived_at(pid: int, when: float) -> bool:
 
 
 def _require_own_folder(folder: Path) -> None:
-    """Raise RunError for a folder of another user, who could put links there to files of yours, or change the run.
+    """Raise RunError for a folder of another user, who could place links there or change the run.
 
-    A folder of root's passes: root needs no tricks, and containers and shared disks have many such. Root itself gets no
-    exception, since it has the most to lose; `chown` says that a folder may be used.
+    A folder that root owns passes: root could do either anywhere, and containers and shared disks have many of these.
+    For the user root there is no exception, since root has the most to lose; `chown` allows a folder explicitly.
     """
     try:
         if not folder.is_dir():
@@ -140,7 +140,7 @@ def _require_own_folder(folder: Path) -> None:
         owner = folder.stat().st_uid
         if owner in (os.geteuid(), 0):
             return
-        # Some network file systems show all files as those of one user: then a new one has that owner as well.
+        # Some network file systems show one owner for all files. A new file then has that owner too.
         with tempfile.TemporaryFile(dir=folder) as made:
             if os.fstat(made.fileno()).st_uid == owner:
                 return
@@ -152,8 +152,8 @@ def _require_own_folder(folder: Path) -> None:
             "folder with --set run_dir=..."
         ) from error
     raise RunError(
-        f"{folder} belongs to another user ({_name_of(owner)}), who could change the run or lead its files "
-        "elsewhere; choose a folder of your own with --set run_dir=..., make one inside this one, or make "
+        f"{folder} belongs to another user ({_name_of(owner)}), who could change the run or redirect its files; "
+        "choose a folder of your own with --set run_dir=..., make one inside this one, or make "
         "this one yours with chown"
     )
 

@@ -1,9 +1,9 @@
-"""RUN/.marks.json: what a run knows of its own folder, so that a part of it that goes missing or changes is told.
+"""RUN/.marks.json: facts about a run that reveal lost checkpoints and changed settings.
 
     committed  step of the newest checkpoint ever committed, 0 before the first
     record     sha256 of the settings in config.resolved.json; two while they are being replaced
 
-A folder without the file is of an older or1: then metrics.jsonl tells whether there has been a checkpoint.
+An older or1 did not write this file. In such a run, metrics.jsonl shows if there was a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _ANEW = "or start anew with --fresh, which moves the run aside"
 
 
 def read_marks(run_dir: Path) -> dict[str, Any]:
-    """Return the marks of a run, {} if there are none that can be trusted."""
+    """Return the marks of a run, {} if there are none or they were altered."""
     try:
-        marks = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        marks: dict[str, Any] = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
         if is_unbroken(marks) and type(marks["committed"]) is int and isinstance(marks["record"], list):
             return marks
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -34,17 +34,17 @@ def read_marks(run_dir: Path) -> dict[str, Any]:
 
 
 def mark_commit(run_dir: Path, step: int) -> None:
-    """Remember that a checkpoint was committed. A disk with no room for the mark loses the mark and no more."""
+    """Record a committed checkpoint. On a full disk only the mark is lost; no error is raised."""
     with contextlib.suppress(OSError):
         write_whole(run_dir / NAME, json.dumps(sealed({"record": [], **read_marks(run_dir), "committed": step})))
 
 
 def mark_record(run_dir: Path, text: str) -> None:
-    """Remember the settings that are about to replace those of the record; both are good from here on."""
+    """Record the hash of the settings that will replace the recorded ones. Until the next call both are valid."""
     marks = read_marks(run_dir)
     newest = marks.get("committed", max(step_folders(run_dir / "checkpoints"), default=0))
     records = [*marks.get("record", [])[-1:], _sum(text.encode())]
-    # A file that is there keeps its bytes where nothing is new.
+    # An unchanged file is not rewritten.
     if (made := {"committed": newest, "record": sorted(set(records), key=records.index)}) != {
         key: marks.get(key) for key in ("committed", "record")
     }:
@@ -52,15 +52,15 @@ def mark_record(run_dir: Path, text: str) -> None:
 
 
 def is_altered(run_dir: Path, record: bytes) -> bool:
-    """Return whether the bytes of config.resolved.json are other ones than the run wrote."""
+    """Return True if the bytes of config.resolved.json differ from those that the run wrote."""
     known = read_marks(run_dir).get("record", [])
     return bool(known) and _sum(record) not in known
 
 
 def lost_history(run_dir: Path, every: int) -> str:
-    """Return why a run with no checkpoint folder must not begin at step 0, "" where nothing was lost.
+    """Return the reason why a run without checkpoints must not restart at step 0, "" if it may.
 
-    every  steps from one checkpoint to the next
+    every  steps between checkpoints
     """
     if step_folders(run_dir / "checkpoints"):
         return ""

@@ -1,4 +1,4 @@
-"""RUN/log.txt: the messages of a run, with time and step, in the order in which they came; a resume appends."""
+"""RUN/log.txt: the messages of a run in order, with time and step. A resumed run appends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from or1.core.text import visible
 
 NAME = "log.txt"
-# A link would let the run write elsewhere, and a pipe in the file's place would let it wait for ever.
+# Without these flags, a link in place of the file would redirect the writes, and a pipe would block the run.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class RunLog:
-    """Appends messages to the log of a run; `step` is the step that is at work, None before the first of a start.
+    """Log of a run. `step` is the current step, None before the first step after a start.
 
-    A disk that is full or a log that cannot be opened loses the line, which was shown as well, and never the run.
+    If the disk is full or the log cannot be opened, the line is lost and the run continues; the terminal showed it too.
     """
 
     def __init__(self, run_dir: Path):
@@ -27,7 +27,7 @@ class RunLog:
         self.step: int | None = None
 
     def write(self, text: str) -> None:
-        """Append one message; its further lines are indented."""
+        """Append one message; lines after its first are indented."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         where = "start" if self.step is None else f"step {self.step}"
         lines = visible(text).rstrip().replace("\n", "\n    ")
@@ -39,7 +39,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def logged(log: RunLog | None) -> Iterator[None]:
-    """Write to the log what or1's loggers warn of, such as crashes of rewards, and the error that ends the block."""
+    """Write the warnings of or1's loggers to the log, and the error that ends the block."""
     if log is None:
         yield
         return
@@ -61,19 +61,19 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.write(record.getMessage())
-        # With a handler on its way a record no longer reaches the last resort, which prints it on stderr.
+        # Once a logger has a handler, logging no longer falls back to the handler that prints on stderr.
         if not logging.getLogger().handlers and logging.lastResort is not None:
             logging.lastResort.handle(record)
 
 
 def read_log(run_dir: Path, most: int) -> tuple[list[str], bool]:
-    """Return the last `most` lines of the log, none without one, and whether there are earlier ones."""
+    """Return the last `most` lines of the log, and True if there are earlier ones. Without a log: no lines, False."""
     limit = 1000 * most
     with contextlib.suppress(OSError), os.fdopen(os.open(run_dir / NAME, os.O_RDONLY | _SAFE), "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - limit))
         lines = file.read(limit).decode("utf-8", "replace").splitlines()
-        # The first one may be half a line.
+        # The first line may be incomplete.
         lines = lines[1:] if size > limit else lines
         return lines[-most:], size > limit or len(lines) > most
     return [], False

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line a step, and the same numbers as TensorBoard events."""
+"""metrics.jsonl, one line per step, and the same numbers as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_STEPS = 10**9
 
 
 class MetricsWriter:
-    """Appends to `run_dir/metrics.jsonl`; floats are written so that they read back bit for bit."""
+    """Appends steps to `run_dir/metrics.jsonl`. Floats are written so that they read back bit for bit."""
 
     def __init__(self, run_dir: Path, tensorboard: bool, first_step: int = 0):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -34,9 +34,9 @@ class MetricsWriter:
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, stage: int, metrics: dict[str, float]) -> None:
-        """Write one line: a number that is not finite becomes null, which JSON can carry.
+        """Append the line of one step. A number that is not finite becomes null, because JSON has no such numbers.
 
-        Raises MetricsError if the file was removed or replaced, as by another run: this run's lines would be lost.
+        Raises MetricsError if the file was removed or replaced, as by a second run: this run's lines would be lost.
         """
         self._require_own_file()
         line: dict[str, Any] = {"step": step, "stage": stage, "time": time.time()}
@@ -55,15 +55,15 @@ class MetricsWriter:
         mine = os.fstat(self._file.fileno())
         try:
             there = self._path.stat()
-            # Some network file systems give a file a new number now and then: its size tells as well.
+            # Some network file systems change the inode number of an open file, so the size must differ too.
             other = not os.path.samestat(there, mine) and there.st_size != mine.st_size
             gone = mine.st_nlink == 0 or other
         except FileNotFoundError:
             gone = True
         if gone:
             raise MetricsError(
-                f"{self._path} was removed or replaced while the run was at work, by a person or by another run; the "
-                "same command resumes from the newest checkpoint, once nothing else is at work in that folder"
+                f"{self._path} was removed or replaced while the run was at work, by a person or by another run; stop "
+                "the other run, then the same command resumes from the newest checkpoint"
             )
 
     def close(self) -> None:
@@ -75,14 +75,14 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl by step; lines that are none are left out, and the later of two counts."""
+    """Return the records of a metrics.jsonl by step. Skips unreadable lines; of two lines of a step the last counts."""
     return [record for _, record in sorted(read_lines(path).records.items())]
 
 
 def rewind_metrics(path: Path, step: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Drop the lines after `step`, which a resumed run writes again. Returns those that stay, and remarks on damage.
+    """Drop the lines after `step`, which a resumed run writes again. Return the other records, and remarks on damage.
 
-    Lines that cannot be read go to a file beside it.
+    Unreadable lines are moved to the file metrics.jsonl.damaged.
     """
     found = read_lines(path)
     kept = {number: line for number, line in sorted(found.lines.items()) if number <= step}
@@ -97,11 +97,11 @@ def rewind_metrics(path: Path, step: int) -> tuple[list[dict[str, Any]], list[st
 
 @dataclass
 class MetricsLines:
-    """What a metrics.jsonl holds: lines and records by step.
+    """Content of a metrics.jsonl: lines and records by step.
 
-    damaged   lines that are no records, but for a last one that a crash cut
-    repeated  steps that have several lines
-    altered   steps whose line is not as it was written
+    damaged   lines that are not records, except a last line that a crash cut off
+    repeated  steps with several lines
+    altered   steps whose line was changed after it was written
     """
 
     lines: dict[int, str] = field(default_factory=dict)
@@ -111,22 +111,22 @@ class MetricsLines:
     altered: set[int] = field(default_factory=set)
 
     def remarks(self, path: Path, last: int) -> list[str]:
-        """Return what is wrong up to step `last`, a line each; every step from 0 on should be there."""
+        """Return one line per kind of damage up to step `last`. Every step from 0 on is expected."""
         missing = [step for step in range(last + 1) if step not in self.lines]
-        said = []
+        remarks = []
         if self.damaged:
-            said.append(f"{path}: {len(self.damaged)} lines cannot be read; they go to {path.with_name(_ASIDE)}")
+            remarks.append(f"{path}: {len(self.damaged)} lines cannot be read; they go to {path.with_name(_ASIDE)}")
         if missing:
-            said.append(f"{path} has no line of steps {_shown(missing)}; the report of the run lacks them")
+            remarks.append(f"{path} has no line of steps {_shown(missing)}; the report of the run lacks them")
         if repeated := sorted(step for step in self.repeated if step <= last):
-            said.append(f"{path} has steps {_shown(repeated)} more than once; the last line of each stays")
+            remarks.append(f"{path} has steps {_shown(repeated)} more than once; the last line of each stays")
         if altered := sorted(step for step in self.altered if step <= last):
-            said.append(f"{path}: the lines of steps {_shown(altered)} are not as they were written; they stay")
-        return said
+            remarks.append(f"{path}: the lines of steps {_shown(altered)} are not as they were written; they stay")
+        return remarks
 
 
 def read_lines(path: Path) -> MetricsLines:
-    """Read a metrics.jsonl with whatever is wrong with it."""
+    """Read a metrics.jsonl and record its damage; never raises for damaged content."""
     found = MetricsLines()
     if not path.is_file():
         return found
@@ -144,7 +144,7 @@ def read_lines(path: Path) -> MetricsLines:
         if step in found.lines:
             found.repeated.add(step)
         found.lines[step], found.records[step] = line.decode("utf-8"), record
-        # The sum of the last line is written after the line, which a crash may come between.
+        # The sum of a line is written after the line. A crash between the two leaves the last line without a sum.
         if known and _sum(line).encode() not in known and any(each.strip() for each in lines[i + 1 :]):
             found.altered.add(step)
     return found

@@ -1,4 +1,4 @@
-"""Whether a run's folder, and the names in it, can be what a run needs them to be; found before anything is written."""
+"""Checks of a run's folder, and of the names in it, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard")
 
 
 def unreadable(path: str) -> str:
-    """Return why the letters of a path cannot be read, with the remedy; "" if they can."""
+    """Return the reason why a path cannot be decoded, with the remedy; "" if it can."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -33,7 +33,7 @@ def unreadable(path: str) -> str:
 
 
 def unusable(run_dir: Path) -> str:
-    """Return why a folder cannot be a run's, with the remedy; "" if it can."""
+    """Return the reason why a folder cannot hold a run, with the remedy; "" if it can."""
     text = str(run_dir)
     if problem := unreadable(text):
         return f"run_dir: {problem}"
@@ -45,5 +45,5 @@ def unusable(run_dir: Path) -> str:
             if (run_dir / name).exists() and not (run_dir / name).is_dir():
                 return f"{run_dir / name} is a file, and a run keeps a folder there; remove or rename it"
     except (OSError, ValueError) as error:
-        return f"run_dir = {text!r} cannot be a run's folder ({error}); choose another, with --set run_dir=..."
+        return f"run_dir = {text!r} cannot hold a run ({error}); choose another, with --set run_dir=..."
     return ""

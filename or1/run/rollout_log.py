@@ -1,4 +1,4 @@
-"""rollouts/step_N.parquet: every response of a step with its tokens, reward and advantage; written and read back."""
+"""rollouts/step_N.parquet: every response of a step with its tokens, reward and advantage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from or1.core.errors import RolloutError
+from or1.core.files import replacing
 from or1.core.types import Group, Prompt, Response, Score, Status
 
 SCHEMA = pa.schema(
@@ -44,7 +45,12 @@ _REMEDY = "restore that file, or replay a step after a later checkpoint"
 def write_rollouts(
     folder: Path, step: int, stage: int, groups: Sequence[Group], advantages: Sequence[np.ndarray | None]
 ) -> Path:
-    """Write one row a response. `advantages` has one entry a group: its M advantages, or None if it was rejected."""
+    """Write one row per response to `folder/step_N.parquet`. Return that path.
+
+    advantages  one entry per group: the advantages of its M responses, or None if the group was rejected
+
+    Raises RolloutError if the run's folder was removed.
+    """
     rows = [
         {
             "step": step,
@@ -74,24 +80,25 @@ def write_rollouts(
         )
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.parquet"
-    partial = path.with_suffix(".partial")
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({_SUM: _content_sum(table)})
-    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-    partial.replace(path)
+    # Not durable: a power cut costs a file that only `or1 replay` and the report read, an fsync costs every step.
+    with replacing(path, durable=False) as partial:
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
     return path
 
 
 def read_rollouts(path: Path, step: int, prompts: Mapping[str, Prompt], group_size: int) -> list[Group]:
-    """The groups that `write_rollouts` wrote, their tokens and log-probs bit for bit.
+    """Return the groups that `write_rollouts` wrote; tokens and log-probs are equal bit for bit.
 
-    `prompts` by id. Raises KeyError for a prompt that is not among them, RolloutError for a file that is damaged or
-    not of `step`.
+    prompts  prompts by id
+
+    Raises KeyError for a prompt that is not in `prompts`, RolloutError for a file that is damaged or not of `step`.
     """
     groups = []
     for prompt_id, rows in groupby(_read_rows(path, step), key=lambda row: row["prompt_id"]):
         of_prompt = list(rows)
-        # A prompt that came twice in a row made two groups.
+        # Two adjacent groups may have the same prompt.
         for first in range(0, len(of_prompt), group_size):
             members = of_prompt[first : first + group_size]
             responses = tuple(_response(row) for row in members)
@@ -105,7 +112,7 @@ def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
         whole = (table.schema.metadata or {}).get(_SUM) in (None, _content_sum(table))
-        rows = table.to_pylist() if whole and table.schema.equals(SCHEMA) else None
+        rows: list[dict[str, Any]] | None = table.to_pylist() if whole and table.schema.equals(SCHEMA) else None
     except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise RolloutError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
     if rows is None:
@@ -116,7 +123,7 @@ def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _content_sum(table: pa.Table) -> bytes:
-    """Return the sha256 of what a table holds, however a file lays it out."""
+    """Return the sha256 of a table's content, independent of the layout of a file."""
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
@@ -138,6 +145,6 @@ def _content_sum(table: pa.Table) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _response(row: Mapping[str, object]) -> Response:
+def _response(row: Mapping[str, Any]) -> Response:
     token_ids, logp = np.array(row["token_ids"], np.int32), np.array(row["logp"], np.float32)
-    return Response(token_ids, logp, row["finish"], row["version"], row["response"])
+    return Response(token_ids, logp, finish=row["finish"], version=row["version"], text=row["response"])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from or1.config import Config
 from or1.core.display import Display
-from or1.data import RunData, Sampler, load_run_data
+from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
@@ -39,7 +39,7 @@ class Parts:
 
     config: Config
     world: World
-    data: RunData
+    data: Problems
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
     policy: Policy
@@ -77,7 +77,7 @@ def build(
     """
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.path)
-        data = load_run_data(config, tokenizer)
+        data = load_problems(config, tokenizer)
         if scorer is None:
             prompts = chain(data.prompts, *data.eval_prompts.values())
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
@@ -110,7 +110,7 @@ def build(
         )
 
 
-def _state(saved: Checkpointed, data: RunData, engine: Engine, display: Display, resume: int | None) -> TrainState:
+def _state(saved: Checkpointed, data: Problems, engine: Engine, display: Display, resume: int | None) -> TrainState:
     """Return the state to start from, with its weights in the model and the engine. Collective."""
     state = saved.restore(resume, display.message)
     if state.step:

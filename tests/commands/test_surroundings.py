@@ -93,4 +93,4 @@ def test_standard_output_that_is_gone_does_not_end_a_command(where: str) -> None
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert done.stderr.endswith("done\n")
     if where != ">&-":
-        assert done.stderr.count("standard output cannot be written any more") == 1
+        assert done.stderr.count("standard output can no longer be written") == 1

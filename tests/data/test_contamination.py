@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
-from or1.data import load_run_data
+from or1.data import load_problems
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
 from tests.helpers.problem_rows import ask, load, write
 
@@ -62,7 +62,7 @@ def test_contamination_is_listed_and_dropped_as_asked(tmp_path: Path, mode: str)
     train = write(tmp_path / "train.jsonl", *({"question": q, "answer": "1"} for q in ("new", *HELD_OUT[:2], "other")))
     held = write(tmp_path / "held.jsonl", *({"question": q, "answer": "1"} for q in HELD_OUT))
     sets = [{"name": "aime", "path": str(held), "limit": 1}]
-    found = load_run_data(config(tmp_path, train=str(train), decontaminate=mode, sets=sets), None)
+    found = load_problems(config(tmp_path, train=str(train), decontaminate=mode, sets=sets), None)
     assert [p.id for p in found.prompts] == [f"train.jsonl:{n}" for n in ((1, 4) if mode == "drop" else (1, 2, 3, 4))]
     assert len(found.eval_prompts["aime"]) == 1
     if mode == "off":

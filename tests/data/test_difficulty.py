@@ -11,7 +11,7 @@ import pytest
 
 from or1.commands import filter as filter_run
 from or1.config import Config
-from or1.data import DataError, DifficultyFilter, load_prompts, load_run_data, times_solved
+from or1.data import DataError, DifficultyFilter, load_problems, load_prompts, times_solved
 from tests.helpers.problem_rows import load, write
 
 
@@ -48,13 +48,13 @@ def test_difficulty_of_a_file_goes_by_the_whole_prompt(tmp_path: Path) -> None:
     table = {"prompt": [f"q{n}!" for n in range(4)], "samples": [8] * 4, "passes": [0, 1, 7, 8]}
     pq.write_table(pa.table(table), rates)
     settings = {"train": str(path), "prompt_suffix": "!", "difficulty_file": str(rates)}
-    found = load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
+    found = load_problems(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
     assert [p.text for p in found.prompts] == ["q1!", "q2!"] and found.notes == []
-    warned = load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 15)), None)
+    warned = load_problems(config(tmp_path, **settings, keep_difficulty=(1, 15)), None)
     assert len(warned.prompts) == 3 and "counts out of 8, so keep_difficulty up to 15" in warned.notes[0]
     rates.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="is not a file of `or1 filter`"):
-        load_run_data(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
+        load_problems(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
 
 
 def test_a_model_with_nothing_but_null_counts_is_not_listed_as_one_that_has_some(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
         base = config(tmp_path, train=str(path), difficulty_file=str(rates), keep_difficulty=keep)
         settings = base.model_copy(update={"filter": base.filter.model_copy(update={"samples": 8})})
         filter_run._summarise(settings, Counted(), rates)
-        kept = [p.text for p in load_run_data(settings, None).prompts]
+        kept = [p.text for p in load_problems(settings, None).prompts]
         assert f"keeps {len(kept)} of 6 prompts" in capsys.readouterr().out
         assert kept.count("1+2") in (0, 3)
 
@@ -117,12 +117,12 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
 def test_prompts_with_equal_text_are_told(tmp_path: Path) -> None:
     rows = [("1+2", "3"), ("a", "1"), ("1+2", "3"), ("1+2", "4"), ("b", "1")]
     path = write(tmp_path / "train.jsonl", *({"question": q, "answer": a} for q, a in rows))
-    assert load_run_data(config(tmp_path, train=str(path)), None).notes == [
+    assert load_problems(config(tmp_path, train=str(path)), None).notes == [
         "duplicates: 2 of 5 training prompts have the text of an earlier one (train.jsonl:3 that of train.jsonl:1); "
         "kept, so they are trained on more often",
         "  1 of them with another answer, so one of the two is wrong: train.jsonl:4 has '4', train.jsonl:1 has '3'",
     ]
     one = write(tmp_path / "one.jsonl", {"question": "a", "answer": "1"}, {"question": "b", "answer": "1"})
     # A file that is named twice is meant to count twice.
-    twice = load_run_data(config(tmp_path, train=[str(one), str(one)]), None)
+    twice = load_problems(config(tmp_path, train=[str(one), str(one)]), None)
     assert len(twice.prompts) == 4 and twice.notes == []

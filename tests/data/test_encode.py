@@ -47,7 +47,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, "the chat template of 'the tokenizer' has not put one prompt into tokens after 0 s; it may loop"),
+        (LOOP, "the chat template of 'the tokenizer' has not encoded one prompt after 0 s; it may loop"),
         ("{% for m in messages %}", "the chat template of 'the tokenizer' is not Jinja: .* in line 1; mend"),
     ],
 )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from or1.config import Config
-from or1.data import DataError, load_run_data
+from or1.data import DataError, load_problems
 from or1.data import rows as rows_module
 from tests.helpers.problem_files import CHAT, GOOD, golds_of, load, user, write
 
@@ -235,7 +235,7 @@ def test_a_function_of_ones_own_needs_no_answers(tmp_path: Path, name: str) -> N
             "reward": {"kind": "m:f"},
         }
     )
-    data = load_run_data(config, None)
+    data = load_problems(config, None)
     assert [(p.text, p.golds, p.row.get("style")) for p in data.prompts] == [("hi", (), "brief"), ("ho", (), None)]
     assert len(data.eval_prompts["e"]) == 2 and f"({name}, no answers), 2 kept" in data.reports[0].summary()
     with pytest.raises(DataError, match=r"the first has text; rename them to one of: .*, prompt, question, problem$"):

@@ -11,7 +11,7 @@ import pytest
 
 from or1.config import Config
 from or1.core.types import Group, Response, Score, Status
-from or1.data import DataError, Pool, Sampler, SamplerState, SolvedPrompts, load_run_data
+from or1.data import DataError, Pool, Sampler, SamplerState, SolvedPrompts, load_problems
 from tests.helpers.problem_rows import NO_IDS, ask, write
 
 
@@ -147,6 +147,6 @@ def test_a_mixture_of_files_becomes_pools_without_what_was_left_out(tmp_path: Pa
     held = write(tmp_path / "held.jsonl", *({"question": q, "answer": "1"} for q in HELD_OUT))
     mix = [{"path": str(one), "weight": 2}, {"path": str(two), "weight": 1}]
     settings = config(tmp_path, mix=mix, decontaminate="drop", decontaminate_against=str(held))
-    found = load_run_data(settings, None)
+    found = load_problems(settings, None)
     assert [p.text for p in found.prompts] == list("abcdef")
     assert found.pools == (Pool(0, 2, 2.0), Pool(2, 4, 1.0))

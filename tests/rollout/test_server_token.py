@@ -173,7 +173,7 @@ def test_a_server_is_told_the_folder_of_its_pushes(tmp_path: Path, monkeypatch: 
 def test_a_push_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "thesis.tex"
     mine.write_text("mine")
-    (tmp_path / "pushed" / "weights.partial").symlink_to(mine)
+    (tmp_path / "pushed" / ".weights.safetensors.partial").symlink_to(mine)
     monkeypatch.setattr("or1.rollout.vllm.push.named_weights", lambda _: [("w", torch.ones(2))])
     push = FilePush(tmp_path / "pushed")
     push.send(lambda *_, **__: [], None, 1)

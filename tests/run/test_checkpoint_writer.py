@@ -74,7 +74,7 @@ def test_a_save_without_room_says_what_is_used_up_and_that_nothing_stands(
     disk(tmp_path, 0, number)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(checkpoint(1))
-    with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{told}.*No checkpoint stands"):
+    with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{told}.*There is no older checkpoint"):
         writer.wait()
 
 

@@ -256,7 +256,7 @@ def test_fresh_never_moves_the_folder_it_runs_in(name: str, tmp_path: Path, monk
     (run / "inside").mkdir()
     monkeypatch.chdir(run / "inside" if name == ".." else run)
     own = config.model_copy(update={"run_dir": name or str(run)})
-    with pytest.raises(RunError, match="is the folder that this command runs in, or holds it"):
+    with pytest.raises(RunError, match="is or contains the current working folder"):
         prepare_run_dir(own, fresh=True)
     assert (run / RECORD).is_file()
 

@@ -68,9 +68,18 @@ def test_a_half_written_file_is_no_way_to_another_one(mine: Path, tmp_path: Path
     rewind_metrics(metrics, 1)
     assert mine.read_text() == "mine" and metrics.read_text() == '{"step": 1}\n'
 
-    (tmp_path / f".row_tokens.json.{os.getpid()}").symlink_to(mine)
-    with pytest.raises(OSError, match="symbolic link, which or1 does not write through; remove it"):
-        cap_rows(tmp_path, 5)
+    (tmp_path / f".row_tokens.json.{os.getpid()}.partial").symlink_to(mine)
+    cap_rows(tmp_path, 5)
+    assert mine.read_text() == "mine" and row_cap(tmp_path) == 5
+
+
+def test_a_link_in_the_place_of_a_file_is_refused(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mine)
+    with (
+        pytest.raises(OSError, match="symbolic link, which or1 does not write through; remove it"),
+        open(tmp_path / "link", "w", opener=without_links),
+    ):
+        pass
     assert mine.read_text() == "mine"
 
 

@@ -292,7 +292,7 @@ def test_fresh_through_a_link_leaves_the_link(run_dir: Path, tmp_path: Path, mon
     assert (tmp_path / "link").is_symlink() and (run_dir / "config.resolved.json").is_file()
     assert not (run_dir / "checkpoints").exists() and len(list(tmp_path.glob("run.*/checkpoints"))) == 1
     monkeypatch.chdir(run_dir)
-    with pytest.raises(RunError, match="is the folder that this command runs in"):
+    with pytest.raises(RunError, match="is or contains the current working folder"):
         prepare_run_dir(load_config(root, ["run_dir=."], files=False), fresh=True)
 
 

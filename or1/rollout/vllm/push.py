@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from or1.core.files import replacing
 from or1.dist.world import open_store
 from or1.model.export import named_weights, weight_forms
 from or1.rollout.vllm.memory_folder import MemoryFolder
@@ -57,11 +58,8 @@ class FilePush:
         """See `Push.send`."""
         # clone: safetensors refuses tensors that share memory, as tied embeddings do.
         tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
-        partial = self.path.with_suffix(".partial")
-        # Anew, since save_file would write through a symbolic link of that name.
-        partial.unlink(missing_ok=True)
-        save_file(tensors, partial)
-        partial.replace(self.path)
+        with replacing(self.path, durable=False) as partial:
+            save_file(tensors, partial)
         return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
 
     def repeat(self, rpc: Rpc, version: int) -> bool:
