@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth, and why."""
+"""The scorer that `[reward]` describes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 
 
 def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, folder: Path | None = None) -> Scorer:
-    """The scorer of `[reward]`, with its worker processes started and warm.
+    """Return the scorer of `[reward]`, with its worker processes started and warm.
 
-    prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
-    folder   gets `reward.log`, what the rewards print; None: it is lost
+    prompts  prompts of the run: the verifiers they need start now, so that a missing requirement fails early
+    folder   directory of `reward.log`, which gets the output of rewards; None: discard the output
 
-    Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing, if there
-    are more than the machine can hold, if no sandbox works for code, or if a prompt lacks what the verifier compares
-    with.
+    Raises or1.core.errors.ScorerError if a worker does not start (math-verify is missing, for example), if the machine
+    cannot hold `reward.workers`, if no sandbox works for code, or if the prompts do not fit the verifier.
     """
     from or1.core.errors import ScorerError
     from or1.reward.capacity import check_workers

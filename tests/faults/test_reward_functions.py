@@ -223,8 +223,8 @@ def test_a_reply_under_another_number_replaces_the_worker(obeying, monkeypatch: 
     worker = scorer._pool._workers[0]
     before, numbers = worker._process.pid, iter([b"a" * 16, b"b" * 16])
     monkeypatch.setattr(pool.secrets, "token_bytes", lambda size: next(numbers))
-    receive = worker._socket.recv_bytes
-    monkeypatch.setattr(worker._socket, "recv_bytes", lambda: b"z" * 16 + receive()[16:], raising=False)
+    receive = worker._process.socket.recv_bytes
+    monkeypatch.setattr(worker._process.socket, "recv_bytes", lambda: b"z" * 16 + receive()[16:], raising=False)
     assert results(scorer, "plain 2", "plain 3") == ["crash", 3]
     assert worker._process.pid != before
 
@@ -386,8 +386,8 @@ MODULES = {
     "import sys\nsys.exit(3)": "SystemExit: 3 ({file}:2, in <module>)",
     "raise KeyboardInterrupt": "KeyboardInterrupt ({file}:1, in <module>)",
     "raise ValueError(chr(0xD800))": "ValueError: ",
-    "import os\nos._exit(0)": "{file}:reward cannot be loaded: its process ended on the way (exited with code 0)",
-    "import os\nos.kill(os.getpid(), 11)": "{file}:reward cannot be loaded: its process ended on the way (killed by",
+    "import os\nos._exit(0)": "{file}:reward cannot be loaded: its process ended before it was ready (exited with code 0)",
+    "import os\nos.kill(os.getpid(), 11)": "{file}:reward cannot be loaded: its process ended before it was ready (killed by",
     "x = bytearray(1 << 40)": "MemoryError ({file}:1, in <module>); reward.memory_mib = 4096 is the limit",
 }
 
