@@ -241,10 +241,8 @@ class _Children:
         try:
             reply = self._exchange(child, number, b"", math.inf)
         except _ChildLost as lost:
-            cause = self._end_of(lost)[2]
-            raise _StartFailed(
-                f"{self._name} cannot be loaded: its process ended before it was ready ({cause})"
-            ) from lost
+            fate = f"its process ended before it was ready ({self._end_of(lost)[2]})"
+            raise _StartFailed(f"{self._name} cannot be loaded: {fate}") from lost
         if reply[:1] == OVER:
             self.end()
             raise _StartFailed(reply[1:].decode("utf-8", "replace"))
