@@ -18,8 +18,8 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, f
     prompts  prompts of the run: the verifiers they need start now, so that a missing requirement fails early
     folder   directory of `reward.log`, which gets the output of rewards; None: discard the output
 
-    Raises or1.core.errors.ScorerError if a worker does not start (math-verify is missing, for example), if the machine
-    cannot hold `reward.workers`, if no sandbox works for code, or if the prompts do not fit the verifier.
+    Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing. Other
+    causes: the machine cannot hold `reward.workers`, no sandbox works for code, the prompts do not fit `reward.kind`.
     """
     from or1.core.errors import ScorerError
     from or1.reward.capacity import check_workers

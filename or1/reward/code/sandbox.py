@@ -60,8 +60,8 @@ class SandboxDiedError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program: wall time of a test and CPU time of a process in seconds, resident memory and number of
-    all its processes and threads, and the size of each output and file.
+    """Limits of one program. test_s: wall time of one test. cpu_s: CPU time of one process. memory_bytes and processes
+    count all its processes together, with threads. output_bytes: size of one output or file.
     """
 
     test_s: float
