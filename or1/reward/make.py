@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from or1.core.errors import ScorerError
+from or1.reward.capacity import check_workers
+from or1.reward.output import LOG_NAME
+
+# The scorers are imported when one is made. `python -m or1.reward.worker` imports this package first, and must not find
+# its own module imported already, as part of the pool.
 if TYPE_CHECKING:
     from or1.config import RewardConfig
     from or1.core.types import Prompt
@@ -21,10 +28,7 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, f
     Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing. Other
     causes: the machine cannot hold `reward.workers`, no sandbox works for code, the prompts do not fit `reward.kind`.
     """
-    from or1.core.errors import ScorerError
-    from or1.reward.capacity import check_workers
-    from or1.reward.output import LOG_NAME
-    from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
+    from or1.reward.scorers import AutoScorer, CustomScorer, kind_of
 
     check_workers(config.workers)
     log = None if folder is None else folder / LOG_NAME
@@ -45,18 +49,20 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, f
             f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
             'reward.kind = "auto", or leave those rows out'
         )
-
-    def math() -> Scorer:
-        return MathScorer(
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            require_think_close=config.require_think_close,
-            grade_truncated=bool(config.grade_truncated),
-            log=log,
-        )
-
-    makers = {"math": math, "code": lambda: _code_scorer(config, log)}
+    makers = {"math": partial(_math_scorer, config, log), "code": partial(_code_scorer, config, log)}
     return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
+
+
+def _math_scorer(config: RewardConfig, log: Path | None) -> Scorer:
+    from or1.reward.scorers import MathScorer
+
+    return MathScorer(
+        workers=config.workers,
+        timeout_s=config.timeout_s,
+        require_think_close=config.require_think_close,
+        grade_truncated=bool(config.grade_truncated),
+        log=log,
+    )
 
 
 def _code_scorer(config: RewardConfig, log: Path | None) -> Scorer:

@@ -179,7 +179,7 @@ def _opening(line: str, number: int) -> _Fence | None:
         return None
     if not line[:start].strip(_BEFORE_A_FENCE):
         indent = start
-    return _Fence(line[start], length, indent, _mark(info), number)
+    return _Fence(character=line[start], length=length, indent=indent, mark=_mark(info), line=number)
 
 
 def _mark(info: str) -> str:

@@ -56,7 +56,7 @@ def main():
             send(1, {"error": f"{type(error).__name__}: {error}"})
             return
         send(1, {})
-        program = Program(code, setup, names, order["limits"], alone, order["shown"])
+        program = Program(code, setup, names=names, limits=order["limits"], alone=alone, shown=order["shown"])
         # Once for all children, since installing a filter takes longer than a fork.
         refuse_calls(rules)
         while True:
@@ -72,7 +72,7 @@ def main():
 class Program:
     """The compiled program and the child that has loaded it, if one lives."""
 
-    def __init__(self, code, setup, names, limits, alone, shown):
+    def __init__(self, code, setup, *, names, limits, alone, shown):
         self.code, self.setup, self.names, self.limits = code, setup, names, limits
         self.alone, self.shown = alone, shown
         # Standard streams for all runs, since the filter denies memfd_create.
