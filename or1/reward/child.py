@@ -128,7 +128,7 @@ def _reply(grader: Callable[[Job], Score | bool], job: Job) -> tuple[bool, bytes
     try:
         verdict = grader(job)
     except BaseException as error:  # noqa: BLE001  the process boundary: whatever a grader raises is a counted status
-        # After out of memory the process stays full, so the next job gets a new one.
+        # After a MemoryError the process keeps its memory, so the next job needs a new process.
         return _is_memory(error), encoded("crash", None, cause_of(error))
     if isinstance(verdict, Score):
         # JSON has no NaN; None is a response without a reward.

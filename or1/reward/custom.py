@@ -161,7 +161,7 @@ def _module_of_name(place: str) -> Any:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        # The module may exist and lack one of its own imports. That error is the user's to see.
+        # If the module exists but one of its own imports is missing, the user must see that error.
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
         raise RewardFunctionError(

@@ -321,7 +321,7 @@ def _members(text: str) -> list[str]:
     return split_top(_AND.sub(",", wrapped[1] if wrapped else text).replace(";", ","), ",")
 
 
-# 60^\circ = \pi/3, 1.5\text{ h} = 90\text{ min} and 11_{10} = 1011_2 hold, though their numbers differ.
+# 60^\circ = \pi/3, 1.5\text{ h} = 90\text{ min} and 11_{10} = 1011_2 are true, though their numbers differ.
 _MEASURED = re.compile(rf"\\circ|[_:%]|\\\$|{_TEXT}\{{|\d\s*[A-Za-z]+$")
 
 

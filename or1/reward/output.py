@@ -77,7 +77,7 @@ class OutputLog:
     def _append(self, lines: bytes) -> None:
         # Escape sequences in a model's text would control the terminal of the person who reads the file.
         text = visible(lines.decode("utf-8", "replace")).encode()
-        note = f"--- full ({self._limit:,} bytes): what is printed from here on is lost ---\n".encode()
+        note = f"--- full ({self._limit:,} bytes): later output is lost ---\n".encode()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         # A log that cannot be written must not cost a reward.
         with contextlib.suppress(OSError):

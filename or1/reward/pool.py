@@ -118,7 +118,7 @@ class WorkerPool:
         self.about: Any = None
         self._threads: list[threading.Thread] = []
         try:
-            # All start before the first is waited for: each takes about a second to be ready.
+            # Start all before waiting for the first, since each takes about a second.
             for _ in range(workers):
                 self._workers.append(_Worker(arguments, plain_environment))
             for worker in self._workers:
@@ -317,12 +317,12 @@ class _Process:
             return
         # Descendants in other sessions first: after the worker's death their parent is lost.
         killed = kill_descendants(self.pid)
-        # A dead worker that has not been waited for still holds its number, so the group cannot be another's.
+        # Until it is reaped, a dead worker keeps its process id, so the group cannot belong to another process.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended just now
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
         for pid in killed:
-            # Where this process is the first of a container, orphans are its own to reap.
+            # If this process is process 1 of a container, it must reap the orphans itself.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 

@@ -75,7 +75,7 @@ def main() -> None:
 
     def prepare() -> Any:
         if int(limit):
-            # 10^{10^{10}} ends in a MemoryError instead of the machine's out-of-memory killer.
+            # With the limit, 10^{10^{10}} raises MemoryError instead of triggering the machine's out-of-memory killer.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(_LIMITS[kind], (int(limit), int(limit)))
         return begin(json.loads(options))
@@ -241,7 +241,7 @@ class _Children:
         try:
             reply = self._exchange(child, number, b"", math.inf)
         except _ChildLost as lost:
-            fate = f"its process ended before it was ready ({self._end_of(lost)[2]})"
+            fate = f"its process ended early ({self._end_of(lost)[2]})"
             raise _StartFailed(f"{self._name} cannot be loaded: {fate}") from lost
         if reply[:1] == OVER:
             self.end()
@@ -313,8 +313,8 @@ def _reply_in(received: bytearray, number: bytes) -> bytes | None:
     if len(received) != 4 + size or found != number:
         raise _ChildLost(
             "crash",
-            "wrote into the pipe on which its process replies, so no reply of it is taken; leave "
-            "descriptors alone that the function did not open",
+            "wrote into the pipe that carries the replies of its process, so its reply was discarded; the function "
+            "must not write to descriptors that it did not open",
         )
     return bytes(received[4 + NUMBER_BYTES :])
 

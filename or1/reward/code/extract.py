@@ -156,7 +156,7 @@ def last_python_block(text: str) -> str | None:
         return None
     fence, end = chosen
     body = lines[fence.line + 1 : end]
-    # A block in a list is indented with its fence, or its fence alone is.
+    # In a list, the block and its fence are indented, or only the fence is.
     surplus = min((len(line) - len(line.lstrip(" \t")) for line in body if line.strip()), default=0)
     program = "".join(line[min(fence.indent, surplus) :] + "\n" for line in body)
     return program if program.strip() else None

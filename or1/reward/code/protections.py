@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 PROTECTIONS = {
-    "user": "programs run as a user of their own, never as root",
+    "user": "programs run as a separate user, never as root",
     "files": "files of the host cannot be seen",
     "system": "the system's files cannot be written",
     "network": "there is no network",
     "processes": "other processes cannot be seen",
     "count": "the number of processes is limited",
-    "runner": "the memory of what grades the program is closed to it",
+    "runner": "the memory of the program's grader cannot be accessed",
     "settings": "settings of the kernel cannot be written",
-    "calls": "calls of the kernel that reach around the sandbox are refused",
-    "cleaning": "processes and files of one test are gone before the next one",
+    "calls": "system calls that bypass the sandbox are denied",
+    "cleaning": "processes and files of one test are removed before the next one",
 }
 """Name -> description for users. All of them hold in a sandbox that `find_sandbox` selects."""
 FILTERED_MACHINES = ("x86_64", "aarch64")

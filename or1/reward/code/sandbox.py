@@ -162,7 +162,7 @@ class Inside:
             return self.ask(opening, START_LIMIT_S - GRACE_S)
         except (SandboxDiedError, SandboxTimeoutError) as error:
             self.close()
-            raise SandboxStartError(f"the sandbox did not come up: {str(error) or 'it takes too long'}") from error
+            raise SandboxStartError(f"the sandbox did not start: {str(error) or 'it takes too long'}") from error
 
     def ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send one message and return the answer within `seconds`. Raises SandboxTimeoutError or SandboxDiedError."""

@@ -167,7 +167,7 @@ def _refuse_mixtures(tree: ast.Module, own: set[str], library: set[str]) -> None
             )
 
 
-# --- what a script defines and uses
+# --- names that a script defines and uses
 
 
 def _parsed(source: str) -> ast.Module:
