@@ -29,14 +29,6 @@ _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 
 
-def grade(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score:
-    """Score one response text. Unbounded in time; see the module's docstring."""
-    found = screen(text, golds, require_think_close=require_think_close)
-    if isinstance(found, Score):
-        return found
-    return make_score(Status.OK if equivalent(found, golds) else Status.WRONG)
-
-
 def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score | str:
     r"""Return the score of a response if string or integer comparison decides it, else its \boxed{} for `equivalent`.
 
