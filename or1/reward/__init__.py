@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth, and why."""
+"""Rewards: score responses with verifiers or user-defined functions, in processes that can be killed."""
 
 from or1.reward.make import make_scorer
 

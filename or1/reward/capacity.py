@@ -1,4 +1,4 @@
-"""Whether this machine can hold the reward workers that the config asks for."""
+"""Check that this machine has the cores and the memory for the reward workers of the config."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from or1.core.errors import ScorerError
 
 WORKERS_PER_CORE = 32
-"""More of them would not all be ready in time: each takes about a second of a core to start."""
+"""Largest number of workers that start in time on one core; each takes about a second of the core."""
 WORKER_MIB = 96
-"""Memory of a worker and its child that is not shared, before it grades anything: what Python and sympy take."""
+"""Unshared memory of a worker and its child before the first job, for Python and sympy."""
 
 
 def check_workers(workers: int, cores: int | None = None, free_mib: int | None = None) -> None:
     """Raise ScorerError if `workers` reward processes in each rank do not fit this machine.
 
-    cores, free_mib  by default what the machine has
+    cores, free_mib  default: measured on this machine
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = _cores() if cores is None else cores
@@ -42,7 +42,7 @@ def _cores() -> int:
 
 
 def _free_mib(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the machine has free, or the container if its limit is lower; None where neither is told."""
+    """Return the free memory of the machine or of its container, whichever is less; None if neither can be read."""
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -50,7 +50,7 @@ def _free_mib(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     with contextlib.suppress(OSError, ValueError, KeyError):
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Pages of files count as used, and are given back when memory is needed.
+        # Cached file pages count as used, but the kernel frees them when memory is needed.
         files = int(counts["active_file"]) + int(counts["inactive_file"])
         found.append(max(limit - used + files, 0) >> 20)
     return min(found, default=None)

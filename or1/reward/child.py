@@ -1,4 +1,4 @@
-"""The life of a process that `or1.reward.worker` forks: prepare, then grade one job after another."""
+"""The child process that `or1.reward.worker` forks: it prepares once, then grades one job after another."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from or1.core.processes import die_with
 from or1.core.types import Score
 
 NUMBER_BYTES = 16
-"""Of a job, in front of everything that is said about it."""
+"""Length of a job's random number, which precedes every message about the job."""
 MAX_CAUSE = 1000
-"""Characters that are kept of the text of an exception."""
+"""Characters kept of an exception's text."""
 ON, OVER = b"+", b"-"
-"""In front of what a child says: whether it waits for a job, or ends with this."""
+"""First byte of a child's reply. ON: the child waits for the next job. OVER: the child ends after this reply."""
 
 _OWN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep, "<frozen ")
 _LIBRARIES = (sys.prefix + os.sep, sys.base_prefix + os.sep)
@@ -33,7 +33,7 @@ Job = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """What a child does: `prepare` once, under the number that the worker drew for it, then `grader` for each job."""
+    """The work of one child: `prepare` once, whose reply carries `number`, then `grader` for each job."""
 
     grader: Callable[[Job], Score | bool]
     prepare: Callable[[], Any]
@@ -41,20 +41,20 @@ class Work(NamedTuple):
 
 
 def parsed(message: bytes) -> tuple[bytes, float, bytes]:
-    """Return number, seconds and JSON of a job."""
+    """Return the number, the time limit in seconds, and the JSON of a job."""
     limit_s, _, job = message[NUMBER_BYTES:].partition(b" ")
     return message[:NUMBER_BYTES], float(limit_s), job
 
 
 def framed(message: bytes) -> bytes:
-    """Return a message with its length in front."""
+    """Return a message with its length as a prefix of 4 bytes."""
     return len(message).to_bytes(4, "big") + message
 
 
 def live(pipe: socket.socket, worker: int, output: int | None, work: Work) -> NoReturn:
-    """Be a child of the process `worker`. Ends at a closed pipe or with its worker, never returns.
+    """Run as a child of the process `worker`. End when the pipe closes or the worker dies; never return.
 
-    output  descriptor for what is printed, None to leave it as it is
+    output  descriptor for stdout and stderr; None: keep them
     """
     own, code = os.getpid(), 1
     try:
@@ -71,26 +71,26 @@ def live(pipe: socket.socket, worker: int, output: int | None, work: Work) -> No
 
 def _grade_jobs(pipe: socket.socket, own: int, work: Work) -> None:
     number = work.number
-    last, said = _prepared(work.prepare)
+    last, reply = _prepared(work.prepare)
     while True:
-        # A copy of this process, which the function forked and returned from, says nothing.
+        # A forked copy of this process, in which the function returned, must not reply.
         if os.getpid() != own:
             os._exit(0)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the function may have put anything there
                 stream.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        pipe.sendall(framed(number + (OVER if last else ON) + said))
+        pipe.sendall(framed(number + (OVER if last else ON) + reply))
         if last:
             return
         number, limit_s, job = parsed(_received(pipe))
-        # The kernel's timer also ends code that holds the GIL.
+        # A kernel timer also ends code that holds the GIL.
         signal.setitimer(signal.ITIMER_REAL, limit_s)
-        last, said = _reply(work.grader, json.loads(job))
+        last, reply = _reply(work.grader, json.loads(job))
 
 
 def _received(pipe: socket.socket) -> bytes:
-    """The next message. Raises EOFError."""
+    """Return the next message. Raises EOFError."""
     size, parts = int.from_bytes(pipe.recv(4, socket.MSG_WAITALL), "big"), []
     while size:
         if not (data := pipe.recv(min(size, 1 << 20))):
@@ -103,12 +103,12 @@ def _received(pipe: socket.socket) -> bytes:
 
 
 def _print_to(output: int | None) -> None:
-    """Send what is printed to the log; line by line, and whatever characters there are."""
+    """Redirect stdout and stderr to the log, line-buffered, with any character that UTF-8 lacks as an escape."""
     if output is not None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-    # New ones: a stream that was opened on a file does not get along with the pipe that takes its descriptor.
+    # New streams, since a stream that was opened on a file fails on the pipe that replaces its descriptor.
     sys.stdout, sys.stderr = (
         open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         for descriptor in (1, 2)
@@ -116,7 +116,7 @@ def _print_to(output: int | None) -> None:
 
 
 def _prepared(prepare: Callable[[], Any]) -> tuple[bool, bytes]:
-    """Whether it failed, and why, or what `begin` told."""
+    """Return (failed, reply): the error text if `prepare` failed, else its result as JSON."""
     try:
         return False, json.dumps(prepare()).encode()
     except BaseException as error:  # noqa: BLE001  the process boundary; a module may well call sys.exit
@@ -124,11 +124,11 @@ def _prepared(prepare: Callable[[], Any]) -> tuple[bool, bytes]:
 
 
 def _reply(grader: Callable[[Job], Score | bool], job: Job) -> tuple[bool, bytes]:
-    """Whether this child should end, and the reply."""
+    """Return (last, reply): the reply to a job, and whether this child must end after it."""
     try:
         verdict = grader(job)
     except BaseException as error:  # noqa: BLE001  the process boundary: whatever a grader raises is a counted status
-        # The memory of a process that has run out of it stays full.
+        # After a MemoryError the process keeps its memory, so the next job needs a new process.
         return _is_memory(error), encoded("crash", None, cause_of(error))
     if isinstance(verdict, Score):
         # JSON has no NaN; None is a response without a reward.
@@ -142,21 +142,21 @@ def encoded(status: str, reward: float | None, cause: str) -> bytes:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return an error with the last place in the user's own code, else in a library.
+    """Return the text of an error with its last position in the user's code, or in a library if there is none.
 
-    Errors of or1 say enough themselves.
+    Errors of or1 are returned without a position.
     """
     full = _is_memory(error)
     if full:
-        # What filled the memory hangs on the frames of the error.
+        # The frames of the error keep the objects that filled the memory.
         traceback.clear_frames(error.__traceback__)
-    said = _text_of(error)
-    if len(said) > MAX_CAUSE:
-        said = f"{said[:MAX_CAUSE]} ... (of {len(said):,} characters)"
+    message = _text_of(error)
+    if len(message) > MAX_CAUSE:
+        message = f"{message[:MAX_CAUSE]} ... (of {len(message):,} characters)"
     if isinstance(error, Or1Error):
-        return said
+        return message
     name = type(error).__name__
-    text = f"{name}: {said}" if said else name
+    text = f"{name}: {message}" if message else name
     found = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     others = [(code, line) for code, line in found if not code.co_filename.startswith(_OWN)]
     places = [(code, line) for code, line in others if not code.co_filename.startswith(_LIBRARIES)] or others
@@ -172,13 +172,13 @@ def cause_of(error: BaseException) -> str:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:  # noqa: BLE001  its __str__ is the user's too
+    except BaseException:  # noqa: BLE001  __str__ may be the user's code
         return "(its message cannot be read)"
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python or in a library: torch says it in a RuntimeError."""
+    """Return True if memory ran out, in Python or in a library. torch raises a RuntimeError for this."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    said = _text_of(error)[-2000:] if isinstance(error, RuntimeError) else ""
-    return "allocate memory" in said or "bad_alloc" in said
+    message = _text_of(error)[-2000:] if isinstance(error, RuntimeError) else ""
+    return "allocate memory" in message or "bad_alloc" in message

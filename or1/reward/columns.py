@@ -1,4 +1,4 @@
-"""Whether the rows have what a reward function of the user's own must be given: found before training, not in it."""
+"""Check before training that the data has the columns that a user-defined reward function requires."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ _SHOWN = 20
 
 
 def check_columns(needs: Mapping[str, Any], prompts: Iterable[Prompt]) -> list[str]:
-    """Return a warning for each column that a function needs and only some rows have.
+    """Return a warning for each required column that only some rows have.
 
-    needs  what `or1.reward.custom.needs_of` returned
+    needs  result of `or1.reward.custom.needs_of`
 
-    Raises RewardFunctionError for a column that no row has.
+    Raises RewardFunctionError if no row has a required column.
     """
     if not needs["columns"]:
         return []
-    rows, has, without = 0, Counter(), {}
+    rows = 0
+    has: Counter[str] = Counter()
+    without: dict[str, str] = {}
     for prompt in prompts:
         rows += 1
         has.update(prompt.row.keys())

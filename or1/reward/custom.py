@@ -1,15 +1,15 @@
-"""Rewards that users have already: functions written for TRL, verl, verifiers, OpenRLHF or AReaL, called as there.
+"""User-defined reward functions, called with the arguments of TRL, verl, verifiers, OpenRLHF or AReaL.
 
-The form is recognised by parameter names. A function for batches gets batches of one: what it gives must not depend
-on the other responses. Everything here runs in the worker processes of `or1.reward.pool`.
+The parameter names of a function decide its form. A function for batches gets batches of one, so its reward must not
+depend on the other responses. All code here runs in the worker processes of `or1.reward.pool`.
 
-  form       recognised by                called with
+  form       recognised by                arguments
   trl        completions                  prompts, completions, completion_ids and the row's columns as lists of one
   areal      prompt and completions       text, token ids and the row's columns
   verl       solution_str                 data_source, solution_str, ground_truth, extra_info
   verl_batch solution_strs                the same as lists of one
   openrlhf   queries                      queries (prompt and response), prompts, labels as lists of one
-  verifiers  completion                   what it names of prompt, completion, answer, state, info, task, parser
+  verifiers  completion                   any of prompt, completion, answer, state, info, task, parser
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ from or1.core.types import Score, Status
 
 Job = Mapping[str, Any]
 
-
 MAX_REWARD = 1e30
-"""Of a size beyond this the deviation of a group would overflow, and nothing would be trained without a word."""
+"""Largest size of a reward. Beyond it the deviation of a group would overflow, and training would silently stop."""
 
 
 def begin(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the function options["path"] for `grade_job`; returns what it needs. Raises RewardFunctionError."""
+    """Load the function options["path"] for `grade_job`. Return `needs_of` it. Raises RewardFunctionError."""
     _loaded[:] = [load(options["path"])]
     return needs_of(*_loaded[0])
 
 
 def grade_job(job: Job) -> Score:
-    """Call the loaded function on one response. Raises what it raises, and ValueError for what is no reward."""
+    """Call the loaded function on one response.
+
+    Raises ValueError if the result is not a reward, and any exception of the function.
+    """
     function, form = _loaded[0]
     arguments = _ARGUMENTS[form](job)
     result = function(**_accepted(function, arguments))
@@ -53,9 +55,9 @@ def grade_job(job: Job) -> Score:
 
 
 def needs_of(function: Callable[..., Any], form: str) -> dict[str, Any]:
-    """Return what a function must be given beside what its form gives: its name, form and `columns` of the rows.
+    """Return the name and form of a function, and the `columns` that its required parameters take from the data.
 
-    Raises RewardFunctionError for a parameter that its form never gives.
+    Raises RewardFunctionError for a required parameter that the form never fills.
     """
     name = getattr(function, "__name__", str(function))
     required = [
@@ -79,7 +81,7 @@ def needs_of(function: Callable[..., Any], form: str) -> dict[str, Any]:
     }
     given = _ARGUMENTS[form](nothing)
     missing = [p.name for p in required if p.name not in given]
-    # These are in the data, and the form has its own use for them.
+    # Columns that the form uses for its own arguments are no arguments themselves.
     never = [each for each in missing if form not in _WITH_COLUMNS or each not in _columns({"row": {each: None}})]
     if never:
         raise RewardFunctionError(
@@ -90,9 +92,9 @@ def needs_of(function: Callable[..., Any], form: str) -> dict[str, Any]:
 
 
 def load(path: str) -> tuple[Callable[..., Any], str]:
-    """The function "module:function" or "path/file.py:function" names, and its form. Raises RewardFunctionError.
+    """Import "module:function" or "path/file.py:function" and return the function and its form.
 
-    Whatever else its module raises when it is imported comes through.
+    Raises RewardFunctionError, and any exception of the import.
     """
     place, _, name = path.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
@@ -103,7 +105,7 @@ def load(path: str) -> tuple[Callable[..., Any], str]:
 
 
 def file_of(path: str) -> Path | None:
-    """The file that holds the function of such a path, without importing anything; None if it is not found."""
+    """Return the file of the function `path` without importing a module, or None if there is no such file."""
     place = path.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
@@ -117,7 +119,7 @@ def file_of(path: str) -> Path | None:
 
 
 def form_of(function: Callable[..., Any]) -> str:
-    """Which library's form a function has. Raises RewardFunctionError."""
+    """Return the form of a function, one of those in the module's table. Raises RewardFunctionError."""
     names = set(inspect.signature(function).parameters)
     for form, needed in _SIGNS:
         if needed <= names:
@@ -146,6 +148,8 @@ def _module_of_file(path: Path) -> Any:
     if not path.is_file():
         raise RewardFunctionError(f"no file {str(path)!r} (looked in {Path.cwd()})")
     spec = importlib.util.spec_from_file_location(f"or1_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise RewardFunctionError(f"{str(path)!r} cannot be imported as a Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
@@ -157,7 +161,7 @@ def _module_of_name(place: str) -> Any:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        # A module that is there may lack one of its own imports, which is another matter.
+        # If the module exists but one of its own imports is missing, the user must see that error.
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
         raise RewardFunctionError(
@@ -172,7 +176,7 @@ def _callables(module: Any) -> str:
 
 
 def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the function names, or all of them if it takes any."""
+    """Return the arguments that are parameters of the function, or all of them if it has **kwargs."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(arguments)
@@ -196,12 +200,12 @@ def _reply(job: Job) -> list[dict[str, str]]:
 
 
 def _columns(job: Job) -> dict[str, Any]:
-    """The row, without what the forms set themselves."""
+    """Return the row without the columns that the forms set themselves."""
     return {k: v for k, v in job["row"].items() if k not in ("prompt", "prompts", "completion", "completions")}
 
 
 def _truth(job: Job) -> Any:
-    """The gold answer as the data has it."""
+    """Return the gold answer as the data row holds it."""
     row = job["row"]
     model = row.get("reward_model")
     if isinstance(model, Mapping) and model.get("ground_truth") is not None:
@@ -213,7 +217,7 @@ def _truth(job: Job) -> Any:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for TRL's logging callbacks."""
+    """Do nothing, as a replacement for TRL's logging callbacks."""
 
 
 def _for_trl(job: Job) -> dict[str, Any]:
@@ -273,7 +277,7 @@ def _for_verifiers(job: Job) -> dict[str, Any]:
 
 
 class _Parser:
-    """verifiers' default parser: the answer is all of the last message."""
+    """The default parser of verifiers: the whole last message is the answer."""
 
     def parse(self, text: str) -> str:
         return text
@@ -307,9 +311,9 @@ def _score(result: Any, form: str) -> Score:
 
 
 def _reward(result: Any, batch: bool) -> float | None:
-    """The number in what a function returned: itself, `score` or `rewards` of an object, or the one of a list.
+    """Return the number in the result of a function: the result itself, its "score" or "rewards", or its one element.
 
-    batch  a tuple is a list of rewards too; else it is verl's pair of a reward and what explains it
+    batch  True: a tuple is a list of rewards. False: a tuple is verl's pair of a reward and its explanation
     """
     if isinstance(result, Mapping):
         key = next((k for k in ("score", "rewards", "reward", "scores") if k in result), None)

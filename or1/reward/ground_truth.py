@@ -1,7 +1,7 @@
-"""What a data row says is right -> gold answers, or the tests of a program.
+"""Parse the ground truth of a data row: gold answers, or the tests of a program.
 
-The one place that knows how data sets write their tests. A row without anything to test against is an error of that
-row: a reward that passes an empty list of tests would teach the policy to answer anything.
+Only this module knows the formats of data sets. A row without a test is an error: a reward that passes an empty list
+of tests would train the policy to answer anything.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from or1.core.types import CodeTests
 from or1.reward.code.tested import complete
 
 MAX_TEST_BYTES = 256 << 20
-"""Tests of one problem that unpack to more are refused."""
+"""Largest unpacked size of the tests of one problem."""
 
 
 def parse_ground_truth(truth: Any) -> tuple[str, ...] | CodeTests:
-    """Gold answers of a maths row, or the tests of a programming row.
+    """Return the gold answers of a maths row, or the tests of a code row.
 
     truth  text, a number, a list of equally good answers, or JSON text of a list of strings: gold answers.
-           An object, or JSON text of one, whose keys that are not null say how it is tested:
+           An object, or JSON text of one. Its keys that are not null select the format:
              inputs, outputs [, fn_name]             TACO, APPS: standard input and output, or calls of fn_name
              test_code [, import_prefix, entry_point], functional, test [, entry_point]   LeetCode, HumanEval: asserts
              assert_case, test_list [, test_setup_code]                                   lists of asserts, MBPP
              public_test_cases [, private_test_cases, metadata]                           LiveCodeBench
              input_output                                                                 any of the first, nested
-           A list of objects, or JSON text of one, is a list of tests as DeepCoder and rllm write them:
-             input, output [, testtype or type, fn_name, metadata]                        one test an object
+           A list of objects, or JSON text of one: tests in the format of DeepCoder and rllm:
+             input, output [, testtype or type, fn_name, metadata]                        one object per test
 
-    Raises GroundTruthError for what is empty, of the wrong type, or no test at all.
+    Raises GroundTruthError for an empty value, a wrong type, or an object without tests.
     """
     value = _decoded(truth)
     if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ def parse_ground_truth(truth: Any) -> tuple[str, ...] | CodeTests:
 
 
 def parse_tests(truth: Any) -> CodeTests:
-    """The tests in a column that holds nothing else, in any form of `parse_ground_truth`. Raises GroundTruthError."""
+    """Return the tests in a column of tests, in any format of `parse_ground_truth`. Raises GroundTruthError."""
     value = _decoded(truth)
     if isinstance(value, Mapping):
         return _code_tests(value)
@@ -59,7 +59,7 @@ def parse_tests(truth: Any) -> CodeTests:
 
 
 def parse_golds(value: Any) -> tuple[str, ...]:
-    """Gold answers from a column of answers: as `plain_golds`, or JSON text of a list of strings.
+    """Return the gold answers in a column of answers: a value of `plain_golds`, or JSON text of a list of strings.
 
     Raises GroundTruthError.
     """
@@ -72,7 +72,7 @@ def parse_golds(value: Any) -> tuple[str, ...]:
 
 
 def plain_golds(value: Any) -> tuple[str, ...]:
-    """One answer or a list of equally good ones, as text. Raises GroundTruthError."""
+    """Return one answer, or a list of equally good answers, as text. Raises GroundTruthError."""
     values = value if isinstance(value, list | tuple) else [value]
     golds = []
     for item in values:
@@ -80,7 +80,7 @@ def plain_golds(value: Any) -> tuple[str, ...]:
             raise GroundTruthError(f"gold answer is a {type(item).__name__}, not text or a number")
         if isinstance(item, float) and not math.isfinite(item):
             raise GroundTruthError(f"gold answer is {item}")
-        # str(1.5e-05) is "1.5e-05", which the verifier does not read as a number.
+        # str(1.5e-05) is "1.5e-05", which the verifier does not parse as a number.
         text = format(Decimal(repr(item)), "f") if isinstance(item, float) else str(item)
         golds.append(_clean(text).strip())
         if not golds[-1]:
@@ -122,7 +122,7 @@ def _clean(text: str) -> str:
 
 
 def _code_tests(truth: Mapping[str, Any]) -> CodeTests:
-    # Columnar files fill the keys that a row lacks with null; they must not choose the format.
+    # Columnar files fill the missing keys of a row with null. Such keys must not select the format.
     truth = {key: value for key, value in truth.items() if value is not None}
     for key, make in _FORMATS.items():
         if key in truth:
@@ -163,12 +163,12 @@ def _joined(text: Any) -> str:
 
 
 def _call(given: Any, expected: Any) -> tuple[str, str]:
-    """Arguments as JSON lines, and the equally good results as JSON lines."""
+    """Return the arguments of a call as JSON lines, and its equally good results as JSON lines."""
     if not isinstance(given, str):
         if not isinstance(given, list):
             raise GroundTruthError("arguments of a call are neither JSON lines nor a list")
-        # APPS gives real lists and mostly puts the result in a list of one. Whether it did cannot be seen, since a
-        # function may return a list of one. Its own checker takes the element and the list; so does this.
+        # APPS gives lists and usually wraps the result in a list of one. A function may also return a list of one, so
+        # the two cannot be distinguished. Like APPS's own checker, this accepts the element and the list.
         wrapped = isinstance(expected, list) and len(expected) == 1
         try:
             results = [json.dumps(value) for value in ([expected[0], expected] if wrapped else [expected])]
@@ -190,7 +190,7 @@ def _live_code_bench(truth: Mapping[str, Any]) -> CodeTests:
 
 
 def _test_list(cases: Sequence[Any]) -> CodeTests:
-    """DeepCoder and rllm: a list of objects, each one test."""
+    """Return the tests of DeepCoder's and rllm's format: a list of objects, one per test."""
     for number, case in enumerate(cases, 1):
         if not isinstance(case, Mapping):
             raise GroundTruthError(
@@ -207,7 +207,7 @@ def _test_list(cases: Sequence[Any]) -> CodeTests:
 
 
 def _tests_of_cases(cases: Sequence[Mapping[str, Any]], metadata: Any) -> CodeTests:
-    """Objects with input and output. metadata: of the whole row, where LiveCodeBench names the function."""
+    """Return the tests of objects with input and output. metadata: the row's, which names LiveCodeBench's function."""
     pairs: dict[str, Any] = {
         "inputs": [case.get("input") for case in cases],
         "outputs": [case.get("output") for case in cases],
@@ -230,7 +230,7 @@ def _is_call(case: Mapping[str, Any]) -> bool:
 
 
 def _function_of(case: Mapping[str, Any]) -> str:
-    """The function that one test names itself; "" if it names none."""
+    """Return the name of the function in one test, or "" if the test has none."""
     name = case.get("fn_name")
     return name if isinstance(name, str) and name else _name_in(case.get("metadata"))
 
@@ -253,7 +253,7 @@ def _cases(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _unpacked(text: str) -> str:
-    """LiveCodeBench's private tests: base64 of zlib of a serialised str, whose bytes are taken without running any."""
+    """Return LiveCodeBench's private tests: base64 of zlib of a pickled str. Its bytes are read, never unpickled."""
     try:
         inflate = zlib.decompressobj()
         data = inflate.decompress(base64.b64decode(text, validate=True), MAX_TEST_BYTES)
@@ -281,7 +281,7 @@ def _script(truth: Mapping[str, Any]) -> CodeTests:
     entry_point = _text(truth, "entry_point") if "entry_point" in truth else ""
     tree = _parsed(script, key)
     if entry_point and re.fullmatch(r"[A-Z]\w*\.\w+", entry_point):
-        entry_point = entry_point.replace(".", "().")  # a method needs an object
+        entry_point = entry_point.replace(".", "().")  # a method needs an instance
     on_top = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
     used = {n.id for node in on_top for n in ast.walk(node) if isinstance(n, ast.Name)}
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
@@ -309,7 +309,7 @@ def _assert_list(truth: Mapping[str, Any]) -> CodeTests:
 def _asserts(
     truth: Mapping[str, Any], script: str, setup: str, *, entry_point: str, prelude: bool = False
 ) -> CodeTests:
-    """Tests of a script whose names under test the row decides, not the program."""
+    """Return the tests of a script. The row decides the names under test, not the program."""
     texts = [truth.get(key) for key in ("code", "canonical_solution", "prompt")]
     code, solution, question = (text if isinstance(text, str) else "" for text in texts)
     try:

@@ -1,11 +1,18 @@
-"""Rewards: what a response is worth, and why."""
+"""The scorer that `[reward]` describes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from or1.core.errors import ScorerError
+from or1.reward.capacity import check_workers
+from or1.reward.output import LOG_NAME
+
+# The scorers are imported when one is made. `python -m or1.reward.worker` imports this package first, and must not find
+# its own module imported already, as part of the pool.
 if TYPE_CHECKING:
     from or1.config import RewardConfig
     from or1.core.types import Prompt
@@ -13,19 +20,15 @@ if TYPE_CHECKING:
 
 
 def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, folder: Path | None = None) -> Scorer:
-    """The scorer of `[reward]`, with its worker processes started and warm.
+    """Return the scorer of `[reward]`, with its worker processes started and warm.
 
-    prompts  what will be scored: whatever it needs is started, and found missing, now rather than at first use
-    folder   gets `reward.log`, what the rewards print; None: it is lost
+    prompts  prompts of the run: the verifiers they need start now, so that a missing requirement fails early
+    folder   directory of `reward.log`, which gets the output of rewards; None: discard the output
 
-    Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing, if there
-    are more than the machine can hold, if no sandbox works for code, or if a prompt lacks what the verifier compares
-    with.
+    Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing. Other
+    causes: the machine cannot hold `reward.workers`, no sandbox works for code, the prompts do not fit `reward.kind`.
     """
-    from or1.core.errors import ScorerError
-    from or1.reward.capacity import check_workers
-    from or1.reward.output import LOG_NAME
-    from or1.reward.scorers import AutoScorer, CustomScorer, MathScorer, kind_of
+    from or1.reward.scorers import AutoScorer, CustomScorer, kind_of
 
     check_workers(config.workers)
     log = None if folder is None else folder / LOG_NAME
@@ -46,18 +49,20 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, f
             f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
             'reward.kind = "auto", or leave those rows out'
         )
-
-    def math() -> Scorer:
-        return MathScorer(
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            require_think_close=config.require_think_close,
-            grade_truncated=bool(config.grade_truncated),
-            log=log,
-        )
-
-    makers = {"math": math, "code": lambda: _code_scorer(config, log)}
+    makers = {"math": partial(_math_scorer, config, log), "code": partial(_code_scorer, config, log)}
     return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
+
+
+def _math_scorer(config: RewardConfig, log: Path | None) -> Scorer:
+    from or1.reward.scorers import MathScorer
+
+    return MathScorer(
+        workers=config.workers,
+        timeout_s=config.timeout_s,
+        require_think_close=config.require_think_close,
+        grade_truncated=bool(config.grade_truncated),
+        log=log,
+    )
 
 
 def _code_scorer(config: RewardConfig, log: Path | None) -> Scorer:

@@ -1,7 +1,8 @@
-r"""Grading of mathematical answers: the last \boxed{} against the gold answers.
+r"""The maths verifier: it compares the last \boxed{} of a response with the gold answers.
 
-Pure functions. What is cheap and bounded (`screen`) may run anywhere; `equivalent` calls math-verify, which on
-`9^{9^{9^{9}}}` never returns, so the trainer runs it only in processes that can be killed (`or1.reward.pool`).
+Pure functions. `screen` is cheap and bounded in time, and may run in any process. `equivalent` calls math-verify, which
+never returns on `9^{9^{9^{9}}}`. The trainer therefore calls `equivalent` only in processes that can be killed
+(`or1.reward.pool`).
 """
 
 from __future__ import annotations
@@ -17,30 +18,22 @@ from or1.core.types import Score, Status
 from or1.reward import math_text
 
 MAX_BOX_CHARS = 2000
-"""A longer \\boxed{} is WRONG unless it is a gold answer letter for letter; it is never parsed."""
+"""Longest \\boxed{} that is parsed. A longer one is WRONG unless it is equal to a gold answer as text."""
 
 _KEPT_GOLDS = 1024
-"""A worker keeps this many golds as parsed values; the memory of a larger count would not be bounded well."""
+"""Golds whose parsed values a worker caches. The number bounds the memory of the cache."""
 _THINK_CLOSE = "</think>"
-# `\\.` eats escaped braces, so that the set \{1,2\} does not count as nesting.
+# `\\.` consumes escaped braces, so that the set \{1,2\} does not count as nesting.
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-# Far below the 4300 digits at which int() raises.
+# int() raises at 4300 digits.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 
 
-def grade(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score:
-    """Score one response text. Unbounded in time: see the module's docstring."""
-    found = screen(text, golds, require_think_close=require_think_close)
-    if isinstance(found, Score):
-        return found
-    return make_score(Status.OK if equivalent(found, golds) else Status.WRONG)
-
-
 def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score | str:
-    r"""The score of a response where string or integer comparison decides it, else its \boxed{} for `equivalent`.
+    r"""Return the score of a response if string or integer comparison decides it, else its \boxed{} for `equivalent`.
 
-    Linear in len(text). Only what follows the last `</think>` counts; without one all of the text does, or, under
-    `require_think_close`, the response is TRUNCATED.
+    Linear in len(text). Only the text after the last `</think>` counts. A response without `</think>` counts whole, or
+    is TRUNCATED if `require_think_close`.
     """
     answer = answer_part(text)
     if require_think_close and answer is None:
@@ -63,15 +56,15 @@ def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False
 
 
 def answer_part(text: str) -> str | None:
-    """What follows the last `</think>`; None without one."""
+    """Return the text after the last `</think>`, or None if there is no `</think>`."""
     _, closed, answer = text.rpartition(_THINK_CLOSE)
     return answer if closed else None
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last \boxed{...} with balanced braces holds, whitespace squeezed; None if there is none.
+    r"""Return the content of the last \boxed{...} with balanced braces, each run of whitespace as one space, or None.
 
-    One pass: a response may hold thousands of `\boxed{` that never close.
+    One pass, since a response may hold thousands of `\boxed{` that never close.
     """
     if "\\boxed" not in text:
         return None
@@ -90,11 +83,11 @@ def last_box(text: str) -> str | None:
 
 
 def equivalent(box: str, golds: Sequence[str]) -> bool:
-    """Whether `box` is equal to one of `golds`, by math-verify and the rules of `math_text` and `math_rules`.
+    """Return whether `box` is equal to one of `golds`, by math-verify and the rules of `math_text` and `math_rules`.
 
-    May run for ever or exhaust memory.
+    May never return, or exhaust memory.
     """
-    # At WARNING it says once per process that its timeouts are off.
+    # At level WARNING, math-verify logs once per process that its timeouts are off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     answer = math_text.tidy(box)
     return any(_equals(answer, math_text.tidy(gold)) for gold in golds)
@@ -104,7 +97,7 @@ def _equals(answer: str, gold: str) -> bool:
     decided = math_text.verdict(answer, gold)
     if decided is not None:
         return decided
-    from or1.reward import math_rules  # sympy, which the trainer need not load
+    from or1.reward import math_rules  # imports sympy, which must not load in the trainer
 
     parsed = _values(answer)
     pairs = product(_gold_values(gold), parsed)
@@ -112,7 +105,7 @@ def _equals(answer: str, gold: str) -> bool:
         return False
     if not all(_equals(part, of_gold) for part, of_gold in math_text.parts_to_match(answer, gold)):
         return False
-    # 7,7 and [7,7] are sets of one number to sympy.
+    # sympy reads 7,7 and [7,7] as sets of one number.
     if math_text.is_list(answer) and math_rules.is_number_for_set(_gold_values(gold), parsed):
         return False
     chain = math_text.chain(answer) if answer.count("=") > gold.count("=") else []
@@ -121,10 +114,10 @@ def _equals(answer: str, gold: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _values(text: str) -> tuple[Any, ...]:
-    """What math-verify reads, and the text itself.
+    """Return the values that math-verify parses from a text, and the text itself.
 
     The text is wrapped in \\boxed{}, without which math-verify misreads many answers (Skywork-OR1 report, 7.1).
-    Its own timeouts are off: they use SIGALRM, which works in main threads only.
+    math-verify's own timeouts are off: they use SIGALRM, which works in main threads only.
     """
     from math_verify import parse
 
@@ -134,7 +127,7 @@ def _values(text: str) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=_KEPT_GOLDS)
 def _gold_values(gold: str) -> tuple[Any, ...]:
-    """The values of a gold, read once for all its responses. Nothing may change them."""
+    """Return the values of a gold, cached for all its responses. Callers must not modify the values."""
     return _values(gold)
 
 
@@ -145,18 +138,18 @@ def _verify(gold: Any, answer: Any) -> bool:
 
 
 def equivalent_job(job: Mapping[str, Any]) -> bool:
-    """`equivalent` as the workers of `or1.reward.pool` call it."""
+    """Call `equivalent` on a job {"box", "golds"} of `or1.reward.pool`."""
     return equivalent(job["box"], job["golds"])
 
 
 def warm_up() -> None:
-    """Make math-verify load what it loads on first use (0.5 to 1 s), so that no response's time limit pays for it."""
+    """Trigger the lazy imports of math-verify (0.5 to 1 s), so that they do not count towards a response's limit."""
     for gold, box in _WARM_UP:
         equivalent(box, (gold,))
 
 
 def make_score(status: Status) -> Score:
-    """The score of a status: reward 1 for OK, 0 for every other."""
+    """Return the score of a status: reward 1 for OK, 0 otherwise."""
     return Score(1.0 if status is Status.OK else 0.0, status)
 
 

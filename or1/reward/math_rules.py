@@ -1,10 +1,13 @@
-r"""Rules on parsed maths answers: what math-verify holds equal although the two differ.
+r"""Rules on parsed maths answers, for pairs that math-verify wrongly calls equal.
 
-`agrees` looks only at pairs that math-verify accepted, and refuses
-    equations that it took for equal because neither has a real solution, identities and `1=2` among them,
-    numbers that differ by less than its absolute tolerance, 2^{-100} and 2^{-101},
-    arithmetic left undone, 46+11 where the gold is 57.
-All of it may run for ever, like math-verify itself. Parsed values are never changed: golds are kept and used again.
+`agrees` checks only pairs that math-verify accepted, and rejects:
+
+    equations    accepted because neither has a real solution, such as identities and `1=2`
+    numbers      that differ by less than the absolute tolerance, such as 2^{-100} and 2^{-101}
+    arithmetic   that is unfinished, such as 46+11 where the gold is 57
+
+Any of these functions may never return, like math-verify itself. They do not modify parsed values, since golds are
+cached.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And
 
 SMALL = 1e-6
-"""math-verify compares decimals to 6 places. Below this only their ratio can tell two of them apart."""
+"""Size below which decimals are compared by their ratio, since math-verify compares to 6 places."""
 _SIGNIFICANT = 5e-6
-"""Two small decimals may differ by this share: a rounding to 6 digits."""
+"""Relative difference allowed between two small decimals: a rounding to 6 digits."""
 _ROUNDED = 5e-2
-"""A decimal in a chain of equations may be rounded: x = 22/7 = 3.14."""
+"""Relative difference allowed in a chain of equations, where a decimal may be rounded: x = 22/7 = 3.14."""
 _HUGE = 10_000
-"""Numbers with larger exponents or factorials are compared by their ratio, not digit by digit."""
+"""Exponent or factorial from which numbers are compared by their ratio, not digit by digit."""
 
-# What sympy raises on values that an operation does not fit.
+# The errors of sympy for values that an operation does not support.
 _ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError)
 _UNDONE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.factorial, sympy.factorial2)
 
@@ -38,7 +41,7 @@ Accepts = Callable[[Any, Any], bool]
 
 
 def agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
-    """Whether `answer`, which math-verify holds equal to `gold`, is so by the rules of this module too."""
+    """Return whether `answer`, which math-verify calls equal to `gold`, is equal by the rules of this module too."""
     if _same(gold, answer):
         return True
     gold, answer = _assigned(gold), _assigned(answer)
@@ -59,16 +62,16 @@ def agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
 
 
 def chain_holds(parsed: Sequence[Any]) -> bool:
-    """Whether the numbers among the members of a chain, `x = 3+4 = 7`, all equal the last of them.
+    """Return whether all numbers in a chain, `x = 3+4 = 7`, are equal to the last one.
 
-    Values of functions are left out: \\log and \\sin may mean another base and degrees.
+    Values of functions are ignored: \\log may have another base, and \\sin may take degrees.
     """
     numbers = [value for value in parsed if _is_number(value) and not value.has(sympy.Function, *_UNDONE)]
     return all(_close(number, numbers[-1], _ROUNDED) for number in numbers[:-1])
 
 
 def is_number_for_set(golds: Sequence[Any], parsed: Sequence[Any]) -> bool:
-    """Whether the gold is a single number and the answer a set."""
+    """Return whether the gold is a single number and the answer a set."""
     return any(map(_is_number, golds)) and any(isinstance(value, FiniteSet) for value in parsed)
 
 
@@ -84,15 +87,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _elements(gold: Any, answer: Any) -> list[tuple[Any, Any]] | None:
-    """Pairs of elements that stand for each other; None where the two have none or their number differs."""
+    """Return the pairs of corresponding elements; None if the values have no elements or their number differs."""
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
         return list(zip(gold.flat(), answer.flat(), strict=True)) if gold.shape == answer.shape else None
-    found = [_listed(value) for value in (gold, answer)]
-    if None in found or len(found[0]) != len(found[1]):
+    of_gold, of_answer = _listed(gold), _listed(answer)
+    if of_gold is None or of_answer is None or len(of_gold) != len(of_answer):
         return None
     if isinstance(gold, FiniteSet) or isinstance(answer, FiniteSet):
-        found = [sorted(values, key=_order) for values in found]
-    return list(zip(*found, strict=True))
+        of_gold, of_answer = sorted(of_gold, key=_order), sorted(of_answer, key=_order)
+    return list(zip(of_gold, of_answer, strict=True))
 
 
 def _listed(value: Any) -> list[Any] | None:
@@ -116,7 +119,7 @@ def _order(value: Any) -> Any:
 def _numbers_agree(gold: Expr, answer: Expr) -> bool:
     if isinstance(gold, Integer | Float) and _is_undone(answer):
         return False
-    # math-verify holds 40 and 40% equal.
+    # math-verify calls 40 and 40% equal.
     return any(_close(one, other) for one, other in product(_with_percent(gold), _with_percent(answer)))
 
 
@@ -126,15 +129,16 @@ def _with_percent(value: Expr) -> list[Expr]:
 
 
 def _is_undone(value: Expr) -> bool:
-    """Whether a number is left as a sum or product of written numbers, a factorial, a sum, an integral.
+    """Return whether a number is unfinished: a sum or product of written numbers, a factorial, a sum, an integral.
 
-    Not so are 2^{10}-1, 5 \\cdot 10^3, 3\\pi/4, \\frac{114}{2}, \\binom{10}{3} and what has one written number a node.
+    2^{10}-1, 5 \\cdot 10^3, 3\\pi/4, \\frac{114}{2}, \\binom{10}{3} and all values with at most one written number in
+    each node are finished.
     """
     return any(isinstance(node, _UNDONE) or _written(node) > 1 for node in sympy.preorder_traversal(value))
 
 
 def _written(node: Basic) -> int:
-    """How many members of a sum or product are written out as numbers, or as sums and products of such."""
+    """Return how many members of a sum or product are written numbers, or sums and products of written numbers."""
     if isinstance(node, Add):
         return sum(_is_written(term) for term in node.args)
     if isinstance(node, Mul):
@@ -149,9 +153,10 @@ def _is_written(value: Basic) -> bool:
 
 
 def _close(one: Expr, other: Expr, rounded: float | None = None) -> bool:
-    """Whether two numbers are equal: to the digits of the decimal where there is one, else exactly.
+    """Return whether two numbers are equal: to the digits of a decimal if there is one, else exactly.
 
-    rounded  share by which a decimal may differ; by default decimals of ordinary size are left to math-verify
+    rounded  allowed relative difference of a decimal; default: decimals of ordinary size are equal, since math-verify
+             compared them
     """
     huge = any(map(_has_huge, (one, other)))
     if not huge:
@@ -194,7 +199,7 @@ def _below(value: Expr, limit: int) -> bool:
 
 
 def _relations(value: Any) -> list[Any]:
-    """The members of a conjunction in the order in which they were written; a relation alone is its only one."""
+    """Return the members of a conjunction in written order, or a list of the value itself."""
     return list(getattr(value, "_unsorted_args", value.args)) if isinstance(value, And) else [value]
 
 
@@ -203,14 +208,14 @@ def _is_equation(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether the left side of an equation only names what is right of it, as `x`, `f(x)` and `A/S` do."""
+    """Return whether the left side of an equation is only a name for the right side, as `x`, `f(x)` and `A/S`."""
     if not isinstance(value, Basic):
         return False
     return bool(value.is_Symbol) or (bool(value.args) and all(_is_name(arg) or arg == -1 for arg in value.args))
 
 
 def _assigned(value: Any) -> Any:
-    """A chain `x = ... = 7` as `x = 7`, which is how math-verify takes it."""
+    """Return a chain `x = ... = 7` as `x = 7`, as math-verify reads it; other values unchanged."""
     if isinstance(value, And) and _is_equation(value) and _is_name(_relations(value)[0].lhs):
         return Eq(_relations(value)[0].lhs, _relations(value)[-1].rhs, evaluate=False)
     return value
@@ -227,21 +232,21 @@ def _relation_agrees(gold: Any, answer: Any, accepts: Accepts) -> bool:
     if gold.lhs == answer.lhs and _is_number(gold.rhs) and _is_number(answer.rhs):
         return accepts(gold.rhs, answer.rhs) and _numbers_agree(gold.rhs, answer.rhs)
     differences = [_difference(relation) for relation in (gold, answer)]
-    # Two identities, 2+3=5 and 1=1, differ in their form only.
+    # Two identities, 2+3=5 and 1=1, differ only in their form.
     if differences[0] is not None and _always_zero(differences[0]):
         return _sides_agree(gold, answer, lambda one, other: _form(one) == _form(other))
     if _sides_agree(gold, answer, lambda one, other: accepts(one, other) and agrees(one, other, accepts)):
         return True
-    if None in differences:
+    if differences[0] is None or differences[1] is None:
         return False
-    proportional = _proportional(*differences)
+    proportional = _proportional(differences[0], differences[1])
     if isinstance(gold, Eq) and isinstance(answer, Eq) and not proportional:
         return _solutions_agree(gold, answer, accepts)
     return proportional is not False
 
 
 def _solutions_agree(gold: Eq, answer: Eq, accepts: Accepts) -> bool:
-    """Whether the equations have solutions and these are equal. math-verify takes "none" and "none" for equal too."""
+    """Return whether the equations have equal solutions. Unlike math-verify, two equations without any are unequal."""
     try:
         found = [sympy.solve(equation, equation.free_symbols, dict=True) for equation in (gold, answer)]
     except _ERRORS:
@@ -258,7 +263,7 @@ def _solution_agrees(gold: dict[Any, Any], answer: dict[Any, Any], accepts: Acce
 
 
 def _sides_agree(gold: Relational, answer: Relational, equal: Accepts) -> bool:
-    """Whether the relations have the same two sides, in either order."""
+    """Return whether the relations have the same two sides, in either order."""
     for left, right in ((answer.lhs, answer.rhs), (answer.rhs, answer.lhs)):
         try:
             if equal(gold.lhs, left) and equal(gold.rhs, right):
@@ -269,7 +274,7 @@ def _sides_agree(gold: Relational, answer: Relational, equal: Accepts) -> bool:
 
 
 def _form(value: Any) -> Any:
-    """A value's form, in which the order of sums and products and the type of a number do not count."""
+    """Return a value's form, which ignores the order in sums and products and the type of numbers."""
     if isinstance(value, sympy.Number):
         return str(sympy.N(value))
     if not isinstance(value, Basic) or not value.args:
@@ -279,7 +284,7 @@ def _form(value: Any) -> Any:
 
 
 def _difference(relation: Relational) -> Expr | None:
-    """Left side minus right side, with a symbol for each unknown function; None for matrices and sets."""
+    """Return left minus right side, with a symbol for each unknown function; None for matrices and sets."""
     try:
         difference = relation.lhs - relation.rhs
     except _ERRORS:
@@ -291,23 +296,22 @@ def _difference(relation: Relational) -> Expr | None:
 
 
 def _proportional(gold: Expr, answer: Expr) -> bool | None:
-    """Whether two expressions are equal up to a constant factor that is not 0; None where they have no values.
+    """Return whether two expressions are equal up to a constant nonzero factor; None if they have no values.
 
-    They are compared at three points. Two numbers are never proportional, nor two expressions that are always 0: such
-    relations are told apart by their sides.
+    The comparison is at three points. Two numbers are never proportional, nor are two expressions that are always 0:
+    the sides of such relations are compared instead.
     """
     rounded = gold.has(Float) or answer.has(Float)
     names = [symbol.name for symbol in gold.free_symbols | answer.free_symbols]
     ratios = []
     for point in _points(names):
-        values = [_at(expression, point) for expression in (gold, answer)]
-        if None in values:
+        of_gold, of_answer = _at(gold, point), _at(answer, point)
+        if of_gold is None or of_answer is None:
             return None
-        zero = [_is_zero(value, rounded) for value in values]
-        if zero[0] != zero[1]:
+        if _is_zero(of_gold, rounded) != _is_zero(of_answer, rounded):
             return False
-        if not zero[0]:
-            ratios.append(values[0] / values[1])
+        if not _is_zero(of_gold, rounded):
+            ratios.append(of_gold / of_answer)
     if not names or not ratios:
         return False
     share = 1e-9 if rounded else 1e-40
@@ -315,7 +319,7 @@ def _proportional(gold: Expr, answer: Expr) -> bool | None:
 
 
 def _always_zero(difference: Expr) -> bool:
-    """Whether a relation says nothing of a variable: its sides are numbers, or differ by 0 at every point."""
+    """Return whether a relation constrains no variable: its sides are numbers, or differ by 0 at every point."""
     names = [symbol.name for symbol in difference.free_symbols]
     return all(_is_zero(_at(difference, point), difference.has(Float)) for point in _points(names)) if names else True
 
@@ -325,7 +329,7 @@ def _is_zero(value: Expr | None, rounded: bool) -> bool:
 
 
 def _points(names: Iterable[str]) -> Iterator[dict[str, Rational]]:
-    """Three values for each name, the same for the same names."""
+    """Yield three points, each a value for each name, the same for the same names."""
     for start in (5, 7, 11):
         yield {name: Rational(start * (index + 2) + 3, 7 + index) for index, name in enumerate(sorted(set(names)))}
 

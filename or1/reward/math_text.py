@@ -1,8 +1,8 @@
-r"""Rules on the text of a maths answer, for what math-verify drops or misreads before its comparison starts.
+r"""Rules on the text of a maths answer, for all that math-verify drops or misreads before its comparison starts.
 
-math-verify drops number bases, units and trailing text, reads `1:2:3` as divisions and a word as a product of letters.
-These rules see the answer and the gold as written. `verdict` only refuses, except where both sides are words or based
-numbers, which it decides. Pure functions; each is linear in the length of a text, or nearly so.
+math-verify drops number bases, units and trailing text. It reads `1:2:3` as divisions and a word as a product of
+letters. These rules compare the answer and the gold as written. `verdict` only rejects, except for words and numbers
+with a base, which it decides. Pure functions, each nearly linear in the length of a text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TEXT_GROUP = re.compile(_TEXT + r"\{([^{}]*)\}")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPEN, _CLOSE = frozenset(("{", "(", "[", "\\{")), frozenset(("}", ")", "]", "\\}"))
 
-# --- one spelling for what means the same
+# --- one spelling for equal meanings
 
 _THIN = r"(?:\\[,;:! ]|~|\\thinspace(?![A-Za-z]))"
 _GROUPED = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_THIN}\s*\d{{3}})+(?!\d)")
@@ -23,18 +23,18 @@ _GROUPED_BY_SPACES = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _THIN_SPACE = re.compile(r"(?<!\\)\\[,;: ]")
 _MIXED = re.compile(r"([+-]?\d+)\s+(\d+)\s*/\s*(\d+)")
 _DELIMITER = re.compile(r"(?<!\\)(?<!\\left)(?<!\\right)(?:\\[()\[\]]|\$)")
-# Not the stop of \right., of an ellipsis, or of p.m.
+# Excludes the full stop of \right., of an ellipsis, and of p.m.
 _FINAL_STOP = re.compile(r"(?<!\\left)(?<!\\right)(?<!\.)(?<!\.[A-Za-z])(?<!\\)[.,;]$")
 _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.^{])")
 _MAX_DIGITS = 400
-"""A number in e-notation with a larger exponent is not written out."""
+"""Largest exponent of a number in e-notation that is written out in digits."""
 
 
 def tidy(text: str) -> str:
-    r"""Write an answer without what carries no meaning: $...$, \(...\), thin spaces, a final full stop."""
+    r"""Remove the parts of an answer without meaning: $...$, \(...\), thin spaces, a final full stop."""
     text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = _THIN_SPACE.sub(" ", text)
-    # A space, for the numbers of \(8\)\(7\) must not grow together.
+    # A space, since the numbers of \(8\)\(7\) must not become 87.
     text = _DELIMITER.sub(" ", text)
     text = _FINAL_STOP.sub("", text.strip()).strip()
     if mixed := _MIXED.fullmatch(text):
@@ -43,11 +43,11 @@ def tidy(text: str) -> str:
 
 
 def readings(text: str) -> tuple[str, ...]:
-    """What a text may stand for. `1e3` is 1000; `2e-3` is 0.002, or two times Euler's number minus 3."""
+    """Return the possible readings of a text. `1e3` is 1000; `2e-3` is 0.002, or two times Euler's number minus 3."""
     decimal = _E_NOTATION.sub(_as_decimal, text)
     if decimal == text:
         return (text,)
-    # Both spellings, for math-verify holds 6.02\times10^{23} and the written-out integer apart.
+    # Both spellings, since math-verify calls 6.02\times10^{23} and the same integer in digits different.
     numbers = decimal, _E_NOTATION.sub(r"\1\\times10^{\2}", text)
     signed = any(not found[2].isdigit() for found in _E_NOTATION.finditer(text))
     return (*numbers, text) if signed else numbers
@@ -59,11 +59,11 @@ def _as_decimal(found: re.Match[str]) -> str:
 
 
 def split_top(text: str, separator: str) -> list[str]:
-    """The parts of a text between the separators that stand outside all brackets."""
+    """Split a text at the separators outside all brackets."""
     parts, depth, start, before = [], 0, 0, ""
     for token in _TOKEN.finditer(text):
         depth = max(0, depth + (token[0] in _OPEN) - (token[0] in _CLOSE))
-        # <= and != hold no equals sign.
+        # The sign in <= and != is not an equals sign.
         if depth == 0 and token[0] == separator and not (separator == "=" and before in ("<", ">", "!")):
             parts.append(text[start : token.start()])
             start = token.end()
@@ -75,10 +75,10 @@ def split_top(text: str, separator: str) -> list[str]:
 
 
 def verdict(answer: str, gold: str) -> bool | None:
-    """Whether the tidied texts say by themselves that the answer is right or wrong; None where they do not.
+    """Return True or False if the tidied texts alone decide the answer, else None.
 
-    A number with a base is right with the same digits and the same base. The base may be missing in the gold only.
-    A word is right if it is the gold's word, whatever the case of its letters.
+    A number with a base is right with the same digits and the same base. Only the gold may omit the base.
+    A word is right if it is the gold's word; letter case does not count.
     """
     based = _based(gold)
     if based:
@@ -95,23 +95,23 @@ def verdict(answer: str, gold: str) -> bool | None:
 
 _WORD = re.compile(rf"{_TEXT}\{{\s*([A-Za-z][A-Za-z' -]*?)\s*\}}|([A-Za-z]+(?: [A-Za-z]+)*)")
 _SHORTEST_WORD = 4
-"""Fewer letters outside \\text{} may be a product, `abc` = `cab`, or the names of points."""
+"""Least letters of a word outside \\text{}. Fewer may be a product, `abc` = `cab`, or the names of points."""
 
 
 def _as_words(answer: str, gold: str) -> tuple[str, str] | None:
-    found = [_WORD.fullmatch(text) for text in (answer, gold)]
-    if not all(found):
+    found = [word for text in (answer, gold) if (word := _WORD.fullmatch(text))]
+    if len(found) < 2:
         return None
     texts = [(word[1] or word[2]).lower() for word in found]
     if any(part in ("and", "or") for text in texts for part in text.split()):
-        return None  # a list, whose order is free
+        return None  # a list, in any order
     wrapped = any(word[1] for word in found)
     words = [re.sub("[^a-z]", "", text) for text in texts]
     if min(map(len, words)) < (2 if wrapped else _SHORTEST_WORD):
         return None
     if not wrapped and any(len(part) == 1 for text in texts for part in text.split()):
         return None
-    # Neighbours in the alphabet, abcd or wxyz, name quantities, and their product has no order.
+    # Neighbours in the alphabet, abcd or wxyz, are names of quantities, whose product has no order.
     spelled = "".join(sorted(words[1]))
     if not wrapped and spelled == "".join(map(chr, range(ord(spelled[0]), ord(spelled[0]) + len(spelled)))):
         return None
@@ -136,7 +136,7 @@ _BASE_NAMES = {
 
 
 def _based(text: str) -> tuple[str, int] | None:
-    """Digits and base of a number such as 1011_2."""
+    """Return the digits and the base of a number such as 1011_2."""
     text = _TEXT_GROUP.sub(_upper_digits, split_top(text, "=")[-1])
     found = _BASED.fullmatch(re.sub(r"\\!|[\s,{}()]", "", text))
     if not found or not any(digit.isdigit() for digit in found[1]):
@@ -179,9 +179,9 @@ _NUMBER_IN_WORDS = re.compile(r"(?<![\w^.])(?<!base )(?<!mod )\d+")
 
 
 def _adds_words(answer: str, gold: str) -> bool:
-    r"""Whether text in the answer changes what its mathematics says: a doubt, a choice, or one more number.
+    r"""Return whether text in the answer changes its meaning: a doubt, a choice, or another number.
 
-    math-verify drops trailing text, a unit or not. `7\text{ cm}` stays 7; `7\text{ or maybe 8}` is wrong.
+    math-verify drops all trailing text, not only units. `7\text{ cm}` is 7; `7\text{ or maybe 8}` is wrong.
     """
     groups = [group for group in _TEXT_GROUP.findall(answer) if not _SEPARATOR.fullmatch(group)]
     if not groups:
@@ -189,19 +189,19 @@ def _adds_words(answer: str, gold: str) -> bool:
     text = " ".join(groups).lower()
     if _DOUBT & set(re.findall("[a-z]+", text)) - set(re.findall("[a-z]+", gold.lower())):
         return True
-    # A number that is all of the answer stands in a \text{} of its own at times.
+    # The whole answer may be one number inside \text{}.
     if not any(map(str.isalnum, _TEXT_GROUP.sub("", answer))):
         return False
     return not set(_NUMBER_IN_WORDS.findall(text)) <= set(re.findall(r"\d+", gold))
 
 
-# \frac 1 2 takes its two numbers; behind ^ and _ stands an exponent or an index.
+# The two numbers of \frac 1 2 are its arguments. A number after ^ or _ is an exponent or an index.
 _NUMBERS = re.compile(r"(\\[dtc]?(?:frac|binom)\s*)?(?<![\w.^}])\d[\d.]*\s+\d[\d.]*(?!\s*/|[\d.])")
 _WIDE_SPACE = re.compile(r"\\(?:q?quad|enspace|hspace\{[^{}]*\})(?![A-Za-z])")
 
 
 def _numbers_side_by_side(answer: str, gold: str) -> bool:
-    """Whether the answer holds two numbers with nothing between, whose sum math-verify takes; `2 1/2` is one number."""
+    """Return whether only the answer has two numbers side by side, which math-verify adds. `2 1/2` is one number."""
     return _has_numbers_side_by_side(answer) and not _has_numbers_side_by_side(gold)
 
 
@@ -251,7 +251,7 @@ _UNITS = {
     for name in names.split()
 }
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-# Letters without \text{} are a unit behind a number only; behind letters they are one more variable.
+# Letters without \text{} are a unit only after a number. After letters they are another variable.
 _UNIT = re.compile(
     rf"(?s:.+?){_TEXT}\{{([^{{}}]*)\}}\s*(?:\^\s*\{{?\s*(\d)\s*\}}?)?|"
     r"[-\d.,\s/]*\d\s*([A-Za-z]+(?:/[A-Za-z]+)?)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?"
@@ -260,13 +260,13 @@ _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})$")
 
 
 def _other_unit(answer: str, gold: str) -> bool:
-    """Whether both sides end in a known unit and the units differ. A missing or unknown unit is right."""
+    """Return whether both sides end in known units that differ. A missing or unknown unit is accepted."""
     units = [_unit(text) for text in (answer, gold)]
     return None not in units and units[0] != units[1]
 
 
 def _unit(text: str) -> tuple[str, int] | None:
-    """The unit that a text ends in, and its power."""
+    """Return the unit at the end of a text, and its power."""
     if _DEGREES.search(text):
         return "degree", 1
     found = _UNIT.fullmatch(text)
@@ -282,7 +282,7 @@ def _unit(text: str) -> tuple[str, int] | None:
     return _UNITS[plain], int(power or inside or 1) * (_POWERS[before[0]] if before else 1)
 
 
-# --- rules that compare parts, for which the caller brings the comparison
+# --- parts that the caller must compare
 
 _ASSIGNMENT = re.compile(r"\s*((?:[A-Za-z]+|\\[A-Za-z]+)(?:_(?:\w|\{\w+\}))?)\s*=([^=<>]+)")
 _AND = re.compile(r",?\s*(?:\\text\s*\{\s*and\s*\}|(?<![A-Za-z])and(?![A-Za-z]))")
@@ -290,10 +290,10 @@ _WRAPPED = re.compile(r"(?:\\left)?\s*(?:\(|\\\{|\[)(.*?)(?:\\right)?\s*(?:\)|\\
 
 
 def parts_to_match(answer: str, gold: str) -> list[tuple[str, str]]:
-    """The pairs (answer, gold) of parts that must be equal one by one; none where the whole is enough.
+    """Return the pairs (answer, gold) of parts that must be equal one by one; empty if the whole is enough.
 
-    They are the members of a ratio of three or more, which math-verify reads as divisions, and the values of a plain
-    list where the gold is `x=3, y=4`, for the list's order then says which value is x.
+    The parts are the members of a ratio of three or more, which math-verify reads as divisions. If the gold is
+    `x=3, y=4` and the answer a plain list, the parts are the values: their order decides which value is x.
     """
     ratio = _ratio(gold)
     if len(ratio) > 2:
@@ -311,7 +311,7 @@ def _ratio(text: str) -> list[str]:
 
 
 def is_list(text: str) -> bool:
-    """Whether a text lists several members, in a pair of brackets or without."""
+    """Return whether a text is a list of several members, with or without brackets."""
     return len(_members(text)) > 1
 
 
@@ -321,12 +321,12 @@ def _members(text: str) -> list[str]:
     return split_top(_AND.sub(",", wrapped[1] if wrapped else text).replace(";", ","), ",")
 
 
-# 60^\circ = \pi/3, 1.5\text{ h} = 90\text{ min} and 11_{10} = 1011_2 hold, though their numbers differ.
+# 60^\circ = \pi/3, 1.5\text{ h} = 90\text{ min} and 11_{10} = 1011_2 are true, though their numbers differ.
 _MEASURED = re.compile(rf"\\circ|[_:%]|\\\$|{_TEXT}\{{|\d\s*[A-Za-z]+$")
 
 
 def chain(text: str) -> list[str]:
-    """The members without a unit of a chain of equations, `6=7`; none where the text is no chain, or a list of them."""
+    """Return the members without a unit of a chain of equations, `6=7`; empty for other texts and lists of chains."""
     if "=" not in text or ";" in text or "mod" in text or len(split_top(text, ",")) > 1:
         return []
     parts = [tidy(part) for part in split_top(text, "=")]

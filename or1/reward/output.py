@@ -1,7 +1,7 @@
-"""What a reward function prints, kept in one file of limited size.
+"""A log of limited size for the output of reward functions.
 
-The function writes to a pipe and the worker that forked it reads the other end. So a full disk or a full log never
-reaches the function, and each line arrives whole although several workers append to the same file.
+The function writes to a pipe, and the worker that forked it reads the other end. A full disk or a full log therefore
+never affects the function. Several workers append to the same file, and every line stays whole.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import os
 from or1.core.text import visible
 
 LOG_NAME = "reward.log"
-"""In the folder of a run or of results."""
+"""File name in the folder of a run or of results."""
 LIMIT_BYTES = 16 << 20
-"""Size of the file, over all workers and restarts of a run."""
+"""Largest size of the file, over all workers and restarts of a run."""
 _LINE_BYTES = 1 << 16
 
 
 class OutputLog:
-    """The reading end of the pipe, and the file behind it. The file is made with the first line.
+    """The read end of the pipe, and the log file. The file is created with the first line.
 
-    path   where the lines go; a link is not followed
-    limit  bytes after which a last line says that the log is full
+    path   log file; a symbolic link is not followed
+    limit  largest size in bytes; the last line then reports that the log is full
     """
 
     def __init__(self, path: str, limit: int = LIMIT_BYTES):
@@ -32,18 +32,18 @@ class OutputLog:
         self._full = False
 
     def open(self) -> int:
-        """Begin a new pipe; returns its writing end, which the caller closes."""
+        """Open a new pipe and return its write end, which the caller closes."""
         self.close()
         self._read, write = os.pipe()
         os.set_blocking(self._read, False)
         return write
 
     def fileno(self) -> int | None:
-        """The descriptor to wait for, None when there is nothing to read any more."""
+        """Return the descriptor to poll, or None if the pipe is closed."""
         return self._read
 
     def drain(self) -> None:
-        """Take over what has been written so far."""
+        """Copy the bytes in the pipe to the log."""
         with contextlib.suppress(BlockingIOError):
             while self._read is not None:
                 data = os.read(self._read, _LINE_BYTES)
@@ -54,14 +54,14 @@ class OutputLog:
                     self._take(data)
 
     def end_line(self) -> None:
-        """Take over all that has been written, an unfinished line as a whole one: a job's text ends with the job."""
+        """Copy the bytes in the pipe to the log and end an unfinished line, since the output of a job ends with it."""
         self.drain()
         if self._rest:
             self._append(self._rest + b"\n")
             self._rest = b""
 
     def close(self) -> None:
-        """Take over the rest and close the pipe, whoever else still holds its end."""
+        """Copy the rest of the pipe to the log and close the pipe, even if a process still has its write end open."""
         self.end_line()
         if self._read is not None:
             os.close(self._read)
@@ -75,9 +75,9 @@ class OutputLog:
             self._append(whole + newline)
 
     def _append(self, lines: bytes) -> None:
-        # Escape sequences of a model's text would steer the terminal of whoever reads the file.
+        # Escape sequences in a model's text would control the terminal of the person who reads the file.
         text = visible(lines.decode("utf-8", "replace")).encode()
-        note = f"--- full ({self._limit:,} bytes): what is printed from here on is lost ---\n".encode()
+        note = f"--- full ({self._limit:,} bytes): later output is lost ---\n".encode()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         # A log that cannot be written must not cost a reward.
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ class OutputLog:
                 self._full = len(text) > room
                 if self._full:
                     text = text[: max(room - 1, 0)].decode("utf-8", "ignore").encode() + b"\n" + note
-                # Not even the note fits behind a note. One call, for O_APPEND keeps the lines of workers apart.
+                # room < 0: the note is already there. One write, since O_APPEND keeps each write whole.
                 if room >= 0:
                     os.write(file, text)
             finally:

@@ -1,8 +1,9 @@
-"""Grading in processes that can be killed: one slow, hanging or crashing answer costs its own slot and nothing else.
+"""A pool of grading processes that can be killed: a slow, hanging or crashing answer blocks one worker only.
 
-Each slot is one thread here and one `or1.reward.worker` process, joined by a socket. The worker is a fresh Python, not
-a fork of the trainer (whose torch threads do not survive one) and not a multiprocessing child (which would run the
-user's main script again). It lives in its own session, so Ctrl-C does not reach it, and ends when the socket closes.
+Each worker is one thread here and one `or1.reward.worker` process, joined by a socket. The process is a fresh Python.
+A fork of the trainer would deadlock, since torch's threads do not survive a fork. A multiprocessing child would run
+the user's main script again. The process has its own session, so Ctrl-C does not reach it. It ends when the socket
+closes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from or1.core.errors import RewardFunctionError, ScorerError
@@ -30,18 +30,20 @@ from or1.core.processes import kill_descendants
 from or1.core.text import visible
 from or1.core.types import Score, Status
 from or1.reward.child import NUMBER_BYTES
+from or1.reward.scorer import scored
 from or1.reward.worker import READY, WAIT
 
 START_LIMIT_S = 120.0
-"""A worker that is not ready by then is given up; a cold network file system can take a minute."""
+"""Seconds until a worker must be ready. A cold network file system can take a minute."""
 GRACE_S = 10.0
-"""A worker ends a job at its time limit by itself; this much later the whole worker is replaced."""
+"""Seconds after a job's time limit at which the pool kills the worker, which should have ended the job itself."""
 
 _log = logging.getLogger(__name__)
 _LOGGED_CRASHES = 5
 _STARTS = 3
+"""Attempts to start a worker that the system kills before it is ready."""
 _SHOWN_CAUSE = 2000
-# What the maths verifier may need to find programs, libraries, folders and its language, and no token of the user's.
+# All that the maths verifier needs to find programs, libraries, folders and its language. None of these holds a secret.
 _PLAIN = (
     "PATH",
     "HOME",
@@ -70,23 +72,24 @@ _PLAIN = (
 
 
 class WorkerPool:
-    """Processes that run one grader, and the futures of what they were given.
+    """Worker processes that run one grader, and the queue of jobs for them.
 
-    grader              "module:function" of a function(job) -> Score or bool, run in the workers. The module may have
-                        `warm_up()`, called once in each worker before it forks, and `begin(options)`, called in each
-                        forked child before its first job; neither is charged to a job
-    workers             processes
-    options             for `begin`; plain JSON
-    memory_limit_bytes  of a child; 0 is no limit
-    memory_kind         what is limited: AS, the address space, or DATA, the memory that a process can fill. Libraries
-                        for GPUs reserve far more addresses than memory
-    memo_size           scores remembered, those of timeouts and crashes excepted; equal jobs that wait together are
-                        then graded once. 0 grades every job
-    unscored_faults     a job that times out or crashes has no reward (NaN) instead of 0
-    log                 file for what graders print; None: only their errors are shown, in the terminal
-    plain_environment   keep variables that may hold tokens from the workers
+    grader              "module:function" of a function(job) -> Score or bool, which runs in the workers. The module may
+                        define `warm_up()`, called once in each worker before it forks, and `begin(options)`, called in
+                        each forked child before its first job. Neither counts towards the time limit of a job
+    workers             number of processes
+    options             argument of `begin`; plain JSON
+    memory_limit_bytes  limit for one child; 0: no limit
+    memory_kind         "AS" limits the address space, "DATA" the writable memory. GPU libraries reserve far more
+                        addresses than memory
+    memo_size           number of scores to cache, except timeouts and crashes; equal jobs in flight are then graded
+                        once. 0: grade every job
+    unscored_faults     a timeout or crash gives no reward (NaN) instead of 0
+    log                 file for the output of graders; None: only stderr is shown, in the terminal
+    plain_environment   give the workers a short list of environment variables, none of which holds a secret
 
-    `about` is what `begin` returned. Raises ScorerError if a worker cannot start, RewardFunctionError if `begin` fails.
+    `about` is the return value of `begin`. Raises ScorerError if a worker cannot start, RewardFunctionError if `begin`
+    fails.
     """
 
     def __init__(
@@ -111,12 +114,13 @@ class WorkerPool:
         self._crashes = 0
         place = "" if log is None else os.path.abspath(log)
         arguments = [grader, json.dumps(dict(options or {})), f"{memory_limit_bytes} {memory_kind}", place]
-        self._workers = [_Worker(arguments, plain_environment) for _ in range(workers)]
+        self._workers: list[_Worker] = []
         self.about: Any = None
         self._threads: list[threading.Thread] = []
         try:
-            for worker in self._workers:
-                worker.launch()
+            # Start all before waiting for the first, since each takes about a second.
+            for _ in range(workers):
+                self._workers.append(_Worker(arguments, plain_environment))
             for worker in self._workers:
                 self.about = worker.await_ready()
         except ScorerError:
@@ -127,9 +131,11 @@ class WorkerPool:
             self._threads[-1].start()
 
     def submit(self, job: Mapping[str, Any], limit_s: float, name: str = "") -> Future[Score]:
-        """Start grading one job, JSON but for values that str() then makes so; limit_s counts from when it starts.
+        """Queue one job and return the future of its score.
 
-        name  what a report of a crash calls the job; by default its JSON
+        job      JSON; str() converts any other value
+        limit_s  time limit in seconds, from the start of grading
+        name     name of the job in the log of a crash; default: its JSON
 
         Raises RuntimeError after `close`.
         """
@@ -139,7 +145,7 @@ class WorkerPool:
                 raise RuntimeError("the scorer is closed; make a new one with or1.reward.make_scorer")
             if message in self._memo:
                 self._memo.move_to_end(message)
-                return done(self._memo[message])
+                return scored(self._memo[message])
             if message in self._running:
                 return self._running[message]
             future: Future[Score] = Future()
@@ -150,13 +156,13 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """Stop at once: what still waits becomes Status.CRASH. Workers are dead when it returns."""
+        """Stop immediately: waiting jobs get Status.CRASH. All workers are dead on return."""
         with self._lock:
             self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            # Again and again, because a thread may just now be replacing a worker.
+            # In a loop, because a thread may be replacing its process at this moment.
             while thread.is_alive():
                 for worker in self._workers:
                     worker.kill()
@@ -196,121 +202,155 @@ class WorkerPool:
 
 
 class _Worker:
-    """One `or1.reward.worker` process and the socket to it. Used by one thread, except for `kill`."""
+    """A place for one process, which is replaced when it dies. Used by one thread, except for `kill`."""
 
     def __init__(self, arguments: list[str], plain_environment: bool):
         self._arguments, self._plain_environment = arguments, plain_environment
-        self._process: subprocess.Popen | None = None
-        self._socket: Connection | None = None
+        self._process = _Process(arguments, plain_environment)
 
-    def launch(self) -> None:
-        """Start the process, which takes about a second to be ready. Raises ScorerError if it cannot be started."""
-        if self._socket is not None:
-            self._socket.close()
-        self._socket, theirs = Pipe()
-        command = [sys.executable, "-P", "-m", "or1.reward.worker"]
-        command += [str(theirs.fileno()), *self._arguments]
+    def await_ready(self) -> Any:
+        """Wait until the process takes jobs. Return the result of `begin`.
+
+        A process that the system kills first, for example out of memory, is started again up to _STARTS times in all.
+
+        Raises ScorerError if the process ends or takes over START_LIMIT_S, RewardFunctionError if `begin` fails.
+        """
+        code = 0
+        for start in range(_STARTS):
+            if start:
+                self._replace()
+            try:
+                return self._process.await_ready()
+            except (EOFError, OSError):
+                code = self._process.wait()
+            if code != -signal.SIGKILL:
+                break
+        raise _start_error(f"ended with code {code} before it was ready", self._arguments)
+
+    def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
+        """Return status and reward of one job, and the cause of a crash. Never raise. Replace a dead process first."""
         try:
-            self._process = subprocess.Popen(
+            if self._process.has_ended():
+                self._replace()
+                self.await_ready()
+            return self._process.ask(message, limit_s)
+        except ScorerError as error:
+            self.kill()
+            return Status.CRASH, None, str(error)
+        except (EOFError, OSError, ValueError, TypeError) as error:  # the last two: half a reply, or one to another job
+            self.kill()
+            return Status.CRASH, None, f"the worker died ({type(error).__name__})"
+
+    def kill(self) -> None:
+        """Kill the process and all its descendants. No-op if it has ended."""
+        self._process.kill()
+
+    def _replace(self) -> None:
+        self._process.kill()
+        self._process.socket.close()
+        self._process = _Process(self._arguments, self._plain_environment)
+
+
+class _Process:
+    """One running `or1.reward.worker` process and the socket to it. Raises ScorerError if it cannot be started."""
+
+    def __init__(self, arguments: list[str], plain_environment: bool):
+        self._arguments = arguments
+        self.socket, theirs = Pipe()
+        command = [sys.executable, "-P", "-m", "or1.reward.worker", str(theirs.fileno()), *arguments]
+        try:
+            self._popen = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_worker_environment(self._plain_environment),
+                env=_worker_environment(plain_environment),
             )
         except OSError as error:
+            self.socket.close()
             raise ScorerError(f"reward worker cannot be started ({error}): {' '.join(command)}") from error
         finally:
             theirs.close()
 
-    def await_ready(self, starts: int = _STARTS) -> Any:
-        """Wait until the process takes jobs. Return what `begin` returned.
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
-        A process that is killed before that is started again, `starts` times in all.
-        Raises ScorerError if it ends before or takes over START_LIMIT_S, RewardFunctionError with what `begin` raised.
+    def await_ready(self) -> Any:
+        """Return the result of `begin` in the process.
+
+        Raises EOFError or OSError if the process ends first, ScorerError if it takes over START_LIMIT_S, and
+        RewardFunctionError if `begin` fails.
         """
-        try:
-            if self._socket.poll(START_LIMIT_S):
-                if (said := self._socket.recv_bytes()).startswith(READY):
-                    return json.loads(said.removeprefix(READY))
-                raise RewardFunctionError(f"reward.kind: {visible(said.decode())}")
-            self.kill()
-            fate = f"was not ready after {START_LIMIT_S:.0f} s"
-            if path := json.loads(self._arguments[1]).get("path"):
-                raise RewardFunctionError(f"reward.kind: {path} {fate}; its module must be imported in that time")
-        except (EOFError, OSError):
-            # Killed from outside, by the kernel out of memory for example: the next one may live.
-            if (code := self._process.wait()) == -signal.SIGKILL and starts > 1:
-                self.launch()
-                return self.await_ready(starts - 1)
-            fate = f"ended with code {code} before it was ready"
-        raise ScorerError(
-            f"reward worker {fate}; its own message stands above. `{sys.executable} -c "
-            f"'import {self._arguments[0].partition(':')[0]}'` must work: reinstall or1 if not"
-        )
+        if self.socket.poll(START_LIMIT_S):
+            if (reply := self.socket.recv_bytes()).startswith(READY):
+                return json.loads(reply.removeprefix(READY))
+            raise RewardFunctionError(f"reward.kind: {visible(reply.decode())}")
+        self.kill()
+        fate = f"was not ready after {START_LIMIT_S:.0f} s"
+        if path := json.loads(self._arguments[1]).get("path"):
+            raise RewardFunctionError(f"reward.kind: {path} {fate}; its module must be imported in that time")
+        raise _start_error(fate, self._arguments)
 
     def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
-        """Status and reward of one job, and the cause of a crash. Replaces a dead worker first; never raises."""
+        """Return status and reward of one job, and the cause of a crash.
+
+        Raises EOFError or OSError if the process dies, ValueError or TypeError if its reply is not to this job.
+        """
         number = secrets.token_bytes(NUMBER_BYTES)
-        try:
-            if self._has_ended():
+        self.socket.send_bytes(number + str(limit_s).encode() + b" " + message)
+        reply, patience_s = number + WAIT, limit_s + GRACE_S
+        while reply == number + WAIT:
+            if not self.socket.poll(patience_s):
                 self.kill()
-                self.launch()
-                self.await_ready()
-            self._socket.send_bytes(number + str(limit_s).encode() + b" " + message)
-            said, patience_s = number + WAIT, limit_s + GRACE_S
-            while said == number + WAIT:
-                if not self._socket.poll(patience_s):
-                    self.kill()
-                    return Status.TIMEOUT, None, ""
-                said, patience_s = self._socket.recv_bytes(), START_LIMIT_S + limit_s + GRACE_S
-            if not said.startswith(number):
-                raise ValueError("a reply to another job")
-            status, reward, cause = json.loads(said.removeprefix(number))
-            return Status(status), reward, visible(cause)
-        except (EOFError, OSError, ValueError, TypeError) as error:  # the last two: half a reply, or none to this job
-            self.kill()
-            return Status.CRASH, None, f"the worker died ({type(error).__name__})"
-        except ScorerError as error:
-            return Status.CRASH, None, str(error)
+                return Status.TIMEOUT, None, ""
+            reply, patience_s = self.socket.recv_bytes(), START_LIMIT_S + limit_s + GRACE_S
+        if not reply.startswith(number):
+            raise ValueError("a reply to another job")
+        status, reward, cause = json.loads(reply.removeprefix(number))
+        return Status(status), reward, visible(cause)
 
     def kill(self) -> None:
-        """Kill the process and all that it started, if they live."""
-        process = self._process
-        if process is None or process.returncode is not None:
+        """Kill the process and all its descendants, and reap them. No-op if it has ended."""
+        if self._popen.returncode is not None:
             return
-        # Those in other sessions first: once the worker is gone nobody knows whose they were.
-        killed = kill_descendants(process.pid)
-        # A dead worker that has not been waited for still holds its number, so the group cannot be another's.
+        # Descendants in other sessions first: after the worker's death their parent is lost.
+        killed = kill_descendants(self.pid)
+        # Until it is reaped, a dead worker keeps its process id, so the group cannot belong to another process.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended just now
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
         for pid in killed:
-            # Where this process is the first of a container, orphans are its own to reap.
+            # If this process is process 1 of a container, it must reap the orphans itself.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 
-    def _has_ended(self) -> bool:
-        if self._process.returncode is not None:
+    def has_ended(self) -> bool:
+        """Return True if the process is dead, without reaping it."""
+        if self._popen.returncode is not None:
             return True
         if not hasattr(os, "waitid"):
-            return self._process.poll() is not None
+            return self._popen.poll() is not None
         with contextlib.suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        return self._process.poll() is not None
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return self._popen.poll() is not None
+
+    def wait(self) -> int:
+        """Wait for the end of the process and return its exit code, -N for signal N."""
+        return self._popen.wait()
+
+
+def _start_error(fate: str, arguments: list[str]) -> ScorerError:
+    return ScorerError(
+        f"reward worker {fate}; its own error is printed above. `{sys.executable} -c "
+        f"'import {arguments[0].partition(':')[0]}'` must work: reinstall or1 if not"
+    )
 
 
 def _worker_environment(plain: bool) -> dict[str, str]:
-    """The trainer's import path, and one thread per library: a worker must be single-threaded to fork."""
+    """Return the environment of a worker: the trainer's import path, and one thread per library so that it may fork."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     kept = {n: v for n, v in os.environ.items() if not plain or n in _PLAIN or n.startswith("LC_")}
     return kept | threads | {"PYTHONPATH": path}
-
-
-def done(score: Score) -> Future[Score]:
-    """A future that has its score."""
-    future: Future[Score] = Future()
-    future.set_result(score)
-    return future

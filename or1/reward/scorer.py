@@ -1,4 +1,4 @@
-"""What every reward is to the trainer: a scorer that takes responses one at a time and never raises or hangs."""
+"""The interface between the trainer and every reward: a scorer that takes one response and returns a future."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from or1.core.types import Group, Prompt, Response, Score, Status
 
 
 class Scorer(Protocol):
-    """Scores responses as they arrive. Made once per run by `or1.reward.make_scorer`; safe to call from any thread."""
+    """A reward for responses that arrive one at a time. `or1.reward.make_scorer` makes it once per run. Thread-safe."""
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """Start scoring one response.
+        """Start to score one response and return immediately.
 
-        The future always gets a Score, in bounded time: what goes wrong while scoring is a `Status`, not an exception.
-        It cannot be cancelled, and equal responses may share one. From asyncio, `await asyncio.wrap_future(...)`.
+        The future always gets a Score within a bounded time. A failure of grading is a `Status`, never an exception.
+        The future cannot be cancelled, and equal responses may share one. In asyncio: `asyncio.wrap_future(future)`.
         """
         ...
 
     def close(self) -> None:
-        """Stop at once; responses still waiting become `Status.CRASH`. May be called twice."""
+        """Stop immediately. Responses that still wait get `Status.CRASH`. Idempotent."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -31,8 +31,15 @@ class Scorer(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+def scored(score: Score) -> Future[Score]:
+    """Return a finished future that holds `score`."""
+    future: Future[Score] = Future()
+    future.set_result(score)
+    return future
+
+
 def require_rewards(step: int, groups: Sequence[Group]) -> None:
-    """Raise ScorerError if grading failed for every response of a step: nothing would ever be learnt."""
+    """Raise ScorerError if every response of a step crashed or timed out, since the step then trains nothing."""
     scores = [score for group in groups for score in group.scores]
     counts = Counter(score.status for score in scores)
     crashes, timeouts = counts[Status.CRASH], counts[Status.TIMEOUT]
@@ -41,6 +48,6 @@ def require_rewards(step: int, groups: Sequence[Group]) -> None:
     last = next((f"; the last: {score.cause}" for score in reversed(scores) if score.cause), "")
     raise ScorerError(
         f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind crashed on "
-        f"{crashes} and took longer than reward.timeout_s on {timeouts}{last}. Mend the function, or raise the limit; "
-        "the same command goes on"
+        f"{crashes} and took longer than reward.timeout_s on {timeouts}{last}. Fix the function or raise the limit, "
+        "then resume the run with the same command"
     )

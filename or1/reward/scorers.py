@@ -1,4 +1,4 @@
-"""The scorers a run can choose: mathematics, code, either by data row, or a function of the user's own."""
+"""The scorers that `reward.kind` selects: maths, code, both by data row, or a user-defined function."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from or1.reward.code.grade import CodeSettings
 from or1.reward.code.sandbox import START_LIMIT_S
 from or1.reward.columns import check_columns
 from or1.reward.output import LOG_NAME
-from or1.reward.pool import WorkerPool, done
-from or1.reward.scorer import Scorer
+from or1.reward.pool import WorkerPool
+from or1.reward.scorer import Scorer, scored
 
 MATH_MEMORY_BYTES = 2 << 30
-"""Address space of a process that grades mathematics."""
+"""Limit for the address space of a process that grades maths."""
 _SHOWN = 80
-"""Characters of an answer's beginning and of its end in a report of a crash."""
+"""Characters of an answer's start and of its end in the log of a crash."""
 
 
 class _PoolScorer:
-    """A scorer on a WorkerPool of its own."""
+    """The parts that all scorers with one WorkerPool share."""
 
-    _pool: WorkerPool
+    def __init__(self, pool: WorkerPool):
+        self._pool = pool
 
     def close(self) -> None:
-        """See `Scorer.close`."""
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -44,17 +44,17 @@ class _PoolScorer:
 
 
 class MathScorer(_PoolScorer):
-    r"""The math verifier as a `Scorer`.
+    r"""The maths verifier as a `Scorer`.
 
-    Responses without \boxed{} and answers that string or integer comparison decides are scored in the caller; the
-    others go to the workers, equal ones once.
+    `submit` itself scores responses without \boxed{} and answers that a string or integer comparison decides. All
+    other answers go to the workers, equal ones once.
 
-    workers              processes
-    timeout_s            limit for one answer from the moment its grading starts; then Status.TIMEOUT
-    require_think_close  a response without `</think>` is Status.TRUNCATED
-    grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
-    grader, memo_size    as for WorkerPool; a job is {"box", "golds"}
-    log                  as for WorkerPool
+    workers              number of processes
+    timeout_s            limit in seconds for one answer, from the start of its grading; then Status.TIMEOUT
+    require_think_close  score a response without `</think>` as Status.TRUNCATED
+    grade_truncated      grade a truncated response like any other instead of scoring it as Status.TRUNCATED
+    grader, memo_size    see WorkerPool; a job is {"box", "golds"}
+    log                  see WorkerPool
 
     Raises ScorerError if a worker cannot start.
     """
@@ -70,36 +70,38 @@ class MathScorer(_PoolScorer):
         memo_size: int = 100_000,
         log: str | os.PathLike[str] | None = None,
     ):
+        super().__init__(
+            WorkerPool(
+                grader,
+                workers=workers,
+                memory_limit_bytes=MATH_MEMORY_BYTES,
+                memo_size=memo_size,
+                log=log,
+                plain_environment=True,
+            )
+        )
         self._timeout_s, self._require_think_close = timeout_s, require_think_close
         self._grade_truncated = grade_truncated
-        self._pool = WorkerPool(
-            grader,
-            workers=workers,
-            memory_limit_bytes=MATH_MEMORY_BYTES,
-            memo_size=memo_size,
-            log=log,
-            plain_environment=True,
-        )
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`. Raises RuntimeError after `close`."""
+        """Start to score one response (see `Scorer`). Raises RuntimeError after `close`."""
         if response.truncated and not self._grade_truncated:
-            return done(math.make_score(Status.TRUNCATED))
+            return scored(math.make_score(Status.TRUNCATED))
         found = math.screen(response.text, prompt.golds, require_think_close=self._require_think_close)
         if isinstance(found, Score):
-            return done(found)
+            return scored(found)
         job = {"box": found, "golds": prompt.golds}
         return self._pool.submit(job, self._timeout_s, _name(prompt, f"\\boxed{{{found}}}"))
 
 
 class CodeScorer(_PoolScorer):
-    """Programs against their tests, each in a sandbox; see `or1.reward.code`.
+    """The code verifier as a `Scorer`: it runs each program against its tests in a sandbox; see `or1.reward.code`.
 
-    workers              programs that run at once
-    settings             limits; `settings.sandbox` is what `find_sandbox` returned
-    require_think_close  a response without `</think>` is Status.TRUNCATED
-    grade_truncated      grade a response that was cut like any other; else it is Status.TRUNCATED
-    log                  as for WorkerPool
+    workers              number of processes, each of which runs one program at a time
+    settings             limits; `settings.sandbox` is a result of `find_sandbox`
+    require_think_close  score a response without `</think>` as Status.TRUNCATED
+    grade_truncated      grade a truncated response like any other instead of scoring it as Status.TRUNCATED
+    log                  see WorkerPool
 
     Raises ScorerError if a worker cannot start.
     """
@@ -113,41 +115,42 @@ class CodeScorer(_PoolScorer):
         grade_truncated: bool = False,
         log: str | os.PathLike[str] | None = None,
     ):
+        super().__init__(WorkerPool("or1.reward.code.grade:grade_job", workers=workers, log=log))
         self._settings, self._require_think_close = settings, require_think_close
         self._grade_truncated = grade_truncated
-        self._pool = WorkerPool("or1.reward.code.grade:grade_job", workers=workers, log=log)
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`. Raises RuntimeError after `close`."""
+        """Start to score one response (see `Scorer`). Raises RuntimeError after `close`."""
         answer = math.answer_part(response.text)
-        cut = response.truncated and not self._grade_truncated
-        if cut or (answer is None and self._require_think_close):
-            return done(math.make_score(Status.TRUNCATED))
+        truncated = response.truncated and not self._grade_truncated
+        if truncated or (answer is None and self._require_think_close):
+            return scored(math.make_score(Status.TRUNCATED))
         program = last_python_block(response.text if answer is None else answer)
         if program is None:
-            return done(math.make_score(Status.NO_ANSWER))
+            return scored(math.make_score(Status.NO_ANSWER))
         tests = asdict(prompt.tests) if prompt.tests is not None else {}
         count = max(len(prompt.tests.inputs), prompt.tests.script.count("assert")) if prompt.tests else 1
         job = {"program": program, "tests": tests, "settings": asdict(self._settings)}
-        # The grader keeps the limits itself; this one is for a grader that cannot.
+        # The grader enforces its own limits. This larger limit is for a grader that hangs.
         return self._pool.submit(job, self._settings.total_s(count) + 3 * START_LIMIT_S, _name(prompt, program))
 
 
 class CustomScorer(_PoolScorer):
-    """A function of the user's own, in any of the signatures that `or1.reward.custom` recognises.
+    """A user-defined reward function, with any signature that `or1.reward.custom` recognises, as a `Scorer`.
 
     path             "module:function" or "path/file.py:function"
-    workers          processes, each with the function loaded
-    timeout_s        limit for one response; then Status.TIMEOUT
-    grade_truncated  False: a response that was cut is Status.TRUNCATED, 0, without a call
-    memory_bytes     that one process can fill; 0 is no limit
-    prompts          what will be scored: their rows must have what the function needs
-    log              as for WorkerPool
+    workers          number of processes, each with the function loaded
+    timeout_s        limit in seconds for one response; then Status.TIMEOUT
+    grade_truncated  False: score a truncated response as Status.TRUNCATED, reward 0, without a call of the function
+    memory_bytes     limit for the memory of one process; 0: no limit
+    prompts          prompts of the run; their rows must have the columns that the function requires
+    log              see WorkerPool
 
-    None from the function is Status.SKIPPED, an exception Status.CRASH; like a timeout these have no reward, so the
-    response is left out instead of being taught as wrong. `remarks` are warnings for a person. Raises
-    RewardFunctionError if the function cannot be loaded, its signature is not recognised, or no row has a column that
-    it needs.
+    A result of None gives Status.SKIPPED, an exception Status.CRASH. These and Status.TIMEOUT carry no reward, so that
+    the response is excluded from training instead of being trained as wrong. `remarks` are warnings for the user.
+
+    Raises RewardFunctionError if the function cannot be loaded, has an unknown signature, or requires a column that no
+    row has.
     """
 
     def __init__(
@@ -161,16 +164,18 @@ class CustomScorer(_PoolScorer):
         prompts: Iterable[Prompt] = (),
         log: str | os.PathLike[str] | None = None,
     ):
-        self._timeout_s, self._grade_truncated = timeout_s, grade_truncated
-        self._pool = WorkerPool(
-            "or1.reward.custom:grade_job",
-            workers=workers,
-            options={"path": path},
-            unscored_faults=True,
-            log=log,
-            memory_limit_bytes=memory_bytes,
-            memory_kind="DATA",
+        super().__init__(
+            WorkerPool(
+                "or1.reward.custom:grade_job",
+                workers=workers,
+                options={"path": path},
+                unscored_faults=True,
+                log=log,
+                memory_limit_bytes=memory_bytes,
+                memory_kind="DATA",
+            )
         )
+        self._timeout_s, self._grade_truncated = timeout_s, grade_truncated
         try:
             self.remarks = check_columns(self._pool.about, prompts)
         except ScorerError:
@@ -178,9 +183,9 @@ class CustomScorer(_PoolScorer):
             raise
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`."""
+        """Start to score one response (see `Scorer`). Raises RuntimeError after `close`."""
         if response.truncated and not self._grade_truncated:
-            return done(math.make_score(Status.TRUNCATED))
+            return scored(math.make_score(Status.TRUNCATED))
         job = {
             "row": dict(prompt.row),
             "source": prompt.source,
@@ -194,13 +199,15 @@ class CustomScorer(_PoolScorer):
 
 
 class AutoScorer:
-    """Mathematics or code, by what each prompt carries. `makers` make the two scorers, "math" and "code", when needed.
+    """Maths or code, as each prompt requires (`kind_of`). Each of the two scorers starts when it is first needed.
 
-    needs  those to start at once, so that a machine that cannot run them says so before training
+    makers  "math" and "code": functions that start the scorer
+    needs   kinds to start immediately, so that a machine that cannot run one fails before training
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Scorer]], needs: frozenset[str] = frozenset()):
-        self._makers, self._lock, self._scorers = makers, threading.Lock(), {}
+        self._makers, self._lock = makers, threading.Lock()
+        self._scorers: dict[str, Scorer] = {}
         try:
             for kind in sorted(needs):
                 self._scorer(kind)
@@ -209,11 +216,10 @@ class AutoScorer:
             raise
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `Scorer.submit`. Raises ScorerError if the first prompt of a kind finds that it cannot be scored."""
+        """Start to score one response (see `Scorer`). Raises ScorerError if the first scorer of a kind cannot start."""
         return self._scorer(kind_of(prompt)).submit(prompt, response)
 
     def close(self) -> None:
-        """See `Scorer.close`."""
         for scorer in self._scorers.values():
             scorer.close()
 
@@ -231,18 +237,18 @@ class AutoScorer:
 
 
 def _name(prompt: Prompt, answer: str) -> str:
-    """What a person needs to find a response again: its prompt, and how it begins and ends."""
+    """Return a name that identifies a response in a log: its prompt's id, and the start and the end of its text."""
     shown = answer if len(answer) <= 2 * _SHOWN else f"{answer[:_SHOWN]} ... {answer[-_SHOWN:]}"
     return f"{prompt.id} {shown!r}"
 
 
 def remarks_of(scorer: Scorer, folder: Path) -> list[str]:
-    """Return what a person should know of a function of their own: its warnings, and where its prints go."""
+    """Return the warnings about a user-defined function and the place of its log; empty for other scorers."""
     if not isinstance(scorer, CustomScorer):
         return []
     return [*scorer.remarks, f"what the reward function prints goes to {folder / LOG_NAME}"]
 
 
 def kind_of(prompt: Prompt) -> str:
-    """The verifier of a prompt: "code" if it carries tests, else "math"."""
+    """Return the verifier of a prompt: "code" if the prompt has tests, else "math"."""
     return "code" if prompt.tests is not None else "math"

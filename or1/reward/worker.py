@@ -1,14 +1,14 @@
-"""The process on the other side of `or1.reward.pool`.
+"""The process at the other end of `or1.reward.pool`'s socket.
 
     python -m or1.reward.worker FD MODULE:FUNCTION OPTIONS "BYTES AS|DATA" LOG
 
-It loads FUNCTION(job) once, then forks a child that calls it for one job after another. A child that hangs is killed,
-and the next one is forked in milliseconds from this warm process, which has one thread and thus may fork. What the
-child does cannot reach the trainer's socket: this process answers every job, with exactly one reply.
+The worker loads FUNCTION(job) once, then forks a child that calls FUNCTION for one job after another. A child that
+hangs is killed. The next child takes milliseconds to fork from this warm process, which may fork because it has one
+thread. A child cannot reach the trainer's socket: this process sends exactly one reply to every job.
 
-Every job and every reply carries a number that is drawn for it. What a forked copy of the function or the function
-itself writes into the pipe has no such number: it ends the child and is a crash, and never becomes the reward of any
-job. That holds for mistakes. A function that searches its own process for the number can find it, for it runs there.
+Every job and every reply carry a random number drawn for the job. Bytes that the function or a forked copy of it
+writes into the pipe lack this number. They end the child and count as a crash, and never become the reward of a job.
+This protects against mistakes only: a function that searches its own memory can find the number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,12 +35,12 @@ from or1.reward.child import NUMBER_BYTES, OVER, Work, encoded, framed, live, pa
 from or1.reward.output import OutputLog
 
 JOBS_PER_CHILD = 5000
-"""Then a new child is forked, so that what sympy leaks stays bounded."""
+"""Jobs after which a new child is forked, to bound the memory that sympy leaks."""
 READY, WAIT = b"ready ", b"wait"
-"""READY and what `begin` told as JSON is the first message of a worker; else it is why there will be no other.
-WAIT says of a job that a new child is being prepared for it, which may take as long as the first one did."""
+"""READY and the result of `begin` as JSON are the first message of a worker. Any other first message is an error text,
+and the last message. WAIT means that a new child is being prepared for a job, which may take as long as the first."""
 
-# Later than the child's own timer by what a busy machine may need to deliver a signal.
+# The child's own timer ends a job first. A busy machine needs some seconds to deliver its signal.
 _GRACE_S = 4.0
 _MAX_REPLY = 1 << 16
 _LIMITS = {"AS": resource.RLIMIT_AS, "DATA": resource.RLIMIT_DATA}
@@ -50,13 +51,17 @@ class _TrainerGone(Exception):
 
 
 class _ChildLost(Exception):
-    """The child gave no reply that can be taken: the status and the cause of its job."""
+    """The child sent no valid reply. Arguments: status and cause of its job."""
+
+
+class _StartFailed(Exception):
+    """A new child could not prepare. Argument: the cause."""
 
 
 def main() -> None:
-    """Announce readiness, then answer jobs until the other side closes the socket or dies."""
+    """Report readiness, then answer jobs until the other side closes the socket or dies."""
     descriptor, path, options, memory, log = sys.argv[1:]
-    # Ctrl-C is the trainer's to handle. SIGALRM must kill, even if the trainer was started with it ignored or blocked.
+    # The trainer handles Ctrl-C. SIGALRM must kill, even if the trainer was started with the signal ignored or blocked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
@@ -70,31 +75,84 @@ def main() -> None:
 
     def prepare() -> Any:
         if int(limit):
-            # 10^{10^{10}} ends in a MemoryError instead of the machine's out-of-memory killer.
+            # With the limit, 10^{10^{10}} raises MemoryError instead of triggering the machine's out-of-memory killer.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(_LIMITS[kind], (int(limit), int(limit)))
         return begin(json.loads(options))
 
     name = json.loads(options).get("path", path)
-    children = _Children(getattr(module, function_name), prepare, jobs, OutputLog(log) if log else None, name)
+    children = _Children(
+        grader=getattr(module, function_name),
+        prepare=prepare,
+        jobs=jobs,
+        log=OutputLog(log) if log else None,
+        name=name,
+    )
     try:
         with contextlib.suppress(EOFError, OSError, _TrainerGone):
             children.serve()
     finally:
         children.end()
-    # Where there is no /proc to find descendants in, at least the group ends.
+    # Without /proc there is no list of descendants; kill the process group at least.
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
 
 
-class _Children:
-    """At most one living child, forked when needed.
+@dataclass
+class _Child:
+    """One forked grading process.
 
-    name  what the grader is called where it cannot be loaded
+    pidfd  readable when the process ends; None before Linux 5.3 and on other systems
+    pipe   non-blocking
+    jobs   number of jobs sent so far
+    """
+
+    pid: int
+    pidfd: int | None
+    pipe: socket.socket
+    jobs: int = 0
+
+    def has_ended(self) -> bool:
+        """Return True if the process is dead, without reaping it."""
+        if not hasattr(os, "waitid"):
+            return os.waitpid(self.pid, os.WNOHANG)[0] != 0
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def receive(self, received: bytearray) -> bool:
+        """Append all bytes in the pipe to `received`. Return True while the pipe is open."""
+        try:
+            while len(received) <= _MAX_REPLY:
+                if not (data := self.pipe.recv(1 << 16)):
+                    return False
+                received += data
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> int:
+        """Kill and reap the process. Return its exit code, -N for signal N, or 0 if it was reaped before."""
+        code = 0
+        with contextlib.suppress(ProcessLookupError):  # a dead process keeps its exit code
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.pipe.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+        return code
+
+
+class _Children:
+    """At most one live child, forked when needed.
+
+    name  name of the grader in errors about loading it
     """
 
     def __init__(
         self,
+        *,
         grader: Callable[[dict[str, Any]], Any],
         prepare: Callable[[], Any],
         jobs: Connection,
@@ -103,34 +161,29 @@ class _Children:
     ):
         self._grader, self._prepare, self._name = grader, prepare, name
         self._jobs, self._log = jobs, log
-        self._pid: int | None = None
-        self._pidfd: int | None = None
-        self._pipe: socket.socket | None = None
-        self._asked = 0
+        self._child: _Child | None = None
 
     def serve(self) -> None:
-        """Answer jobs. Raises EOFError, OSError or _TrainerGone when the other side has ended."""
+        """Answer jobs. Raise EOFError, OSError or _TrainerGone when the other side has ended."""
         # The first child shows whether `begin` works at all.
-        problem, told = self._fork()
-        self._jobs.send_bytes(problem.encode("utf-8", "replace") if problem else READY + told)
-        while not problem:
+        try:
+            _, about = self._fork()
+        except _StartFailed as failure:
+            self._jobs.send_bytes(str(failure).encode("utf-8", "replace"))
+            return
+        self._jobs.send_bytes(READY + about)
+        while True:
             while self._jobs.fileno() not in self._wait({self._jobs.fileno(): select.POLLIN}, math.inf):
                 pass
             number, limit_s, job = parsed(self._jobs.recv_bytes())
             self._jobs.send_bytes(number + self._ask(number, limit_s, job))
 
     def end(self) -> int:
-        """Kill the child and all that it started, and reap them; returns the child's exit code, -N for signal N."""
+        """Kill the child and all its descendants, and reap them. Return the child's exit code, -N for signal N."""
         code = 0
-        if self._pid is not None:
-            with contextlib.suppress(ProcessLookupError):  # a dead one keeps its status
-                os.kill(self._pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-            self._pipe.close()
-            if self._pidfd is not None:
-                os.close(self._pidfd)
-        self._pid = self._pidfd = self._pipe = None
+        if self._child is not None:
+            code = self._child.kill()
+            self._child = None
         if has_children():
             kill_descendants(os.getpid())
             reap_orphans()
@@ -139,119 +192,109 @@ class _Children:
         return code
 
     def _ask(self, number: bytes, limit_s: float, job: bytes) -> bytes:
-        """The reply to one job: of the child if it lives to give one, else what became of it."""
-        reap_orphans(but=self._pid)
-        if self._pid is not None and (self._asked == JOBS_PER_CHILD or self._has_ended()):
+        """Return the reply to one job: the child's reply, or the status of a child that timed out or died."""
+        child = self._child
+        reap_orphans(but=None if child is None else child.pid)
+        if child is not None and (child.jobs == JOBS_PER_CHILD or child.has_ended()):
             self.end()
-        if self._pid is None:
+            child = None
+        if child is None:
             self._jobs.send_bytes(number + WAIT)
-            problem, _ = self._fork()
-            if problem:
-                return encoded("crash", None, problem)
-        self._asked += 1
-        # A number of its own: the trainer's is never in the child's memory.
+            try:
+                child, _ = self._fork()
+            except _StartFailed as failure:
+                return encoded("crash", None, str(failure))
+        child.jobs += 1
+        # A second number, so that the trainer's number is never in the child's memory.
         own = secrets.token_bytes(NUMBER_BYTES)
         try:
-            said = self._exchange(own, own + str(limit_s).encode() + b" " + job, limit_s + _GRACE_S)
+            reply = self._exchange(child, own, own + str(limit_s).encode() + b" " + job, limit_s + _GRACE_S)
         except _ChildLost as lost:
-            return encoded(*self._obituary(lost))
-        if said[:1] == OVER:
+            return encoded(*self._end_of(lost))
+        if reply[:1] == OVER:
             self.end()
         elif self._log is not None:
             self._log.end_line()
-        return said[1:]
+        return reply[1:]
 
-    def _fork(self) -> tuple[str, bytes]:
-        """Make a child and wait until it is prepared: why it is not, or what its `begin` told as JSON."""
-        self._pipe, theirs = socket.socketpair()
+    def _fork(self) -> tuple[_Child, bytes]:
+        """Fork a child and wait until it is prepared. Return the child and the result of `begin` as JSON.
+
+        Raises _StartFailed.
+        """
+        pipe, theirs = socket.socketpair()
         output = self._log.open() if self._log is not None else None
         number, worker = secrets.token_bytes(NUMBER_BYTES), os.getpid()
-        self._pid, self._asked = os.fork(), 0
-        if self._pid == 0:
-            self._pipe.close()
+        pid = os.fork()
+        if pid == 0:
+            pipe.close()
             self._jobs.close()
             live(theirs, worker, output, Work(self._grader, self._prepare, number))
         theirs.close()
         if output is not None:
             os.close(output)
-        with contextlib.suppress(AttributeError, OSError):  # Linux before 5.3, or no Linux
-            self._pidfd = os.pidfd_open(self._pid)
-        self._pipe.setblocking(False)
+        pidfd = None
+        with contextlib.suppress(AttributeError, OSError):  # Linux before 5.3, or another system
+            pidfd = os.pidfd_open(pid)
+        pipe.setblocking(False)
+        child = self._child = _Child(pid, pidfd, pipe)
         try:
-            said = self._exchange(number, b"", math.inf)
+            reply = self._exchange(child, number, b"", math.inf)
         except _ChildLost as lost:
-            cause = self._obituary(lost)[2]
-            return f"{self._name} cannot be loaded: its process ended on the way ({cause})", b""
-        if said[:1] != OVER:
-            return "", said[1:]
-        self.end()
-        return said[1:].decode("utf-8", "replace"), b""
+            fate = f"its process ended early ({self._end_of(lost)[2]})"
+            raise _StartFailed(f"{self._name} cannot be loaded: {fate}") from lost
+        if reply[:1] == OVER:
+            self.end()
+            raise _StartFailed(reply[1:].decode("utf-8", "replace"))
+        return child, reply[1:]
 
-    def _exchange(self, number: bytes, message: bytes, limit_s: float) -> bytes:
-        """Send a message, if there is one, to the child; returns what it says under this number.
+    def _exchange(self, child: _Child, number: bytes, message: bytes, limit_s: float) -> bytes:
+        """Send a message to the child, unless empty, and return its reply under this number.
 
         Raises _ChildLost, and _TrainerGone as soon as the trainer has ended, whatever the child is doing.
         """
         deadline = time.monotonic() + limit_s
-        waiting, got, is_open = memoryview(framed(message) if message else b""), bytearray(), True
-        jobs, pipe = self._jobs.fileno(), self._pipe.fileno()
+        unsent, received, is_open = memoryview(framed(message) if message else b""), bytearray(), True
+        jobs, pipe = self._jobs.fileno(), child.pipe.fileno()
         while True:
             wanted = {jobs: select.POLLIN}
             if is_open:
-                wanted[pipe] = select.POLLIN | (select.POLLOUT if waiting else 0)
-            if self._pidfd is not None:
-                wanted[self._pidfd] = select.POLLIN
+                wanted[pipe] = select.POLLIN | (select.POLLOUT if unsent else 0)
+            if child.pidfd is not None:
+                wanted[child.pidfd] = select.POLLIN
             ready = self._wait(wanted, deadline)
-            if jobs in ready:  # no job comes before this one is answered
+            if jobs in ready:  # the trainer sends no job before this one is answered, so the socket is closed
                 raise _TrainerGone
             if pipe in ready:
                 with contextlib.suppress(OSError):
-                    waiting = waiting[self._pipe.send(waiting) :] if waiting else waiting
-                is_open = self._receive(got)
-            if (said := _reply_in(got, number)) is not None:
-                return said
-            if self._has_ended() if self._pidfd is not None else not is_open:
-                if self._receive(got) and (said := _reply_in(got, number)) is not None:
-                    return said
+                    unsent = unsent[child.pipe.send(unsent) :] if unsent else unsent
+                is_open = child.receive(received)
+            if (reply := _reply_in(received, number)) is not None:
+                return reply
+            if child.has_ended() if child.pidfd is not None else not is_open:
+                if child.receive(received) and (reply := _reply_in(received, number)) is not None:
+                    return reply
                 raise _ChildLost("", "")
             if time.monotonic() > deadline:
                 raise _ChildLost("timeout", "")
 
-    def _receive(self, got: bytearray) -> bool:
-        """Add to `got` what the pipe has; returns whether it is still open."""
-        try:
-            while len(got) <= _MAX_REPLY:
-                if not (data := self._pipe.recv(1 << 16)):
-                    return False
-                got += data
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
-        return True
-
     def _wait(self, wanted: dict[int, int], deadline: float) -> set[int]:
-        """Wait until one of the descriptors is ready or the deadline is near; takes over what the child prints."""
+        """Return the descriptors that are ready; none near the deadline. Drain the child's output meanwhile."""
         poll = select.poll()
         for descriptor, events in wanted.items():
             poll.register(descriptor, events)
-        log = self._log.fileno() if self._log is not None else None
-        if log is not None:
-            poll.register(log, select.POLLIN)
+        log = self._log
+        output = None if log is None else log.fileno()
+        if output is not None:
+            poll.register(output, select.POLLIN)
         left_s = min(deadline - time.monotonic(), 3600.0)
         ready = {descriptor for descriptor, _ in poll.poll(max(left_s, 0.0) * 1000 + 1)}
-        if log in ready:
-            self._log.drain()
-        return ready - {log}
+        if log is not None and output in ready:
+            log.drain()
+        return ready - {output}
 
-    def _has_ended(self) -> bool:
-        """Whether the child is dead; its status stays for `end`."""
-        if not hasattr(os, "waitid"):
-            return os.waitpid(self._pid, os.WNOHANG)[0] != 0
-        return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _obituary(self, lost: _ChildLost) -> tuple[str, float | None, str]:
-        """Status, reward and cause of the job at which the child was lost."""
+    def _end_of(self, lost: _ChildLost) -> tuple[str, float | None, str]:
+        """End a lost child. Return status, reward and cause of its job."""
         (status, cause), code = lost.args, self.end()
         if status:
             return status, None, cause
@@ -260,20 +303,20 @@ class _Children:
         return "crash", None, f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _reply_in(got: bytearray, number: bytes) -> bytes | None:
-    """The reply under `number` if all of it has come. Raises _ChildLost for anything else."""
-    if len(got) < 4:
+def _reply_in(received: bytearray, number: bytes) -> bytes | None:
+    """Return the reply under `number`, or None while it is incomplete. Raise _ChildLost for any other bytes."""
+    if len(received) < 4:
         return None
-    size, found = int.from_bytes(got[:4], "big"), bytes(got[4 : 4 + NUMBER_BYTES])
-    if size <= _MAX_REPLY and len(got) < 4 + size and number.startswith(found):
+    size, found = int.from_bytes(received[:4], "big"), bytes(received[4 : 4 + NUMBER_BYTES])
+    if size <= _MAX_REPLY and len(received) < 4 + size and number.startswith(found):
         return None
-    if len(got) != 4 + size or found != number:
+    if len(received) != 4 + size or found != number:
         raise _ChildLost(
             "crash",
-            "wrote into the pipe on which its process replies, so no reply of it is taken; leave "
-            "descriptors alone that the function did not open",
+            "wrote into the pipe that carries the replies of its process, so its reply was discarded; the function "
+            "must not write to descriptors that it did not open",
         )
-    return bytes(got[4 + NUMBER_BYTES :])
+    return bytes(received[4 + NUMBER_BYTES :])
 
 
 if __name__ == "__main__":

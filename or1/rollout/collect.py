@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from or1.core.types import Group, OpenGroup, Prompt, Response, Score
-from or1.reward.scorer import Scorer
+from or1.reward.scorer import Scorer, scored
 from or1.rollout.engine import Engine, Sampling, Slot
 
 Progress = Callable[[int, int], None]
@@ -92,7 +92,7 @@ class _Gathering:
             for s, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
                 self._responses[p, s] = response
                 if score is not None:
-                    self._score((p, s), _done(score))
+                    self._score((p, s), scored(score))
                 elif len(response.token_ids) >= sampling.max_tokens:
                     # A stage with a smaller limit began: there is no room to go on.
                     self._score((p, s), scorer.submit(group.prompt, response))
@@ -148,9 +148,3 @@ class _Gathering:
         slots = [(p, s) for s in range(self._sizes[p])]
         scores = tuple(self._scores[slot].result() if slot in self._scores else None for slot in slots)
         return OpenGroup(self.prompts[p], tuple(self._responses[slot] for slot in slots), scores)
-
-
-def _done(score: Score) -> Future[Score]:
-    future: Future[Score] = Future()
-    future.set_result(score)
-    return future

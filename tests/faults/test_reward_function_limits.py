@@ -42,8 +42,8 @@ MODULES = {
     "import sys\nsys.exit(3)": "SystemExit: 3 ({file}:2, in <module>)",
     "raise KeyboardInterrupt": "KeyboardInterrupt ({file}:1, in <module>)",
     "raise ValueError(chr(0xD800))": "ValueError: ",
-    "import os\nos._exit(0)": "{file}:reward cannot be loaded: its process ended on the way (exited with code 0)",
-    "import os\nos.kill(os.getpid(), 11)": "{file}:reward cannot be loaded: its process ended on the way (killed by",
+    "import os\nos._exit(0)": "{file}:reward cannot be loaded: its process ended early (exited with code 0)",
+    "import os\nos.kill(os.getpid(), 11)": "{file}:reward cannot be loaded: its process ended early (killed by",
     "x = bytearray(1 << 40)": "MemoryError ({file}:1, in <module>); reward.memory_mib = 4096 is the limit",
 }
 
@@ -101,7 +101,7 @@ def test_the_log_has_a_limit_and_says_so_once(tmp_path: Path, monkeypatch: pytes
         log.close()
     text = path.read_text()
     assert 9_900 <= path.stat().st_size <= 10_000
-    assert text.count("what is printed from here on is lost") == 1 and text.endswith("is lost ---\n")
+    assert text.count("later output is lost") == 1 and text.endswith("is lost ---\n")
     assert text.startswith("0 <U+001B>[2J ") and "rest without" not in text
 
 

@@ -79,8 +79,8 @@ def test_a_reply_under_another_number_replaces_the_worker(obeying, monkeypatch: 
     worker = scorer._pool._workers[0]
     before, numbers = worker._process.pid, iter([b"a" * 16, b"b" * 16])
     monkeypatch.setattr(pool.secrets, "token_bytes", lambda size: next(numbers))
-    receive = worker._socket.recv_bytes
-    monkeypatch.setattr(worker._socket, "recv_bytes", lambda: b"z" * 16 + receive()[16:], raising=False)
+    receive = worker._process.socket.recv_bytes
+    monkeypatch.setattr(worker._process.socket, "recv_bytes", lambda: b"z" * 16 + receive()[16:], raising=False)
     assert results(scorer, "plain 2", "plain 3") == ["crash", 3]
     assert worker._process.pid != before
 

@@ -222,7 +222,7 @@ def test_a_sandbox_that_does_not_come_up_is_a_crash(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("or1.reward.code.sandbox.shutil.which", lambda name: str(broken))
     kind = "bwrap-root" if os.geteuid() == 0 else "bwrap-user"
     for truth in (THREE, {"test_list": ["assert f(1) == 1"]}):
-        with pytest.raises(SandboxStartError, match=r"did not come up: .*Resource temporarily unavailable"):
+        with pytest.raises(SandboxStartError, match=r"did not start: .*Resource temporarily unavailable"):
             score("print(1)", truth, kind)
     with pytest.raises(SandboxStartError, match="cannot be started"):
         monkeypatch.setattr("or1.reward.code.sandbox.shutil.which", lambda name: str(tmp_path / "gone"))
@@ -236,7 +236,7 @@ def test_a_test_that_finds_no_room_for_a_process_is_a_crash(sandbox: str) -> Non
     # Root itself is exempt; the runner inherits the limit and then becomes another user.
     resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
     try:
-        with pytest.raises(SandboxStartError, match=r"could not be started|did not come up"):
+        with pytest.raises(SandboxStartError, match=r"could not be started|did not start"):
             score("print(1)", THREE, sandbox)
     finally:
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))

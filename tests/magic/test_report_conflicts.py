@@ -32,7 +32,7 @@ from or1.eval.accuracy import evaluate_set
 from or1.magic.advantage import group_advantages
 from or1.magic.entropy import EntropyController
 from or1.reward import make_scorer
-from or1.reward.math import grade
+from or1.reward.math import screen
 from or1.train.metrics import rollout_metrics
 from tests.helpers.hand_run import (
     ENTROPY,
@@ -210,7 +210,7 @@ def test_which_answer_of_a_text_is_graded(text: str, ours: float, released: floa
     """Code: `parse` of what stands between the first and the second </think>, box or not; see README's table."""
     from math_verify import parse, verify
 
-    assert grade(text, ["42"]).reward == ours
+    assert screen(text, ["42"]).reward == ours
     found = parse(text.split("</think>")[1], parsing_timeout=None)
     gold = parse(r"\boxed{42}", parsing_timeout=None)
     assert float(len(found) >= 2 and verify(gold, found, timeout_seconds=None)) == released

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from or1.config import RewardConfig
 from or1.core.errors import ScorerError
 from or1.core.types import Prompt, Response, Score, Status
 from or1.reward import make_scorer
-from or1.reward.math import MAX_BOX_CHARS, grade, last_box, screen
+from or1.reward.math import MAX_BOX_CHARS, equivalent, last_box, make_score, screen
 from or1.reward.scorers import MathScorer
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -55,6 +55,13 @@ def obey(job):
             file.write(box + chr(10))
     return order != "wrong"
 """
+
+
+def grade(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score:
+    found = screen(text, golds, require_think_close=require_think_close)
+    if isinstance(found, Score):
+        return found
+    return make_score(Status.OK if equivalent(found, golds) else Status.WRONG)
 
 
 def prompt(*golds: str) -> Prompt:

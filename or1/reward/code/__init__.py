@@ -1,6 +1,6 @@
-"""The code reward: programs of the policy, run where they can do no harm, judged where they cannot reach.
+"""The code verifier: it runs programs of the policy in a sandbox and compares their answers outside the sandbox.
 
-A program runs in a sandbox and gets inputs and nothing else. What it must answer stays outside: it is compared by the
-grader (`or1.reward.code.grade`) or, for scripts of asserts, in a second sandbox that talks to the first by values. So
-a program that forges its results can only ever forge an answer, and has to know the right one.
+A program gets inputs only. The expected answers never enter its sandbox. The grader (`or1.reward.code.grade`) compares
+them, or, for scripts of asserts, a second sandbox that exchanges values with the first. A program that forges its
+results can therefore only forge an answer, and would need to know the right one.
 """

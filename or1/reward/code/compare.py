@@ -1,4 +1,4 @@
-"""Whether what a program answered is what the test expects. Runs outside the sandbox, on text and plain data."""
+"""Comparison of a program's answer with the expected one, outside the sandbox, on text and plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def same_output(actual: str, expected: str) -> bool:
-    """Line by line without surrounding white space, then number by number: "1.0 2" is "1 2.00", as in LiveCodeBench."""
+    """Return whether two outputs are equal, line by line without surrounding whitespace.
+
+    Lines of numbers are compared by value, as in LiveCodeBench: "1.0 2" is "1 2.00".
+    """
     actual_lines, expected_lines = actual.strip().splitlines(), expected.strip().splitlines()
     return len(actual_lines) == len(expected_lines) and all(map(_same_line, actual_lines, expected_lines))
 
@@ -20,7 +23,7 @@ def _same_line(actual: str, expected: str) -> bool:
 
 def _numbers(line: str) -> list[Decimal] | None:
     tokens = line.split()
-    # Decimal takes "1_0" and the digits of every script, which no expected output is written in.
+    # Decimal also parses "1_0" and the digits of every script, which no expected output contains.
     if not all(token.isascii() and "_" not in token for token in tokens):
         return None
     try:
@@ -32,12 +35,12 @@ def _numbers(line: str) -> list[Decimal] | None:
 
 
 def same_result(actual: Any, expected: str) -> bool:
-    """Whether what a call returned is one of the JSON values in the lines of `expected`, which are equally good."""
+    """Return whether the result of a call is equal to one of the JSON values in the lines of `expected`."""
     return any(same_value(actual, json.loads(line)) for line in expected.split("\n"))
 
 
 def same_value(actual: Any, expected: Any) -> bool:
-    """Exact equality with tuples taken as lists and whole numbers as keys taken as text, as JSON has both.
+    """Return whether two values are equal in JSON, where tuples are lists and integer keys are text.
 
     Floats have no tolerance.
     """
@@ -52,11 +55,11 @@ def _as_json(value: Any) -> Any:
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
         as_text = {key_text(key): _as_json(item) for key, item in value.items()}
-        # {1: 2, "1": 2} is no object of JSON: under either key the other value would be lost.
+        # {1: 2, "1": 2} has no JSON form, since one of the two values would be lost.
         return as_text if len(as_text) == len(value) else value
     return value
 
 
 def key_text(key: Any) -> Any:
-    """Return a key as JSON writes it: whole numbers as text."""
+    """Return a key in JSON form: an integer as text, any other key unchanged."""
     return str(key) if isinstance(key, int) and not isinstance(key, bool) else key

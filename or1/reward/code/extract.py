@@ -1,11 +1,11 @@
-"""The program in a response: its last fenced block that may be Python.
+"""Extraction of the program from a response: the last fenced block that may be Python.
 
-Chosen is the last closed block that is marked as Python: python, python3, py, {.python}, main.py. Without any such
-block it is the last closed block that has no mark, or a mark that names no other language: models forget the mark, and
-LiveCodeBench asks for none. A block marked as another language, ```cpp or ```text, is no program.
+The program is the last closed block marked as Python: python, python3, py, {.python}, main.py. Without such a block it
+is the last closed block that has no mark, or a mark that names no other language. Models forget the mark, and
+LiveCodeBench asks for none. A block marked as another language, ```cpp or ```text, is never a program.
 
-A fence is three or more backticks or tildes. A closing fence stands at the start of a line, indented no further than
-its opening fence, so that one inside a docstring does not cut the program. A mark behind such a fence opens another
+A fence is three or more backticks or tildes. A closing fence starts its line and is indented no further than its
+opening fence. A fence inside a docstring therefore does not end the program. A closing fence with a mark opens another
 block, since the model forgot to close the first. An opening fence of backticks may follow text in its line.
 """
 
@@ -18,9 +18,9 @@ _BACKTICKS = re.compile(r"`{3,}")
 _ATTRIBUTE = re.compile(r"[\w-]+=(\"[^\"]*\"|'[^']*'|\S*)")
 _PYTHON = re.compile(r"python[0-9.]*|py[0-9.]*|ipython|.*\.py", re.IGNORECASE)
 _BEFORE_A_FENCE = " \t>-*+.)0123456789"
-"""Characters of quotes and list items, which indent the block that begins in their line."""
+"""Characters of quotes and list items, which may precede an opening fence and indent its block."""
 _MAX_INFO = 200
-"""Characters that may follow an opening fence; what is longer is text."""
+"""Most characters after an opening fence; a longer line is text."""
 _OTHERS = frozenset(
     {
         "asm",
@@ -120,7 +120,7 @@ _OTHERS = frozenset(
         "zsh",
     }
 )
-"""Marks that name something other than Python."""
+"""Marks of blocks that are not Python."""
 
 
 class _Fence(NamedTuple):
@@ -134,7 +134,7 @@ class _Fence(NamedTuple):
 
 
 def last_python_block(text: str) -> str | None:
-    """What the program's block holds; None if there is none or it is blank. Linear in len(text)."""
+    """Return the program in a response, or None if there is no block for it or the block is blank. Linear in time."""
     lines = text.split("\n")
     found: dict[str, tuple[_Fence, int]] = {}
     block: _Fence | None = None
@@ -156,7 +156,7 @@ def last_python_block(text: str) -> str | None:
         return None
     fence, end = chosen
     body = lines[fence.line + 1 : end]
-    # A block in a list is indented with its fence, or its fence alone is.
+    # In a list, the block and its fence are indented, or only the fence is.
     surplus = min((len(line) - len(line.lstrip(" \t")) for line in body if line.strip()), default=0)
     program = "".join(line[min(fence.indent, surplus) :] + "\n" for line in body)
     return program if program.strip() else None
@@ -170,7 +170,7 @@ def _opening(line: str, number: int) -> _Fence | None:
         start, length = indent, len(bare) - len(info)
     else:
         runs = list(_BACKTICKS.finditer(line))
-        # An even number are pairs around code within the line.
+        # An even number of fences are pairs around inline code.
         if len(runs) % 2 == 0:
             return None
         start, length = runs[-1].start(), len(runs[-1][0])
@@ -179,7 +179,7 @@ def _opening(line: str, number: int) -> _Fence | None:
         return None
     if not line[:start].strip(_BEFORE_A_FENCE):
         indent = start
-    return _Fence(line[start], length, indent, _mark(info), number)
+    return _Fence(character=line[start], length=length, indent=indent, mark=_mark(info), line=number)
 
 
 def _mark(info: str) -> str:

@@ -1,4 +1,4 @@
-"""One program against its tests: the grader that the worker processes of `or1.reward.pool` run."""
+"""The grader of the code verifier: it runs one program against its tests, in the workers of `or1.reward.pool`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from or1.reward.code.sandbox import Inside, Limits, SandboxDiedError, SandboxSta
 
 @dataclass(frozen=True)
 class CodeSettings:
-    """How programs are run: `sandbox` is a kind that `find_sandbox` returned; `partial` pays the fraction of tests."""
+    """The settings of `[reward.code]`.
+
+    sandbox  kind of sandbox, a result of `find_sandbox`
+    partial  reward the fraction of passed tests instead of 0 or 1
+    """
 
     sandbox: str
     test_timeout_s: float
@@ -27,20 +31,20 @@ class CodeSettings:
     partial: bool
 
     def total_s(self, tests: int) -> float:
-        """Limit for all tests together: (limit of one + 1) for each and 5 s, at most `total_timeout_s`."""
+        """Return the limit in seconds for all tests: 5 s plus (limit of one + 1) for each, at most total_timeout_s."""
         return min((self.test_timeout_s + 1) * tests + 5, self.total_timeout_s)
 
 
 @dataclass
 class Tally:
-    """Tests passed of tests counted. `fault` is what the first failure was, if it was not a wrong answer."""
+    """Counts of passed tests and of all tests. `fault` is the status of the first failure that is not WRONG."""
 
     passed: int = 0
     total: int = 0
     fault: Status = Status.WRONG
 
     def score(self, partial: bool) -> Score:
-        """1 if every test passed, and then only; else the fraction if it pays."""
+        """Return reward 1 if every test passed, else the fraction of passed tests if `partial`, else 0."""
         if self.total == 0:
             raise ValueError("no test ran; the row's tests assert nothing")
         if self.passed == self.total:
@@ -51,11 +55,11 @@ class Tally:
 def grade_job(job: Mapping[str, Any]) -> Score:
     """Score job["program"] against job["tests"] under job["settings"].
 
-    Status.TIMEOUT if a limit of time ended it, WRONG for everything else that a program can do wrong. An exception
-    means that grading itself failed, never the program.
+    The status is TIMEOUT if a time limit ended the program, and WRONG for any other failure of the program. An
+    exception means that grading itself failed.
     """
-    tests = CodeTests(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["tests"].items()})
-    settings = CodeSettings(**job["settings"])
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["tests"].items()}
+    tests, settings = CodeTests(**fields), CodeSettings(**job["settings"])
     if tests.kind == "asserts":
         return _run_script(job["program"], tests, settings).score(settings.partial)
     if not tests.inputs:
@@ -90,7 +94,7 @@ def _run_pairs(program: str, tests: CodeTests, settings: CodeSettings) -> Tally:
 
 
 def _verdicts(program: str, tests: CodeTests, limits: Limits, sandbox: str, deadline: float) -> Iterator[Status]:
-    """A verdict for each test in order; ends early when the sandbox does."""
+    """Yield a verdict for each test in order. Stop early when the sandbox ends."""
     judge = _judge_output if tests.kind == "stdin" else _judge_call
     try:
         with Inside(sandbox, "runner", {"program": program, "setup": tests.setup}, limits) as runner:
@@ -105,12 +109,12 @@ def _verdicts(program: str, tests: CodeTests, limits: Limits, sandbox: str, dead
     except SandboxTimeoutError:
         yield Status.TIMEOUT
     except SandboxDiedError:
-        # Nothing of ours ends a sandbox that came up: the program did it, or its memory.
+        # The grader never ends a sandbox that has started, so the program or its memory did.
         yield Status.WRONG
 
 
-def _asked(runner: Inside, order: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """The runner's answer to one order. Raises SandboxStartError if the machine had no process left for a test."""
+def _ask(runner: Inside, order: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Return the runner's answer to one order. Raises SandboxStartError if no process could start for a test."""
     answer = runner.ask(order, seconds)
     if "failed" in answer:
         raise SandboxStartError(f"a test could not be started: {answer['failed']}")
@@ -118,7 +122,7 @@ def _asked(runner: Inside, order: Mapping[str, Any], seconds: float) -> dict[str
 
 
 def _judge_output(runner: Inside, _: str, given: str, expected: str, seconds: float) -> Status:
-    answer = _asked(runner, {"stdin": given}, seconds)
+    answer = _ask(runner, {"stdin": given}, seconds)
     if "timeout" in answer:
         return Status.TIMEOUT
     right = answer.get("code") == 0 and same_output(str(answer.get("stdout")), expected)
@@ -127,7 +131,7 @@ def _judge_output(runner: Inside, _: str, given: str, expected: str, seconds: fl
 
 def _judge_call(runner: Inside, fn_name: str, given: str, expected: str, seconds: float) -> Status:
     arguments = [wire.encode(json.loads(line), _no_object) for line in given.split("\n")]
-    answer = _asked(runner, {"function": fn_name, "args": arguments, "kwargs": {}}, seconds)
+    answer = _ask(runner, {"function": fn_name, "args": arguments, "kwargs": {}}, seconds)
     if "timeout" in answer:
         return Status.TIMEOUT
     if "value" not in answer:
@@ -136,9 +140,9 @@ def _judge_call(runner: Inside, fn_name: str, given: str, expected: str, seconds
 
 
 def _plain(data: Any) -> Any:
-    """The value that a program returned, if JSON has its like; anything else, or forged, is an object equal to nothing.
+    """Return a program's value in JSON form. A value that JSON lacks, or a forged one, becomes an unequal object.
 
-    This runs outside the sandbox on what the program wrote: it may build nothing that is larger than the message.
+    This runs outside the sandbox on bytes from the program, so it must build nothing larger than the message.
     """
     try:
         return _unpacked(data)
@@ -158,7 +162,7 @@ def _unpacked(data: Any) -> Any:
         return [_unpacked(item) for item in body]
     if tag == "d" and isinstance(body, list):
         pairs = [(_unpacked(key), _unpacked(value)) for key, value in body]
-        # Text alone: thousands of integers can be made to share one hash.
+        # Text keys only, since a program can choose thousands of integers with one hash.
         found = {text: value for key, value in pairs if isinstance(text := key_text(key), str)}
         if len(found) == len(pairs):
             return found
@@ -196,25 +200,22 @@ def _run_script(program: str, tests: CodeTests, settings: CodeSettings) -> Tally
 
 
 def _mediate(runner: Inside, sandbox: str, order: dict[str, Any], limits: Limits, deadline: float) -> Tally:
-    """Carry the script's questions to the program and its answers back until the script has counted."""
+    """Pass the script's questions to the program and the answers back until the script sends its counts."""
     timed_out = False
-    with _checker(sandbox, order, limits) as checker:
+    try:
+        checker = Inside(sandbox, "checker", order, limits)
+    except SandboxDiedError as error:
+        # The checker has no value of the program yet, so the program is not the cause.
+        raise SandboxStartError(f"the checker of the asserts died: {error}") from error
+    with checker:
         message = checker.answer
         while "ask" in message:
             if time.monotonic() > deadline:
                 raise SandboxTimeoutError
-            answer = _asked(runner, message["ask"], limits.test_s)
+            answer = _ask(runner, message["ask"], limits.test_s)
             timed_out = timed_out or "timeout" in answer
-            # From here on the checker holds values of the program: if it dies, they were too much for it.
+            # The checker now holds values of the program. If it dies, the program is the cause.
             message = checker.ask(answer, limits.test_s)
     if "unsupported" in message:
         raise ValueError(f"{message['unsupported']}; leave the row out, or write its tests with plain values")
     return Tally(message["passed"], message["total"], Status.TIMEOUT if timed_out else Status.WRONG)
-
-
-def _checker(sandbox: str, order: dict[str, Any], limits: Limits) -> Inside:
-    """A checker that has begun the script. What goes wrong until then is not the program's fault."""
-    try:
-        return Inside(sandbox, "checker", order, limits)
-    except SandboxDiedError as error:
-        raise SandboxStartError(f"the checker of the asserts died: {error}") from error

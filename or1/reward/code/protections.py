@@ -1,4 +1,4 @@
-"""What a sandbox is to protect from, and a program that tries each of these from inside."""
+"""The protections of a sandbox, and a probe program that tests each of them from inside."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Mapping
 from typing import Any
 
 PROTECTIONS = {
-    "user": "programs run as a user of their own, never as root",
+    "user": "programs run as a separate user, never as root",
     "files": "files of the host cannot be seen",
     "system": "the system's files cannot be written",
     "network": "there is no network",
     "processes": "other processes cannot be seen",
     "count": "the number of processes is limited",
-    "runner": "the memory of what grades the program is closed to it",
+    "runner": "the memory of the program's grader cannot be accessed",
     "settings": "settings of the kernel cannot be written",
-    "calls": "calls of the kernel that reach around the sandbox are refused",
-    "cleaning": "processes and files of one test are gone before the next one",
+    "calls": "system calls that bypass the sandbox are denied",
+    "cleaning": "processes and files of one test are removed before the next one",
 }
-"""Name -> what it means for a person. All of them hold in a sandbox that `find_sandbox` chooses."""
+"""Name -> description for users. All of them hold in a sandbox that `find_sandbox` selects."""
 FILTERED_MACHINES = ("x86_64", "aarch64")
-"""Machine types whose call numbers inside/guard.py knows. On others "calls" cannot hold, and is no condition."""
+"""Machine types whose system call numbers inside/guard.py contains. On others "calls" cannot hold and is optional."""
 
 
 def failures(answer: Mapping[str, Any], alone: bool) -> dict[str, str]:
-    """Return name -> cause for each protection that PROBE found missing.
+    """Return name -> cause for each missing protection.
 
-    answer  what the runner said of PROBE
-    alone   whether the runner has found that it may clean up after each test
+    answer  the runner's answer to PROBE
+    alone   whether the runner has its own process namespace, and so may clean up after each test
     """
     try:
         found = json.loads(answer["stdout"])
@@ -41,11 +41,11 @@ def failures(answer: Mapping[str, Any], alone: bool) -> dict[str, str]:
 
 
 def is_required(name: str) -> bool:
-    """Return whether a sandbox without this protection must not be used."""
+    """Return whether every usable sandbox must have this protection."""
     return name != "calls" or os.uname().machine in FILTERED_MACHINES
 
 
-# Prints JSON: name of a protection -> "" if it holds, else why not.
+# Prints JSON: name of a protection -> "" if it holds, else the cause.
 PROBE = r"""
 import ctypes, errno, json, os, socket
 

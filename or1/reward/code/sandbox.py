@@ -1,9 +1,9 @@
-"""Processes that see no network, no file of the host beyond Python itself, no other process and no secret.
+"""Sandboxes: processes without network, other processes and secrets, whose only host files are Python and libraries.
 
-Ways to make one, best first; `find_sandbox` takes the first that works on this machine:
-  bwrap       bubblewrap; started by root it drops to a user id of its own, else it maps the user to nobody
-  namespaces  the same kinds of namespaces and mounts made by `or1.reward.code.inside.launcher`
-  none        nothing but resource limits; only if the configuration says so
+The kinds of sandbox, best first. `find_sandbox` selects the first that works on this machine:
+  bwrap       bubblewrap; as root it drops to a user id of its own, else it maps the user to nobody
+  namespaces  the same kinds of namespaces and mounts, made by `or1.reward.code.inside.launcher`
+  none        resource limits only; the configuration must ask for it
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from or1.core.errors import ScorerError
 from or1.reward.code.inside import wire
@@ -32,13 +32,13 @@ from or1.reward.code.protections import PROBE, failures, is_required
 from or1.reward.code.usage import children_of, resident_bytes, scratch_files
 
 START_LIMIT_S = 20.0
-"""For a sandbox to come up on a busy machine, and for a program to compile."""
+"""Seconds for a sandbox to start on a busy machine, and for a program to compile."""
 GRACE_S = 2.0
-"""The runner ends a test at its limit by itself; this much later the whole sandbox is killed."""
+"""Seconds after a test's limit at which the sandbox is killed. The runner should have ended the test itself."""
 SCRATCH_BYTES = 64 << 20
-"""Size of the private /tmp and of /dev/shm."""
+"""Size of the private /tmp, and of /dev/shm."""
 SCRATCH_FILES = 16384
-"""How many files and folders the two may hold. Each costs about 1 KiB of the kernel's memory."""
+"""Most files and folders in the two. Each takes about 1 KiB of kernel memory."""
 
 _INSIDE = Path(__file__).with_name("inside")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/nix/store")
@@ -47,20 +47,22 @@ _END_S = 1.0
 
 
 class SandboxStartError(Exception):
-    """The sandbox did not come up, or could not start a test: the machine's doing, never the program's."""
+    """The sandbox did not start, or could not start a test. The machine is the cause, never the program."""
 
 
 class SandboxTimeoutError(Exception):
-    """No answer within the limit; the sandbox is dead."""
+    """The sandbox sent no answer within the limit and was killed."""
 
 
 class SandboxDiedError(Exception):
-    """The sandbox ended, was ended for its memory, or answered nonsense; it is dead."""
+    """The sandbox is dead: it ended, exceeded a limit, or sent an invalid answer."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: seconds of a test, resident memory of all its processes, how many, and size of each output."""
+    """Limits of one program. test_s: wall time of one test. cpu_s: CPU time of one process. memory_bytes and processes
+    count all its processes together, with threads. output_bytes: size of one output or file.
+    """
 
     test_s: float
     cpu_s: float
@@ -70,7 +72,7 @@ class Limits:
 
 
 def find_sandbox(choice: str) -> str:
-    """The kind of sandbox to use for a choice of auto, bwrap, namespaces or none. Raises ScorerError if none works."""
+    """Return the kind of sandbox for a choice of auto, bwrap, namespaces or none. Raises ScorerError if none works."""
     if choice == "none":
         return choice
     tried = []
@@ -88,7 +90,7 @@ def find_sandbox(choice: str) -> str:
 
 
 def missing_protections(kind: str) -> dict[str, str]:
-    """Try a kind of sandbox; returns each of PROTECTIONS that does not hold here, and why. Raises SandboxStartError."""
+    """Probe a kind of sandbox. Return name -> cause of each missing protection. Raises SandboxStartError."""
     limits = Limits(test_s=10, cpu_s=10, memory_bytes=1 << 30, processes=16, output_bytes=1 << 20)
     try:
         with Inside(kind, "runner", {"program": PROBE, "setup": ""}, limits) as runner:
@@ -98,7 +100,7 @@ def missing_protections(kind: str) -> dict[str, str]:
 
 
 def _problem(kind: str) -> str | None:
-    """Why a kind of sandbox does not work here."""
+    """Return why a kind of sandbox does not work here, or None if it works."""
     try:
         missing = missing_protections(kind)
     except SandboxStartError as error:
@@ -107,12 +109,12 @@ def _problem(kind: str) -> str | None:
 
 
 class Inside:
-    """One sandboxed process, "runner" or "checker", and the pipe to it.
+    """One sandboxed process, "runner" or "checker", and the pipes to it.
 
-    opening  what the process said of itself once it was up
-    answer   what it said of `order`
+    opening  first message of the process: its own properties
+    answer   answer to `order`
 
-    Raises SandboxStartError if it does not come up; SandboxDiedError or SandboxTimeoutError if `order` ends it.
+    Raises SandboxStartError if the process does not start; SandboxDiedError or SandboxTimeoutError if `order` ends it.
     """
 
     def __init__(self, kind: str, role: str, order: Mapping[str, Any], limits: Limits):
@@ -133,10 +135,11 @@ class Inside:
             )
         except OSError as error:
             raise SandboxStartError(f"{command[0]} cannot be started: {error}") from error
-        os.set_blocking(self._process.stdin.fileno(), False)
+        self._stdin, self._stdout, self._stderr = _pipes_of(self._process)
+        os.set_blocking(self._stdin.fileno(), False)
         self._counts_files = False
         self.opening = self._open(kind, role, uid)
-        # Not before: until its root is in place, a sandbox shows the host's /tmp. The launcher's mounts have a limit.
+        # Not earlier: until its root is mounted, a sandbox shows the host's /tmp. The launcher's mounts have a limit.
         self._counts_files = kind.startswith("bwrap")
         try:
             self.answer = self.ask(order, START_LIMIT_S - GRACE_S)
@@ -145,9 +148,9 @@ class Inside:
             raise
 
     def _open(self, kind: str, role: str, uid: int) -> dict[str, Any]:
-        """Tell the process its user, paths and limits, before it knows of any program."""
+        """Send the process its code, user, paths and limits, before any program. Return its first message."""
         opening = {
-            # The launcher of "namespaces" has dropped to the user already.
+            # The launcher of "namespaces" has already dropped to the user.
             "uid": uid if kind == "bwrap-root" else 0,
             "path": [entry for entry in sys.path if _is_packages(entry)],
             "limits": asdict(self._limits),
@@ -159,14 +162,14 @@ class Inside:
             return self.ask(opening, START_LIMIT_S - GRACE_S)
         except (SandboxDiedError, SandboxTimeoutError) as error:
             self.close()
-            raise SandboxStartError(f"the sandbox did not come up: {str(error) or 'it takes too long'}") from error
+            raise SandboxStartError(f"the sandbox did not start: {str(error) or 'it takes too long'}") from error
 
     def ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Send one message and return the answer. Raises SandboxTimeoutError or SandboxDiedError."""
+        """Send one message and return the answer within `seconds`. Raises SandboxTimeoutError or SandboxDiedError."""
         deadline = time.monotonic() + seconds + GRACE_S
         self._write(wire.framed(message), deadline)
         size = int.from_bytes(self._read(4, deadline), "big")
-        # JSON may write one byte as six.
+        # JSON may write one byte as six characters.
         if size > 6 * self._limits.output_bytes + 4096:
             raise self._death(f"answered with {size} bytes")
         data = self._read(size, deadline)
@@ -179,7 +182,7 @@ class Inside:
         return answer
 
     def close(self) -> None:
-        """Kill everything in the sandbox. May be called twice."""
+        """Kill all processes of the sandbox. Idempotent."""
         process = self._process
         if self._scratch and process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -187,7 +190,7 @@ class Inside:
         if self._scratch or not self._end_inner():
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        for pipe in (self._stdin, self._stdout, self._stderr):
             with contextlib.suppress(OSError):
                 pipe.close()
         if self._scratch:
@@ -195,9 +198,9 @@ class Inside:
                 self._scratch.cleanup()
 
     def _end_inner(self) -> bool:
-        """Kill process 1 of the sandbox, so that the outer process reaps it and ends; returns whether there is one.
+        """Kill process 1 of the sandbox, so that the outer process reaps it and ends. Return False if it has no child.
 
-        Killed the other way round, process 1 would be left to the machine's, which in many containers never reaps.
+        In the other order, process 1 would become an orphan of the machine's init, which many containers lack.
         """
         if self._process.poll() is not None:
             return True
@@ -205,7 +208,7 @@ class Inside:
         for child in inner:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, 9)
-        # A process that the program has stopped reaps nobody until it goes on.
+        # A process that the program has stopped reaps no child until it continues.
         self._process.send_signal(signal.SIGCONT)
         _ending.append((time.monotonic() + _END_S, self._process))
         _reap()
@@ -218,8 +221,8 @@ class Inside:
         self.close()
 
     def _write(self, data: bytes, deadline: float) -> None:
-        """Send bytes. A sandbox that the program has stopped must not hold the grader, so there is a deadline."""
-        stdin, view = self._process.stdin.fileno(), memoryview(data)
+        """Send bytes before a deadline, since a sandbox that the program has stopped must not block the grader."""
+        stdin, view = self._stdin.fileno(), memoryview(data)
         while view:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -237,7 +240,7 @@ class Inside:
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts = []
-        stdout = self._process.stdout.fileno()
+        stdout = self._stdout.fileno()
         while size:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -254,9 +257,9 @@ class Inside:
         return b"".join(parts)
 
     def _check_use(self) -> None:
-        """Raise SandboxDiedError if the sandbox holds more memory or files than it may."""
+        """Raise SandboxDiedError if the sandbox exceeds its limit of memory or files."""
         limit, outer = self._limits.memory_bytes, self._process.pid
-        # Shares of pages cost more to read, so only where the plain sum, which counts a shared page often, is too much.
+        # The plain sum counts a shared page several times. The exact one is slow, so it is read only above the limit.
         if resident_bytes(outer) > limit and resident_bytes(outer, shares=True) > limit:
             raise self._death(f"took more than {self._limits.memory_bytes >> 20} MiB of memory")
         if self._counts_files and (files := scratch_files(self._process.pid)) > SCRATCH_FILES:
@@ -266,14 +269,21 @@ class Inside:
         self._end_inner()
         last = ""
         with contextlib.suppress(OSError, ValueError):
-            os.set_blocking(self._process.stderr.fileno(), False)
-            last = (self._process.stderr.read(2000) or b"").decode("utf-8", "replace").strip()
+            os.set_blocking(self._stderr.fileno(), False)
+            last = (self._stderr.read(2000) or b"").decode("utf-8", "replace").strip()
         self.close()
         return SandboxDiedError(f"{why}: {last}" if last else why)
 
 
+def _pipes_of(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    """Return the pipes of a process that was started with three of them; their type says that they may be None."""
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise ValueError("the process was started without pipes")
+    return process.stdin, process.stdout, process.stderr
+
+
 def _reap() -> None:
-    """Take leave of outer processes that have ended, without a wait for the others; kill those that do not end."""
+    """Reap the outer processes that have ended, without waiting for the others. Kill those past their deadline."""
     for _ in range(len(_ending)):
         try:
             deadline, process = _ending.popleft()
@@ -299,7 +309,7 @@ def _script(role: str) -> bytes:
     parts = [(_INSIDE / f"{name}.py").read_text(encoding="utf-8") for name in names]
     future = "from __future__ import annotations\n"
     source = "\n".join([future, f"PRELUDE = {prelude!r}", *(part.replace(future, "") for part in parts)])
-    # Compiled once here: to compile it in every sandbox takes as long as to start the sandbox.
+    # Compiled once here, since compiling takes as long as starting a sandbox.
     return marshal.dumps(compile(source, f"{role}.py", "exec"))
 
 
@@ -316,21 +326,21 @@ def _wrapper(kind: str, uid: int) -> list[str]:
     if kind == "bwrap-root":
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        # The program has the user of process 1. bubblewrap's own can be looked into, that of guard.py cannot.
+        # The program has the user of process 1, and could read the memory of bubblewrap's own, but not of guard.py's.
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--as-pid-1"]
-    # A shared mapping of /dev/zero is memory that no process is charged with.
+    # A shared mapping of /dev/zero is memory that counts for no process.
     command += ["--dev", "/dev", "--ro-bind", "/dev/null", "/dev/zero", "--proc", "/proc"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", folder]
     for path in _visible():
-        for parent in reversed(Path(path).parents[:-1]):  # made without being asked to, they would be closed to nobody
+        for parent in reversed(Path(path).parents[:-1]):  # bubblewrap's own default mode would deny access to nobody
             command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", path, path]
     return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 def _visible() -> list[str]:
-    """What a sandbox sees of the host, read-only: the system's programs and libraries, this Python, its packages."""
+    """Return the host's paths that a sandbox shows read-only: system programs, libraries, this Python, its packages."""
     found: list[str] = []
     packages = [entry for entry in sys.path if _is_packages(entry)]
     python = [sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.dirname(_python()))]
@@ -345,17 +355,17 @@ def _is_packages(entry: str) -> bool:
 
 
 def _python() -> str:
-    """The interpreter itself, not the link to it in a virtual environment."""
+    """Return the path of the interpreter itself, not of its link in a virtual environment."""
     return os.path.realpath(sys.executable)
 
 
 def _free_uid() -> int:
-    """A user id that no other sandbox has at this time, so that limits count for one sandbox alone."""
+    """Return a user id that no other live sandbox has, so that limits per user apply to one sandbox only."""
     number = next(_started)
     if _maps_all_users():
         # Process ids end at 2^22: no two living processes share a range of 128 numbers.
         return (1 << 30) + (os.getpid() << 7) + number % 128
-    # Where a container has few ids: the range that systemd keeps for such uses.
+    # A container with few ids: use the range that systemd reserves for dynamic users.
     return 61184 + (os.getpid() * 7 + number) % 4336
 
 
@@ -366,18 +376,18 @@ def _maps_all_users() -> bool:
 
 
 _started = itertools.count()
-_ending: deque[tuple[float, subprocess.Popen]] = deque()
-"""Outer processes whose sandbox is dead, and until when they may take to end by themselves."""
-# The code comes through the pipe, since an argument may have 128 KiB at most.
+_ending: deque[tuple[float, subprocess.Popen[bytes]]] = deque()
+"""Outer processes of dead sandboxes, each with the time at which it is killed if it has not ended."""
+# The code comes through the pipe, since an argument is limited to 128 KiB.
 _START = """import marshal, os
 code = b""
 while len(code) < {size}:
     code += os.read(0, {size} - len(code)) or exit("closed")
 exec(marshal.loads(code))
 """
-# Not -I, which would ignore PYTHONHASHSEED: sets of text must have the same order in every run.
+# Not -I, which ignores PYTHONHASHSEED: sets of text must have the same order in all runs.
 _FLAGS = ("-P", "-s", "-S", "-B")
-# As root, "bwrap-user" would map its user to the host's root.
+# As root, "bwrap-user" would map its user to root on the host.
 _KINDS = ("bwrap-root", "namespaces") if os.geteuid() == 0 else ("bwrap-user", "namespaces")
 _DROPS_ROOT = ("bwrap-root", "namespaces")
 _ENVIRONMENT = {

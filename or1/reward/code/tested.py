@@ -1,12 +1,14 @@
-"""Which names a script of asserts takes from the program: decided from the data row alone, before any program runs.
+"""The names that a script of asserts takes from the program. The data row decides them before any program runs.
 
-A name that the program may supply is a name it can cheat with. `assert is_close(solve(3), 9)` without an `is_close` of
-its own would let the program say what close is. So the row decides, in this order:
+A program can cheat with every name that it may define. In `assert is_close(solve(3), 9)` it could define `is_close` to
+accept anything, unless the script does. The row therefore decides, in this order:
+
   1. its entry point
-  2. those that its reference solution defines
-  3. the names in the asserts that nobody else has; without any, those that only the prelude has, such as `gcd` or
-     `add`; without any, one that Python has, such as `sum`
-Whatever else the script uses must be its own, Python's, or a module that everybody knows. Pure functions of text.
+  2. the names that its reference solution defines
+  3. the names in the asserts that are defined nowhere; else those that only the prelude has, such as `gcd` or `add`;
+     else one name of Python's, such as `sum`
+
+Every other name must be the script's own, Python's, or one of the well-known MODULES. Pure functions of text.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from typing import NamedTuple
 from or1.core.errors import TestedError
 
 MODULES = {"np": "numpy", "pd": "pandas", "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "sympy": "sympy"}
-"""Name -> module that tests use without an import, beside the standard library's."""
-
+"""Name -> module that tests use without an import, in addition to the standard library's."""
 
 COMPARING = frozenset(
     {
@@ -51,11 +52,11 @@ COMPARING = frozenset(
         "is_same_tree",
     }
 )
-"""Names of the prelude that tests use to compare, beside a function of the program with a name of its own."""
+"""Names of the prelude that tests use to compare the results of a program's function."""
 
 
 class Script(NamedTuple):
-    """A script of asserts that can run: `source` with the imports and helpers it lacked, and the names under test."""
+    """A complete script of asserts: `source` with the imports and helpers that it lacked, and the names under test."""
 
     source: str
     names: tuple[str, ...]
@@ -70,15 +71,15 @@ def complete(
     question: str = "",
     prelude: bool = False,
 ) -> Script:
-    """Return a script with everything that it uses, and what it takes from the program.
+    """Return a script with all its imports and helpers, and the names that it takes from the program.
 
-    setup        source that runs before it
-    entry_point  what is under test, such as `add` or `Solution().add`; "" if the row does not say
-    reference    a solution that the row holds; "" if it holds none
-    question     the row's problem: HumanEval's are Python, with helpers that the tests may use
+    setup        source that runs before the script
+    entry_point  expression under test, such as `add` or `Solution().add`; "" if the row has none
+    reference    the row's reference solution; "" if it has none
+    question     the row's problem. HumanEval's problems are Python, with helpers that the tests may use
     prelude      whether the tests expect LeetCode's prelude
 
-    Raises TestedError if the script asserts nothing when it runs, or uses names that nobody defines.
+    Raises TestedError if the script asserts nothing when it runs, or uses undefined names.
     """
     tree = ast.parse(source)
     try:
@@ -102,8 +103,8 @@ def complete(
     if stars or names:
         others -= prelude_names()
     if names:
-        # A class under another name than the entry point is the program's if the tests only hand it over.
-        names |= {name for name in others if name[:1].isupper() and _is_handed_over(tree, name, names)}
+        # A class with another name than the entry point is the program's if the tests only pass it as an argument.
+        names |= {name for name in others if name[:1].isupper() and _is_argument_only(tree, name, names)}
     else:
         names = _guessed(tree, free - known, others)
     if missing := sorted(others - names - prelude_names()):
@@ -129,17 +130,16 @@ def prelude_names() -> frozenset[str]:
 
 
 def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
-    """The names under test where the row names none. Raises TestedError where they are not clear."""
-    prelude = prelude_names()
-    tiers = (others - prelude, others & prelude)
-    tier = next((tier for tier in tiers if tier), None)
-    if tiers[0] and tiers[1]:
-        _refuse_mixtures(tree, *tiers)
-    if tiers[0] and tiers[1] and all(n[:1].isupper() and _is_handed_over(tree, n, tiers[1]) for n in tiers[0]):
-        tier = others  # classes alone, and only as arguments of what is named like a library's function
-    if tier is None:
-        called = [_called(node.test) & free for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-        tier = set.intersection(*called) if called else set()
+    """Return the names under test of a row that names none. Raises TestedError if they are ambiguous."""
+    own, library = others - prelude_names(), others & prelude_names()
+    tier = own or library
+    if own and library:
+        _refuse_mixtures(tree, own, library)
+        if all(n[:1].isupper() and _is_argument_only(tree, n, library) for n in own):
+            tier = others  # `own` has classes only, which are arguments of functions with a library's name
+    if not tier:
+        in_asserts = [_called(node.test) & free for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        tier = set.intersection(*in_asserts) if in_asserts else set()
         if len(tier) != 1:
             raise TestedError("the tests call no function of the program; name what is under test as 'entry_point'")
     called = {name for name in tier if name in _called(tree) or _is_argument(tree, name)}
@@ -150,12 +150,12 @@ def _guessed(tree: ast.Module, free: set[str], others: set[str]) -> set[str]:
             f"the tests call {outer} with what {inner} returned, and neither they nor the row define "
             "either; name what is under test as 'entry_point', or define the other in the tests"
         )
-    rest = {name for name in tier - tested if name[:1].isupper() and _is_handed_over(tree, name, tested)}
+    rest = {name for name in tier - tested if name[:1].isupper() and _is_argument_only(tree, name, tested)}
     return tested | rest
 
 
 def _refuse_mixtures(tree: ast.Module, own: set[str], library: set[str]) -> None:
-    """Raise TestedError if an assert tests what is named like a library's function beside names that nobody has."""
+    """Raise TestedError if an assert calls a name of the library although the tests also use undefined names."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assert):
             continue
@@ -167,11 +167,11 @@ def _refuse_mixtures(tree: ast.Module, own: set[str], library: set[str]) -> None
             )
 
 
-# --- what a script defines and uses
+# --- names that a script defines and uses
 
 
 def _parsed(source: str) -> ast.Module:
-    """The tree of a source; an empty one for what is no Python."""
+    """Return the syntax tree of a source, or an empty tree if the source is not Python."""
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -179,12 +179,13 @@ def _parsed(source: str) -> ast.Module:
 
 
 def _free(tree: ast.Module) -> set[str]:
-    """Names that are read and never set, wherever."""
+    """Return the names that are read but never set, at any level."""
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     return used - _made(tree)
 
 
 def _made(tree: ast.AST) -> set[str]:
+    """Return the names that are set, at any level."""
     made: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -199,7 +200,7 @@ def _made(tree: ast.AST) -> set[str]:
 
 
 def _made_on_top(tree: ast.Module) -> set[str]:
-    """Names that a module has when it has run: without its modules and what its functions set for themselves."""
+    """Return the globals of a module after it has run, without imported modules."""
     made: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
@@ -214,13 +215,13 @@ def _has_star(tree: ast.Module) -> bool:
 
 
 def _root(entry_point: str) -> str:
-    """The global that an entry point begins with: `Solution` of `Solution().add`."""
+    """Return the global at the start of an entry point: `Solution` of `Solution().add`."""
     nodes = ast.walk(_parsed(entry_point))
     return next((node.id for node in nodes if isinstance(node, ast.Name)), "")
 
 
 def _helpers(question: str, free: set[str], entry: str) -> Mapping[str, str]:
-    """Functions that the problem itself gives beside the one to write, as far as the tests use them."""
+    """Return name -> source of the functions that the problem defines and the tests use, except the one to write."""
     found: dict[str, str] = {}
     tree = _parsed(question)
     given = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name != entry]
@@ -238,7 +239,7 @@ def _helpers(question: str, free: set[str], entry: str) -> Mapping[str, str]:
 
 
 def _constants(tree: ast.Module, free: set[str]) -> dict[str, str]:
-    """Constants of a reference solution that the tests use: the row's, since a program could choose others."""
+    """Return name -> source of the reference's constants that the tests use. A program could choose other values."""
     found: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
@@ -260,7 +261,7 @@ def _arguments(node: ast.Call) -> list[ast.expr]:
 
 
 def _calls(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
-    """Calls of one of the names, or of a method of what such a call made."""
+    """Yield the calls of one of the names, or of a method of the result of such a call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             root = node.func
@@ -271,7 +272,7 @@ def _calls(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
 
 
 def _is_only_looked_into(tree: ast.AST, name: str) -> bool:
-    """Whether every use is `name.attribute`, as of a module."""
+    """Return whether every use is `name.attribute`, as the uses of a module are."""
     bases = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     return all(id(n) in bases for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
 
@@ -285,8 +286,8 @@ def _is_argument(tree: ast.AST, name: str) -> bool:
     )
 
 
-def _is_handed_over(tree: ast.AST, name: str, tested: set[str]) -> bool:
-    """Whether a name stands only in the arguments of what is under test, or of a function of the tests."""
+def _is_argument_only(tree: ast.AST, name: str, tested: set[str]) -> bool:
+    """Return whether a name occurs only in arguments of a function under test, or of a function of the tests."""
     inside = {
         id(n)
         for call in ast.walk(tree)
@@ -303,7 +304,7 @@ def _is_of(call: ast.Call, names: set[str]) -> bool:
 
 
 def _nested(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of different names of which one is called with a call of the other."""
+    """Yield (outer, inner) for each call of one name with a call of another name in its arguments."""
     for outer in ast.walk(tree):
         if isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id in names:
             for argument in _arguments(outer):
@@ -311,11 +312,11 @@ def _nested(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, str]]:
                     yield outer.func.id, inner
 
 
-# --- what no program could pass
+# --- scripts that no program can pass
 
 
 def _require_asserts(tree: ast.Module) -> None:
-    """Raise TestedError if no assert runs: there is none, or all stand in functions that nobody calls."""
+    """Raise TestedError if no assert runs: there is none, or all are in functions that are never called."""
     if not any(isinstance(n, ast.Assert) for n in ast.walk(tree)):
         raise TestedError("the tests assert nothing")
     definitions = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
@@ -334,7 +335,7 @@ def _require_asserts(tree: ast.Module) -> None:
 
 
 def _require_values(tree: ast.Module, names: set[str]) -> None:
-    """Raise TestedError if a function of the tests is an argument of a call: only values reach the program."""
+    """Raise TestedError if the tests pass a function to the program, since only values can be passed."""
     functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     for call in _calls(tree, names | {"candidate"}):
         for argument in _arguments(call):

@@ -1,4 +1,4 @@
-"""What a sandbox uses of the machine, seen from outside through /proc."""
+"""Memory, processes and files of a sandbox, measured from outside through /proc."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def resident_bytes(pid: int, shares: bool = False) -> int:
-    """Return the memory held by a process and all its descendants, as far as /proc tells.
+    """Return the resident memory in bytes of a process and all its descendants that /proc lists.
 
-    shares  count a page that several processes share once in all, not once for each
+    shares  count a page that several processes share once, not once for each process
     """
     total, waiting = 0, [pid]
     while waiting:
@@ -26,7 +26,7 @@ def _resident(pid: int) -> int:
 
 
 def _share(pid: int) -> int | None:
-    """A process's part of the pages that it shares, with its own; None where the kernel does not say."""
+    """Return a process's proportional set size in bytes, or None if the kernel does not report it."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) << 10
@@ -34,7 +34,7 @@ def _share(pid: int) -> int | None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started; none where the kernel does not list them."""
+    """Return the ids of a process's children; empty if the kernel does not list them."""
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -43,7 +43,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def scratch_files(outer: int) -> int:
-    """Return how many files and folders a sandbox's private folders hold. bubblewrap cannot limit them at the mount."""
+    """Return the number of files in a sandbox's private folders, which bubblewrap cannot limit at the mount."""
     count = 0
     for inner in children_of(outer)[:1]:
         for folder in ("tmp", "dev/shm"):

@@ -1,5 +1,5 @@
-"""What runs inside sandboxes. Never imported by the trainer: `or1.reward.code.sandbox` sends the sources.
+"""Programs that run inside sandboxes. `or1.reward.code.sandbox` sends their sources; the trainer imports `wire` only.
 
-These files are joined into one script (wire, prelude where needed, then runner or checker), import the standard
-library only, and are the only ones in the project that run code they are given.
+The sandbox joins wire, guard, cleaning (runner only) and runner or checker into one script, with prelude as text.
+They import the standard library only. They are the only files in the project that execute code from elsewhere.
 """

@@ -1,11 +1,11 @@
-"""Runs a problem's script of asserts, whose calls go by value to the program in another sandbox: `main` after wire.
+"""The checker: it runs a problem's script of asserts and passes its calls by value to the program in another sandbox.
 
-No line of the program runs here. What it returns arrives as plain data, so its classes, its __eq__ and whatever it
-patched stay where they are.
+The program never runs in this process. Its results arrive as plain data, so its classes, its __eq__ and its patches
+have no effect here.
 """
 
-# ruff: noqa: F821  joined behind wire.py and guard.py, which define send, receive, encode, decode, Lost, hide_process,
-# leave_process_one, call_filter and refuse_calls
+# ruff: noqa: F821  follows wire.py and guard.py in one script, which define send, receive, encode, decode, Lost,
+# hide_process, leave_process_one, call_filter and refuse_calls
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MESSAGE_LIMIT = 1 << 30
 
 
 class Stop(BaseException):
-    """A test failed and the rest need not run."""
+    """A test failed, and the rest of the script need not run."""
 
 
 class UnsupportedError(BaseException):
-    """The tests do what cannot be done by value. Not an Exception, so that no test can catch it."""
+    """The tests use an operation that is impossible by value. Not an Exception, so that no test can catch it."""
 
 
 class Cases:
-    """Which assert statements ran and which of them failed at least once."""
+    """The assert statements that ran, and those that failed at least once."""
 
     def __init__(self, stop):
         self.stop, self.ran, self.failures, self.why = stop, set(), set(), ""
@@ -45,7 +45,7 @@ class Cases:
 
 
 class Remote:
-    """An object of the program, known here by number only: attributes and calls go there, comparisons do not."""
+    """A proxy of an object in the program, by number: attributes and calls are forwarded, comparisons are not."""
 
     def __init__(self, number):
         self.__dict__["_number"] = number
@@ -77,14 +77,14 @@ class Remote:
 
 
 class RemoteIterable(Remote):
-    """An object of the program that can be iterated over."""
+    """A proxy of an iterable object in the program."""
 
     def __iter__(self):
         return ask({"iterate": self._number})
 
 
 class RemoteIterator(Remote):
-    """An iterator of the program, which computes each value when it is asked for."""
+    """A proxy of an iterator in the program, which computes each value on demand."""
 
     def __iter__(self):
         return self
@@ -97,7 +97,7 @@ class RemoteIterator(Remote):
 
 
 class Missing:
-    """Stands for a name that the program lacks."""
+    """A placeholder for a name that the program does not define. Every use raises NameError."""
 
     def __init__(self, name):
         self.__dict__["_name"] = name
@@ -115,7 +115,7 @@ def outward(value):
 
 
 def keep(value):
-    """Return the JSON of what is no plain data: a number for the program's own, an array. Raises UnsupportedError."""
+    """Return the JSON of a proxy (its number) or of a numpy array. Raises UnsupportedError for other objects."""
     if isinstance(value, Remote):
         return {"h": {"number": value._number}}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
@@ -124,7 +124,7 @@ def keep(value):
 
 
 def exchange(order):
-    """Return the program's answer to one order. Raises what the program raised if it is an exception of Python's."""
+    """Return the program's answer to one order. Raises the exception that the program raised; see `raised`."""
     send(1, {"ask": order})
     answer = receive(0, MESSAGE_LIMIT)
     if "value" not in answer and "end" not in answer:
@@ -133,20 +133,20 @@ def exchange(order):
 
 
 def raised(answer):
-    """Return the exception that the program raised, as the nearest class that Python itself has."""
+    """Return the exception that the program raised, as the nearest builtin class."""
     text = str(answer.get("raised") or next(iter(answer), "no answer"))
     for name in answer.get("kinds", ()):
         kind = getattr(builtins, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, Exception) and name not in UNHEARD:
             try:
                 return kind(text)
-            except TypeError:  # UnicodeDecodeError and its like want more arguments
+            except TypeError:  # UnicodeDecodeError and similar classes require more arguments
                 continue
     return RuntimeError(text)
 
 
 def ask(order, args=(), kwargs=None):
-    """Return the program's value. What it changed of its arguments is changed here too if it returned None."""
+    """Return the program's value. If the value is None, apply the program's changes to the mutable arguments."""
     answer = exchange(order)
     value = inward(answer.get("value"))
     if value is None:
@@ -158,17 +158,17 @@ def ask(order, args=(), kwargs=None):
 
 
 def inward(data):
-    """Return a value of the program."""
+    """Return a value that the program sent."""
     return decode(data, NAMES, remote)
 
 
 def remote(body):
-    """Return what stands here for an object of the program."""
+    """Return a proxy of an object in the program."""
     return {"iterator": RemoteIterator, "iterable": RemoteIterable}.get(body.get("kind"), Remote)(body["number"])
 
 
 def replace(mine, theirs):
-    """Make a mutable argument equal to what the call made of it."""
+    """Copy the program's version of a mutable argument into the script's."""
     if type(mine) is not type(theirs):
         return
     if isinstance(mine, list):
@@ -181,7 +181,7 @@ def replace(mine, theirs):
 
 
 class Count(ast.NodeTransformer):
-    """Each assert becomes: begin; try it; note a failure. A statement counts once, however often it runs."""
+    """A transformer that makes each assert record its run and its failure. A statement counts once, even in a loop."""
 
     def __init__(self):
         self.statements = 0
@@ -197,7 +197,7 @@ class Count(ast.NodeTransformer):
 
 
 def main():
-    """Script on descriptor 0, questions and at last the counts on descriptor 1."""
+    """Read the script from descriptor 0. Write questions and finally the counts to descriptor 1."""
     leave_process_one()
     order = receive(0, MESSAGE_LIMIT)
     if order["uid"]:
@@ -208,7 +208,7 @@ def main():
     refuse_calls(call_filter(os.uname().machine))
     sys.path += order["path"]
     sys.setrecursionlimit(50_000)
-    # What the tests print must not stand among the messages.
+    # Output of the tests must not mix with the messages.
     sys.stdout = sys.stderr = open(os.devnull, "w")
     send(1, {})
     with contextlib.suppress(Lost):
@@ -220,9 +220,11 @@ def main():
 
 
 def counts(order, cases):
-    """Run the script and return {"passed", "total", "why"}: assert statements that ran and never failed, and all.
+    """Run the script and return {"passed", "total", "why"}.
 
-    total is what ran if nothing failed: a script may hold statements for cases that do not arise.
+    passed  assert statements that ran and never failed
+    total   statements that ran if none failed, since a script may have asserts for cases that do not occur; else all
+    why     first failure
     """
     NAMES.update({"__name__": "__main__", "_cases_": cases})
     counter, error = Count(), None
@@ -249,7 +251,7 @@ def counts(order, cases):
 
 
 def require_modules(*trees):
-    """Raise UnsupportedError if the tests import what this machine does not have."""
+    """Raise UnsupportedError if the tests import a module that is not installed."""
     for tree in trees:
         for node in ast.walk(tree):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -262,7 +264,7 @@ def require_modules(*trees):
 
 
 def run_setup(source):
-    """Run what comes before the tests. Raises UnsupportedError if it fails."""
+    """Run the setup of the tests. Raises UnsupportedError if the setup fails."""
     try:
         exec(compile(source, "setup.py", "exec", dont_inherit=True), NAMES)
     except Exception as error:
@@ -270,7 +272,7 @@ def run_setup(source):
 
 
 def refuse_empty_comparisons():
-    """Make numpy's comparisons refuse an empty array beside one that is not: broadcast, both would be empty."""
+    """Make numpy's comparisons reject an empty array against a non-empty one, which broadcasting makes equal."""
     import numpy
     import numpy.testing
 
@@ -302,7 +304,7 @@ def refuse_empty_comparisons():
 
 
 def take(name):
-    """Take a name under test from the program; returns whether the program has it."""
+    """Bind a name under test to the program's object. Return whether the program defines the name."""
     try:
         NAMES[name] = ask({"name": name})
     except Exception:
@@ -312,6 +314,6 @@ def take(name):
 
 
 NAMES = {}
-# These end loops and generators of the tests without a word.
+# These would silently end loops and generators of the tests.
 UNHEARD = ("StopIteration", "StopAsyncIteration")
 main()

@@ -1,4 +1,4 @@
-"""Leaves nothing of one test to the next: no process, no file. Joined behind wire.py, for the runner."""
+"""Removal of all processes and files of one test before the next. Part of the runner's script, after wire.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END_LIMIT_S = 5.0
 
 
 def own_processes(outside):
-    """Return whether this process sees only those of its sandbox. outside: the grader's process namespace."""
+    """Return whether this process has its own process namespace. outside: the grader's process namespace."""
     try:
         return os.getpid() < 10 and os.readlink("/proc/self/ns/pid") != outside
     except OSError:
@@ -19,9 +19,9 @@ def own_processes(outside):
 
 
 def end_all_others():
-    """Kill every process of the sandbox but this one and process 1. Raises OSError if some do not end.
+    """Kill every process of the sandbox except this one and process 1. Raises OSError if a process does not end.
 
-    Only for a process that `own_processes` holds for: elsewhere kill(-1) would reach the whole machine.
+    Call this only if `own_processes` is True: elsewhere kill(-1) reaches the whole machine.
     """
     deadline = time.monotonic() + END_LIMIT_S
     while True:
@@ -29,21 +29,21 @@ def end_all_others():
             os.kill(-1, signal.SIGKILL)
         except ProcessLookupError:
             return
-        # Process 1 reaps them; until then they count, and so do those that were forked meanwhile.
+        # Dead processes count until process 1 reaps them, and new ones may have been forked meanwhile.
         if time.monotonic() > deadline:
             raise OSError("processes of the program do not end")
         time.sleep(0.0005)
 
 
 def empty_scratch(shown):
-    """Remove all files that a test has left in the private folders, however deep. Raises OSError.
+    """Remove all files of a test from the private folders, at any depth. Raises OSError.
 
-    shown  paths of the host in the sandbox; they and the folders that lead to them stay, wherever they are
+    shown  paths of the host in the sandbox; these paths and their parent folders are kept
     """
     for top in SCRATCH:
-        if os.stat(top).st_uid == os.getuid():  # the program may have closed its own folder
+        if os.stat(top).st_uid == os.getuid():  # the program may have removed its own permissions
             os.chmod(top, 0o1777)
-        # A name that no program can have taken before.
+        # A random name, so that no program can create it first.
         folders, count, prefix = [], 0, os.path.join(top, f".{os.urandom(16).hex()}-")
         waiting = [top]
         while waiting:
@@ -62,7 +62,7 @@ def empty_scratch(shown):
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
                 if os.path.isdir(path) and not os.path.islink(path):
-                    # Moved up, since a chain of folders may be longer than any path.
+                    # Moved to the top, since a chain of folders may exceed the longest possible path.
                     os.chmod(path, 0o700)
                     count += 1
                     os.rename(path, f"{prefix}{count}")

@@ -1,8 +1,8 @@
-"""Closes the kernel to the program: a filter of system calls, and no look into the runner. Joined behind wire.py.
+"""Protection of the kernel and the runner: a filter of system calls, and no access to the runner's memory.
 
-Namespaces hide files, network and processes. These calls reach around them: keyrings outlive a program, System V
-memory, memfd, shared anonymous mappings and the buffers of sockets escape the memory limit, vsock is no part of a
-network namespace, and a namespace made inside one brings back privileges in it.
+Part of both scripts, after wire.py. Namespaces hide files, network and processes. The denied calls bypass them.
+Keyrings outlive a program. System V memory, memfd, shared anonymous mappings and socket buffers escape the memory
+limit. vsock is not part of a network namespace. A nested namespace gives back privileges inside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PR_CAP_AMBIENT_CLEAR_ALL, LINUX_CAPABILITY_VERSION_3 = 4, 0x20080522
 SECCOMP_MODE_FILTER = 2
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 
-# Name of a call -> its numbers on x86_64 and aarch64; those from 424 on are alike.
+# Name of a call -> its numbers on x86_64 and aarch64, which are equal from 424 on.
 DENIED = {
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -85,7 +85,7 @@ DENIED = {
     "swapoff": (168, 225),
     "acct": (163, 89),
     "lookup_dcookie": (212, 18),
-    # Memory that no process is charged with, and news of what other programs do to the same files.
+    # Memory that counts for no process, and notifications about other programs' access to the same files.
     "vmsplice": (278, 75),
     "io_setup": (206, 0),
     "inotify_init": (253, None),
@@ -100,12 +100,12 @@ DENIED = {
     "vhangup": (153, 58),
 }
 CLONE, CLONE3, SOCKETS, MMAP, PRLIMIT = (56, 220), 435, ((41, 198), (53, 199)), (9, 222), (302, 261)
-# AF_UNIX and AF_NETLINK. TCP's buffers count for the whole machine, and its ports outlive a test.
+# AF_UNIX and AF_NETLINK. TCP buffers share a limit of the whole machine, and TCP ports outlive a test.
 FAMILIES = (1, 16)
 MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET.
 NEW_NAMESPACES = 0x7E020000
-# machine -> column above, and what the kernel calls it (AUDIT_ARCH_*).
+# Machine -> column of DENIED, and the kernel's number for the machine (AUDIT_ARCH_*).
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_BITS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -116,7 +116,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def hide_process():
-    """Give up all capabilities, and deny others of this user the process's memory and descriptors. Raises OSError.
+    """Drop all capabilities, and deny the user's other processes this one's memory and descriptors. Raises OSError.
 
     Forked children inherit both.
     """
@@ -129,7 +129,7 @@ def hide_process():
 
 
 def leave_process_one():
-    """Go on in a child if this is process 1 of the sandbox, which stays behind to reap orphans."""
+    """Continue in a child if this is process 1 of the sandbox. Process 1 then only reaps orphans."""
     if os.getpid() != 1:
         return
     child = os.fork()
@@ -137,7 +137,7 @@ def leave_process_one():
         die_with_parent()
         return
     hide_process()
-    # The pipes must close when the child ends.
+    # Otherwise the pipes would stay open after the child's end.
     for fd in (0, 1):
         os.close(fd)
     while True:
@@ -147,12 +147,12 @@ def leave_process_one():
 
 
 def die_with_parent():
-    """Be killed when the process that forked this one ends."""
+    """Ask the kernel to kill this process when its parent ends."""
     prctl(PR_SET_PDEATHSIG, 9)
 
 
 def call_filter(machine):
-    """Return the filter as bytes of struct sock_filter, or None for a machine whose call numbers are not known."""
+    """Return the filter as bytes of struct sock_filter, or None for a machine that is not in MACHINES."""
     if machine not in MACHINES:
         return None
     column, architecture = MACHINES[machine]
@@ -160,12 +160,12 @@ def call_filter(machine):
     def deny(number, error):
         return [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | error)]
 
-    # Another architecture's numbers (32-bit calls, x32) would get past the list.
+    # The numbers of another architecture (32-bit calls, x32) are not in the list.
     rules = [(LOAD, 0, 0, ARCHITECTURE), (JUMP_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     rules += [(LOAD, 0, 0, NUMBER), (JUMP_ABOVE, 0, 1, 0x40000000), (RETURN, 0, 0, ERROR | EPERM)]
     for numbers in DENIED.values():
         rules += deny(numbers[column], EPERM) if numbers[column] is not None else []
-    # A filter cannot see the flags of clone3. Without it libc falls back to clone, whose flags are an argument.
+    # A filter cannot read the flags of clone3. Without clone3, libc uses clone, whose flags are an argument.
     rules += deny(CLONE3, ENOSYS)
     rules += [
         (JUMP_EQUAL, 0, 4, CLONE[column]),
@@ -179,7 +179,7 @@ def call_filter(machine):
         for family in FAMILIES:
             rules += [(JUMP_EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]
         rules += [(RETURN, 0, 0, ERROR | EAFNOSUPPORT)]
-    # Pages of a shared anonymous mapping stay when a process no longer maps them.
+    # The pages of a shared anonymous mapping remain after a process unmaps them.
     rules += [
         (JUMP_EQUAL, 0, 5, MMAP[column]),
         (LOAD, 0, 0, FOURTH_ARGUMENT),
@@ -188,7 +188,7 @@ def call_filter(machine):
         (RETURN, 0, 0, ERROR | EPERM),
         (RETURN, 0, 0, ALLOW),
     ]
-    # Limits of oneself only: the runner has the same user.
+    # A process may set its own limits only, since the runner has the same user.
     rules += [
         (JUMP_EQUAL, 0, 3, PRLIMIT[column]),
         (LOAD, 0, 0, FIRST_ARGUMENT),
@@ -200,7 +200,7 @@ def call_filter(machine):
 
 
 def refuse_calls(rules):
-    """Install a filter of `call_filter` for this process and all that it starts. Raises OSError."""
+    """Install a filter of `call_filter` for this process and its future children. Raises OSError."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     if rules is None:
         return

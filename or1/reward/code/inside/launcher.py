@@ -1,8 +1,8 @@
-"""Makes the sandbox that bubblewrap would: `launcher UID SCRATCH PATHS COMMAND...` then becomes COMMAND.
+"""A sandbox like bubblewrap's, for machines without it: `launcher UID SCRATCH PATHS COMMAND...` executes COMMAND in it.
 
-New user (unless root), mount, process, network, IPC and host name namespaces; a root of its own that holds PATHS
-read-only, a small /tmp, /dev and /proc; no privileges left. Kernel 5.12 or newer. Ends with a traceback and code 1 if
-any step is refused, so nothing ever runs half isolated.
+The sandbox has new user (unless root), mount, process, network, IPC and host name namespaces. Its root holds PATHS
+read-only, a small /tmp, /dev and /proc. COMMAND has no privileges. Requires kernel 5.12. If a step fails, the launcher
+ends with a traceback and code 1, so COMMAND never runs with part of the isolation.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 MNT_DETACH = 2
-# The same numbers on every architecture since the system call tables were joined; pivot_root is older.
+# Newer system calls have one number on all architectures; pivot_root is older.
 SYS_MOUNT_SETATTR = 442
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
@@ -25,7 +25,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(function, *arguments):
-    """A C function that returns -1 on failure. Raises OSError."""
+    """Call a C function that returns -1 on failure. Raises OSError."""
     arguments = [a.encode() if isinstance(a, str) else a for a in arguments]
     if function(*arguments) == -1:
         number = ctypes.get_errno()
@@ -33,18 +33,18 @@ def call(function, *arguments):
 
 
 def mount(source, target, kind, flags, options=None):
-    """mount(2)."""
+    """Call mount(2). Raises OSError."""
     call(libc.mount, source, target, kind, ctypes.c_ulong(flags), options)
 
 
 def pivot(new, old):
-    """Make `new` the root and put the present one at `old`."""
+    """Make `new` the root and move the current root to `old`."""
     call(libc.syscall, ctypes.c_long(SYS_PIVOT_ROOT[os.uname().machine]), new, old)
     os.chdir("/")
 
 
 def bind_read_only(source, target):
-    """Show `source` and all that is mounted in it at `target`, read-only."""
+    """Mount `source` and all mounts below it at `target`, read-only."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
@@ -78,7 +78,7 @@ def make_root(paths, scratch):
         mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,{scratch}")
     for source, path in sources:
         bind_read_only(f"/host{source}", f"/new{path}")
-    # A shared mapping of /dev/zero is memory that no process is charged with.
+    # A shared mapping of /dev/zero is memory that counts for no process.
     for name in ("null", "zero", "full", "random", "urandom"):
         source = "null" if name == "zero" else name
         os.close(os.open(f"/new/dev/{name}", os.O_CREAT | os.O_WRONLY))
@@ -93,7 +93,7 @@ def make_root(paths, scratch):
 
 
 def mount_proc(target):
-    """Mount /proc, of processes alone where the kernel can: the rest tells of the host and of other sandboxes."""
+    """Mount /proc, if possible with processes only: its other files reveal the host and other sandboxes."""
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     try:
         mount("proc", target, "proc", flags, "subset=pid")
@@ -102,13 +102,13 @@ def mount_proc(target):
 
 
 def die_with_parent():
-    """Be killed when the process that started this one ends."""
+    """Ask the kernel to kill this process when its parent ends."""
     call(libc.prctl, PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
 
 
 def follow(child):
-    """End as the child does, when it does."""
-    # The pipes must close when the sandbox ends, not when this process does.
+    """Wait for the child and exit with its code."""
+    # Otherwise the pipes would stay open after the child's end.
     for fd in (0, 1):
         os.close(fd)
     while True:
@@ -118,7 +118,7 @@ def follow(child):
 
 
 def map_user():
-    """Be nobody in the new user namespace."""
+    """Enter a new user namespace as nobody."""
     user, group = os.geteuid(), os.getegid()
     call(libc.unshare, CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
@@ -127,9 +127,9 @@ def map_user():
 
 
 def main():
-    """See the module."""
+    """Build the sandbox and execute COMMAND in it."""
     uid, scratch, paths, *command = sys.argv[1:]
-    # kill(0) reaches the whole process group, through namespaces of process ids too.
+    # A new process group, since kill(0) reaches the whole group even through process namespaces.
     os.setsid()
     die_with_parent()
     if os.geteuid() != 0:
@@ -145,9 +145,9 @@ def main():
         os.setresgid(*[int(uid)] * 3)
         os.setresuid(*[int(uid)] * 3)
     call(libc.prctl, PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0)
-    # A change of user clears it, so it is set last; the parent may have gone before that.
+    # Again, since a change of user clears this setting.
     die_with_parent()
-    # Process 1 stays behind to reap orphans, and lets nobody look into it.
+    # Process 1 stays to reap orphans. No other process may read its memory.
     child = os.fork()
     if child:
         call(libc.prctl, PR_SET_DUMPABLE, ctypes.c_ulong(0), 0, 0, 0)

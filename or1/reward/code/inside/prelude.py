@@ -1,4 +1,4 @@
-"""What LeetCode offers every program: usual imports, ListNode, TreeNode, and how tests build and compare them."""
+"""The names that LeetCode offers programs: imports, ListNode, TreeNode, and functions that build and compare them."""
 
 # ruff: noqa: F401, F403
 
@@ -24,7 +24,7 @@ from string import *
 from typing import *
 
 inf = float("inf")
-# math and operator have their own, which take no modulus and no complex numbers.
+# The functions of math and operator accept no modulus and no complex numbers.
 pow = builtins.pow
 abs = builtins.abs
 
@@ -44,7 +44,7 @@ class TreeNode:
 
 
 def list_node(values):
-    """Linked list of `values`."""
+    """Return a linked list of `values`."""
     head = None
     for value in reversed(values):
         head = ListNode(value, head)
@@ -52,7 +52,7 @@ def list_node(values):
 
 
 def tree_node(values):
-    """Binary tree of `values` in level order, None for a missing child."""
+    """Return a binary tree of `values` in level order, where None is a missing child."""
     if not values or values[0] is None:
         return None
     items = iter(values)
@@ -69,14 +69,14 @@ def tree_node(values):
 
 
 def is_same_list(first, second):
-    """Whether two linked lists hold the same values."""
+    """Return whether two linked lists hold the same values."""
     while first is not None and second is not None and first.val == second.val:
         first, second = first.next, second.next
     return first is None and second is None
 
 
 def is_same_tree(first, second):
-    """Whether two binary trees hold the same values in the same places."""
+    """Return whether two binary trees hold the same values in the same places."""
     pairs = [(first, second)]
     while pairs:
         one, other = pairs.pop()

@@ -1,13 +1,13 @@
-"""Runs one program of the policy in children of its own, on orders from the grader: `main` after wire and prelude.
+"""The runner: it executes one program of the policy in forked children, on orders from the grader.
 
-This process itself never runs any of the program. Each run with standard input is a new child, and leaves nothing to
-the next. Calls go to one child that has loaded the program and keeps its objects. Inputs come one at a time, answers
-go back as they are.
+The program never runs in this process. Each run with standard input is a new child, whose processes and files are
+removed before the next run. Calls go to one child that has loaded the program and keeps its objects. Inputs arrive one
+at a time, and answers are sent without comparison.
 """
 
-# ruff: noqa: F821  joined behind wire.py (send, receive, encode, decode, Lost), guard.py (hide_process,
-# leave_process_one, die_with_parent, call_filter, refuse_calls) and cleaning.py (own_processes, end_all_others,
-# empty_scratch)
+# ruff: noqa: F821  follows wire.py (send, receive, encode, decode, Lost), guard.py (hide_process, leave_process_one,
+# die_with_parent, call_filter, refuse_calls) and cleaning.py (own_processes, end_all_others, empty_scratch) in one
+# script, in which PRELUDE is the text of prelude.py
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ import sys
 import time
 
 MESSAGE_LIMIT = 1 << 30
-# A child that ended this much after its limit may have ended in time, with this process not scheduled.
+# Seconds after its limit at which a child may end: it may have ended in time while this process was not scheduled.
 SLACK_S = 0.25
 
 
 def main():
-    """Orders on descriptor 0, answers on descriptor 1; ends when the grader closes.
+    """Read orders from descriptor 0 and write answers to descriptor 1 until the grader closes them.
 
-    The first answer comes before the program is there, so that a death after it is the program's doing.
+    The first answer precedes the program, so that the program is the cause of every later death.
     """
     leave_process_one()
     order = receive(0, MESSAGE_LIMIT)
@@ -56,15 +56,15 @@ def main():
             send(1, {"error": f"{type(error).__name__}: {error}"})
             return
         send(1, {})
-        program = Program(code, setup, names, order["limits"], alone, order["shown"])
-        # Once, for all children: to check a filter takes the kernel longer than a fork.
+        program = Program(code, setup, names=names, limits=order["limits"], alone=alone, shown=order["shown"])
+        # Once for all children, since installing a filter takes longer than a fork.
         refuse_calls(rules)
         while True:
             order = receive(0, MESSAGE_LIMIT)
             try:
                 answer = program.run(order["stdin"]) if "stdin" in order else program.call(order)
             except OSError as error:
-                # No child could be made, or what one left could not be removed.
+                # No child could be forked, or a child's files could not be removed.
                 answer = {"failed": str(error)}
             send(1, answer)
 
@@ -72,19 +72,19 @@ def main():
 class Program:
     """The compiled program and the child that has loaded it, if one lives."""
 
-    def __init__(self, code, setup, names, limits, alone, shown):
+    def __init__(self, code, setup, *, names, limits, alone, shown):
         self.code, self.setup, self.names, self.limits = code, setup, names, limits
         self.alone, self.shown = alone, shown
-        # Standard streams of every run, since the filter allows no new memfd.
+        # Standard streams for all runs, since the filter denies memfd_create.
         self.streams = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
-        # Library functions that programs use without an import; what a program defines itself comes before them.
+        # Library functions that programs use without an import. A program's own definitions shadow them.
         vars(builtins).update({name: value for name, value in names.items() if name not in vars(builtins)})
-        # What exists by now is none of the program's files, and is not looked through when a test ends.
+        # Objects that exist now are none of the program's files, so `flush_files` need not visit them.
         gc.freeze()
         self.pid = self.orders = self.answers = None
 
     def run(self, text):
-        """Run it as a script: {"stdout", "code"} or {"timeout"}. Raises OSError."""
+        """Run the program as a script. Return {"stdout", "code"} or {"timeout"}. Raises OSError."""
         for fd in self.streams:
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
@@ -105,17 +105,17 @@ class Program:
         return answer
 
     def call(self, order):
-        """Pass an order to the child that has loaded the program: its answer, {"timeout"} or {"died"}."""
+        """Pass an order to the child that has loaded the program. Return its answer, {"timeout"} or {"died"}."""
         deadline = time.monotonic() + self.limits["test_s"]
         if self.pid is None:
             self.load()
         try:
             send(self.orders, order)
-            # A child that sends half a message and stops must not hold this process: see the deadline in the grader.
+            # A child that sends half a message and stops blocks this process until the grader's deadline.
             if select.select([self.answers], [], [], max(0, deadline - time.monotonic()))[0]:
                 answer = receive(self.answers, self.limits["output_bytes"])
                 if time.monotonic() < deadline + SLACK_S:
-                    # The child is the program: only this process may say that the machine failed, or time is up.
+                    # The child is under the program's control. Only this process may report "failed" or "timeout".
                     forged = not isinstance(answer, dict) or "failed" in answer or "timeout" in answer
                     return {"died": "no answer"} if forged else answer
             answer = {"timeout": True}
@@ -126,7 +126,7 @@ class Program:
         return answer
 
     def clean(self):
-        """Leave no process and no file of this test to the next one. Raises OSError."""
+        """Remove all processes and files of this test before the next one. Raises OSError."""
         if self.alone:
             end_all_others()
             empty_scratch(self.shown)
@@ -137,7 +137,7 @@ class Program:
         self.pid = os.fork()
         if self.pid == 0:
             null = os.open("/dev/null", os.O_RDWR)
-            # Below the limit of open files.
+            # Descriptors below RLIMIT_NOFILE.
             orders, answers = os.dup2(theirs, 90), os.dup2(ours, 91)
             self.enter(null, null, null, keep=(orders, answers))
             serve(self, orders, answers)
@@ -153,7 +153,7 @@ class Program:
         self.pid = None
 
     def enter(self, stdin, stdout, stderr, keep):
-        """In the child: standard streams, nothing else open, limits."""
+        """Set up a child: standard streams, no other descriptor but `keep`, and the limits."""
         for target, fd in enumerate((stdin, stdout, stderr)):
             os.dup2(fd, target)
         low = 3
@@ -166,9 +166,9 @@ class Program:
             setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
         sys.argv = ["solution.py"]
-        # Python without site, which starts faster and sees no .pth files, lacks these two.
+        # Python without site starts faster and reads no .pth files, but lacks these two.
         builtins.exit = builtins.quit = sys.exit
-        # Signals to the own process group must not reach the runner.
+        # Signals to the program's process group must not reach the runner.
         if self.alone:
             os.setsid()
         die_with_parent()
@@ -176,7 +176,7 @@ class Program:
         limit_resources(self.limits)
 
     def execute(self, name):
-        """In the child: run setup and program under `name`, then leave as a script would. Never returns."""
+        """Run setup and program in a child as the module `name`, then exit as a script does. Never return."""
         code = 1
         try:
             namespace = self.namespace(name)
@@ -203,7 +203,7 @@ class Program:
 
 
 def serve(program, orders, answers):
-    """In the child: load the program, then look up and call what is asked for. Never returns."""
+    """Load the program in a child, then answer orders to look up names and call objects. Never return."""
     try:
         namespace = program.namespace("solution")
         given = dict(namespace)
@@ -228,10 +228,10 @@ def serve(program, orders, answers):
 
 
 class Objects:
-    """What the program has defined, and the objects that it has handed out by number.
+    """The program's globals, and the objects that the checker refers to by number.
 
     names  globals of the program, then the prelude
-    given  globals from before the program ran, which are not its own
+    given  globals from before the program ran, which are not the program's own
     """
 
     def __init__(self, names, given):
@@ -239,14 +239,14 @@ class Objects:
         self.handles, self.numbers = [], {}
 
     def own(self, name):
-        """Return a global that the program itself has set. Raises NameError."""
+        """Return a global that the program itself set. Raises NameError."""
         namespace = self.names.maps[0]
         if name not in namespace or (name in self.given and self.given[name] is namespace[name]):
             raise NameError(f"name {name!r} is not defined")
         return namespace[name]
 
     def obey(self, order):
-        """Carry out one order: a global name, what Python asks of an object, or a call."""
+        """Execute one order (a global name, an operation on an object, or a call) and return the answer."""
         if "name" in order:
             return self.value(self.own(order["name"]))
         if "attribute" in order:
@@ -272,14 +272,14 @@ class Objects:
         return self.call(self.handles[order["call"]], order)
 
     def function(self, name):
-        """Return the function under test, a method of Solution before a global. Raises NameError."""
+        """Return the function under test: a method of Solution, else a global. Raises NameError."""
         solution = self.names.maps[0].get("Solution")
         if solution is not None and hasattr(solution, name):
             return getattr(solution(), name)
         return self.own(name)
 
     def call(self, target, order):
-        """Call a function by value. What it made of its arguments goes back if it returned None, as in-place code."""
+        """Call a function by value. If it returns None, the answer includes the arguments that it changed in place."""
         arguments = [self.local(item) for item in order["args"]]
         keywords = {key: self.local(item) for key, item in order["kwargs"].items()}
         value = target(*arguments, **keywords)
@@ -304,7 +304,7 @@ class Objects:
         return array(*body["array"]) if "array" in body else self.handles[body["number"]]
 
     def keep(self, value):
-        """Return the JSON of a value that is no plain data: an array as lists, anything else as a number."""
+        """Return the JSON of a value that is not plain data: an array as lists, any other object as a number."""
         if type(value).__module__ in ("numpy", "array") and hasattr(value, "tolist"):
             return self.data(value.tolist())
         if type(value) in (type({}.keys()), type({}.values()), type({}.items())):
@@ -312,28 +312,28 @@ class Objects:
         if id(value) not in self.numbers:
             self.handles.append(value)
             self.numbers[id(value)] = len(self.handles) - 1
-        # Not isinstance, which asks the object's own __class__.
+        # Not isinstance, which trusts the object's own __class__.
         traits = (("__next__", "iterator"), ("__iter__", "iterable"))
         kind = next((kind for method, kind in traits if hasattr(type(value), method)), "")
         return {"h": {"number": self.numbers[id(value)], "kind": kind}}
 
 
 def leave_orderly():
-    """As the interpreter ends a script: wait for its threads, then call what it registered."""
+    """Wait for threads, then call exit handlers, as the interpreter does at the end of a script."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
 
 
 def array(kind, values):
-    """Return a numpy array of numbers, truth values or text that the tests pass to the program."""
+    """Return a numpy array of numbers, booleans or text that the tests pass to the program."""
     import numpy
 
     return numpy.array(values, dtype=kind)
 
 
 def flush_files():
-    """Write out what open files hold back, as the interpreter does when it ends: text first, then bytes."""
+    """Flush all open files, text before bytes, as the interpreter does when it ends."""
     kinds = ((io.TextIOWrapper,), (io.BufferedWriter, io.BufferedRandom))
     found = gc.get_objects()
     for file in (sys.__stdout__, sys.stdout, sys.stderr, *(o for kind in kinds for o in found if type(o) in kind)):
@@ -342,13 +342,13 @@ def flush_files():
 
 
 def limit_resources(limits):
-    """For this process and all that it starts; there is no way back up."""
+    """Set hard limits for this process and its children, which neither can raise again."""
     for name, value in (
         ("RLIMIT_AS", limits["memory_bytes"]),
         ("RLIMIT_CPU", int(limits["cpu_s"])),
         ("RLIMIT_FSIZE", limits["output_bytes"]),
         ("RLIMIT_NPROC", limits["processes"]),
-        # The buffers of a socket or pipe are charged to nobody.
+        # The buffers of sockets and pipes count for no process.
         ("RLIMIT_NOFILE", 96),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_MEMLOCK", 0),
@@ -360,17 +360,17 @@ def limit_resources(limits):
 
 
 def wait(pid, seconds):
-    """Exit code of a child, or None if it took longer than its limit, after killing it."""
+    """Return the exit code of a child, or kill the child after `seconds` and return None."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         left = deadline - time.monotonic()
         if done:
-            # A program that stops this process with a signal must not gain time by it.
+            # A program must not gain time by stopping this process with a signal.
             return os.waitstatus_to_exitcode(status) & 255 if left > -SLACK_S else None
         if left <= 0:
             break
-        # Wakes at once when a child ends; the cap is for a signal that came between the two calls.
+        # Returns as soon as a child ends. The cap is for a signal that arrived between the two calls.
         signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.5))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -378,13 +378,13 @@ def wait(pid, seconds):
 
 
 def contents(fd, limits):
-    """What a child wrote, as text."""
+    """Return the output of a child as text."""
     size = min(os.lseek(fd, 0, os.SEEK_END), limits["output_bytes"])
     return os.pread(fd, size, 0).decode("utf-8", "replace")
 
 
 def prelude_names():
-    """Return the prelude's names, as the program shall see them."""
+    """Return the prelude's globals for the program."""
     names = {}
     exec(compile(PRELUDE, "prelude.py", "exec"), names)
     return {name: value for name, value in names.items() if not name.startswith("__")}

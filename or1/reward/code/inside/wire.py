@@ -1,4 +1,7 @@
-"""Messages and values between the grader and its sandboxes: length and JSON, no object is ever built from a name."""
+"""Messages and values between the grader and its sandboxes: length-prefixed JSON of a fixed list of types.
+
+A message never chooses which class is built, except from that list.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import struct
 from collections import deque
 
 MAX_NODES = 1_000_000
-"""Longer linked lists and larger trees are cycles or attacks."""
+"""Most nodes of a linked list or tree. More are a cycle or an attack."""
 
 
 class Lost(Exception):
-    """The other side closed, died, or sent something that is no message."""
+    """The other side closed, died, or sent an invalid message."""
 
 
 def framed(message):
@@ -52,7 +55,7 @@ def _read(fd, size):
 
 
 def encode(value, keep):
-    """Return a value as JSON. keep: what makes the JSON of objects that are no plain data."""
+    """Return a value as JSON. keep: function that returns the JSON of an object that is not plain data."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -87,7 +90,13 @@ def encode(value, keep):
 
 
 def decode(data, names, from_handle):
-    """The value of `encode`. `names` holds the classes ListNode and TreeNode if there are any."""
+    """Return the value that `encode` wrote.
+
+    names        holds the classes ListNode and TreeNode, if there are any
+    from_handle  function that returns the object of a JSON value made by `keep`
+
+    Raises ValueError for an invalid value.
+    """
     if isinstance(data, list):
         raise ValueError("a bare list is no value")
     if not isinstance(data, dict):
@@ -114,7 +123,7 @@ def decode(data, names, from_handle):
         if (module, kind) not in _STANDARD:
             raise ValueError(f"{module}.{kind} is no value")
         values = [decode(part, names, from_handle) for part in parts]
-        # Fraction("1e9999999") would be computed.
+        # Fraction("1e9999999") would be computed in full.
         if kind != "Decimal" and not all(type(value) is int for value in values):
             raise ValueError(f"{module}.{kind} is made of integers")
         return getattr(importlib.import_module(module), kind)(*values)
@@ -123,7 +132,7 @@ def decode(data, names, from_handle):
 
 
 _TYPES = (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex, type(None), type, object)
-# Classes of the standard library that go by value: how to take one apart into the arguments that make it again.
+# Classes of the standard library that are passed by value -> function that returns their constructor's arguments.
 _STANDARD = {
     ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
     ("decimal", "Decimal"): lambda value: (str(value),),
@@ -154,7 +163,7 @@ def _chain(node):
 
 
 def _levels(root):
-    """Level order with None for a missing child, as LeetCode writes trees."""
+    """Return a tree's values in level order with None for a missing child, as LeetCode writes trees."""
     values, nodes = [], deque([root])
     while nodes:
         node = nodes.popleft()
@@ -169,7 +178,7 @@ def _levels(root):
 
 
 def build_list(values, names):
-    """Linked list of `values`; None for none."""
+    """Return a linked list of `values`, or None if there are none."""
     head = None
     for value in reversed(values):
         node = names["ListNode"](value)
@@ -178,7 +187,7 @@ def build_list(values, names):
 
 
 def build_tree(values, names):
-    """Binary tree of `values` in level order; None for none."""
+    """Return a binary tree of `values` in level order, or None if there are none."""
     if not values or values[0] is None:
         return None
     items = iter(values)
