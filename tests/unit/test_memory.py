@@ -18,7 +18,7 @@ from or1.dist.oom_retry import Budget
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
 from or1.model.memory import _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
-from or1.model.rows import pack
+from or1.model.rows import pack_indexed
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, update_policy, with_old_logp
@@ -42,7 +42,7 @@ def load(adder: Path, **options: object) -> PreTrainedModel:
 
 
 def states_and_gradients(model: PreTrainedModel) -> list[Tensor]:
-    (batch,) = pack(SEQUENCES, 4096)
+    ((_, batch),) = pack_indexed(SEQUENCES, 4096)
     states_TH = hidden_states(model, batch)
     torch.manual_seed(1)
     (states_TH * torch.randn_like(states_TH)).sum().backward()
@@ -81,7 +81,7 @@ def test_checkpointing_keeps_one_input_a_layer(adder: Path) -> None:
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        (batch,) = pack(SEQUENCES, 4096)
+        ((_, batch),) = pack_indexed(SEQUENCES, 4096)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             states = hidden_states(model, batch)
         del states
@@ -136,7 +136,7 @@ def test_on_a_gpu_offload_is_exact_and_liger_is_close(adder: Path) -> None:
 
     def run(**options: object) -> list[Tensor]:
         model = load_model(ModelConfig(path=str(adder), dtype="float32", device="cuda", **options)).train()
-        (batch,) = pack(SEQUENCES, 4096, "cuda")
+        ((_, batch),) = pack_indexed(SEQUENCES, 4096, "cuda")
         states_TH = hidden_states(model, batch)
         states_TH.square().sum().backward()
         return [states_TH.detach(), *(p.grad for p in model.parameters())]
