@@ -1,4 +1,4 @@
-"""Sampling in parts: all responses to all prompts, in a form that a killed run can resume."""
+"""Every response to every prompt, part by part, so that a run can stop anywhere and go on."""
 
 from __future__ import annotations
 

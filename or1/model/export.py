@@ -41,12 +41,14 @@ def weight_forms(model: PreTrainedModel) -> list[tuple[str, torch.dtype, torch.S
 
 def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
     dtype = model.config.dtype
-    if not isinstance(dtype, torch.dtype):
+    # transformers replaces the dtype by its name when a config is saved.
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
         raise ModelError(
             f"the config of this {type(model).__name__} has the dtype {dtype!r}; load the model with "
             "or1.model.load.load_model, which sets a torch.dtype"
         )
-    return dtype
+    return found
 
 
 def _named_state(model: PreTrainedModel) -> dict[str, Tensor]:

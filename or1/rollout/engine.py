@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from or1.core.seeds import seed_of
 from or1.core.types import Prompt, Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,13 @@ def jobs_of(
             max_new=limit,
             seed=sampling.slot_seed(p, s),
         )
+
+
+def decoded(job: Job, response: Response, tokenizer: PreTrainedTokenizerBase) -> Finished:
+    """Return the finished response of a job, with its text."""
+    # Declared as str or list[str], but one sequence gives a str.
+    text: Any = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+    return Finished(*job.slot, replace(response, text=text))
 
 
 def continued(job: Job, token_ids: np.ndarray, logp: np.ndarray, finish: str, version: int) -> Response:

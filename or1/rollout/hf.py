@@ -142,7 +142,7 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
     def logp_BL(self) -> Tensor:
-        """Return the log-probability of each generated token, float[B, L], nats; undefined past the end of a sequence."""
+        """Return log-probabilities of the generated tokens, float[B, L], nats; undefined past the end of a sequence."""
         return torch.stack(self._logp, dim=1)
 
     def _draw(self, logp_BV: Tensor) -> Tensor:
