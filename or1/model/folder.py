@@ -51,8 +51,8 @@ def reading(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def making(path: str, config: PreTrainedConfig, what: str = "") -> Iterator[None]:
-    """Convert any error of building or running a model into a ModelError, with `what` before the cause.
+def making(path: str, config: PreTrainedConfig, failure: str = "") -> Iterator[None]:
+    """Convert any error of building or running a model into a ModelError, with `failure` before the cause.
 
     Out of memory, a full disk and or1's own errors pass through.
     """
@@ -69,7 +69,7 @@ def making(path: str, config: PreTrainedConfig, what: str = "") -> Iterator[None
         if isinstance(error, KeyError) and error.args == (config._attn_implementation,):
             cause = "its own attention cannot be replaced"
         raise ModelError(
-            f"the model {path!r} ({config.model_type}) cannot be trained: {what}{cause}; "
+            f"the model {path!r} ({config.model_type}) cannot be trained: {failure}{cause}; "
             "docs/models.md lists architectures that can"
         ) from error
 
@@ -178,9 +178,9 @@ def require_weights(path: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         texts = [f"{name} ({list(found)} in the file, {list(want)} in the model)" for name, found, want in shapes]
         _refuse(
             path,
-            "has tensors of another shape than config.json says",
+            "has tensors whose shapes differ from config.json",
             texts,
-            "take config.json and weights of one checkpoint",
+            "use config.json and weights of the same checkpoint",
         )
     if missing:
         also = f"; it has unknown ones, such as {unexpected[0]}" if unexpected else ""

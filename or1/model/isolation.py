@@ -252,7 +252,7 @@ def _leak(batch: Microbatch, hidden_TH: Tensor, embedded_TH: Tensor) -> _Finding
             at = int(outside_T.argmax())
             later = ends[document] <= at < ends[document + 1]
             what = "a token sees later ones of its document" if later else "documents of a row see each other"
-            return _Finding(what, f"gradient {float(outside_T.max()):.1e} where it must be 0, beside {largest:.1e}")
+            return _Finding(what, f"gradient {float(outside_T.max()):.1e} where it must be 0, of at most {largest:.1e}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Construction of the engine that a config asks for."""
+"""Construction of the engine that `[rollout]` selects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_engine(
     "auto" is vLLM if a tested version is installed and the model is on a GPU, else transformers. In a `world` of
     several ranks this call is collective, and so is the engine's `update_weights`.
 
-    Raises EngineError if vLLM is asked for and is missing, outside the tested range, or does not start.
+    Raises EngineError if vLLM is selected and is missing, outside the tested range, or does not start.
     """
     choice = config.rollout.engine
     if choice == "auto":

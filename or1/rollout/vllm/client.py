@@ -32,7 +32,7 @@ class Address(NamedTuple):
     """Where a server listens.
 
     url    http://host:port
-    token  the bearer token that `RequireToken` asks for
+    token  the bearer token that `RequireToken` checks
     own    True if or1 started the server
     """
 
@@ -170,14 +170,14 @@ class ServerClient:
     def _require_version(self) -> None:
         if not self._complete:
             raise EngineError(
-                f"the vLLM server holds no whole set of weights (the push after version {self.version} "
+                f"the vLLM server has no complete set of weights (the push after version {self.version} "
                 "failed); call update_weights again"
             )
         held = {reply["version"] for reply in self._rpc("or1_version")}
         if held != {self.version}:
             raise ServerLost(
-                f"vLLM at {self.url} holds weights of version {held}, not {self.version}: it was "
-                "restarted, or serves another run too"
+                f"vLLM at {self.url} has weights of version {held}, not {self.version}: it was "
+                "restarted, or another run uses it too"
             )
 
     def _rpc(self, method: str, **arguments: Any) -> list[dict[str, Any]]:

@@ -54,8 +54,8 @@ class LocalEngine:
         """Yield responses, as `Engine.generate`. Collective in a group of ranks that share a model."""
         if not self._complete or self._asleep:
             raise EngineError(
-                f"vLLM holds no whole set of weights (the push after version {self.version} failed or is "
-                "still to come); call update_weights first"
+                f"vLLM has no complete set of weights (the push after version {self.version} failed or has not "
+                "happened yet); call update_weights first"
             )
         jobs = self._ranks.share(list(jobs_of(prompts, sampling, slots)))
         requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}")

@@ -91,8 +91,8 @@ class ServerEngine(ServerClient):
         while not self._post("/reset_prefix_cache")["success"]:
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"vLLM at {self.url} did not drop its prefix cache within {DRAIN_S:.0f} s: somebody "
-                    "else's requests hold it; give the trainer a server of its own"
+                    f"vLLM at {self.url} did not drop its prefix cache within {DRAIN_S:.0f} s: requests of "
+                    "another client use it; give this run a server that nothing else uses"
                 )
             time.sleep(0.02)
         self.version, self._complete = version, True
@@ -107,8 +107,8 @@ class ServerEngine(ServerClient):
     def _repeat(self, version: int) -> list[dict[str, Any]]:
         if not self._push.repeat(self._rpc, version):
             raise EngineError(
-                "the restarted vLLM server cannot be given the weights again, since a broadcast keeps "
-                'none; use rollout.vllm.transport = "file"'
+                "the weights cannot be sent again to the restarted vLLM server, since a broadcast keeps no copy; "
+                'use rollout.vllm.transport = "file"'
             )
         return self._rpc("or1_version")
 
