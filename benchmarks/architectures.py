@@ -26,7 +26,7 @@ from or1.core.errors import PackingError
 from or1.core.quiet import quiet_libraries
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import RowBudget
-from or1.model.attention import NAMES
+from or1.model.attention import register
 from or1.model.folder import read_config
 from or1.model.isolation import rehearse_model
 from or1.model.load import load_model
@@ -59,7 +59,7 @@ def verdict(case: Case, folder: Path) -> Verdict:
     dry, found = _reason(folder, settings, rehearse_model), _reason(folder, settings, _one_step)
     if dry != found:
         raise AssertionError(f"{case.name}: the dry run says {dry!r}, training {found!r}")
-    _, remarks = read_config(settings.path, NAMES["sdpa"]) if found == "trains" else (None, [])
+    _, remarks = read_config(settings.path, register("sdpa")) if found == "trains" else (None, [])
     return Verdict(found, tuple(re.findall(r"(\w+) = ", " ".join(remarks))))
 
 

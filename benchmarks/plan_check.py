@@ -26,7 +26,7 @@ from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
-from or1.model.rows import Microbatch, pack
+from or1.model.rows import Microbatch, pack_indexed
 from or1.plan.choices import Choices, Workload, choices_of
 from or1.plan.devices import Device, find_device
 from or1.plan.memory import MemoryPlan, gradient_bytes, optimizer_bytes, plan_memory, weight_bytes
@@ -136,7 +136,8 @@ class _Planned:
             TrainSequence(i[:_PROMPT], i[_PROMPT:], np.full(response, -1.0, np.float32), 1.0 - 2 * (n % 2))
             for n, i in enumerate(ids)
         ]
-        return pack(sequences, self.size.tokens, "cuda" if self.device.is_gpu else "cpu")
+        device = "cuda" if self.device.is_gpu else "cpu"
+        return [batch for _, batch in pack_indexed(sequences, self.size.tokens, device)]
 
     def memory(self) -> MemoryPlan:
         """The plan of exactly these rows."""

@@ -23,7 +23,7 @@ from benchmarks.step_batch import ARCHITECTURES, make_model
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import RowBudget
-from or1.model.attention import NAMES, choose_backend
+from or1.model.attention import choose_backend, register
 from or1.model.prepare import prepare_model
 from or1.model.shared_prompts import saved_fraction
 from or1.train.metrics import UpdateStats
@@ -46,7 +46,7 @@ def measure(architecture: str, prompts: list[int], responses: list[int], rounds:
     """Seconds of an update with and without sharing, for each prompt length."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = make_model(architecture, dtype, device, NAMES[choose_backend("auto", device, dtype)])
+    model = make_model(architecture, dtype, device, register(choose_backend("auto", device, dtype)))
     model = prepare_model(model, ModelConfig(path=architecture, gradient_checkpointing="layer"), device)
     optimizer = MasterAdamW(model, OptimConfig())
     # Only the gradient is timed: the optimizer's step costs both sides the same.

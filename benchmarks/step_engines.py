@@ -24,7 +24,7 @@ from benchmarks.step_batch import GROUP_SIZE, make_model, padded
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import RowBudget
-from or1.model.attention import NAMES, choose_backend
+from or1.model.attention import choose_backend, register
 from or1.model.prepare import prepare_model
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
@@ -80,7 +80,7 @@ class Or1Engine:
         sharing: str = "auto",
     ):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = make_model(architecture, dtype, device, NAMES[choose_backend("auto", device, dtype)])
+        model = make_model(architecture, dtype, device, register(choose_backend("auto", device, dtype)))
         config = ModelConfig(path=architecture, gradient_checkpointing=checkpointing)
         self.model = prepare_model(model, config, device)
         self.optimizer = MasterAdamW(self.model, OptimConfig(lr=LR, optimizer=optimizer))

@@ -18,16 +18,14 @@ from or1.rollout.collect import Progress, collect
 from or1.rollout.engine import Engine, Sampling
 
 _BATCHES = 4
-"""Batches in a part where the engine keeps its own queue: a part ends with its longest response, most slots empty."""
+"""Batches in a part with continuous batching, to amortize the end of a part, when only long responses still run."""
 
 
 def part_size(config: Config, engine: Engine, samples: int) -> int:
-    """Prompts per part: about one batch of transformers' generate, some batches of an engine with a queue."""
+    """Return the prompts per part: about one batch without continuous batching, some batches with it."""
     if config.endpoint.url is not None:
         return max(1, _BATCHES * config.endpoint.concurrency // samples)
-    from or1.rollout.hf import HfEngine
-
-    batches = 1 if isinstance(engine, HfEngine) else _BATCHES
+    batches = _BATCHES if engine.continuous_batching else 1
     return max(1, batches * config.rollout.batch_size // samples)
 
 

@@ -1,4 +1,4 @@
-"""Weights of the trained model: by name for an engine, and as a plain Hugging Face folder."""
+"""Export of the trained weights: by name for an engine, or as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.core.errors import ModelError
 from or1.core.files import commit_folder
 from or1.dist.fsdp import whole_tensors
 from or1.dist.world import SINGLE, World
@@ -17,22 +19,35 @@ from or1.model.seal import seal_export
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The present weights under their Hugging Face names, whole and detached, one at a time; none is copied.
+    """Yield current weights by Hugging Face name, unsharded and detached, one at a time. Collective if sharded.
 
-    A tied lm_head is named too: an engine that keeps a packed copy of it would go on with the old one otherwise.
+    Unsharded models yield their own tensors, not copies. A tied lm_head is yielded too: an engine that keeps a packed
+    copy of the head would otherwise keep the old one.
     """
     for name, tensor in _named_state(model).items():
-        # Shards are fp32 masters; an engine wants what the model computes with.
-        whole = tensor.full_tensor().to(model.config.dtype) if hasattr(tensor, "full_tensor") else tensor
+        # Shards are fp32 masters; an engine needs the dtype that the model computes in.
+        whole = tensor.full_tensor().to(_compute_dtype(model)) if isinstance(tensor, DTensor) else tensor
         yield name, whole.detach()
 
 
 def weight_forms(model: PreTrainedModel) -> list[tuple[str, torch.dtype, torch.Size]]:
-    """Name, dtype and whole shape of all that `named_weights` yields, in its order; nothing is gathered for it."""
+    """Return name, dtype and unsharded shape of every weight, in the order of `named_weights`. Not collective."""
     return [
-        (name, model.config.dtype if hasattr(tensor, "full_tensor") else tensor.dtype, tensor.shape)
+        (name, _compute_dtype(model) if isinstance(tensor, DTensor) else tensor.dtype, tensor.shape)
         for name, tensor in _named_state(model).items()
     ]
+
+
+def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype = model.config.dtype
+    # transformers replaces the dtype by its name when a config is saved.
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ModelError(
+            f"the config of this {type(model).__name__} has the dtype {dtype!r}; load the model with "
+            "or1.model.load.load_model, which sets a torch.dtype"
+        )
+    return found
 
 
 def _named_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -45,14 +60,14 @@ def _named_state(model: PreTrainedModel) -> dict[str, Tensor]:
 def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World = SINGLE
 ) -> Path:
-    """Write a plain Hugging Face checkpoint, committed by rename; replaces an older one there. Returns the folder.
+    """Write a plain Hugging Face checkpoint and return its folder; an existing folder is replaced by rename.
 
-    Collective: the ranks put the weights together, the main one writes them, in the type the model computes in.
+    Collective: all ranks gather the weights, and the main rank writes them in the dtype that the model computes in.
     """
-    dtype = model.config.dtype
+    dtype = _compute_dtype(model)
     state = {name: t.to("cpu", dtype) for name, t in whole_tensors(model)} if world.size > 1 else None
-    # A run ends here: gloo aborts a rank whose peer has gone while it still talks. Not after the main one has written,
-    # which may take longer than a collective waits.
+    # The run may end after this call, and gloo aborts a rank whose peer exits during a collective. Not after the write,
+    # which may take longer than the timeout of a collective.
     world.barrier()
     if not world.is_main:
         return folder
@@ -69,9 +84,10 @@ def export_model(
 
 
 def _forget_attention(path: Path, dtype: torch.dtype) -> None:
-    """Drop the name of or1's attention from a saved config, where nobody else could resolve it; note the weights' type.
+    """Remove the name of or1's attention from a saved config.json, and set its dtype to that of the weights.
 
-    transformers notes that of the parameters, which are fp32 masters while they are sharded.
+    Other programs cannot resolve the name. transformers would save the dtype of the parameters, which are fp32 masters
+    while they are sharded.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")

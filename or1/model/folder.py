@@ -1,4 +1,4 @@
-"""What a model folder says and holds: settings that would change what is trained, and tensors that are not weights."""
+"""Checks of a model folder: config.json settings that would change training, and unusable tensors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from or1.core.errors import ModelError, Or1Error
 from or1.dist.oom_retry import is_out_of_memory
 
-# What files of another shape than transformers expects make it raise; running out of memory is none of these.
+# Exceptions that transformers raises for malformed files; running out of memory is not among them.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Dropout by any name, layers that are left out at random, and noise on a router.
+# Names of settings for dropout, randomly skipped layers and router noise.
 _RANDOM = re.compile(r"drop(out|_?path|_?layer|_?rate|_?prob)|layer_?drop|pdrop|jitter")
 _IMPLEMENTATION = re.compile(r"\w*_implementation(_internal)?")
 _SHOWN = 3
@@ -31,11 +31,11 @@ _SHOWN = 3
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """A folder that lacks a file, and a hub id that is unknown or out of reach, as a ModelError."""
+    """Convert errors of reading a model's files into a ModelError that says where the model was looked for."""
     try:
         yield
     except Exception as error:
-        # tokenizers raises nothing more special than Exception.
+        # The tokenizers library raises plain Exception.
         if type(error) is not Exception and not isinstance(error, UNREADABLE):
             raise
         if isinstance(error, ModelError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
@@ -51,23 +51,25 @@ def reading(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def making(path: str, config: PreTrainedConfig, what: str = "") -> Iterator[None]:
-    """A model that transformers or or1 cannot make or run, for whatever reason, as a ModelError.
+def making(path: str, config: PreTrainedConfig, failure: str = "") -> Iterator[None]:
+    """Convert any error of building or running a model into a ModelError, with `failure` before the cause.
 
-    `what` stands before the reason. Out of memory, a full disk and or1's own errors pass through.
+    Out of memory, a full disk and or1's own errors pass through.
     """
     try:
         yield
     except Exception as error:
         own = isinstance(error, Or1Error)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if own or full or isinstance(error, MemoryError) or is_out_of_memory(error):
+        if own or full or isinstance(error, MemoryError):
+            raise
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         cause = f"{type(error).__name__}: {' '.join(str(error).partition(chr(10))[0].split())}"
         if isinstance(error, KeyError) and error.args == (config._attn_implementation,):
-            cause = "its attention is its own and gives way to no other"
+            cause = "its own attention cannot be replaced"
         raise ModelError(
-            f"the model {path!r} ({config.model_type}) cannot be trained: {what}{cause}; "
+            f"the model {path!r} ({config.model_type}) cannot be trained: {failure}{cause}; "
             "docs/models.md lists architectures that can"
         ) from error
 
@@ -82,9 +84,9 @@ def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def read_config(path: str, implementation: str) -> tuple[PreTrainedConfig, list[str]]:
-    """Return the config of a model folder as or1 trains with it, and one line for each thing that or1 sets otherwise.
+    """Return the config that or1 trains with, and one line for each setting of config.json that or1 overrides.
 
-    Attention is `implementation` whatever the file asks for, and nothing is dropped at random. Raises ModelError.
+    Attention is `implementation`, whatever the file sets, and all dropout is off. Raises ModelError.
     """
     with reading(path):
         raw, _ = PreTrainedConfig.get_config_dict(path)
@@ -92,8 +94,8 @@ def read_config(path: str, implementation: str) -> tuple[PreTrainedConfig, list[
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
-            f"the model {path!r} ({config.model_type}) cannot be trained: it is no causal language model to "
-            "transformers; docs/models.md lists architectures that can"
+            f"the model {path!r} ({config.model_type}) cannot be trained: transformers has no causal language model of "
+            "this type; docs/models.md lists architectures that can"
         )
     remarks = []
     asked = [f"{key} = {value!r}" for key, value in _implementations(raw) if value not in (None, implementation)]
@@ -102,12 +104,12 @@ def read_config(path: str, implementation: str) -> tuple[PreTrainedConfig, list[
     for each in configs_of(config):
         each._attn_implementation = implementation
         each._experts_implementation = None
-    # Setting the attention of a config sets that of those inside too.
+    # A second loop: setting the attention of a config also sets the attention of its inner configs.
     off = sorted({f"{key} = {value:g}" for each in configs_of(config) for key, value in _without_dropout(each)})
     if off:
         remarks.append(
-            f"config.json of {path} sets {', '.join(off)}; or1 trains without: the policy that is trained must be the "
-            "one that sampled"
+            f"config.json of {path} sets {', '.join(off)}; or1 trains without: the trained policy must be the policy "
+            "that sampled"
         )
     return config, remarks
 
@@ -129,7 +131,7 @@ def _refuse_what_is_not_plain(path: str, raw: dict[str, Any]) -> None:
 
 
 def _implementations(raw: object) -> Iterator[tuple[str, object]]:
-    """Every `*_implementation` of a config.json, at any depth."""
+    """Yield key and value of every `*_implementation` of a config.json, at any depth."""
     inner = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
     for key, value in inner:
         if isinstance(key, str) and _IMPLEMENTATION.fullmatch(key):
@@ -139,7 +141,7 @@ def _implementations(raw: object) -> Iterator[tuple[str, object]]:
 
 
 def _without_dropout(config: PreTrainedConfig) -> Iterator[tuple[str, float]]:
-    """Set every probability of dropout in a config to 0; yield those that were not."""
+    """Set every dropout probability of a config to 0; yield the name and old value of each that was not 0."""
     for key, value in list(vars(config).items()):
         if _RANDOM.search(key) and isinstance(value, float | int) and not isinstance(value, bool) and value:
             setattr(config, key, type(value)(0))
@@ -147,7 +149,7 @@ def _without_dropout(config: PreTrainedConfig) -> Iterator[tuple[str, float]]:
 
 
 def silence_dropout(model: PreTrainedModel) -> int:
-    """Set p of every dropout module to 0, whatever the config says; return how many were not 0."""
+    """Set p of every dropout module to 0, whatever the config says; return the number of changed modules."""
     live = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
     for module in live:
         module.p = 0.0
@@ -155,20 +157,20 @@ def silence_dropout(model: PreTrainedModel) -> int:
 
 
 def require_implementation(path: str, model: PreTrainedModel, implementation: str) -> None:
-    """Raise ModelError unless every part of the model has the attention that was asked for."""
+    """Raise ModelError unless every part of the model uses the requested attention."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and config._attn_implementation != implementation:
             raise ModelError(
-                f"{type(module).__name__} of {path!r} ({config.model_type}) took the attention "
-                f"{config._attn_implementation!r} instead of or1's; docs/models.md lists architectures that do not"
+                f"{type(module).__name__} of {path!r} ({config.model_type}) uses the attention "
+                f"{config._attn_implementation!r} instead of or1's; docs/models.md lists architectures that train"
             )
 
 
 def require_weights(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise ModelError unless every tensor of the model came from its files, in its shape, floating and finite.
+    """Raise ModelError unless every tensor was read from the files, with the right shape, floating and finite.
 
-    `info` is what from_pretrained tells of the loading. A tied tensor may be absent.
+    `info` is the loading info of from_pretrained. A tied tensor may be missing.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = sorted(info["mismatched_keys"])
@@ -176,9 +178,9 @@ def require_weights(path: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         texts = [f"{name} ({list(found)} in the file, {list(want)} in the model)" for name, found, want in shapes]
         _refuse(
             path,
-            "has tensors of another shape than config.json says",
+            "has tensors whose shapes differ from config.json",
             texts,
-            "take config.json and weights of one checkpoint",
+            "use config.json and weights of the same checkpoint",
         )
     if missing:
         also = f"; it has unknown ones, such as {unexpected[0]}" if unexpected else ""
@@ -196,7 +198,7 @@ def require_weights(path: str, model: PreTrainedModel, info: dict[str, Any]) -> 
         )
     _require_floats(path, model, unexpected)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        # One pass without a temporary of the tensor's size; NaN comes through both.
+        # aminmax is one pass without a temporary of the tensor's size; NaN propagates to both results.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             _refuse(
                 path,
@@ -212,7 +214,7 @@ def _refuse(path: str, what: str, names: list[str], remedy: str, also: str = "")
 
 
 def _require_floats(path: str, model: PreTrainedModel, unexpected: list[str]) -> None:
-    """Whole numbers in a file are quantized weights without their scales: transformers would turn them into floats."""
+    """Raise ModelError for weights of an integer type: quantized weights, which transformers would cast to floats."""
     unused = set(unexpected) | {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     patterns = [*(model._keys_to_ignore_on_load_unexpected or [])]
     for file in weight_files(path, getattr(model.config, "transformers_weights", None)):
@@ -228,9 +230,9 @@ def _require_floats(path: str, model: PreTrainedModel, unexpected: list[str]) ->
 
 
 def weight_files(path: str, named: str | None = None) -> list[Path]:
-    """Return the safetensors files that transformers reads for a folder, or for a hub id that is in the cache.
+    """Return the safetensors files that transformers reads for a folder, or for a hub id in the cache.
 
-    named  the `transformers_weights` of its config
+    named  `transformers_weights` of the model's config
     """
     whole = _file(path, named or SAFE_WEIGHTS_NAME)
     if whole is not None and whole.suffix == ".safetensors":
@@ -250,7 +252,7 @@ def _file(path: str, name: str) -> Path | None:
 
 
 def _kinds(file: Path) -> list[tuple[str, str]]:
-    """Names and types of a safetensors file, from its header alone."""
+    """Return names and types of the tensors of a safetensors file, from its header."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))

@@ -1,9 +1,10 @@
-"""The policy from packed rows to the hidden states of the trained tokens."""
+"""The forward pass: packed rows to hidden states of the trained tokens."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,23 @@ from or1_kernels.lm_head import LMHead
 
 
 def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: ProcessGroup | None = None) -> Tensor:
-    """Final hidden states [T, H] of a packed row, after the last norm; documents do not see each other.
+    """Return final hidden states float[T, H] of a packed row, after the last norm; documents are isolated.
 
-    With a `sequence_group`, `batch` is this rank's slice of the row (`sequence_parallel.my_slice`), and so is T.
+    With a `sequence_group`, `batch` is this rank's slice of the row (`or1.model.slices.my_slice`) and T its length.
     """
-    layout = attention.Layout(batch.cu_seqlens, batch.cu_keys, batch.max_seqlen, batch.max_keys, batch.kv_rows_U)
+    layout = attention.Layout(
+        cu_q=batch.cu_seqlens,
+        cu_k=batch.cu_keys,
+        max_q=batch.max_seqlen,
+        max_k=batch.max_keys,
+        kv_rows_U=batch.kv_rows_U,
+    )
+    decode: Any = model.decode if is_sharded(model) else model.get_decoder()
     with attention.packed_forward():
-        output = (model.decode if is_sharded(model) else model.get_decoder())(
+        output = decode(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
-            # A cache, even an empty one, would make transformers attend across documents.
+            # With a cache, even an empty one, transformers would attend across documents.
             use_cache=False,
             **layout.as_kwargs(),
             **({} if sequence_group is None else {"sequence_group": sequence_group}),
@@ -35,22 +43,22 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
 
 
 def trained_rows(hidden_TH: Tensor, batch: Microbatch) -> Tensor:
-    """hidden_TH[rows_N], float[N, H]: the hidden states that predict the trained tokens.
+    """Return hidden_TH[rows_N], float[N, H]: the hidden states that predict the trained tokens.
 
-    Rows repeat where responses share a prompt. The gradient of plain indexing adds repeated rows up in the order in
-    which threads come to them, which moves its last bit from run to run; that of an embedding has a fixed order.
+    Rows repeat where responses share a prompt. The backward of plain indexing adds repeated rows in thread order, so
+    its last bits differ from run to run. The backward of an embedding adds them in a fixed order.
     """
     return nn.functional.embedding(batch.rows_N, hidden_TH)
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The model's LMHead."""
+    """Return the model's LMHead."""
     return model.get_output_embeddings()
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients inside; the former mode afterwards."""
+    """Set eval mode and disable gradients; restore the former mode on exit."""
     training = model.training
     model.eval()
     try:

@@ -1,13 +1,13 @@
-"""Ask the model itself whether documents of a packed row stay apart, before anything is trained on it.
+"""Test, before training, that a model isolates the documents of a packed row.
 
-An architecture whose layers carry a state from token to token (Mamba and its kin), or one that takes positions from
-the row instead of from its arguments, trains wrong gradients in packed rows. No list of names can know all of these.
-So a short row is computed, with two responses that share a prompt and a document of its own behind them:
+Some architectures get wrong gradients in packed rows. Examples are layers that carry a state from token to token
+(Mamba), and models that ignore the given positions. No list of names can cover all of them. So the model computes a
+short row with two responses that share a prompt, followed by another document:
 
-  1. What a document's tokens get must not depend on other documents, nor on later tokens: the gradient of their
-     hidden states is exactly zero there. That is so in any dtype, since nothing is rounded that is not added.
-  2. Log-probs and hidden states are those of each sequence alone, as the embedded engine computes it, and as the
-     model's own plain attention ("eager") does, up to rounding.
+  1. A token must not depend on other documents or on later tokens: the gradient of its hidden state there is exactly
+     zero. That holds in any dtype, since zero gradients are never rounded.
+  2. Log-probs and hidden states must equal, up to rounding, those of each sequence alone. Both references count: the
+     embedded engine's attention, and the model's own plain attention ("eager").
 """
 
 # T packed tokens, N trained tokens, H hidden
@@ -35,11 +35,11 @@ from or1.model.prepare import prepare_model
 from or1.model.rows import Microbatch, pack_indexed
 
 EXACT, ROUNDED = 1e-3, 0.1
-"""Largest relative difference that rounding explains in fp32 and fp64, which sits near 1e-6, and in 16 bits, near 0.01.
-What has another scale, other positions, or no sliding window where there should be one is beyond both."""
+"""Largest relative difference that rounding explains: in fp32 and fp64 (measured 1e-6), and in 16 bits (0.01).
+A wrong scale, wrong positions or a missing sliding window exceeds both limits."""
 _LEAK = 1e-6
 _SMALL = 50_000_000
-# Prompt and response of each sequence; the first two share their prompt.
+# Prompt and response length of each sequence; the first two share their prompt.
 _LENGTHS = ((5, 4), (5, 6), (3, 7))
 _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -51,10 +51,10 @@ class _Finding:
 
 
 def require_isolation(model: PreTrainedModel, path: str) -> None:
-    """Raise PackingError if documents of a packed row see each other, or are not what they are alone.
+    """Raise PackingError if documents of a packed row see each other, or differ from the same documents alone.
 
-    `model` has its LMHead and its weights. A large model is asked about its first layers only, as many as it takes to
-    have one of each kind.
+    `model` has its LMHead and its weights. Of a large model only the first layers are tested, up to the first layer of
+    the last kind.
     """
     training = model.training
     with making(path, model.config, "its forward over a packed row fails: "):
@@ -73,33 +73,33 @@ def require_isolation(model: PreTrainedModel, path: str) -> None:
 
 def _examine(model: PreTrainedModel) -> _Finding | None:
     if sum(p.numel() for p in model.parameters()) > _SMALL:
-        # Not every architecture runs with layers left out.
+        # Some architectures cannot run without all of their layers.
         with suppress(*_CANNOT), _few_layers(model):
-            return _ask(model)
-    return _ask(model)
+            return _test(model)
+    return _test(model)
 
 
 def rehearse_model(config: ModelConfig) -> list[str]:
-    """Find out from config.json alone what `load_model` would refuse; return remarks of one line.
+    """Check from config.json alone that `load_model` would accept the model; return remarks of one line.
 
-    A few layers of the model are made with random weights and asked, where they are small enough to be quick.
+    Tests the first layers with random weights, if they are small enough to be quick.
     Raises ModelError, AttentionError, MemoryOptionError.
     """
-    settings, remarks = read_config(config.path, attention.NAMES["sdpa"])
+    settings, remarks = read_config(config.path, attention.register("sdpa"))
     dtype = getattr(torch, config.dtype)
     plain = config.model_copy(update={"device": "cpu", "liger": "off"})
     with making(config.path, settings), torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(settings, dtype=dtype)
         prepare_model(whole, plain, torch.device("meta"))
         few = _with_fewer_layers(settings, whole)
-    # Not every architecture runs with layers left out.
+    # Some architectures cannot run without all of their layers.
     with suppress(_NotWithFewer):
         return remarks + _rehearse_with(few, plain, dtype, last=False)
     return remarks + _rehearse_with(settings, plain, dtype, last=True)
 
 
 class _NotWithFewer(Exception):
-    """The first layers alone do not make a model."""
+    """An architecture that cannot run with its first layers only."""
 
 
 def _rehearse_with(settings: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype, *, last: bool) -> list[str]:
@@ -129,7 +129,7 @@ def _rehearse_with(settings: PreTrainedConfig, config: ModelConfig, dtype: torch
 
 
 def _with_fewer_layers(settings: PreTrainedConfig, whole: PreTrainedModel) -> PreTrainedConfig:
-    """A config of as many layers as it takes to have one of each kind, and of few tokens."""
+    """Return a config with a small vocabulary and the fewest first layers that include one of each kind."""
     few = copy.deepcopy(settings)
     text = few.get_text_config()
     layers, number = getattr(whole.get_decoder(), "layers", None), getattr(text, "num_hidden_layers", 0)
@@ -147,7 +147,10 @@ def _with_fewer_layers(settings: PreTrainedConfig, whole: PreTrainedModel) -> Pr
 
 
 def _one_of_each(layers: nn.ModuleList) -> int:
-    """How many of the first layers have one of each kind: other parts, sizes, names of settings, or a window."""
+    """Return the number of first layers that include one of each kind.
+
+    Layers are of one kind if submodule types, parameter shapes and settings (strings, flags, window or none) agree.
+    """
 
     def kind(layer: nn.Module) -> tuple:
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
@@ -176,7 +179,7 @@ def _few_layers(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another attention inside; the former one afterwards."""
+    """Set the attention implementation of a model; restore the former one on exit."""
     configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     former = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
@@ -188,9 +191,10 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
             config._attn_implementation_internal = former[key]
 
 
-def _ask(model: PreTrainedModel) -> _Finding | None:
-    here = model.device.type == "cpu" and model.config._attn_implementation != attention.NAMES["sdpa"]
-    with _attention(model, attention.NAMES["sdpa"] if here else model.config._attn_implementation):
+def _test(model: PreTrainedModel) -> _Finding | None:
+    # The main rank of several tests the model on its CPU, where only SDPA runs.
+    name = attention.register("sdpa") if model.device.type == "cpu" else model.config._attn_implementation
+    with _attention(model, name):
         sequences = _sequences(model)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         ((indices, batch),) = pack_indexed(sequences, 1 << 20, model.device, dtype, "on")
@@ -205,7 +209,7 @@ def _ask(model: PreTrainedModel) -> _Finding | None:
 
 def _sequences(model: PreTrainedModel) -> list[TrainSequence]:
     random = np.random.default_rng(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     drawn = [random.integers(0, vocabulary, sum(lengths), dtype=np.int32) for lengths in _LENGTHS]
     drawn[1][: _LENGTHS[1][0]] = drawn[0][: _LENGTHS[0][0]]
     return [
@@ -215,7 +219,7 @@ def _sequences(model: PreTrainedModel) -> list[TrainSequence]:
 
 
 def _embedded(model: PreTrainedModel, batch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Hidden states of a packed row in training mode, and the token embeddings that they were computed from."""
+    """Return hidden states of a packed row in training mode, and the token embeddings they were computed from."""
     seen: list[Tensor] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: seen.append(output))
     try:
@@ -227,11 +231,11 @@ def _embedded(model: PreTrainedModel, batch: Microbatch) -> tuple[Tensor, Tensor
 
 
 def _leak(batch: Microbatch, hidden_TH: Tensor, embedded_TH: Tensor) -> _Finding | None:
-    """Does a document's gradient reach another document, or a later token?"""
+    """Return a finding if a document's gradient reaches another document or a later token."""
     ends, key_ends = batch.cu_seqlens.tolist(), batch.cu_keys.tolist()
     rows_U = torch.arange(key_ends[-1]) if batch.kv_rows_U is None else batch.kv_rows_U.cpu()
     generator = torch.Generator().manual_seed(0)
-    # Random: the sum of what a norm gives out has no gradient.
+    # Random weights: the plain sum of a norm's outputs has no gradient.
     weight_TH = torch.randn(hidden_TH.shape, generator=generator).to(hidden_TH)
     for document in range(len(ends) - 1):
         first, last = ends[document], (ends[document] + ends[document + 1]) // 2
@@ -248,14 +252,14 @@ def _leak(batch: Microbatch, hidden_TH: Tensor, embedded_TH: Tensor) -> _Finding
             at = int(outside_T.argmax())
             later = ends[document] <= at < ends[document + 1]
             what = "a token sees later ones of its document" if later else "documents of a row see each other"
-            return _Finding(what, f"gradient {float(outside_T.max()):.1e} where it must be 0, beside {largest:.1e}")
+            return _Finding(what, f"gradient {float(outside_T.max()):.1e} where it must be 0, of at most {largest:.1e}")
     return None
 
 
 def _difference(
     model: PreTrainedModel, batch: Microbatch, hidden_TH: Tensor, sequences: list[TrainSequence]
 ) -> _Finding | None:
-    """Are log-probs and hidden states of the packed row those that each sequence has alone?"""
+    """Return a finding if log-probs or hidden states of the packed row differ from those of each sequence alone."""
     limit = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
     hidden_NH = trained_rows(hidden_TH, batch)
     logp_N = lm_head(model)(hidden_NH, batch.targets_N)[0]
@@ -278,7 +282,7 @@ def _difference(
 
 
 def _alone(model: PreTrainedModel, sequences: list[TrainSequence]) -> tuple[Tensor, Tensor]:
-    """What the model's head is given and the log-probs that follow, sequence by sequence, as generation has them."""
+    """Return inputs of the head and log-probs, float[N, H] and float[N], computed one sequence at a time."""
     given: list[Tensor] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].reshape(-1, head.in_features)))
@@ -299,7 +303,7 @@ def _alone(model: PreTrainedModel, sequences: list[TrainSequence]) -> tuple[Tens
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """Root mean square of the difference, relative to the larger of 1e-3 and the values' own."""
+    """Return the root mean square of the difference over that of `theirs`, which counts as at least 1e-3."""
     ours, theirs = ours.double(), theirs.double()
     norm = math.sqrt(float(theirs.square().mean()))
     return math.sqrt(float((ours - theirs).square().mean())) / max(norm, 1e-3)

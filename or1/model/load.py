@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model, as hidden states over packed rows and an LM head that computes losses."""
+"""Load any Hugging Face causal language model with packed attention and an LM head that computes losses."""
 
 # T packed tokens, H hidden
 
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from or1.config import ModelConfig
-from or1.core.errors import ModelError
+from or1.core.errors import ModelError, Or1Error
 from or1.dist.fsdp import fill_shards
 from or1.dist.world import SINGLE, World
 from or1.model import attention
@@ -45,16 +45,19 @@ _PLAIN_WEIGHTS = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises ModelError for `cuda` without one."""
+    """Return the device of the setting `model.device`; "auto" is the GPU if there is one, else the CPU.
+
+    Raises ModelError for "cuda" without a GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError('model.device = "cuda", but torch sees no GPU; install a CUDA build of torch or use "auto"')
+        raise ModelError('model.device = "cuda", but torch finds no GPU; install a CUDA build of torch or use "auto"')
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, never running code that came with it. Raises ModelError."""
+    """Load the tokenizer of a checkpoint, without running code from the checkpoint. Raises ModelError."""
     require_source(path)
     require_tokenizer(path)
     with reading(path):
@@ -67,19 +70,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -> PreTrainedModel:
-    """Weights from safetensors, packed attention, no dropout, and `lm_head` replaced by an LMHead that shares its
-    parameter.
+    """Load weights from safetensors into a model with packed attention, without dropout, and with an LMHead.
 
-    `packs` asks the model whether packed rows train it rightly. Raises ModelError if they do not, if the folder lacks a
-    tensor or a plain `lm_head`; AttentionError and MemoryOptionError for an explicit option that cannot be had.
+    The LMHead shares the parameter of the `lm_head` that it replaces.
+    `packs` checks that packed rows give the same result as single sequences (or1.model.isolation).
+
+    Raises ModelError if that check fails, or if the folder lacks a tensor or a plain `lm_head`; AttentionError and
+    MemoryOptionError for an explicit option that cannot run here.
     """
     require_source(config.path)
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    name = attention.NAMES[attention.choose_backend(config.attention, device, dtype)]
+    name = attention.register(attention.choose_backend(config.attention, device, dtype))
     settings, remarks = read_config(config.path, name)
     _require_safetensors(config.path)
     options = {"config": settings, "dtype": dtype, "attn_implementation": name, "trust_remote_code": False}
-    # Before the weights are read: what architecture and config.json alone rule out.
+    # Before minutes of reading weights: errors that architecture and config.json alone reveal.
     with torch.device("meta"), making(config.path, settings):
         put_head(AutoModelForCausalLM.from_config(**options | {"config": copy.deepcopy(settings)}), config.path)
     if world.size == 1:
@@ -90,16 +95,18 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
         whole = _read_on_main(config.path, options, world, packs)
         model = prepare_model(_without_values(config.path, options), config, device, world)
         fill_shards(model, whole, world)
-    model.or1_remarks = remarks
+    # Not by assignment: torch's types allow only tensors and modules as attributes of a module.
+    vars(model)["or1_remarks"] = remarks
     return model
 
 
 def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool) -> PreTrainedModel | None:
-    """The whole model in the main rank's host memory, from which the others get their shards. Collective.
+    """Load the whole model into the main rank's host memory; return None on the other ranks. Collective.
 
-    What is wrong with it is raised by all ranks, as what it is by the main one, as a ModelError by the others.
+    An error on the main rank is raised on every rank: as itself on the main rank, as a ModelError on the others.
     """
-    whole, problem = None, None
+    whole: PreTrainedModel | None = None
+    problem: Or1Error | None = None
     if world.is_main:
         try:
             whole = _read(path, options)
@@ -116,16 +123,17 @@ def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool)
 
 
 def remarks_of(model: PreTrainedModel) -> list[str]:
-    """One line for each thing of the checkpoint's config.json that `load_model` has set otherwise."""
-    return model.or1_remarks
+    """Return one line for each setting of the checkpoint's config.json that `load_model` has overridden."""
+    return vars(model)["or1_remarks"]
 
 
 def _read(path: str, options: dict[str, Any]) -> PreTrainedModel:
     with making(path, options["config"]), reading(path):
-        # Shapes that do not fit are reported beside the rest, instead of raised one kind at a time.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # With `ignore_mismatched_sizes`, wrong shapes are listed in `info` instead of raised one at a time.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        model, info = loaded
         require_weights(path, model, info)
     require_implementation(path, model, options["attn_implementation"])
     silence_dropout(model)
@@ -133,11 +141,11 @@ def _read(path: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _without_values(path: str, options: dict[str, Any]) -> PreTrainedModel:
-    """What `_read` gives, its tensors on the meta device."""
+    """Return the model of `_read` with its tensors on the meta device."""
     with torch.device("meta"), making(path, options["config"]):
         model = AutoModelForCausalLM.from_config(**options).eval()
     silence_dropout(model)
-    # As from_pretrained does; without the file, what the model's config implies stands.
+    # As from_pretrained does; without the file, the model keeps the settings that its config implies.
     with reading(path), contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
@@ -155,17 +163,17 @@ def _require_safetensors(path: str) -> None:
 
 
 def _indexes(path: str) -> list[Path]:
-    """Return the files that name the shards of a checkpoint; those of a hub id are fetched if need be.
+    """Return the index files that list the shards of a checkpoint; those of a hub id are downloaded if missing.
 
     Raises ModelError for a config that names pickled weights, which transformers would read instead.
     """
     with reading(path):
-        # transformers looks for the weights under this name alone where a config has it.
+        # If a config has this key, transformers reads weights from that file only.
         named = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "transformers_weights", None)
     if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", _INDEX))):
         raise ModelError(
-            f"the config.json of {path!r} takes weights from {named!r} (transformers_weights), which is no safetensors "
-            "file; or1 reads no pickled weights. Remove that key"
+            f"the config.json of {path!r} takes weights from {named!r} (transformers_weights), which is not a "
+            "safetensors file; or1 reads no pickled weights. Remove that key"
         )
     also = [named] if named is not None and named.endswith(_INDEX) else []
     if Path(path).is_dir():
@@ -178,7 +186,7 @@ def _indexes(path: str) -> list[Path]:
 
 
 def _require_plain_names(index: Path) -> None:
-    """Raise ModelError for an index through which transformers would read pickled weights, or a file elsewhere."""
+    """Raise ModelError if an index would make transformers read pickled weights or a file outside the folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         bad = sorted(str(name) for name in names if not _PLAIN_WEIGHTS.fullmatch(name))
@@ -188,13 +196,13 @@ def _require_plain_names(index: Path) -> None:
         ) from error
     if bad:
         raise ModelError(
-            f"{index} takes weights from {bad[0]!r}; or1 reads *.safetensors beside the index, and nothing pickled or "
-            "in other folders. Convert the checkpoint with transformers' save_pretrained"
+            f"{index} takes weights from {bad[0]!r}; or1 reads only *.safetensors in the folder of the index, never "
+            "pickled weights or other folders. Convert the checkpoint with transformers' save_pretrained"
         )
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's and those of the checkpoint's generation_config.json, ascending."""
+    """Return the ids of tokens that end a response, ascending: from the tokenizer and generation_config.json."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})

@@ -1,4 +1,4 @@
-"""What keeps a long row within memory: checkpointed layers, their inputs in host memory, MLPs in tiles, Liger."""
+"""Memory savings for long rows: activation checkpointing, offload to host memory, tiled MLPs, Liger kernels."""
 
 # T packed tokens, H hidden
 
@@ -8,6 +8,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel
 
 from or1.core.errors import MemoryOptionError
 
-# Copying less than this to the host costs more than it frees.
+# Offloading a smaller tensor costs more time than its memory is worth.
 _MIN_OFFLOAD_BYTES = 1 << 20
 
 
 def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
-    """Keep only the input of each layer; recompute the rest in backward. `offload` keeps it in host memory.
+    """Save only the input of each layer and recompute its activations in backward.
+
+    offload  keep the saved inputs in host memory
 
     Raises MemoryOptionError for a model that transformers cannot checkpoint.
     """
@@ -29,25 +32,27 @@ def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
         raise MemoryOptionError(
             f'{type(model).__name__} cannot be checkpointed by transformers; set model.gradient_checkpointing = "none"'
         )
-    # transformers 5.23 renames the method and warns at the old name, which is the only one before.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.23 renames the method and deprecates the old name; older versions have only the old name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if offload:
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _offloaded_checkpoint
+                # Not by assignment: torch's types allow only tensors and modules as attributes of a module.
+                vars(module)["_gradient_checkpointing_func"] = _offloaded_checkpoint
 
 
 def _offloaded_checkpoint(function: Callable, *args: object) -> object:
-    # torch saves the inputs of a checkpoint as saved tensors of the surrounding graph, so these hooks see them alone.
+    # torch saves the inputs of a checkpoint as saved tensors of the outer graph, so the hooks apply to the inputs only.
     with host_copies():
         return checkpoint(function, *args, use_reentrant=False)
 
 
 def host_copies() -> AbstractContextManager:
-    """Large tensors that autograd saves inside are kept in pinned host memory; CPU tensors stay as they are."""
+    """Return a context in which autograd saves large GPU tensors in pinned host memory; a no-op without a GPU."""
     if not torch.cuda.is_available():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
@@ -66,7 +71,7 @@ def _to_host(tensor: Tensor) -> Tensor | tuple[Tensor, torch.cuda.Event, torch.d
     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     with torch.cuda.stream(stream):
         buffer.copy_(tensor, non_blocking=True)
-    # The allocator must not hand the memory to a later kernel while the copy still reads it.
+    # Keeps the allocator from reusing the memory while the copy still reads it.
     tensor.record_stream(stream)
     return buffer, stream.record_event(), tensor.device
 
@@ -80,13 +85,13 @@ def _from_host(packed: Tensor | tuple[Tensor, torch.cuda.Event, torch.device]) -
 
 
 def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
-    """Let every gated MLP take rows longer than `tile_tokens` in tiles; returns how many modules that are.
+    """Make every gated MLP process rows longer than `tile_tokens` in tiles; return the number of such MLPs.
 
-    Outputs and gradients are those of the whole row. Backward recomputes a tile at a time, so the widest activations
-    exist for one tile only.
+    Outputs and gradients are those of the whole row. Backward recomputes one tile at a time, so the intermediate
+    activations of an MLP exist for one tile only.
     """
     parts = ("gate_proj", "up_proj", "down_proj")
-    # Experts and routers have other parts, and are not functions of each token alone.
+    # Not experts and routers, whose submodules have other names: their outputs depend on other tokens of the row.
     modules = [m for m in model.modules() if all(isinstance(getattr(m, part, None), nn.Linear) for part in parts)]
     for module in modules:
         whole = module.forward
@@ -103,11 +108,15 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
 def tiled_forward(
     function: Callable[[Tensor], Tensor], x: Tensor, tile_tokens: int, params: tuple[nn.Parameter, ...]
 ) -> Tensor:
-    """`function(x)` for a function of each token alone that reads `params`; x float[..., T, H]."""
+    """Return `function(x)` computed in tiles of tokens; x and the result are float[..., T, H].
+
+    function  must treat every token independently
+    params    parameters that `function` reads and that need a gradient
+    """
     if not torch.is_grad_enabled():
         return torch.cat([function(tile) for tile in x.split(tile_tokens, dim=-2)], dim=-2)
-    # x is saved by a node before the computation: within a checkpointed layer, the recomputation stops at the last
-    # tensor that backward needs, which is then this x, and does not run the tiles only to throw them away.
+    # A separate node saves x. In a checkpointed layer, recomputation stops at the last tensor that backward needs. That
+    # tensor is then x, so the recomputation skips the tiles, which backward would compute again anyway.
     token = _Keep.apply(x, torch.zeros((), device=x.device, requires_grad=True))
     return _Tiled.apply(x, token, function, tile_tokens, *params)
 
@@ -134,7 +143,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.kept.saved_tensors
         dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.params]
-        # 16-bit sums over many tiles would lose what one matrix product over the row keeps.
+        # fp32: 16-bit sums over many tiles would be less accurate than one matrix product over the row.
         sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.params, dtypes, strict=True)]
         dx = torch.empty_like(x)
         for x_tile, dy_tile, dx_tile in zip(*(t.split(ctx.tile_tokens, dim=-2) for t in (x, dy, dx)), strict=True):
@@ -150,9 +159,11 @@ class _Tiled(torch.autograd.Function):
 
 
 def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> bool:
-    """Put Liger's RMSNorm, RoPE and SwiGLU into `model`; returns whether they are in.
+    """Replace RMSNorm, RoPE and SwiGLU of `model` by Liger's kernels; return True if they were replaced.
 
-    Raises MemoryOptionError if `wanted` is "on" and they cannot be had.
+    wanted  "on", "off" or "auto"
+
+    Raises MemoryOptionError if `wanted` is "on" and the kernels cannot run.
     """
     if wanted == "off":
         return False
@@ -163,7 +174,7 @@ def apply_liger(model: PreTrainedModel, wanted: str, device: torch.device) -> bo
         return False
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    # The losses are or1's own head; RoPE is replaced in the architecture's module, for all its models in this process.
+    # No losses: or1 has its own head. RoPE is replaced in the architecture's module, for all models of this process.
     _apply_liger_kernel_to_instance(
         model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
     )

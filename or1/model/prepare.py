@@ -1,4 +1,4 @@
-"""A model made ready for training: its head, Liger, tiles, checkpointing, device or shards."""
+"""Preparation of a loaded model for training: LMHead, Liger, tiles, checkpointing, device or shards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from or1_kernels.lm_head import LMHead
 
 
 def put_head(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Replace the output embedding by an LMHead over the same parameter; returns the model."""
+    """Replace the output embedding by an LMHead over the same parameter; return the model. Raises ModelError."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{path!r}: the output embedding is {type(head).__name__}, not Linear; unsupported")
     if model.get_decoder() is model:
         raise ModelError(
-            f"{path!r}: transformers gives no decoder of {model.config.model_type} apart from its head; unsupported"
+            f"{path!r}: transformers has no decoder without the head for {model.config.model_type}; unsupported"
         )
     settings = model.config.get_text_config()
-    # Cohere multiplies its logits, Granite divides them.
+    # Cohere multiplies the logits by logit_scale; Granite divides them by logits_scaling.
     scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)
     softcap = getattr(settings, "final_logit_softcapping", None)
     model.set_output_embeddings(LMHead.from_linear(head, softcap=softcap, logit_scale=scale))
@@ -35,11 +35,11 @@ def put_head(model: PreTrainedModel, path: str) -> PreTrainedModel:
 def prepare_model(
     model: PreTrainedModel, config: ModelConfig, device: torch.device, world: World = SINGLE
 ) -> PreTrainedModel:
-    """What `load_model` does once there are weights: LMHead, Liger, tiles, checkpointing, the device or the shards."""
+    """Apply the options of `[model]` to a model with weights, and move the model to its device or shard it."""
     put_head(model, config.path)
     check_heads(model.config, world.sequence_size)
     apply_liger(model, config.liger, device)
-    # After Liger, which replaces the forward of the MLPs.
+    # After Liger, since Liger replaces the forward of the MLPs.
     if config.mlp_tile_tokens:
         tile_mlps(model, config.mlp_tile_tokens)
     if config.gradient_checkpointing != "none":

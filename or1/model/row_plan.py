@@ -1,64 +1,57 @@
-"""Which sequences share a packed row, and which rank computes it; the search itself is C++ (csrc/packing.cpp)."""
+"""Assignment of sequences to packed rows and of rows to ranks; the search is in C++ (csrc/packing.cpp)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Row = list[int]
 
 
 @dataclass(frozen=True)
 class SequenceCost:
-    """What training on a sequence of n tokens costs, in any one unit: linear * n + quadratic * n^2.
+    """Cost of training on a sequence of n tokens, in any unit: linear * n + quadratic * n^2.
 
-    Matrix products grow with n, attention with n^2; `or1.plan.timing.sequence_cost` gives both for a model in FLOPs.
+    Matrix products grow with n, attention with n^2. `or1.plan.timing.sequence_cost` computes both for a model in FLOPs.
     """
 
     linear: float = 1.0
     quadratic: float = 0.0
 
     def of(self, lengths: Sequence[int]) -> float:
-        """Cost of sequences of these lengths together."""
+        """Return the summed cost of sequences of these lengths."""
         return sum((self.linear + self.quadratic * n) * n for n in lengths)
 
 
 def plan_rows(lengths: Sequence[int], max_tokens: int) -> list[Row]:
-    """Rows of at most `max_tokens` tokens, best-fit decreasing: each row the indices of its sequences, ascending.
+    """Return rows of at most `max_tokens` tokens by best-fit decreasing; a row lists sequence indices, ascending.
 
-    Every sequence is in exactly one row. The plan depends on the arguments alone. Raises ValueError naming the first
-    sequence that is empty or longer than a row.
+    Every sequence is in exactly one row. The plan is a function of the arguments. Raises ValueError naming the first
+    sequence that is empty or longer than `max_tokens`.
     """
-    # Here, not at the top: or1_kernels imports torch, and `or1 plan` needs SequenceCost without it.
-    from or1_kernels import _native
-
-    return _native.pack_best_fit(lengths, max_tokens)
+    return _native().pack_best_fit(lengths, max_tokens)
 
 
 def plan_ranks(
     lengths: Sequence[int], max_tokens: int, ranks: int, cost: SequenceCost | None = None
 ) -> list[list[Row]]:
-    """`plan[rank][row]`: as many rows on every rank, so that their collectives meet, and as equal a cost.
+    """Return `plan[rank][row]`: the same number of rows on every rank, at nearly the same cost.
 
-    Row i costs about the same on all ranks too, since they wait for each other after each. Rows are empty (anchors)
-    only where there are fewer sequences than rows, and are then the last of their rank. Every sequence is in exactly
-    one row; every rank that calls this with the same arguments gets the same plan. cost None: tokens.
+    Equal row counts keep the collectives of the ranks matched. Row i has about the same cost on every rank, since the
+    ranks wait for each other after each row. With fewer sequences than rows, the last rows of a rank are empty; an
+    empty row becomes an anchor (`or1.model.rows.pack_rows`). Every sequence is in exactly one row. The plan is a
+    function of the arguments, so every rank computes the same plan.
+
+    cost  None: the number of tokens
 
     Raises ValueError as `plan_rows`, and for ranks < 1 or a cost that is negative or not finite.
     """
-    from or1_kernels import _native
-
     cost = cost or SequenceCost()
-    return _native.plan_ranks(lengths, max_tokens, ranks, cost.linear, cost.quadratic)
+    return _native().plan_ranks(lengths, max_tokens, ranks, cost.linear, cost.quadratic)
 
 
-def slots_used(rows: Sequence[Row], lengths: Sequence[int], max_tokens: int) -> float:
-    """Share of the token slots of these rows that hold a token, 0 to 1."""
-    return sum(lengths[i] for row in rows for i in row) / (len(rows) * max_tokens) if rows else 1.0
-
-
-def imbalance(plan: Sequence[Sequence[Row]], lengths: Sequence[int], cost: SequenceCost) -> float:
-    """Cost of the costliest rank over the mean of the ranks: 1 is perfect, `ranks` is one rank doing everything."""
-    totals = [sum(cost.of([lengths[i] for i in row]) for row in rows) for rows in plan]
-    mean = sum(totals) / len(totals)
-    return max(totals) / mean if mean else 1.0
+def _native() -> Any:
+    # Not imported at the top: or1_kernels imports torch, and `or1 plan` needs SequenceCost without torch.
+    return importlib.import_module("or1_kernels._native")

@@ -1,7 +1,7 @@
-"""Sequences -> packed rows: several documents in one row, each attending only to itself.
+"""Packed rows: several documents in one row, each attending only to itself.
 
-A sequence is its prompt and all but the last token of its response: the last token is predicted but predicts nothing.
-Sequences with the same prompt may share one copy of it (or1.model.shared_prompts).
+A document is a prompt and all but the last token of its response: the last token is predicted, but predicts nothing.
+Sequences with the same prompt may share one copy of the prompt (or1.model.shared_prompts).
 """
 
 # T packed tokens of a row, S documents of a row, N trained tokens of a row, U keys of all documents
@@ -20,23 +20,23 @@ from or1.model.row_plan import plan_rows
 from or1.model.shared_prompts import Sharing, Unit, make_units, unit_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Microbatch:
     """One packed row on the device.
 
     ids_T, positions_T  i64[T]; positions restart at 0 in every document
-    cu_seqlens          i32[S+1], document boundaries
-    max_seqlen          longest document
-    cu_keys             i32[S+1], boundaries of the documents' keys, which begin with a shared prompt; else cu_seqlens
-    max_keys            most keys of a document
-    kv_rows_U           i64[U], packed rows of those keys; None where nothing is shared
-    rows_N              i64[N], packed positions whose hidden state predicts a trained token, twice for shared ones
-    targets_N           i64[N], those tokens
+    cu_seqlens          i32[S+1], cumulative document lengths, from 0
+    max_seqlen          length of the longest document
+    cu_keys             i32[S+1], cumulative key counts; a document's keys include a shared prompt. Else cu_seqlens
+    max_keys            largest key count of a document
+    kv_rows_U           i64[U], packed rows of all keys; None if no prompt is shared
+    rows_N              i64[N], packed rows whose hidden state predicts a trained token; repeated for shared prompts
+    targets_N           i64[N], the trained tokens
     advantages_N        float[N]
-    rollout_logp_N      float[N], the engine's log-probabilities
-    lengths_N           float[N], trained tokens of the sequence that a token belongs to
-    old_logp_N          float[N], or None when on-policy
-    ref_logp_N          float[N], or None without a reference model
+    rollout_logp_N      float[N], the engine's log-probabilities, nats
+    lengths_N           float[N], number of trained tokens in the sequence of each token
+    old_logp_N          float[N], nats, or None when on-policy
+    ref_logp_N          float[N], nats, or None without a reference model
     """
 
     ids_T: Tensor
@@ -55,20 +55,6 @@ class Microbatch:
     kv_rows_U: Tensor | None = None
 
 
-def pack(
-    sequences: Sequence[TrainSequence],
-    max_tokens: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    sharing: Sharing = "off",
-) -> list[Microbatch]:
-    """Best-fit packed rows of at most `max_tokens` tokens, their floats in `dtype`.
-
-    Every sequence is in exactly one row, whole. Raises ValueError if a sequence is longer than `max_tokens`.
-    """
-    return [batch for _, batch in pack_indexed(sequences, max_tokens, device, dtype, sharing)]
-
-
 def pack_indexed(
     sequences: Sequence[TrainSequence],
     max_tokens: int,
@@ -76,7 +62,11 @@ def pack_indexed(
     dtype: torch.dtype = torch.float32,
     sharing: Sharing = "off",
 ) -> Iterator[tuple[list[int], Microbatch]]:
-    """As `pack`, each row with the indices of its sequences in the order in which they stand in it."""
+    """Yield best-fit packed rows of at most `max_tokens` tokens, each with the indices of its sequences in row order.
+
+    Every sequence is whole, in exactly one row. Floats have the type `dtype`.
+    Raises ValueError if a sequence is longer than `max_tokens`.
+    """
     units = units_of(sequences, max_tokens, sharing)
     rows = [[units[u] for u in row] for row in plan_rows([unit.tokens for unit in units], max_tokens)]
     indices = [[i for unit in row for i in unit.members] for row in rows]
@@ -84,7 +74,7 @@ def pack_indexed(
 
 
 def units_of(sequences: Sequence[TrainSequence], max_tokens: int, sharing: Sharing) -> list[Unit]:
-    """What a plan of rows (or1.model.row_plan) deals out: sequences alone, or with others that share their prompt."""
+    """Return the units that or1.model.row_plan assigns to rows: single sequences, or groups that share a prompt."""
     return make_units([s.prompt_ids for s in sequences], [s.trained_tokens for s in sequences], max_tokens, sharing)
 
 
@@ -94,10 +84,10 @@ def pack_rows(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Microbatch]:
-    """Rows of a plan (one rank's share of `balance.plan_ranks`): units, or sequences by index, in the order given.
+    """Yield packed rows for one rank's part of `or1.model.row_plan.plan_ranks`: units or sequence indices, in order.
 
-    A row of nothing is an anchor, one token that nothing is trained on: its loss is 0 and its backward makes the same
-    collective calls as any other row's.
+    An empty row becomes an anchor: one untrained token with a loss of 0, so this rank makes the same collective calls
+    as the others.
     """
     for row in rows:
         units = [u if isinstance(u, Unit) else Unit((u,), sequences[u].packed_tokens) for u in row]
@@ -105,11 +95,24 @@ def pack_rows(
 
 
 def _anchor(device: torch.device | str, float_dtype: torch.dtype) -> Microbatch:
-    token, nothing = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    floats = torch.empty(0, dtype=float_dtype, device=device)
+    token, no_rows = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    no_floats = torch.empty(0, dtype=float_dtype, device=device)
     bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    # An objective with a KL term asks for reference log-probs, be they none; old ones may always be absent.
-    return Microbatch(token, token, bounds, 1, bounds, 1, nothing, nothing, floats, floats, floats, ref_logp_N=floats)
+    return Microbatch(
+        ids_T=token,
+        positions_T=token,
+        cu_seqlens=bounds,
+        max_seqlen=1,
+        cu_keys=bounds,
+        max_keys=1,
+        rows_N=no_rows,
+        targets_N=no_rows,
+        advantages_N=no_floats,
+        rollout_logp_N=no_floats,
+        lengths_N=no_floats,
+        # An objective with a KL term needs a tensor here, even an empty one; old log-probs may be None.
+        ref_logp_N=no_floats,
+    )
 
 
 def _to_microbatch(
@@ -138,7 +141,7 @@ def _to_microbatch(
     def optional(name: str) -> Tensor | None:
         parts = [logp for s in sequences if (logp := getattr(s, name)) is not None]
         if parts and len(parts) != len(sequences):
-            raise ValueError(f"{len(parts)} of {len(sequences)} sequences have {name}; give it to all or to none")
+            raise ValueError(f"{len(parts)} of {len(sequences)} sequences have {name}; set {name} on all or on none")
         return floats(parts) if parts else None
 
     k_lens = [len(k) for k in key_rows]
@@ -163,7 +166,7 @@ def _to_microbatch(
 
 
 def keep_known(batch: Microbatch) -> Microbatch:
-    """A packed row without those tokens among the trained ones; as context of later tokens they stay."""
+    """Return the row without training on tokens whose `rollout_logp_N` is not finite; such tokens stay as context."""
     known_N = batch.rollout_logp_N.isfinite()
     if known_N.all():
         return batch

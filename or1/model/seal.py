@@ -1,4 +1,4 @@
-"""Exported weights that say of themselves what they are: sizes and sha256 of a folder's files, in one of them."""
+"""Checksums of exported weights: a JSON file in the folder lists the size and sha256 of every other file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ NAME = "or1_export.json"
 
 
 def seal_export(folder: Path) -> None:
-    """Note the size and sha256 of every file of an exported model."""
+    """Write the size and sha256 of every file of an exported model to its `or1_export.json`."""
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != NAME}
     (folder / NAME).write_text(json.dumps(sealed({"files": files}), indent=1) + "\n", encoding="utf-8")
 
 
 def export_problem(folder: Path) -> str:
-    """Return which file of an exported model is not as it was written, "" for none or where nothing was noted."""
+    """Return a message about the first missing or altered file, or "" if all match or no checksums exist."""
     note = folder / NAME
     if not note.exists():
         return ""

@@ -1,9 +1,9 @@
-"""Shared prompts: the responses of a group stand in a packed row behind one copy of their prompt.
+"""Shared prompts: a packed row holds the responses of a group after one copy of their prompt.
 
     prompt  response 1  response 2  response 3        instead of        prompt response 1  prompt response 2  ...
 
-Every response attends to the prompt and to itself (or1.model.attention), at the positions it would have alone, so
-hidden states, loss and gradients are those of the unshared row, and the prompt's layers are computed once.
+Every response attends to the prompt and to itself (or1.model.attention), at the positions of an unshared sequence.
+Hidden states, loss and gradients equal those of the unshared row, but the prompt is computed once.
 """
 
 # P prompt tokens
@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-# Share of the tokens that "auto" wants to save: benchmarks.prefix breaks even below it, but units are longer than
-# sequences and may fill rows less well.
+# Fraction of tokens that "auto" must save. benchmarks.prefix breaks even below it, but units are longer than sequences,
+# so rows may be less full.
 MIN_SAVED_FRACTION = 0.1
 
 Sharing = Literal["auto", "on", "off"]
@@ -25,7 +25,11 @@ Sharing = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class Unit:
-    """What must stand together in one row: sequences by index, all with the same prompt, and their tokens there."""
+    """Sequences that must be in the same row.
+
+    members  indices of sequences, all with the same prompt
+    tokens   number of packed tokens
+    """
 
     members: tuple[int, ...]
     tokens: int
@@ -33,12 +37,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Where a unit's tokens stand, counted from its first.
+    """Layout of a unit's tokens; rows count from the first token of the unit.
 
-    positions     token positions, a value a token
-    predicts      one array a member: rows whose hidden states predict its trained tokens
-    q_lens        queries of each document
-    key_rows      rows of each document's keys
+    positions     i64[tokens], position of each token in its sequence
+    predicts      for each member, the rows whose hidden states predict its trained tokens
+    q_lens        number of queries of each document
+    key_rows      for each document, the rows of its keys
     """
 
     positions: np.ndarray
@@ -48,7 +52,7 @@ class UnitRows:
 
 
 def saved_fraction(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> float:
-    """Share of the packed tokens that sharing would save; `responses` are lengths."""
+    """Return the fraction of packed tokens that sharing would save, 0 to 1; `responses` are lengths in tokens."""
     total = sum(len(p) + n - 1 for p, n in zip(prompts, responses, strict=True))
     distinct = {p.tobytes(): len(p) for p in prompts}
     saved = sum(len(p) for p in prompts) - sum(distinct.values())
@@ -58,9 +62,9 @@ def saved_fraction(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> f
 def make_units(
     prompts: Sequence[np.ndarray], responses: Sequence[int], max_tokens: int, sharing: Sharing = "auto"
 ) -> list[Unit]:
-    """Sequences with the same prompt together, in units of at most `max_tokens`; every sequence is in exactly one.
+    """Group sequences with the same prompt into units of at most `max_tokens`; every sequence is in exactly one unit.
 
-    A sequence that is longer by itself keeps its own unit: the packer names it.
+    A sequence longer than `max_tokens` gets a unit of its own; `plan_rows` raises an error that names the sequence.
     """
     share = sharing == "on" or (sharing == "auto" and saved_fraction(prompts, responses) >= MIN_SAVED_FRACTION)
     if not share:
@@ -74,7 +78,7 @@ def make_units(
 def _units_of_group(
     group: list[int], prompts: Sequence[np.ndarray], responses: Sequence[int], max_tokens: int
 ) -> list[Unit]:
-    """First fit, longest response first."""
+    """Split one group by first fit, longest response first."""
     prompt = len(prompts[group[0]])
     units: list[list[int]] = []
     loads: list[int] = []
@@ -91,9 +95,10 @@ def _units_of_group(
 
 
 def unit_rows(prompt: int, responses: Sequence[int]) -> UnitRows:
-    """The rows of a unit: `prompt` tokens, then all but the last token of each response.
+    """Return the layout of a unit: `prompt` tokens, then all but the last token of each response.
 
-    The first response continues the prompt's document. Every other is a document that borrows the prompt's keys.
+    The first response continues the prompt's document. Every other response is a document of its own that uses the
+    prompt's keys.
     """
     prompt_rows = np.arange(prompt)
     positions, predicts, q_lens, key_rows = [prompt_rows], [], [], []

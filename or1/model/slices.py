@@ -1,4 +1,4 @@
-"""A rank's part of a packed row under sequence parallelism, and values put together again."""
+"""Slices of a packed row for sequence parallelism, and the reassembly of per-token values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from or1.dist.world import World
 from or1.model.rows import Microbatch
 
-# What a Microbatch holds for each trained token, beside its row.
+# Fields of a Microbatch with one value per trained token, except `rows_N`.
 _PER_TOKEN = ("targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
 
 
 def my_slice(batch: Microbatch, world: World) -> Microbatch:
-    """This rank's part of a packed row: its tokens, and the trained tokens whose hidden state it computes.
+    """Return this rank's slice of a packed row: its tokens, and the trained tokens whose hidden state it computes.
 
-    The boundaries and shared keys stay those of the whole row, which attention sees; where T is no multiple of S, a
-    document of padding that nothing is trained on fills the row up.
+    Boundaries and shared keys stay those of the whole row, since attention runs over the whole row. If T is not a
+    multiple of the sequence-parallel size, an untrained document of padding fills the row up.
     """
     size = world.sequence_size
     if size == 1:
@@ -50,7 +50,7 @@ def my_slice(batch: Microbatch, world: World) -> Microbatch:
 
 
 def join_slices(values_N: Tensor, whole: Microbatch, world: World) -> Tensor:
-    """float[N] of the whole row from the values of this rank's slice and of the others'. No gradient."""
+    """Return float[N] of the whole row from the values of every rank's slice. No gradient. Collective."""
     if world.sequence_size == 1:
         return values_N
     tokens = -(-len(whole.ids_T) // world.sequence_size) * world.sequence_size

@@ -1,7 +1,7 @@
-"""Attention with what no kernel of torch has: a soft cap on the scores (Gemma 2), and sinks (GPT-OSS).
+"""Attention with a soft cap on the scores (Gemma 2) or sinks (GPT-OSS), which no attention kernel of torch supports.
 
-Scores are computed as the equation says, for a block of queries at a time, so that memory stays bounded. flash-attn has
-a soft cap of its own and is faster.
+Scores are materialized for a block of queries at a time, so memory is bounded. flash-attn supports a soft cap itself
+and is faster.
 """
 
 # S documents of a bucket, L longest of them, K keys, Q query heads, G key-value heads, D head dimension
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Scores that exist at a time where no kernel computes them.
+# Most scores (query-key pairs times heads) in memory at a time.
 _MAX_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What becomes of the dot products of queries and keys.
+    """Settings that turn dot products of queries and keys into attention scores.
 
-    scale    what they are multiplied by; None: by D ** -0.5
-    window   keys that a query sees, itself included; None: all before it
+    scale    factor of the dot products; None: D ** -0.5
+    window   number of keys that a query attends to, itself included; None: all keys up to the query
     softcap  scores become softcap * tanh(score / softcap) (Gemma 2)
-    sinks_Q  float[Q], scores of a key without a value that every query sees (GPT-OSS)
+    sinks_Q  float[Q], score of a virtual key without a value that every query attends to (GPT-OSS)
     """
 
     scale: float | None = None
@@ -35,7 +35,7 @@ class Scores:
 
     @property
     def soft(self) -> bool:
-        """Whether there is a soft cap or a sink."""
+        """True if there is a soft cap or a sink."""
         return self.softcap is not None or self.sinks_Q is not None
 
 
@@ -43,9 +43,9 @@ PLAIN = Scores()
 
 
 def soft_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores) -> Tensor:
-    """Causal attention of documents of equal length, float[S * L, Q, D].
+    """Return causal attention of documents of equal length, float[S * L, Q, D].
 
-    A block of queries at a time; backward computes the scores of each block again.
+    Computes one block of queries at a time; backward recomputes the scores of each block.
     """
     window = scores.window
     length, heads = q_SQLD.shape[2], q_SQLD.shape[0] * q_SQLD.shape[1]
@@ -65,9 +65,9 @@ def soft_bucket(q_SQLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, scores: Scores) 
 
 
 def soft_attention(q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Attention with a soft cap on its scores and a sink beside the keys, float[S, Q, L, D], as its equation says.
+    """Return attention with the soft cap and the sink of `scores`, float[S, Q, L, D].
 
-    mask  bool, true where a query sees a key, or float, added to the scores; None: all see all
+    mask  bool, true where a query attends to a key, or float, added to the scores; None: no mask
     """
     repeat = q_SQLD.shape[1] // k_SGKD.shape[1]
     k_SQKD, v_SQKD = (x.repeat_interleave(repeat, dim=1) for x in (k_SGKD, v_SGKD))
@@ -77,7 +77,7 @@ def soft_attention(q_SQLD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask: Tensor 
     if scores.softcap is not None:
         x_SQLK = scores.softcap * (x_SQLK / scores.softcap).tanh()
     if mask is not None and mask.dtype == torch.bool:
-        # Not -inf: the rows of padding on the left see nothing, and would be NaN.
+        # Not -inf: left-padded rows attend to no key, so their softmax would be NaN.
         x_SQLK = x_SQLK.masked_fill(~mask, torch.finfo(x_SQLK.dtype).min)
     elif mask is not None:
         x_SQLK = x_SQLK + mask

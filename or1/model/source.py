@@ -1,4 +1,4 @@
-"""Whether a model can be had at all, before minutes of retries: its folder, its tokenizer, or one try of the hub."""
+"""Early checks that a model exists: a folder with a tokenizer, or one request to the hub, not minutes of retries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ONE_TRY_S = 10
 
 
 def require_tokenizer(path: str) -> None:
-    """Raise ModelSourceError for a model folder without any file of a tokenizer."""
+    """Raise ModelSourceError if a model folder has no tokenizer file."""
     folder = Path(path)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelSourceError(
@@ -33,7 +33,7 @@ def require_tokenizer(path: str) -> None:
 
 
 def require_source(path: str) -> None:
-    """Raise ModelSourceError for a hub id that is not in the cache of this machine, and not at the hub in one try."""
+    """Raise ModelSourceError unless a model is a folder, in the local cache, or found at the hub in one request."""
     if Path(path).is_dir():
         return
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -48,25 +48,25 @@ def require_source(path: str) -> None:
             raise ModelSourceError(
                 f"{where}, which is not in this machine's cache, and HF_HUB_OFFLINE is set; {remedy}"
             )
-        # from_pretrained tries five times, file by file, which is half a minute for a slip of the pen.
+        # from_pretrained retries five times per file: half a minute for a typing error.
         get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=_ONE_TRY_S)
     except EntryNotFoundError:
-        return  # What reads the repository in earnest says what it lacks.
+        return  # The repository exists; loading reports the missing file.
     except GatedRepoError as error:
         raise ModelSourceError(
-            f"{where}, which its owners give to some accounts only; ask for access on its page, and set HF_TOKEN"
+            f"{where}, which is gated: only some accounts have access; ask for access on its page, and set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelSourceError(
-            f"{where}, and the hub has no such model, or none that this account may see; {remedy}, "
+            f"{where}, and the hub has no such model, or this account may not see it; {remedy}, "
             "or set HF_TOKEN for a private one"
         ) from error
     except Exception as error:
-        # The HTTP library behind the hub's differs by its version, and so do its exceptions.
+        # huggingface_hub's HTTP library, and so its exception types, differ between versions.
         if isinstance(error, ModelSourceError | MemoryError):
             raise
         host = os.environ.get("HF_ENDPOINT", "huggingface.co")
         raise ModelSourceError(
-            f"{where}, but {host} cannot be asked ({type(error).__name__}: {error}); {remedy}. "
-            "HF_HUB_OFFLINE=1 says that there is no network"
+            f"{where}, but {host} cannot be reached ({type(error).__name__}: {error}); {remedy}. "
+            "Without a network, set HF_HUB_OFFLINE=1"
         ) from error

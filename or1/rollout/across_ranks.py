@@ -1,20 +1,24 @@
-"""One rollout by all ranks: each samples and scores a share of the prompts, and all get all groups.
+"""A rollout across ranks: each rank samples and scores a part of the prompts, and all ranks get all groups.
 
-What a prompt's responses are does not depend on the number of ranks: a sample's random numbers come from its place in
-the step, and prompts are dealt out one by one.
+The responses to a prompt do not depend on the number of ranks: random numbers depend on the prompt's index in the step
+and the sample's index. Prompts are dealt out one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from or1.core import codec as wire
-from or1.core.types import Group, OpenGroup, Prompt
+from or1.core import codec
+from or1.core.types import Group, OpenGroup, Prompt, Response
 from or1.dist.world import World
 from or1.reward.scorer import Scorer
 from or1.rollout.collect import Progress, Rollout, collect, no_progress
 from or1.rollout.engine import Engine, Sampling
+
+_Part = tuple[int, bool, tuple[Response, ...], tuple[Any, ...]]
+"""Index of a prompt, True if its group is scored, responses, and scores (None for an unfinished response)."""
 
 
 def collect_spread(
@@ -25,7 +29,10 @@ def collect_spread(
     sampling: Sampling,
     progress: Progress = no_progress,
 ) -> Rollout:
-    """`collect` over all ranks: groups in prompt order, equal on every rank; the slowest rank's seconds. Collective."""
+    """Run `collect` across all ranks. Collective.
+
+    Returns groups in prompt order, equal on every rank, and the seconds of the slowest rank.
+    """
     return exchange(world, collect_share(world, engine, scorer, prompts, sampling, progress=progress), prompts, ())
 
 
@@ -39,7 +46,7 @@ def collect_share(
     carried: Sequence[OpenGroup] = (),
     progress: Progress = no_progress,
 ) -> Rollout:
-    """`collect` for the groups and prompts of this rank. Not collective, except for what the engine does."""
+    """Run `collect` for the groups and prompts of this rank. Not collective, unless the engine is."""
     mine = world.share(len(carried) + len(prompts))
     return collect(
         engine,
@@ -52,30 +59,36 @@ def collect_share(
 
 
 def exchange(world: World, share: Rollout, prompts: Sequence[Prompt], carried: Sequence[OpenGroup]) -> Rollout:
-    """The whole rollout from every rank's share. Collective."""
+    """Return the whole rollout, given every rank's result of `collect_share`. Collective."""
     if world.size == 1:
         return share
     all_prompts = [group.prompt for group in carried] + list(prompts)
-    # Prompts stay: every rank has them, and their data rows may hold anything.
-    parts = _by_index(share, [(i, all_prompts[i]) for i in world.share(len(all_prompts))])
-    found = [wire.loads(data) for data in world.gather(wire.dumps((parts, share.generate_s, share.reward_s)))]
-    groups: dict[int, Group] = {}
-    still_open: dict[int, OpenGroup] = {}
-    for index, closed, responses, scores in (part for parts, _, _ in found for part in parts):
-        if closed:
-            groups[index] = Group(all_prompts[index], responses, scores)
+    # Prompts are not sent: every rank has them, and their data rows may hold objects of any type.
+    parts = _parts(share, [(i, all_prompts[i]) for i in world.share(len(all_prompts))])
+    shares: list[tuple[list[_Part], float, float]] = [
+        codec.loads(data) for data in world.gather(codec.dumps((parts, share.generate_s, share.reward_s)))
+    ]
+    scored: dict[int, Group] = {}
+    unfinished: dict[int, OpenGroup] = {}
+    for index, is_scored, responses, scores in (part for parts, _, _ in shares for part in parts):
+        if is_scored:
+            scored[index] = Group(all_prompts[index], responses, scores)
         else:
-            still_open[index] = OpenGroup(all_prompts[index], responses, scores)
-    slowest = [max(rank[i] for rank in found) for i in (1, 2)]
-    return Rollout([groups[i] for i in sorted(groups)], *slowest, [still_open[i] for i in sorted(still_open)])
+            unfinished[index] = OpenGroup(all_prompts[index], responses, scores)
+    return Rollout(
+        groups=[scored[i] for i in sorted(scored)],
+        generate_s=max(generate_s for _, generate_s, _ in shares),
+        reward_s=max(reward_s for _, _, reward_s in shares),
+        open=[unfinished[i] for i in sorted(unfinished)],
+    )
 
 
-def _by_index(share: Rollout, mine: Sequence[tuple[int, Prompt]]) -> list[tuple]:
-    """(index, whether closed, responses, scores) of each prompt of a share; `collect` keeps both lists in order."""
-    closed, still_open = list(share.groups), list(share.open)
-    parts = []
+def _parts(share: Rollout, mine: Sequence[tuple[int, Prompt]]) -> list[_Part]:
+    """Return the part of each prompt of a share; `collect` keeps both lists of groups in prompt order."""
+    scored, unfinished = list(share.groups), list(share.open)
+    parts: list[_Part] = []
     for index, prompt in mine:
-        is_closed = bool(closed) and closed[0].prompt is prompt
-        group = (closed if is_closed else still_open).pop(0)
-        parts.append((index, is_closed, group.responses, group.scores))
+        is_scored = bool(scored) and scored[0].prompt is prompt
+        group = (scored if is_scored else unfinished).pop(0)
+        parts.append((index, is_scored, group.responses, group.scores))
     return parts

@@ -1,4 +1,4 @@
-"""Responses and their scores, gathered into groups while the engine goes on generating."""
+"""Collection of responses and scores into groups, while the engine generates the remaining responses."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from or1.reward.scorer import Scorer, scored
 from or1.rollout.engine import Engine, Sampling, Slot
 
 Progress = Callable[[int, int], None]
+"""progress(finished, total): called with numbers of responses."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Shows nothing."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Groups in prompt order; `open` are those some of whose responses are unfinished (partial rollouts).
+    """Groups of scored responses, in prompt order.
 
-    generate_s: seconds of generation. reward_s: seconds of scoring not hidden behind it.
+    groups      groups whose responses are all scored
+    generate_s  seconds of generation
+    reward_s    seconds of scoring after the end of generation
+    open        groups with unfinished responses, to continue in a later call (partial rollouts)
     """
 
     groups: list[Group]
@@ -31,12 +35,12 @@ class Rollout:
     open: list[OpenGroup] = field(default_factory=list)
 
     def plus(self, other: Rollout) -> Rollout:
-        """Both one after the other."""
+        """Return the concatenation of both; seconds are summed."""
         return Rollout(
-            self.groups + other.groups,
-            self.generate_s + other.generate_s,
-            self.reward_s + other.reward_s,
-            self.open + other.open,
+            groups=self.groups + other.groups,
+            generate_s=self.generate_s + other.generate_s,
+            reward_s=self.reward_s + other.reward_s,
+            open=self.open + other.open,
         )
 
 
@@ -50,31 +54,40 @@ def collect(
     carried: Sequence[OpenGroup] = (),
     release: Callable[[Group], None] | None = None,
 ) -> Rollout:
-    """Generate `sampling.samples` responses to every prompt, scoring each as it finishes.
+    """Generate `sampling.samples` responses to every prompt, and score each response as it finishes.
 
-    `carried` groups come first: their finished responses stay, the others go on. With `sampling.new_tokens` set, a
-    response that is unfinished at that limit or at the deadline leaves its group open instead of being truncated.
-    `release` is called with each group as soon as its last score is there, while others are still being generated.
+    carried  groups of an earlier call with unfinished responses, which this call continues; they come first
+    release  called with each group once all of its scores are known, while others are still being generated
+
+    With `sampling.new_tokens` set, a response that is unfinished at that limit or at the deadline is kept for a later
+    call, in `Rollout.open`. Without it, such a response is truncated.
     """
     began = time.perf_counter()
-    gathering = _Gathering(scorer, prompts, sampling, carried)
-    for p, s, response in engine.generate(gathering.prompts, sampling, gathering.to_generate()):
-        gathering.add((p, s), response)
-        progress(gathering.filled, gathering.total)
-        for group in gathering.close(wait=False):
+    collection = _Collection(scorer, prompts, sampling, carried)
+    for p, s, response in engine.generate(collection.prompts, sampling, collection.slots()):
+        collection.add((p, s), response)
+        progress(collection.finished, collection.total)
+        for group in collection.newly_scored(wait=False):
             if release is not None:
                 release(group)
     generated = time.perf_counter()
-    for group in gathering.close(wait=True):
+    for group in collection.newly_scored(wait=True):
         if release is not None:
             release(group)
-    closed = gathering.closed
-    still_open = [gathering.as_open(p) for p in range(len(gathering.prompts)) if p not in closed]
-    return Rollout([closed[p] for p in sorted(closed)], generated - began, time.perf_counter() - generated, still_open)
+    return Rollout(
+        groups=collection.scored_groups(),
+        generate_s=generated - began,
+        reward_s=time.perf_counter() - generated,
+        open=collection.unfinished_groups(),
+    )
 
 
-class _Gathering:
-    """Slots of a call: what has finished, what is being scored, what stays open."""
+class _Collection:
+    """State of one call of `collect`.
+
+    A response is pending until the engine yields it. Then it is finished and submitted for scoring, or it is unfinished
+    and left to a later call. A group is finished when all of its responses are, and scored when all scores are known.
+    """
 
     def __init__(
         self, scorer: Scorer, prompts: Sequence[Prompt], sampling: Sampling, carried: Sequence[OpenGroup]
@@ -82,69 +95,75 @@ class _Gathering:
         self._scorer, self._sampling = scorer, sampling
         self.prompts = [group.prompt for group in carried] + list(prompts)
         self._sizes = [len(group.responses) for group in carried] + [sampling.samples] * len(prompts)
-        self._missing = list(self._sizes)
-        self._full: set[int] = set()
-        self.closed: dict[int, Group] = {}
+        self._not_finished = list(self._sizes)  # For each group, the number of its responses that are not finished.
+        self._finished: set[int] = set()  # Groups that are finished and not yet scored.
+        self._scored: dict[int, Group] = {}
         self._responses: dict[Slot, Response] = {}
         self._scores: dict[Slot, Future[Score]] = {}
-        self._begun: dict[Slot, Response] = {}
+        self._unfinished: dict[Slot, Response] = {}  # Responses of earlier calls, to continue.
         for p, group in enumerate(carried):
             for s, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
                 self._responses[p, s] = response
                 if score is not None:
-                    self._score((p, s), scored(score))
+                    self._finish((p, s), scored(score))
                 elif len(response.token_ids) >= sampling.max_tokens:
-                    # A stage with a smaller limit began: there is no room to go on.
-                    self._score((p, s), scorer.submit(group.prompt, response))
+                    # The limit is smaller than in the earlier call (a new stage), so the response cannot continue.
+                    self._finish((p, s), scorer.submit(group.prompt, response))
                 else:
-                    self._begun[p, s] = response
+                    self._unfinished[p, s] = response
         self.total = sum(self._sizes)
 
     @property
-    def filled(self) -> int:
-        """Responses that need no more generation in this call."""
+    def finished(self) -> int:
+        """Number of finished responses."""
         return len(self._scores)
 
-    def to_generate(self) -> Mapping[Slot, Response | None] | None:
-        """See `Engine.generate`."""
+    def slots(self) -> Mapping[Slot, Response | None] | None:
+        """Return the pending slots, as the argument `slots` of `Engine.generate`."""
         slots = [(p, s) for p, size in enumerate(self._sizes) for s in range(size)]
         if len(self._sizes) * self._sampling.samples == len(slots) and not self._responses:
             return None
-        return {slot: self._begun.get(slot) for slot in slots if slot not in self._scores}
+        return {slot: self._unfinished.get(slot) for slot in slots if slot not in self._scores}
 
     def add(self, slot: Slot, response: Response) -> None:
-        """Take what the engine made of a slot."""
-        before = self._begun.get(slot)
+        """Store a response that the engine yielded; submit the response for scoring if it is finished."""
         self._responses[slot] = response
-        if self._goes_on(response, before):
-            return
-        self._score(slot, self._scorer.submit(self.prompts[slot[0]], response))
+        if not self._continues(response, self._unfinished.get(slot)):
+            self._finish(slot, self._scorer.submit(self.prompts[slot[0]], response))
 
-    def _score(self, slot: Slot, score: Future[Score]) -> None:
+    def _finish(self, slot: Slot, score: Future[Score]) -> None:
         self._scores[slot] = score
-        self._missing[slot[0]] -= 1
-        if not self._missing[slot[0]]:
-            self._full.add(slot[0])
+        self._not_finished[slot[0]] -= 1
+        if not self._not_finished[slot[0]]:
+            self._finished.add(slot[0])
 
-    def _goes_on(self, response: Response, before: Response | None) -> bool:
+    def _continues(self, response: Response, before: Response | None) -> bool:
+        """Return True if a later call is to continue the response; `before` is its state before this call."""
         if self._sampling.new_tokens is None or response.finish == "stop":
             return False
-        # A response that a whole call did not advance would be carried for ever; it counts as truncated instead.
+        # A response to which a whole call added no token might never finish, so it counts as truncated.
         added = len(response.token_ids) - (0 if before is None else len(before.token_ids))
         return added > 0 and len(response.token_ids) < self._sampling.max_tokens
 
-    def close(self, wait: bool) -> Iterator[Group]:
-        """Groups that have become complete: all their responses have a score. `wait`: for scores being computed."""
-        for p in list(self._full):
+    def newly_scored(self, wait: bool) -> Iterator[Group]:
+        """Yield finished groups whose scores are all known; with `wait`, wait for the scores of all finished groups."""
+        for p in list(self._finished):
             scores = [self._scores[p, s] for s in range(self._sizes[p])]
             if wait or all(score.done() for score in scores):
-                self._full.discard(p)
+                self._finished.discard(p)
                 responses = tuple(self._responses[p, s] for s in range(self._sizes[p]))
-                self.closed[p] = Group(self.prompts[p], responses, tuple(score.result() for score in scores))
-                yield self.closed[p]
+                self._scored[p] = Group(self.prompts[p], responses, tuple(score.result() for score in scores))
+                yield self._scored[p]
 
-    def as_open(self, p: int) -> OpenGroup:
-        """A group that goes on in a later call."""
+    def scored_groups(self) -> list[Group]:
+        """Return the scored groups, in prompt order."""
+        return [self._scored[p] for p in sorted(self._scored)]
+
+    def unfinished_groups(self) -> list[OpenGroup]:
+        """Return the groups that a later call is to continue, in prompt order."""
+        return [self._unfinished_group(p) for p in range(len(self.prompts)) if p not in self._scored]
+
+    def _unfinished_group(self, p: int) -> OpenGroup:
         slots = [(p, s) for s in range(self._sizes[p])]
         scores = tuple(self._scores[slot].result() if slot in self._scores else None for slot in slots)
         return OpenGroup(self.prompts[p], tuple(self._responses[slot] for slot in slots), scores)

@@ -1,4 +1,4 @@
-"""A running server with an OpenAI-compatible API, such as vLLM's: for measuring, since it cannot be given weights."""
+"""Engine for a running server with an OpenAI-compatible API: for evaluation only, since its weights are fixed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ from or1.core.terminal import tell
 from or1.core.types import Prompt, Response
 from or1.rollout.engine import Finished, Sampling, Slot
 
-_MAY_PASS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses of temporary failures."""
 _LONGEST_PAUSE_S = 60.0
 
 
 class EndpointEngine:
-    """Asks `POST {url}/chat/completions` once per response; the server applies its own chat template.
+    """An engine that sends one `POST {url}/chat/completions` per response; the server applies its own chat template.
 
-    A server reports how many tokens a response has, not which: ids are -1 and log-probs NaN. What it sends apart as
-    reasoning is put back between <think> tags.
+    A server reports only the number of tokens of a response, so ids are -1 and log-probs NaN. A separate reasoning
+    field of an answer is put back into the text, between <think> tags.
     """
+
+    shares_weights = False
+    continuous_batching = True
 
     def __init__(self, config: EndpointConfig):
         self._config = config
@@ -42,21 +46,21 @@ class EndpointEngine:
         local = urlsplit(self._url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_SameOrigin, *handlers)
-        self._telling, self._told = threading.Lock(), -math.inf
+        self._tell_lock, self._last_told = threading.Lock(), -math.inf
         self.version = 0
         self.model = config.model or self._only_model()
 
     def release(self) -> None:
-        """See `Engine.release`; the server's memory is its own."""
+        """Do nothing: the server has its own memory."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
-        """See `Engine.generate`. Raises EndpointError when a request fails for good; the others are given up."""
-        if begun is not None:
+        """Yield responses, as `Engine.generate`. Raises EndpointError, and drops the other requests, if one fails."""
+        if slots is not None:
             raise EndpointError(
-                f"{self._url} cannot go on with responses of another policy; partial rollouts need "
-                "rollout.engine, without [endpoint]"
+                f"{self._url} cannot continue unfinished responses; partial rollouts need rollout.engine, without "
+                "[endpoint]"
             )
         jobs: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         for p in range(len(prompts)):
@@ -66,13 +70,13 @@ class EndpointEngine:
         results: queue.SimpleQueue[Finished | EndpointError] = queue.SimpleQueue()
         stopped = threading.Event()
 
-        def serve() -> None:
+        def work() -> None:
             while not stopped.is_set():
                 try:
                     p, s = jobs.get_nowait()
                 except queue.Empty:
                     return
-                outcome = EndpointError("a request ended in an error of or1's own; its traceback stands above")
+                outcome: Finished | EndpointError = EndpointError("a request failed in or1; see the traceback above")
                 try:
                     outcome = Finished(p, s, self._respond(prompts[p], sampling, p, s))
                 except EndpointError as error:
@@ -81,23 +85,23 @@ class EndpointEngine:
                     results.put(outcome)
 
         try:
-            # Not an executor: the interpreter waits for its threads, and a request may take an hour.
+            # Not an executor: the interpreter joins its threads at exit, and a request may take an hour.
             for _ in range(min(self._config.concurrency, total)):
-                threading.Thread(target=serve, name="or1-endpoint", daemon=True).start()
+                threading.Thread(target=work, name="or1-endpoint", daemon=True).start()
             for _ in range(total):
-                outcome = results.get()
-                if isinstance(outcome, EndpointError):
-                    raise outcome
-                yield outcome
+                result = results.get()
+                if isinstance(result, EndpointError):
+                    raise result
+                yield result
         finally:
             stopped.set()
 
     def update_weights(self, version: int) -> None:
-        """Raises EndpointError: another's server keeps its weights."""
+        """Raise EndpointError: the server's weights are fixed."""
         raise EndpointError(f"{self._url} serves its own weights; train with rollout.engine, without [endpoint]")
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: the engine has no processes."""
 
     def _respond(self, prompt: Prompt, sampling: Sampling, p: int, s: int) -> Response:
         seed = seed_of_32_bits(sampling.seed, p, s)
@@ -123,20 +127,29 @@ class EndpointEngine:
             tokens = int(answer.get("usage", {}).get("completion_tokens", 0))
             finish = "length" if choice.get("finish_reason") == "length" else "stop"
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise EndpointError(f"{self._url} answered in no known form: {json.dumps(answer)[:300]}") from error
-        # Half a surrogate pair is legal in JSON and in no file.
+            raise EndpointError(f"{self._url} sent an answer of unknown form: {json.dumps(answer)[:300]}") from error
+        # JSON may contain half a surrogate pair, which cannot be written to a file.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        return Response(np.full(tokens, -1, np.int32), np.full(tokens, np.nan, np.float32), finish, self.version, text)
+        return Response(
+            token_ids=np.full(tokens, -1, np.int32),
+            logp=np.full(tokens, np.nan, np.float32),
+            finish=finish,
+            version=self.version,
+            text=text,
+        )
 
     def _only_model(self) -> str:
         listed = self._ask("/models", None)
         names = [each.get("id") for each in listed.get("data", []) if isinstance(each, Mapping)]
         if len(names) != 1:
             raise EndpointError(f"{self._url} has the models {names}; choose one with endpoint.model")
-        return names[0]
+        return str(names[0])
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
-        """One request, repeated while the refusal may pass. Raises EndpointError."""
+        """Send one request, with retries after temporary failures, and return the JSON of the reply.
+
+        Raises EndpointError.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self._config.key_env):
             headers["Authorization"] = f"Bearer {key}"
@@ -151,7 +164,7 @@ class EndpointEngine:
             except urllib.error.HTTPError as error:
                 cause = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
                 pause = _asked_pause(error.headers)
-                if error.code not in _MAY_PASS:
+                if error.code not in _RETRIED:
                     break
             except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
                 cause, pause = f"{type(error).__name__}: {error}", None
@@ -164,29 +177,29 @@ class EndpointEngine:
                 time.sleep(pause)
         raise EndpointError(
             f"{self._url}{path} failed after {attempt + 1} attempts: {cause}; look at the server, or "
-            "raise endpoint.timeout_s or endpoint.retries. The same command goes on from here"
+            "raise endpoint.timeout_s or endpoint.retries. The same command resumes from here"
         )
 
     def _tell(self, text: str) -> None:
-        """A line on stderr, one a second at most: requests that run side by side fail side by side."""
-        with self._telling:
+        """Print a line on stderr, at most one per second: concurrent requests fail together."""
+        with self._tell_lock:
             now = time.monotonic()
-            if now - self._told >= 1:
-                self._told = now
+            if now - self._last_told >= 1:
+                self._last_told = now
                 tell(f"or1: {text}")
 
 
 class _SameOrigin(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect within one server only: urllib would send the API key along to any other."""
+    """A redirect handler that stays on one server: urllib would send the API key to any other server."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        """Return the request that follows. Raises EndpointError if it is for another scheme, host or port."""
+        """Return the redirected request. Raises EndpointError if scheme, host or port differ."""
         if _origin(req.full_url) != _origin(newurl):
             raise EndpointError(
-                f"{req.full_url} redirects to {newurl}, another server, which does not get the API "
-                "key; if that is the right one, set endpoint.url to its address"
+                f"{req.full_url} redirects to {newurl}, another server, to which or1 does not send the API "
+                "key; if that is the right server, set endpoint.url to its address"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -197,6 +210,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _asked_pause(headers: email.message.Message) -> float | None:
-    """Seconds of a Retry-After header."""
+    """Return the seconds of a Retry-After header, or None without one."""
     value = headers.get("Retry-After", "")
     return float(value) if value.isdigit() else None

@@ -1,10 +1,10 @@
-"""What a generation engine is."""
+"""The interface of a generation engine, and the work items that all engines share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,22 +12,22 @@ from or1.core.seeds import seed_of
 from or1.core.types import Prompt, Response
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-Weights = Callable[[], "Iterable[tuple[str, Tensor]]"]
-"""Gives the trainer's present weights under their Hugging Face names, one tensor at a time."""
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `temperature` 0 is greedy; `seed` makes the result a function of weights, prompts and seed.
+    """Sampling parameters of one call of `Engine.generate`.
 
-    max_tokens   limit of a whole response, the part it was begun with included
-    new_tokens   limit of what one call adds to a response; None: no such limit
+    temperature  0 is greedy
+    max_tokens   limit of a whole response, including tokens of earlier calls
+    samples      responses per prompt
+    seed         the result is a function of weights, prompts and seed
+    new_tokens   limit of the tokens that one call adds to a response; None: no limit
     deadline_s   seconds after the start of the call at which unfinished responses are aborted; None: never
-    top_p, top_k restrict sampling to the likeliest tokens; 1 and 0 do not
-    numbers      what each prompt of the call counts as for its random numbers; None: its position. A rank that samples
-                 prompts 1, 3, 5 of a step names them so, and gets what one process gets for the whole step
+    top_p, top_k restrict sampling to the likeliest tokens; 1 and 0 turn them off
+    numbers      index of each prompt of the call for its random numbers; None: its position in the call. A rank that
+                 samples prompts 1, 3, 5 of a step passes (1, 3, 5) and gets the responses of a single process
     """
 
     temperature: float
@@ -41,13 +41,17 @@ class Sampling:
     numbers: tuple[int, ...] | None = None
 
     def slot_seed(self, prompt: int, sample: int) -> int:
-        """The seed of one response: `sample` of the `prompt`-th prompt of the call."""
+        """Return the seed of one response: sample number `sample` of prompt number `prompt` of the call."""
         number = prompt if self.numbers is None else self.numbers[prompt]
         return seed_of(self.seed, number, sample)
 
 
 class Finished(NamedTuple):
-    """One response: to which prompt of the call, the how-manieth sample of it, and what it is."""
+    """One finished response.
+
+    prompt    index of the prompt in the call
+    sample    index of this sample among the prompt's samples
+    """
 
     prompt: int
     sample: int
@@ -55,78 +59,113 @@ class Finished(NamedTuple):
 
 
 Slot = tuple[int, int]
-"""Prompt of the call and sample of that prompt."""
+"""Index of a prompt in the call, and index of a sample among that prompt's samples."""
 
 
 class Engine(Protocol):
-    """Generates responses with the weights of one policy version. Made by `or1.rollout.make_engine`."""
+    """A generator of responses from the weights of one policy version. Made by `or1.rollout.make_engine`."""
 
     version: int
+    """Policy version of the weights, which every response records."""
+    shares_weights: bool
+    """True if the engine samples from the trainer's own tensors, so a push copies nothing and cannot go wrong."""
+    continuous_batching: bool
+    """True if a finished response is replaced at once; False if a batch lasts until its longest response."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
-        """Yield responses once each, as they finish, in any order.
+        """Yield every response once, as it finishes, in any order.
 
-        `begun` names the slots to fill, with the response that each goes on from; None there starts anew. Without
-        `begun` all len(prompts) * samples slots are filled.
+        slots  the slots to fill, each with the unfinished response to continue, or None for a new response.
+               Without `slots`, all len(prompts) * sampling.samples slots are filled with new responses
 
-        Raises EngineError if the engine died and could not be brought back, or holds no whole set of weights.
+        Raises EngineError if the engine died and could not be restarted, or has no complete set of weights.
         """
         ...
 
     def update_weights(self, version: int) -> None:
-        """Generate with the trainer's present weights from now on, stamping responses with `version`.
+        """Load the trainer's current weights; responses of later calls carry `version`.
 
-        Raises EngineError if that fails; the version stays what it was and nothing is generated until a later call
-        succeeds.
+        Raises EngineError on failure: `version` is unchanged, and `generate` raises until a later call succeeds.
         """
         ...
 
     def release(self) -> None:
-        """Free the memory that only generation needs; `update_weights` takes it back."""
+        """Free the memory that only generation needs, until the next `update_weights`."""
         ...
 
     def close(self) -> None:
-        """End what the engine started. May be called twice."""
+        """Stop every process that the engine started. Idempotent."""
         ...
 
 
 class Job(NamedTuple):
-    """One slot to fill: the tokens to go on from, how many may be added, and a seed of its own."""
+    """One slot to fill.
+
+    prompt_ids  i32[Lp]
+    unfinished  the response to continue; None: a new response
+    max_new     most tokens that the call may add
+    seed        seed of this slot's random numbers
+    """
 
     slot: Slot
     prompt_ids: np.ndarray
-    begun: Response | None
+    unfinished: Response | None
     max_new: int
     seed: int
 
     @property
     def context_ids(self) -> np.ndarray:
-        """Prompt and what the response has so far."""
-        return self.prompt_ids if self.begun is None else np.concatenate([self.prompt_ids, self.begun.token_ids])
+        """Prompt and the tokens of the unfinished response, i32[L]."""
+        if self.unfinished is None:
+            return self.prompt_ids
+        return np.concatenate([self.prompt_ids, self.unfinished.token_ids])
 
 
 def jobs_of(
-    prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None
+    prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None
 ) -> Iterator[Job]:
-    """The slots of a call, in order. A job's seed depends on the call's and on its slot, not on its neighbours."""
-    everything = ((p, s) for p in range(len(prompts)) for s in range(sampling.samples))
-    slots = dict.fromkeys(everything) if begun is None else begun
+    """Yield the jobs of a call of `Engine.generate`, in order. A seed depends on the call's seed and the slot only."""
+    if slots is None:
+        slots = dict.fromkeys((p, s) for p in range(len(prompts)) for s in range(sampling.samples))
     for (p, s), response in slots.items():
         room = sampling.max_tokens - (0 if response is None else len(response.token_ids))
         limit = room if sampling.new_tokens is None else min(room, sampling.new_tokens)
-        yield Job((p, s), prompts[p].token_ids, response, limit, sampling.slot_seed(p, s))
+        yield Job(
+            slot=(p, s),
+            prompt_ids=prompts[p].token_ids,
+            unfinished=response,
+            max_new=limit,
+            seed=sampling.slot_seed(p, s),
+        )
+
+
+def decoded(job: Job, response: Response, tokenizer: PreTrainedTokenizerBase) -> Finished:
+    """Return the finished response of a job, with its text."""
+    # Declared as str or list[str], but one sequence gives a str.
+    text: Any = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+    return Finished(*job.slot, replace(response, text=text))
 
 
 def continued(job: Job, token_ids: np.ndarray, logp: np.ndarray, finish: str, version: int) -> Response:
-    """The response of a job from the tokens that were added, without its text.
+    """Return the response of a job, without its text: the unfinished part, then the added tokens.
 
-    token_ids i32[N], logp f32[N]: the added part. Each token keeps the version that sampled it.
+    token_ids  i32[N], the added tokens
+    logp       f32[N], their log-probabilities, nats
+    finish     as `Response.finish`
+    version    policy version of the added tokens; tokens of earlier calls keep theirs
     """
-    if job.begun is None:
-        return Response(token_ids, logp, finish, version, "")
-    versions = np.concatenate([job.begun.token_versions, np.full(len(token_ids), version, np.int32)])
-    whole = (np.concatenate([job.begun.token_ids, token_ids]), np.concatenate([job.begun.logp, logp]))
-    last = version if len(token_ids) else job.begun.version
-    return Response(*whole, finish, last, "", None if (versions == last).all() else versions)
+    before = job.unfinished
+    if before is None:
+        return Response(token_ids=token_ids, logp=logp, finish=finish, version=version, text="")
+    versions = np.concatenate([before.token_versions, np.full(len(token_ids), version, np.int32)])
+    last = version if len(token_ids) else before.version
+    return Response(
+        token_ids=np.concatenate([before.token_ids, token_ids]),
+        logp=np.concatenate([before.logp, logp]),
+        finish=finish,
+        version=last,
+        text="",
+        versions=None if (versions == last).all() else versions,
+    )

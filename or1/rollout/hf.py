@@ -1,4 +1,4 @@
-"""The embedded engine: transformers' generate on the very weights that are trained."""
+"""The embedded engine: transformers' generate on the weights that are being trained."""
 
 # B responses generated together, L response tokens, V vocab
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 
-# Probability 1 in the whole numbers that are sampled from; a token below 1e-16 has none of it.
+# Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
 _WHOLE = 2.0**52
 
 
 class HfEngine:
-    """Batched generation with the log-probability of every sampled token; needs no weight transfer."""
+    """Batched generation with transformers, which needs no transfer of weights."""
+
+    shares_weights = True
+    continuous_batching = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -34,22 +38,22 @@ class HfEngine:
         self.eos_ids = eos_token_ids(model, tokenizer)
 
     def update_weights(self, version: int) -> None:
-        """Stamp responses with `version` from now on; the weights are the trainer's own."""
+        """Set the version of later responses; the weights are the trainer's own."""
         self.version = version
 
     def release(self) -> None:
-        """See `Engine.release`; there is nothing to free."""
+        """Do nothing: the engine has no memory of its own."""
 
     def close(self) -> None:
-        """See `Engine.close`; there is nothing to end."""
+        """Do nothing: the engine has no processes."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
-        """Yield responses batch by batch; see `Engine.generate`."""
-        jobs = list(jobs_of(prompts, sampling, begun))
+        """Yield responses batch by batch, as `Engine.generate`. Collective if the model is sharded."""
+        jobs = list(jobs_of(prompts, sampling, slots))
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
-        # A rank without jobs gathers the weights all the same: the others wait for it.
+        # A rank without jobs takes part too: gathering the weights is collective.
         with gathered(self.model):
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
@@ -75,19 +79,21 @@ class HfEngine:
             attention_mask[row, width - len(ids) :] = 1
         sampler = RowSampler(sampling, [job.seed for job in jobs])
         with eval_mode(self.model), _plain_defaults(self.model):
-            sequences = self.model.generate(
+            # transformers' types do not declare that a causal language model has `generate`.
+            generate: Any = self.model.generate
+            sequences = generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=self._config(max(job.max_new for job in jobs), left_s),
                 logits_processor=[sampler],
-                # By itself it takes turns with the other ranks at every token, which may have no batch at all.
+                # Not the default, which synchronizes ranks at every token: other ranks may have no batch.
                 synced_gpus=False,
             )
         tokens_BL = sequences[:, width:]
         return self._cut(jobs, tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
 
     def _config(self, max_new: int, left_s: float) -> GenerationConfig:
-        # Greedy here: RowSampler has sampled already and leaves one possible token.
+        # Greedy: RowSampler has already sampled and leaves one possible token.
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new,
@@ -97,7 +103,7 @@ class HfEngine:
         )
 
     def _cut(self, jobs: list[Job], tokens_BL: np.ndarray, logp_BL: np.ndarray) -> list[Response]:
-        """End each row after its first end-of-sequence token, or at its job's own limit."""
+        """Return one response per row, cut after the first end-of-sequence token or at the job's limit."""
         is_eos_BL = np.isin(tokens_BL, self.eos_ids)
         end_B = np.where(is_eos_BL.any(axis=1), is_eos_BL.argmax(axis=1) + 1, np.iinfo(np.int64).max)
         responses = []
@@ -110,13 +116,13 @@ class HfEngine:
 
 
 class RowSampler(LogitsProcessor):
-    """Samples the next token of every row from random numbers of the row's own, and keeps its log-probability.
+    """A logits processor that samples the next token of every row with the row's own random numbers.
 
-    sampling  temperature above 0: sampled by inverting the distribution function; 0: the likeliest token, log-prob at
-              1. Below 1 of top_p and above 0 of top_k, log-probs stay those among all tokens
-    seeds     one a row, so that what a row becomes does not depend on which rows share its batch
+    sampling  temperature above 0: inverse transform sampling; 0: the likeliest token, with its log-prob at
+              temperature 1. top_p and top_k restrict the tokens, but log-probs stay those over the whole vocabulary
+    seeds     one per row, so a response does not depend on the other rows of its batch
 
-    It leaves a single possible token to `generate`. O(B V) memory.
+    All tokens but the sampled one get -inf, so `generate` picks that token. Uses O(B V) memory.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]):
@@ -125,7 +131,10 @@ class RowSampler(LogitsProcessor):
         self._logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """One generation step."""
+        """Sample one token per row, and store its log-probability.
+
+        scores and the result are float[B, V]; the result is 0 for the sampled token and -inf for all others.
+        """
         wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
         logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
         token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)
@@ -133,30 +142,30 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
     def logp_BL(self) -> Tensor:
-        """float[B, L]: the log-probability of each generated token; past the end of a sequence it means nothing."""
+        """Return log-probabilities of the generated tokens, float[B, L], nats; undefined past the end of a sequence."""
         return torch.stack(self._logp, dim=1)
 
     def _draw(self, logp_BV: Tensor) -> Tensor:
-        # In whole numbers: their cumulated sums have the same bits in any order, and on a GPU those of floats have not.
+        # Integers: their cumulative sum is the same in any order, while that of floats on a GPU is not deterministic.
         mass_BV = (logp_BV.double().exp() * _WHOLE).round().long()
         if self.top_p < 1 or self.top_k:
             sorted_BV, order_BV = mass_BV.sort(dim=-1, descending=True, stable=True)
             if self.top_k:
                 sorted_BV[:, self.top_k :] = 0
-            # A token stays if those before it hold less than top_p of what is left; the likeliest one always does.
+            # Keep a token if likelier tokens have less than top_p of the remaining mass; the likeliest is always kept.
             before_BV = sorted_BV.cumsum(-1) - sorted_BV
             beyond_BV = (before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)) | (sorted_BV == 0)
             mass_BV = mass_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0)
         cdf_BV = mass_BV.cumsum(-1)
         uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
-        # The first token whose cumulated mass is above u of the whole; a token without mass never is.
+        # The first token whose cumulative mass exceeds u times the total; never a token without mass.
         threshold_B1 = (uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]).long()
         return (cdf_BV <= threshold_B1).sum(-1, keepdim=True)
 
 
 @contextmanager
 def _plain_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the checkpoint's generation_config.json: its top_p or repetition_penalty would bias every sample."""
+    """Ignore the checkpoint's generation_config.json, whose top_p or repetition_penalty would bias every sample."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

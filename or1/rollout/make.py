@@ -1,12 +1,22 @@
-"""Generation engines: what samples responses, and with which weights."""
+"""Construction of the engine that `[rollout]` selects."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.core.errors import EngineError
+from or1.model.load import eos_token_ids
+from or1.rollout.hf import HfEngine
+from or1.rollout.vllm.process import server_arguments, server_environment, shared_folder
+from or1.rollout.vllm.setup import VllmSetup, installed_vllm, is_tested, require_vllm
+from or1.rollout.vllm.worker import TOKEN_VARIABLE
+
+if TYPE_CHECKING:
     from or1.config import Config
     from or1.dist.world import World
     from or1.rollout.engine import Engine
@@ -15,17 +25,13 @@ if TYPE_CHECKING:
 def make_engine(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World | None = None
 ) -> Engine:
-    """The engine of `[rollout]`, started, with the weights of `config.model.path`; `update_weights` brings others.
+    """Start the engine of `[rollout]` with the weights of `config.model.path`.
 
-    In a `world` of several ranks it is collective, and so is `update_weights`.
+    "auto" is vLLM if a tested version is installed and the model is on a GPU, else transformers. In a `world` of
+    several ranks this call is collective, and so is the engine's `update_weights`.
 
-    "auto" is vLLM where it is installed in a tested version and the model is on a GPU, else transformers.
-    Raises EngineError if vLLM is asked for and missing, outside the tested range, or does not start.
+    Raises EngineError if vLLM is selected and is missing, outside the tested range, or does not start.
     """
-    from or1.model.load import eos_token_ids
-    from or1.rollout.hf import HfEngine
-    from or1.rollout.vllm.setup import VllmSetup, installed_vllm, is_tested, require_vllm
-
     choice = config.rollout.engine
     if choice == "auto":
         choice = "vllm" if model.device.type == "cuda" and is_tested(installed_vllm()) else "hf"
@@ -34,6 +40,7 @@ def make_engine(
     require_vllm(config.rollout.vllm.allow_untested)
     positions = getattr(model.config, "max_position_embeddings", None)
     setup = VllmSetup.of(config, model.device.type == "cuda", positions, eos_token_ids(model, tokenizer))
+    # The engines of vLLM are imported here because they need the optional libraries vllm and httpx.
     if config.rollout.vllm.placement == "server":
         if world is not None and world.size > 1:
             from or1.rollout.vllm.shared import FollowingEngine, LeadingEngine
@@ -50,28 +57,16 @@ def make_engine(
 
 
 def serve(config: Config, host: str, port: int) -> None:
-    """Become the vLLM server of a config: it replaces this process and runs until it is killed.
+    """Replace this process by the vLLM server of a config, which runs until it is killed.
 
-    Raises EngineError if vLLM is missing or untested, or OR1_SERVER_TOKEN is not set.
+    Raises EngineError if vLLM is missing or untested, or if OR1_SERVER_TOKEN is not set.
     """
-    import os
-    import sys
-
-    from or1.core.errors import EngineError
-    from or1.rollout.vllm.setup import VllmSetup, require_vllm
-    from or1.rollout.vllm.worker import TOKEN_VARIABLE
-
     require_vllm(config.rollout.vllm.allow_untested)
     if not os.environ.get(TOKEN_VARIABLE):
         raise EngineError(
             f"{TOKEN_VARIABLE} is not set; set it to a secret of your choice, the same for `or1 train`: "
             "whoever has it can replace the weights"
         )
-    import torch
-    from transformers import AutoConfig
-
-    from or1.rollout.vllm.process import server_arguments, server_environment, shared_folder
-
     positions = getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", None)
     setup = VllmSetup.of(config, torch.cuda.is_available() and config.model.device != "cpu", positions)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(setup, host, port)]

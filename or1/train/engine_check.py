@@ -15,7 +15,6 @@ from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
 from or1.rollout.engine import Engine, Sampling
-from or1.rollout.hf import HfEngine
 from or1.run.state import TrainState
 from or1.train.metrics import UpdateStats
 from or1.train.rank_rows import Policy
@@ -78,7 +77,7 @@ def push_weights(
     engine.update_weights(version)
     state.policy_version = version
     every = config.rollout.verify_every
-    if isinstance(engine, HfEngine) or not every or version % every:
+    if engine.shares_weights or not every or version % every:
         return {}
     return compare_engine(engine, model, prompts, config).require().metrics()
 
@@ -112,7 +111,7 @@ def require_rounding(stats: UpdateStats, engine: Engine, config: Config, step: i
     `stats` are those of the first update after a rollout with the present weights: from the second on they differ. With
     loss.is_cap a mismatch is expected and weighed, so nothing is checked.
     """
-    if not isinstance(engine, HfEngine) or config.loss.is_cap is not None:
+    if not engine.shares_weights or config.loss.is_cap is not None:
         return
     mine = torch.as_tensor(stats.sums.get("mismatch/kl", 0.0), dtype=torch.float64, device="cpu")
     kl, tokens = world.sum(torch.stack([mine, torch.tensor(float(stats.tokens), dtype=torch.float64)])).tolist()

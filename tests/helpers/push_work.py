@@ -55,8 +55,13 @@ class Loopback:
         self.starts = 0
         # As in the server's own environment.
         os.environ[vllm_worker.WEIGHTS_VARIABLE] = str(weights)
+        self._start()
 
-    def start(self) -> None:
+    def restart(self) -> None:
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
         self.starts += 1
         self.worker = worker = Worker()
 
@@ -153,7 +158,7 @@ def broadcast_to_a_failing_server(path: Path, run_path: Path) -> dict[str, Any]:
     vllm_push.named_weights = watched
     with join(DistConfig(timeout_s=60), torch.device("cpu")) as world:
         engine = engine_of(world, path, "broadcast", run_path)
-        process, fresh, told = engine.process, [], []
+        process, fresh, told = getattr(engine, "process", None), [], []
         for version, fault in enumerate(["none", "refused", "none", "dead"], start=1):
             expected = disturb(engine)
             if world.is_main:
@@ -166,7 +171,7 @@ def broadcast_to_a_failing_server(path: Path, run_path: Path) -> dict[str, Any]:
                 told.append(f"{type(error).__name__}: {error}")
                 if fault == "refused":
                     # The other rank has gathered its weights and waits for the address.
-                    world.gather(json.dumps([engine.url, engine._token, True]).encode())
+                    world.gather(json.dumps(engine.address).encode())
             if fault == "none" and world.is_main:
                 fresh.append(same(process.worker.weights, expected))
         return {"most": most, "sent": len(alive), "weights": len(expected), "fresh": fresh, "told": told}

@@ -38,7 +38,8 @@ def layout_of(shared: bool, device: str = "cpu") -> Layout:
     keys = KEYS if shared else list(torch.arange(sum(Q_LENS)).split(Q_LENS))
     rows = torch.tensor([row for k in keys for row in k], device=device) if shared else None
     k_lens = [len(k) for k in keys]
-    return Layout(boundaries(Q_LENS).to(device), boundaries(k_lens).to(device), max(Q_LENS), max(k_lens), rows)
+    cu_q, cu_k = boundaries(Q_LENS).to(device), boundaries(k_lens).to(device)
+    return Layout(cu_q=cu_q, cu_k=cu_k, max_q=max(Q_LENS), max_k=max(k_lens), kv_rows_U=rows)
 
 
 def naive(q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, keys: list[list[int]], window: int | None) -> Tensor:

@@ -17,7 +17,7 @@ from or1.core.types import TrainSequence
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
 from or1.model.memory import _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
-from or1.model.rows import pack
+from or1.model.rows import pack_indexed
 
 
 def sequences_of(shapes: list[tuple[int, int]], seed: int = 0) -> list[TrainSequence]:
@@ -37,7 +37,7 @@ def load(adder: Path, **options: object) -> PreTrainedModel:
 
 
 def states_and_gradients(model: PreTrainedModel) -> list[Tensor]:
-    (batch,) = pack(SEQUENCES, 4096)
+    ((_, batch),) = pack_indexed(SEQUENCES, 4096)
     states_TH = hidden_states(model, batch)
     torch.manual_seed(1)
     (states_TH * torch.randn_like(states_TH)).sum().backward()
@@ -76,7 +76,7 @@ def test_checkpointing_keeps_one_input_a_layer(adder: Path) -> None:
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        (batch,) = pack(SEQUENCES, 4096)
+        ((_, batch),) = pack_indexed(SEQUENCES, 4096)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             states = hidden_states(model, batch)
         del states
@@ -131,7 +131,7 @@ def test_on_a_gpu_offload_is_exact_and_liger_is_close(adder: Path) -> None:
 
     def run(**options: object) -> list[Tensor]:
         model = load_model(ModelConfig(path=str(adder), dtype="float32", device="cuda", **options)).train()
-        (batch,) = pack(SEQUENCES, 4096, "cuda")
+        ((_, batch),) = pack_indexed(SEQUENCES, 4096, "cuda")
         states_TH = hidden_states(model, batch)
         states_TH.square().sum().backward()
         return [states_TH.detach(), *(p.grad for p in model.parameters())]

@@ -11,12 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from or1.core.types import TrainSequence
-from or1.model.row_plan import SequenceCost, imbalance, plan_ranks, plan_rows, slots_used
+from or1.model.row_plan import Row, SequenceCost, plan_ranks, plan_rows
 from or1.model.rows import pack_rows
 
 # Qwen2.5-7B: attention over 32K tokens costs about half of what the matrices do.
 COST = SequenceCost(linear=1.0, quadratic=1 / 70_000)
 MAX_TOKENS = 34_816
+
+
+def slots_used(rows: list[Row], lengths: list[int], max_tokens: int) -> float:
+    """Share of the token slots of these rows that hold a token, 0 to 1."""
+    return sum(lengths[i] for row in rows for i in row) / (len(rows) * max_tokens)
+
+
+def imbalance(plan: list[list[Row]], lengths: list[int], cost: SequenceCost) -> float:
+    """Cost of the most expensive rank over the mean of the ranks; 1 is perfect."""
+    totals = [sum(cost.of([lengths[i] for i in row]) for row in rows) for rows in plan]
+    return max(totals) * len(totals) / sum(totals)
 
 
 def long_tailed(count: int, seed: int = 0, median: float = 6000, limit: int = 32_768) -> list[int]:

@@ -16,7 +16,7 @@ from or1.core.types import TrainSequence
 from or1.model.attention import packed_forward
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
-from or1.model.rows import pack, pack_indexed
+from or1.model.rows import pack_indexed
 from or1_kernels import _native
 
 
@@ -65,7 +65,7 @@ def test_old_logp_is_for_all_sequences_or_none() -> None:
     first, second = sequence(rng, 2, 3), sequence(rng, 2, 2)
     mixed = [TrainSequence(first.prompt_ids, first.response_ids, first.rollout_logp, 1.0, first.rollout_logp), second]
     with pytest.raises(ValueError, match="1 of 2 sequences have old_logp"):
-        pack(mixed, 16)
+        list(pack_indexed(mixed, 16))
 
 
 TINY = {

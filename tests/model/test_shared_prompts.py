@@ -16,7 +16,7 @@ from or1.core.types import TrainSequence
 from or1.dist.oom_retry import RowBudget
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
-from or1.model.rows import pack, pack_indexed
+from or1.model.rows import pack_indexed
 from or1.model.shared_prompts import make_units, saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
@@ -84,7 +84,7 @@ def test_every_sequence_is_in_one_unit_of_its_own_prompt(shapes: list, spare: in
 def test_auto_shares_where_it_saves_tokens() -> None:
     for shapes, shared in (([(12, [5, 1, 9, 3])], True), ([(2, [400, 300])], False), ([(12, [5]), (3, [7])], False)):
         sequences = group_sequences(shapes)
-        (batch,) = pack(sequences, 4096, sharing="auto")
+        ((_, batch),) = pack_indexed(sequences, 4096, sharing="auto")
         assert (batch.kv_rows_U is not None) is shared
     prompts, lengths = [s.prompt_ids for s in group_sequences([(10, [11, 11])])], [11, 11]
     assert saved_fraction(prompts, lengths) == pytest.approx(10 / 40)

@@ -14,7 +14,7 @@ from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model.load import load_model
-from or1.model.rows import Microbatch, pack
+from or1.model.rows import Microbatch, pack_indexed
 from or1.plan.activations import activations, layer_saved
 from or1.plan.choices import Choices, choices_of
 from or1.plan.devices import Device, find_device
@@ -71,7 +71,7 @@ def row(*lengths: int, prompt: int = 5) -> Microbatch:
         ids = rng.integers(0, TINY["vocab_size"], tokens + 1).astype(np.int32)
         return TrainSequence(ids[:prompt], ids[prompt:], np.zeros(tokens + 1 - prompt, np.float32), 1.0)
 
-    (batch,) = pack([sequence(n) for n in lengths], sum(lengths))
+    ((_, batch),) = pack_indexed([sequence(n) for n in lengths], sum(lengths))
     return batch
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from or1.rollout.vllm import worker as vllm_worker
+from or1.rollout.vllm.client import http_client
 from or1.rollout.vllm.process import may_take_proxy, server_environment, shared_folder
 from or1.rollout.vllm.push import FilePush
-from or1.rollout.vllm.server import http_client
 from or1.rollout.vllm.setup import VllmSetup
 from or1.rollout.vllm.streams import Failed, Streams
 from or1.rollout.vllm.worker import RequireToken, WeightReceiver

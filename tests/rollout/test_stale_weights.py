@@ -62,6 +62,8 @@ def drifts(tmp_path: Path) -> list[float]:
 class Copied:
     """transformers' generate on a copy of the weights, which pushes reach while `pushes` lasts."""
 
+    shares_weights, continuous_batching = False, False
+
     def __init__(self, engine: HfEngine, pushes: int):
         self.trained, self.pushes = engine.model, pushes
         self.engine = HfEngine(copy.deepcopy(engine.model), engine.tokenizer, engine.batch_size)

@@ -169,7 +169,7 @@ def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: p
     with pytest.raises(ConnectionError):
         side.engine.update_weights(before + 1)
     assert side.engine.version == before
-    with pytest.raises(EngineError, match="no whole set of weights"):
+    with pytest.raises(EngineError, match="no complete set of weights"):
         side.generate(prompts)
     monkeypatch.undo()
     side.engine.update_weights(before + 1)

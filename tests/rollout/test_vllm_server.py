@@ -126,7 +126,7 @@ def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: p
         side.engine.update_weights(before + 1)
     assert side.engine.version == before
     prompts = prompts_of(2)
-    with pytest.raises(EngineError, match="no whole set of weights"):
+    with pytest.raises(EngineError, match="no complete set of weights"):
         side.generate(prompts)
     monkeypatch.undo()
     assert next_version(side) == before + 1
@@ -206,7 +206,7 @@ def test_the_server_ends_with_its_trainer(side: Side, tmp_path: Path) -> None:
         "import os, sys, time; from pathlib import Path; from or1.rollout.vllm.process import ServerProcess;"
         "from or1.rollout.vllm.setup import VllmSetup;"
         "setup = VllmSetup('.', 'float32', 8, 1, False, 1, 0.5, False, True, ());"
-        "process = ServerProcess(setup, None, Path(sys.argv[1])); process.start(); print(process.pid, flush=True);"
+        "process = ServerProcess(setup, None, Path(sys.argv[1])); print(process.pid, flush=True);"
         "time.sleep(60)"
     )
     command = [sys.executable, "-c", trainer, str(tmp_path / "log")]
@@ -229,6 +229,5 @@ def _runs(pid: int) -> bool:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     setup = VllmSetup(str(tmp_path / "nothing"), "float32", 8, 1, False, 1, 0.5, False, True, ())
     process = ServerProcess(setup, None, tmp_path / "log")
-    process.start()
     with pytest.raises(EngineError, match=r"ended before it was ready; the end of .*log"):
         process.await_ready()

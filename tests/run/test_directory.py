@@ -311,7 +311,7 @@ def test_a_missing_hub_model_is_one_try_and_one_line(
     overrides = ["--set", "model.path=nobody/no-such-model", "--set", f"run_dir={tmp_path / 'run'}"]
     assert main(["train", str(ROOT / "examples/quickstart.toml"), "--dry-run", *overrides]) == 70
     said = capsys.readouterr().err
-    assert len(tries) == 1 and "so a hub id, but huggingface.co cannot be asked (ConnectionError: no route)" in said
+    assert len(tries) == 1 and "so a hub id, but huggingface.co cannot be reached (ConnectionError: no route)" in said
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelSourceError, match="HF_HUB_OFFLINE is set"):
         require_source("nobody/no-such-model")

@@ -1,1 +1,1 @@
-"""vLLM as the engine: in this process, in one of its own, or on a server; pushes of weights to it."""
+"""vLLM as an engine: inside the trainer's process, or as a server."""

@@ -1,13 +1,13 @@
-"""vLLM inside the trainer's process: one engine per rank, or one per group of ranks that share a copy of the model."""
+"""vLLM inside the trainer's process: one engine per rank, or one per group of ranks that share a model."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,106 +17,113 @@ from or1.core import faults
 from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
-from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
-from or1.rollout.vllm.ranks import Ranks
+from or1.rollout.engine import Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LocalEngine:
-    """vLLM as an `Engine`, with its own copy of the weights beside the trainer's.
+_Done = tuple[RankJob, list[int], list[float], str]
+"""A request, its tokens and log-probs, and its finish reason."""
 
-    On a GPU it sleeps while the trainer trains (level 2: weights and cache are dropped) and wakes in two stages: room
-    for the weights, the push, then room for the cache; so never old weights, new weights and the cache at once.
+
+class LocalEngine:
+    """vLLM as an `Engine`, with its own copy of the weights.
+
+    On a GPU, vLLM sleeps while the trainer trains (level 2: weights and cache are freed). It wakes in two stages:
+    allocate the weights, push, allocate the cache. So old weights, new weights and cache never exist together.
     """
+
+    shares_weights = False
+    continuous_batching = True
 
     def __init__(self, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.version = 0
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self._ranks = Ranks.of(setup.tensor_parallel)
         self._call = itertools.count()
-        self._whole, self._asleep = True, False
+        # _complete is False from the start of a push until its end: vLLM may have part of the new weights.
+        self._complete, self._asleep = True, False
         self._llm: Any = _start(setup, self._ranks)
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[Slot, Response | None] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
-        """See `Engine.generate`."""
-        if not self._whole or self._asleep:
+        """Yield responses, as `Engine.generate`. Collective in a group of ranks that share a model."""
+        if not self._complete or self._asleep:
             raise EngineError(
-                f"vLLM holds no whole set of weights (the push after version {self.version} failed or is "
-                "still to come); call update_weights first"
+                f"vLLM has no complete set of weights (the push after version {self.version} failed or has not "
+                "happened yet); call update_weights first"
             )
-        jobs = self._ranks.share(list(jobs_of(prompts, sampling, begun)))
+        jobs = self._ranks.share(list(jobs_of(prompts, sampling, slots)))
         requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}")
         requests.add(jobs)
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         try:
             while requests.open:
                 yield from self._finished(requests.step())
-                # Ranks that share a model must step alike, so one of them decides for all.
+                # Ranks that share a model must abort at the same step, so the first rank's clock decides.
                 if deadline is not None and self._ranks.agree(time.monotonic() > deadline):
                     yield from self._finished(requests.abort())
         finally:
             requests.abort()
 
-    def _finished(self, done: list[tuple[Job, list[int], list[float], str]]) -> Iterator[Finished]:
-        for job, tokens, logp, finish in done:
-            if not self._ranks.owns(job):
+    def _finished(self, done: list[_Done]) -> Iterator[Finished]:
+        for (job, own), tokens, logp, finish in done:
+            if not own:
                 continue
             added = (np.array(tokens, np.int32), np.array(logp, np.float32))
-            response = continued(job, *added, finish, self.version)
-            text = self._tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
-            yield Finished(*job.slot, replace(response, text=text))
+            yield decoded(job, continued(job, *added, finish, self.version), self._tokenizer)
 
     def update_weights(self, version: int) -> None:
-        """See `Engine.update_weights`. An exception on the way leaves the engine unusable until the next push."""
-        self._whole = False
+        """Copy the weights, as `Engine.update_weights`. Collective if the model is sharded or shared."""
+        self._complete = False
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        # vLLM may keep a tensor until its layer is complete, and the trainer updates its own in place.
+        # Cloned: vLLM may keep a tensor until its layer is complete, and the trainer updates its tensors in place.
         copies = ((name, tensor.clone()) for name, tensor in named_weights(self._model))
         if faults.hit("push.weights") != "skip":
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        # What the cache holds was computed with the old weights.
+        # The prefix cache was computed with the old weights.
         if faults.hit("push.cache") != "skip" and not self._llm.reset_prefix_cache():
             raise EngineError(
-                "vLLM did not drop its prefix cache, so that old weights would speak on; requests of an "
-                "earlier generate() are still open: exhaust or close it before update_weights"
+                "vLLM did not drop its prefix cache, so results of old weights would be used; requests of an "
+                "earlier generate() are still open: exhaust or close its iterator before update_weights"
             )
-        self.version, self._whole = version, True
+        self.version, self._complete = version, True
 
     def release(self) -> None:
-        """Sleep until the next push, if this engine was made to."""
+        """Sleep until the next push, if `VllmSetup.sleeps`."""
         if self._setup.sleeps and not self._asleep:
             self._llm.sleep(level=2)
             self._asleep = True
 
     def close(self) -> None:
-        """Shut vLLM down and free its memory."""
+        """Shut vLLM down and free its memory. Idempotent."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
 
 class _Requests:
-    """The requests of one call to vLLM's engine, and what each has so far."""
+    """Requests of one call of `generate`, and the tokens and log-probs of each so far."""
 
     def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
-        self.open: dict[str, tuple[Job, list[int], list[float]]] = {}
+        self.open: dict[str, tuple[RankJob, list[int], list[float]]] = {}
 
-    def add(self, jobs: Sequence[Job]) -> None:
-        """Queue them all; vLLM schedules as many together as it may."""
+    def add(self, jobs: Sequence[RankJob]) -> None:
+        """Submit all jobs; vLLM schedules them."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        for number, job in enumerate(jobs):
+        for number, rank_job in enumerate(jobs):
+            job = rank_job.job
             name = f"{self._prefix}-{number}"
             parameters = SamplingParams(
                 detokenize=False,
@@ -125,12 +132,12 @@ class _Requests:
                 **self._setup.sampling_options(job, self._sampling),
             )
             self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
-            self.open[name] = job, [], []
+            self.open[name] = rank_job, [], []
 
-    def step(self) -> list[tuple[Job, list[int], list[float], str]]:
-        """One iteration of the engine; returns what finished in it."""
-        done = []
-        # Even where every request has a seed, vLLM's sampler draws from the generator that is the trainer's too.
+    def step(self) -> list[_Done]:
+        """Run one iteration of vLLM; return the requests that finished in this iteration."""
+        done: list[_Done] = []
+        # Even if every request has a seed, vLLM's sampler draws from torch's default generator, which the trainer uses.
         with torch.random.fork_rng(devices=[]):
             outputs = self._engine.step()
         for output in outputs:
@@ -143,11 +150,11 @@ class _Requests:
                 done.append((job, tokens, logp, part.finish_reason))
         return done
 
-    def abort(self) -> list[tuple[Job, list[int], list[float], str]]:
-        """End the open requests; returns what they have."""
+    def abort(self) -> list[_Done]:
+        """Abort the open requests; return them with the tokens generated so far."""
         if self.open:
             self._engine.abort_request(list(self.open))
-        done = [(job, tokens, logp, "deadline") for job, tokens, logp in self.open.values()]
+        done: list[_Done] = [(job, tokens, logp, "deadline") for job, tokens, logp in self.open.values()]
         self.open.clear()
         return done
 
@@ -156,7 +163,7 @@ def _start(setup: VllmSetup, ranks: Ranks) -> Any:
     os.environ.update(vllm_environment(setup.on_gpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     options = setup.engine_options() | {"enable_sleep_mode": setup.sleeps, "disable_log_stats": True}
     options |= ranks.engine_options()
-    # Reading the checkpoint shows a progress bar of its own.
+    # No progress bar while vLLM reads the checkpoint.
     options |= {"use_tqdm_on_load": False}
     from vllm import LLM
 
@@ -166,19 +173,17 @@ def _start(setup: VllmSetup, ranks: Ranks) -> Any:
             return LLM(**options)
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
-            f"vLLM does not start ({type(error).__name__}: {error}); its own message stands above. "
+            f"vLLM does not start ({type(error).__name__}: {error}); see vLLM's own messages above. "
             'Lower rollout.vllm.gpu_memory if memory is short, or set rollout.engine = "hf"'
         ) from error
     finally:
-        # vLLM's CPU worker replaces it by a function that does nothing, for everybody.
+        # vLLM's CPU worker replaces this function of torch by a no-op for the whole process.
         torch.set_num_threads = set_threads
 
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """In one process with the trainer, vLLM seeds the trainer's generators too."""
-    import random
-
+    """Restore the process's random number generators on exit; vLLM seeds them, and the trainer uses them."""
     python, state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield

@@ -1,4 +1,4 @@
-"""A folder in memory that a process which is killed does not leave there for good."""
+"""A temporary folder in memory that does not leak when its process is killed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path
 
 
 class MemoryFolder:
-    """A folder of this process alone, in memory where the system has that as a folder; removed on `close` or at exit.
+    """A private folder in /dev/shm, or in the temporary folder without it; removed on `close` or at exit.
 
-    Its process holds a lock on it, which the kernel drops however the process ends. So the next one made with the same
-    prefix removes those of dead processes, and never one in use, not even by a container with process ids of its own.
+    The process holds a lock on the folder, which the kernel releases when the process ends. The constructor removes
+    unlocked folders with the same prefix: those of killed processes. It never removes a folder in use, even by a
+    container with other process ids.
     """
 
     def __init__(self, prefix: str):
         parent = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
         _remove_orphans(parent, prefix)
-        # Under a name that nobody looks for until it is locked.
+        # Under a hidden name until it is locked, so that no other process takes it for an orphan.
         made = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
         lock = os.open(made, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -28,7 +29,7 @@ class MemoryFolder:
         self._remove = weakref.finalize(self, _remove, self.path, lock)
 
     def close(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the folder and its contents. Idempotent."""
         self._remove()
 
 
@@ -42,7 +43,7 @@ def _remove_orphans(parent: Path, prefix: str) -> None:
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
-            continue  # Another user's, or gone meanwhile.
+            continue  # Owned by another user, or already removed.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

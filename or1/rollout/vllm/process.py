@@ -1,6 +1,6 @@
-"""A vLLM server as a process that or1 starts, watches and ends: `python -m or1.rollout.vllm.process VLLM_ARGUMENTS`.
+"""A vLLM server as a child process of or1: `python -m or1.rollout.vllm.process VLLM_ARGUMENTS`.
 
-The server ends with the trainer, however that ends: it reads its standard input, which closes when the trainer dies.
+The server ends when the trainer ends, even by SIGKILL: it reads its standard input, which closes with the trainer.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 from or1.rollout.vllm.worker import TOKEN_VARIABLE, WEIGHTS_VARIABLE
 
 START_LIMIT_S = 900.0
-"""A server that does not answer by then is given up; loading 32B weights from a cold disk takes minutes."""
+"""Longest start of a server; loading 32B weights from a cold disk takes minutes."""
 MODEL_NAME = "policy"
+"""Name of the model in requests."""
 
 
 def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
-    """Command line of vLLM's OpenAI server, as a module, that `ServerEngine` can talk to."""
+    """Return command-line arguments of vLLM's OpenAI server for a server that `ServerEngine` can use."""
     options = setup.engine_options() | {
         "host": host,
         "port": port,
@@ -48,18 +49,18 @@ def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
 
 
 def shared_folder(run_path: Path) -> Path:
-    """Return where a run's weights are for a server on another machine, with transport = "file"."""
+    """Return the folder of a run's pushed weights for a server on another machine, with transport = "file"."""
     return run_path / "pushed"
 
 
 def server_environment(setup: VllmSetup, token: str, weights: Path | None = None) -> dict[str, str]:
-    """The trainer's environment without torchrun's part, with what the server needs.
+    """Return the server's environment: the trainer's, without torchrun's variables, with those of the server.
 
-    weights  the folder below which it may read files of weights; None: it reads none
+    weights  folder below which the server may read weights; None: it may read none
     """
     inherited = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    # The development mode is what opens /collective_rpc and /reset_prefix_cache, both behind the token.
+    # The development mode enables /collective_rpc and /reset_prefix_cache; `RequireToken` protects both.
     own = {"VLLM_SERVER_DEV_MODE": "1", TOKEN_VARIABLE: token, "PYTHONPATH": path}
     own[WEIGHTS_VARIABLE] = "" if weights is None else str(weights.absolute())
     return inherited | vllm_environment(setup.on_gpu) | own
@@ -69,26 +70,33 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 
 class ServerProcess:
-    """A server on loopback. `start` may be called again after it died."""
+    """A server on loopback. The constructor starts the server and returns at once; `await_ready` waits for it.
+
+    devices  CUDA_VISIBLE_DEVICES of the server; None: the trainer's
+    log      file to which the server's output is appended
+    weights  folder below which the server may read weights; None: it may read none
+    """
 
     def __init__(self, setup: VllmSetup, devices: str | None, log: Path, weights: Path | None = None):
         self.token = secrets.token_hex(16)
-        self.url = ""
         self._setup, self._devices, self._log, self._weights = setup, devices, log, weights
-        self._process: subprocess.Popen | None = None
+        self.url, self._process = self._start()
 
-    def start(self) -> None:
-        """Start it and return at once; `await_ready` waits."""
+    def restart(self) -> None:
+        """Kill the server if it still runs, and start it again, on another port."""
+        self.close()
+        self.url, self._process = self._start()
+
+    def _start(self) -> tuple[str, subprocess.Popen[bytes]]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         environment = server_environment(self._setup, self.token, self._weights)
         if self._devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices
         arguments = server_arguments(self._setup, "127.0.0.1", port)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "or1.rollout.vllm.process", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -96,18 +104,22 @@ class ServerProcess:
                 env=environment,
                 start_new_session=True,
             )
+        return f"http://127.0.0.1:{port}", process
 
     @property
     def pid(self) -> int:
-        """Process id, which is also that of its group."""
+        """Process id, which is also the id of the process group."""
         return self._process.pid
 
     def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process is not None and self._process.poll() is None
+        """Return True while the process runs."""
+        return self._process.poll() is None
 
     def await_ready(self) -> None:
-        """Wait until it answers. Raises EngineError, with the end of its log, if it ends before or takes too long."""
+        """Wait until the server answers.
+
+        Raises EngineError, with the end of the log, if the server exits or takes more than START_LIMIT_S.
+        """
         import httpx
 
         deadline = time.monotonic() + START_LIMIT_S
@@ -123,22 +135,21 @@ class ServerProcess:
         raise EngineError(f"the vLLM server {fate}; the end of {self._log}:\n{tail}")
 
     def close(self) -> None:
-        """Kill the server and what it started."""
-        if self._process is None:
-            return
+        """Kill the server and its child processes. Idempotent."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._process.stdin.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def may_take_proxy(url: str) -> bool:
-    """Return whether HTTP_PROXY and its like count: a proxy sees the token, and cannot reach loopback."""
+    """Return True if HTTP_PROXY and related variables apply: never for loopback, which a proxy cannot reach."""
     return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
 
 
 def bearer(token: str) -> dict[str, str]:
-    """The header that `RequireToken` asks for."""
+    """Return the HTTP header that `RequireToken` checks."""
     return {"Authorization": f"Bearer {token}"}
 
 
@@ -149,7 +160,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Run vLLM's server, and end it when standard input closes."""
+    """Run vLLM's server until standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 

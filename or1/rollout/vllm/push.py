@@ -1,4 +1,4 @@
-"""How a trainer's weights reach a vLLM server: through a file, or by broadcast into its workers."""
+"""Transport of weights from the trainer to a vLLM server: by file, or by broadcast to the server's workers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from or1.core.errors import EngineError
 from or1.core.files import replacing
 from or1.dist.world import open_store
 from or1.model.export import named_weights, weight_forms
@@ -21,41 +22,48 @@ from or1.rollout.vllm.memory_folder import MemoryFolder
 from or1.rollout.vllm.worker import GROUP_TIMEOUT_S, address_towards, broadcast, make_group
 
 Rpc = Callable[..., list[dict[str, Any]]]
-"""rpc(method, **kwargs): run a method of every worker of the server; its replies."""
+"""rpc(method, **kwargs): call a method of every worker of the server; returns the workers' replies."""
 
 
 class Push(Protocol):
-    """A way to bring weights to the workers."""
+    """A transport of weights to the workers of a server."""
 
-    folder: Path | None
-    """Where the files of weights are that a server must be allowed to read; None if there are none."""
+    @property
+    def folder(self) -> Path | None:
+        """Folder of files that the server must be allowed to read; None if the transport uses no files."""
+        ...
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
-        """Bring the present weights, in one call; returns the workers' replies."""
+        """Send the current weights; return the workers' replies. Collective if the model is sharded."""
         ...
 
     def repeat(self, rpc: Rpc, version: int) -> bool:
-        """Bring the last weights once more, to a server that was restarted; False if they are not kept."""
+        """Send the weights of the last `send` again, to a restarted server; return False if they are not kept."""
         ...
 
     def close(self) -> None:
-        """Remove what was made."""
+        """Delete files and close connections. Idempotent."""
         ...
 
 
 class FilePush:
-    """One safetensors file that the server reads; the last one stays for a restarted server."""
+    """A transport by one safetensors file, which is kept until the next push for a restarted server.
+
+    folder  where to write the file; None: a folder in memory
+    """
 
     def __init__(self, folder: Path | None = None):
-        # In memory: the file is read once and need not survive.
-        self._own = MemoryFolder("or1-pushed-") if folder is None else None
-        folder = self._own.path if self._own else folder
+        self._own: MemoryFolder | None = None
+        if folder is None:
+            # In memory: the file is read once and need not survive a crash.
+            self._own = MemoryFolder("or1-pushed-")
+            folder = self._own.path
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
         self.path = folder / "weights.safetensors"
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
-        """See `Push.send`."""
+        """Write the weights to the file, and let every worker read it, as `Push.send`."""
         # clone: safetensors refuses tensors that share memory, as tied embeddings do.
         tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
         with replacing(self.path, durable=False) as partial:
@@ -63,36 +71,44 @@ class FilePush:
         return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
 
     def repeat(self, rpc: Rpc, version: int) -> bool:
-        """See `Push.repeat`."""
+        """Let every worker read the file again, as `Push.repeat`."""
         if self.path.is_file():
             rpc("or1_load_file", path=str(self.path.resolve()), version=version)
         return self.path.is_file()
 
     def close(self) -> None:
-        """See `Push.close`."""
+        """Delete the folder if it is in memory."""
         if self._own:
             self._own.close()
 
 
 class BroadcastPush:
-    """Trainer and workers in one process group; nothing is written, and the server may be on another machine."""
+    """A transport by broadcast in a process group of trainer and workers, which may be on another machine.
+
+    url      http://host:port of the server
+    workers  number of the server's workers
+    backend  "nccl" or "gloo"
+    """
 
     folder = None
 
     def __init__(self, url: str, workers: int, backend: str):
-        self._host, self._workers, self._backend = urlsplit(url).hostname, workers, backend
+        host = urlsplit(url).hostname
+        if host is None:
+            raise EngineError(f"rollout.vllm.url = {url!r} names no host; write it as http://host:port")
+        self._host, self._workers, self._backend = host, workers, backend
         self._group: Any = None
         self._store: dist.TCPStore | None = None
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="or1-push")
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
-        """See `Push.send`. After a failure the group is made anew."""
+        """Broadcast the weights, as `Push.send`. After a failure, the next call makes a new process group."""
         group, self._group = self._group or self._join(rpc), None
         listed = [(name, str(dtype).removeprefix("torch."), list(shape)) for name, dtype, shape in weight_forms(model)]
         replies = self._caller.submit(rpc, "or1_receive", tensors=listed, version=version)
         broken: RuntimeError | None = None
         for _, tensor in named_weights(model):
-            # After a failure nobody receives any more, but the other ranks still gather every weight with this one.
+            # After a failure no worker receives, but this rank must still take part in gathering every weight.
             if broken is None and not replies.done():
                 try:
                     broadcast(group, self._movable(tensor))
@@ -105,11 +121,11 @@ class BroadcastPush:
         return done
 
     def repeat(self, rpc: Rpc, version: int) -> bool:
-        """See `Push.repeat`; a broadcast keeps nothing."""
+        """Return False: a broadcast keeps no weights."""
         return False
 
     def close(self) -> None:
-        """See `Push.close`."""
+        """Leave the process group and stop the thread."""
         self._group = self._store = None
         self._caller.shutdown(wait=False, cancel_futures=True)
 
@@ -117,7 +133,7 @@ class BroadcastPush:
         return (tensor if self._backend == "nccl" else tensor.cpu()).contiguous()
 
     def _join(self, rpc: Rpc) -> Any:
-        rpc("or1_version")  # Nobody would come to a group with a dead server.
+        rpc("or1_version")  # Fails at once if the server is dead; joining would wait for the timeout.
         address = address_towards(self._host)
         if self._store is None:
             self._store = open_store(address)

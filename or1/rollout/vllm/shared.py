@@ -1,17 +1,20 @@
-"""One vLLM server for all ranks: the main one starts it and pushes the weights, each sends it its own prompts.
+"""One vLLM server for all ranks: the main rank starts it and pushes the weights; each rank sends its own prompts.
 
-If it dies while they generate, the run ends: only some ranks may have noticed, and others may have what they need. A
-push, which all take part in, restarts it and tells all where it is now.
+If the server dies during generation, the run ends: some ranks may not have noticed, and others may have all of their
+responses. A push is collective, so a push may restart the server and send its new address to every rank.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from or1.config import VllmConfig
 from or1.dist.world import World
 from or1.model.export import named_weights
-from or1.rollout.vllm.server import ServerEngine, http_client
+from or1.rollout.vllm.client import Address, ServerClient
+from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
 
 if TYPE_CHECKING:
@@ -19,45 +22,55 @@ if TYPE_CHECKING:
 
 
 class LeadingEngine(ServerEngine):
-    """The main rank's. A server that or1 started listens on loopback, so its ranks must be on one machine; for more,
-    `or1 serve` elsewhere and `rollout.vllm.url`."""
+    """The main rank's engine.
 
-    _alone = False
+    A server that or1 started listens on loopback, so all ranks must be on one machine. For several machines, start the
+    server with `or1 serve` and set `rollout.vllm.url`.
+    """
 
-    def __init__(self, world: World, *arguments: Any):
+    def __init__(
+        self,
+        world: World,
+        setup: VllmSetup,
+        config: VllmConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        run_path: Path,
+    ):
         self._world = world
-        super().__init__(*arguments)
+        super().__init__(setup, config, model, tokenizer, run_path)
 
     def update_weights(self, version: int) -> None:
-        """See `Engine.update_weights`. Collective."""
+        """Push the weights, and send the server's address to the other ranks. Collective."""
         super().update_weights(version)
-        self._world.gather(json.dumps([self.url, self._token, self._own]).encode())
+        self._world.gather(json.dumps(self.address).encode())
+
+    def _recover(self) -> bool:
+        return False
 
     def _send_again(self, version: int) -> list[dict[str, Any]]:
-        # The others take part in gathering the weights once a push: only what the first attempt kept can be sent.
+        # The other ranks gather the weights once per push, so only the copy kept by the first attempt can be sent.
         return self._repeat(version)
 
 
-class FollowingEngine(ServerEngine):
-    """That of every other rank: it takes part in gathering the weights and leaves sending them to the main rank."""
-
-    _alone = False
+class FollowingEngine(ServerClient):
+    """The engine of every other rank: it helps to gather the weights, and the main rank sends them."""
 
     def __init__(
         self, world: World, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self._world, self._setup, self._model, self._tokenizer = world, setup, model, tokenizer
-        self.process = None
-        self.update_weights(0)
-        self._http = http_client(self.url, self._token)
+        self._world = world
+        super().__init__(setup, model, tokenizer, _gather_address(world, model))
+        self._complete = True
 
     def update_weights(self, version: int) -> None:
-        """See `Engine.update_weights`. Collective."""
-        for _ in named_weights(self._model):
-            pass
-        self._url, self._token, self._own = json.loads(self._world.gather(b"")[0])
-        self.version, self._whole = version, True
+        """Help to gather the weights, and receive the server's address from the main rank. Collective."""
+        self.address = _gather_address(self._world, self._model)
+        self.version, self._complete = version, True
 
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._http.close()
+
+def _gather_address(world: World, model: PreTrainedModel) -> Address:
+    """Take part in one push of the main rank; return the server's address. Collective."""
+    for _ in named_weights(model):
+        pass
+    return Address(*json.loads(world.gather(b"")[0]))

@@ -1,4 +1,4 @@
-"""Many streamed completions of a vLLM server at once, as one queue of parts."""
+"""Concurrent streamed completions of a vLLM server, as one queue of parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CONNECT_S = 30.0
 
 
 class Part(NamedTuple):
-    """Tokens that arrived for one slot, their log-probs, and why it ended if it did ("stop" or "length")."""
+    """New tokens of one slot.
+
+    logp    log-probabilities of the tokens, nats
+    finish  "stop" or "length" for the last part of a slot, else None
+    """
 
     slot: Slot
     token_ids: list[int]
@@ -28,16 +32,18 @@ class Part(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A request that got no whole answer. `lost`: the server is at fault, so a fresh one may do better."""
+    """A failed request. `lost` is True if the server is at fault, so that a restart may help."""
 
     cause: str
     lost: bool
 
 
 class Streams:
-    """POSTs every body to /v1/completions from a thread of its own; what comes back is in `events`.
+    """A thread that POSTs every body to /v1/completions and puts the replies into `events`.
 
-    bodies: (slots, body): slot i of it is choice i of the reply. Closing ends the requests, which aborts them in vLLM.
+    bodies  (slots, body) pairs; slots[i] is choice i of the reply to the body
+
+    `close` drops open requests, which aborts them in vLLM.
     """
 
     def __init__(self, url: str, token: str, bodies: Sequence[tuple[list[Slot], dict[str, Any]]]):
@@ -48,8 +54,8 @@ class Streams:
         self._thread.start()
 
     def close(self) -> None:
-        """End what is still open, and wait for the thread."""
-        with contextlib.suppress(RuntimeError):  # The loop has just closed by itself.
+        """Drop open requests, and wait for the thread."""
+        with contextlib.suppress(RuntimeError):  # Raised if the loop has just closed.
             self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join()
 
@@ -63,7 +69,7 @@ class Streams:
         except asyncio.CancelledError:
             pass
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            # Half an answer, or one of another form; without a word from here its reader would wait for ever.
+            # A truncated or malformed answer. Without this event the reader of `events` would wait until its timeout.
             self.events.put(Failed(f"an answer cannot be read ({type(error).__name__}: {error})", lost=True))
         finally:
             self._loop.close()
@@ -71,8 +77,9 @@ class Streams:
     async def _all(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=CONNECT_S)
-        options = {"limits": limits, "timeout": timeout, "trust_env": may_take_proxy(self._url)}
-        async with httpx.AsyncClient(headers=bearer(self._token), **options) as client:
+        async with httpx.AsyncClient(
+            headers=bearer(self._token), limits=limits, timeout=timeout, trust_env=may_take_proxy(self._url)
+        ) as client:
             await asyncio.gather(*(self._one(client, slots, body) for slots, body in self._bodies))
 
     async def _one(self, client: httpx.AsyncClient, slots: list[Slot], body: dict[str, Any]) -> None:

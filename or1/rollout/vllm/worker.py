@@ -1,8 +1,8 @@
-"""What or1 adds to a vLLM server: workers that take weights from the trainer, and a token without which nobody may ask.
+"""Extensions of a vLLM server: worker methods that receive weights, and a middleware that requires a token.
 
-The token opens what the trainer needs and no more: of the workers' methods those in `METHODS`, and files of one folder.
+A client with the token may call the worker methods in `METHODS` and load weights from one folder, and nothing else.
 
-vLLM loads both by their names (`--worker-extension-cls`, `--middleware`), in the server's processes.
+vLLM imports both classes by name (`--worker-extension-cls`, `--middleware`) in the server's processes.
 """
 
 from __future__ import annotations
@@ -14,36 +14,49 @@ import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 TOKEN_VARIABLE = "OR1_SERVER_TOKEN"
 WEIGHTS_VARIABLE = "OR1_WEIGHTS_FOLDER"
-"""The folder below which a server takes files of weights."""
+"""Environment variable with the folder below which a server may read weights."""
 METHODS = frozenset({"or1_version", "or1_load_file", "or1_join", "or1_receive"})
-"""What may be called at /collective_rpc, where vLLM itself would call any method of a worker by its name."""
-_LONGEST_CALL = 16 * 2**20  # bytes; a call names every tensor of a model, which takes some 100 KiB
+"""Worker methods that /collective_rpc may call; vLLM itself would call any method of a worker."""
+_LONGEST_CALL = 16 * 2**20  # bytes; a call lists every tensor of a model, about 100 KiB
 GROUP_TIMEOUT_S = 120.0
-"""A push that makes no progress for this long has failed."""
+"""Timeout of a push without progress."""
+
+
+class _ModelRunner(Protocol):
+    """The part of vLLM's model runner that is used here."""
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights of the model."""
+        ...
 
 
 class WeightReceiver:
-    """Methods that vLLM mixes into its worker and serves at /collective_rpc.
+    """A mixin for vLLM's worker, whose methods vLLM serves at /collective_rpc.
 
-    A version is set only once all of its weights are in place; while they are loaded, and if that fails, it is None.
+    The version is None while weights are loaded and after a failure; it is set once all weights are loaded.
     """
+
+    # Attributes of vLLM's worker. Only declared: vLLM refuses an extension that redefines an attribute of its worker.
+    rank: int
+    device: torch.device
+    model_runner: _ModelRunner
 
     _or1_version: int | None = None
     _or1_group: Any = None
 
     def or1_version(self) -> dict[str, int | None]:
-        """Version of the weights that this worker holds; None before the first push and after one that failed."""
+        """Return the version of this worker's weights; None before the first push and after a failed one."""
         return {"version": self._or1_version}
 
     def or1_load_file(self, path: str, version: int) -> dict[str, int | None]:
-        """Take weights from a safetensors file below the folder of OR1_WEIGHTS_FOLDER. Raises ValueError."""
+        """Load weights from a safetensors file below OR1_WEIGHTS_FOLDER. Raises ValueError for any other file."""
         from safetensors import safe_open
 
         if refusal := refused_file(path):
@@ -53,12 +66,12 @@ class WeightReceiver:
         return self.or1_version()
 
     def or1_join(self, host: str, port: int, session: str, size: int, backend: str) -> dict[str, int | None]:
-        """Join the trainer's process group: it is rank 0, the workers follow."""
+        """Join the trainer's process group, in which the trainer is rank 0."""
         self._or1_group = make_group((host, port), session, 1 + self.rank, size, backend)
         return self.or1_version()
 
     def or1_receive(self, tensors: list[tuple[str, str, list[int]]], version: int) -> dict[str, int | None]:
-        """Take weights that the trainer broadcasts in this order: (name, dtype, shape) each."""
+        """Receive weights that the trainer broadcasts; `tensors` lists (name, dtype, shape) in order."""
         device = self.device if self._or1_group.name() == "nccl" else torch.device("cpu")
 
         def arriving() -> Iterator[tuple[str, torch.Tensor]]:
@@ -77,68 +90,71 @@ class WeightReceiver:
 
 
 def make_group(address: tuple[str, int] | dist.TCPStore, session: str, rank: int, size: int, backend: str) -> Any:
-    """A process group beside torch's default one, which belongs to the trainer or to vLLM alone.
+    """Return a process group that is separate from torch's default group. Blocks until all `size` members have joined.
 
-    address: where the trainer's store listens, or that store itself. Blocks until all `size` members are there.
+    address  host and port of the trainer's store, or the store itself
+    session  name of the group, equal for all members
+    backend  "nccl" or "gloo"
     """
     limit = timedelta(seconds=GROUP_TIMEOUT_S)
     store = address if isinstance(address, dist.TCPStore) else dist.TCPStore(*address, is_master=False, timeout=limit)
     prefixed = dist.PrefixStore(session, store)
     if backend == "nccl":
-        return dist.ProcessGroupNCCL(prefixed, rank, size, limit)
-    # By itself gloo listens on the address of the host's name, which may be any network, or loopback by mistake.
-    options = dist.ProcessGroupGloo._Options()
+        # torch's stub lacks this overload.
+        return dist.ProcessGroupNCCL(prefixed, rank, size, limit)  # type: ignore[arg-type]
+    # By default gloo listens on the address of the host name, which may be on any network, or loopback by mistake.
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stub
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(store.host))]
     options._timeout = limit
     return dist.ProcessGroupGloo(prefixed, rank, size, options)
 
 
 def address_towards(host: str) -> str:
-    """Return this machine's address as `host` sees it."""
+    """Return this machine's address on the network towards `host`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # UDP: nothing is sent.
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def broadcast(group: Any, tensor: torch.Tensor) -> None:
-    """Rank 0's contiguous tensor into everyone's, as bytes: a backend need not know its type."""
+    """Broadcast rank 0's contiguous tensor, as bytes, so that the backend need not support its dtype. Collective."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor.reshape(-1).view(torch.uint8)], options).wait()
 
 
 def refused_file(path: str) -> str | None:
-    """Return why a file is not to be loaded; None if it lies below the folder of OR1_WEIGHTS_FOLDER."""
+    """Return the reason to refuse a file of weights; None if the file is below OR1_WEIGHTS_FOLDER."""
     folder = os.environ.get(WEIGHTS_VARIABLE)
     if not folder:
         return f"{path!r} is not loaded, since {WEIGHTS_VARIABLE} is not set here; start the server with `or1 serve`"
-    # After resolving both: ".." and symbolic links lead out of a folder.
+    # Both resolved: ".." and symbolic links may lead out of the folder.
     if Path(path).resolve().is_relative_to(Path(folder).resolve()):
         return None
     return (
-        f"{path!r} is not below {folder}, the folder that this server takes weights from; start `or1 serve` with "
-        "--set run_dir=... as `or1 train` has it, by the same path on both machines"
+        f"{path!r} is not below {folder}, the folder that this server reads weights from; start `or1 serve` with "
+        "the same --set run_dir=... as `or1 train`, by the same path on both machines"
     )
 
 
 def refused_call(body: bytes) -> str | None:
-    """Return why a call at /collective_rpc is refused, None if it is one that the trainer makes."""
+    """Return the reason to refuse a call of /collective_rpc; None if the trainer makes such calls."""
     try:
         call = json.loads(body)
         method, named = call["method"], call.get("kwargs") or {}
         if set(call) - {"method", "kwargs"} or not isinstance(named, dict):
             return "a call has a method and kwargs, and nothing else"
         if method not in METHODS:
-            return f"{method!r} is no method that may be called here; those are {', '.join(sorted(METHODS))}"
+            return f"{method!r} may not be called here; allowed methods: {', '.join(sorted(METHODS))}"
         return refused_file(named["path"]) if method == "or1_load_file" else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"the call cannot be read ({type(error).__name__}: {error})"
 
 
 class RequireToken:
-    """ASGI middleware: every request and websocket needs `Authorization: Bearer $OR1_SERVER_TOKEN`.
+    """ASGI middleware that requires `Authorization: Bearer $OR1_SERVER_TOKEN` on every request and websocket.
 
-    vLLM's own --api-key guards /v1 alone, not the paths that replace weights.
+    vLLM's own --api-key protects only /v1, not the paths that replace weights.
     """
 
     def __init__(self, app: Any):
@@ -146,9 +162,9 @@ class RequireToken:
         self._expected = f"Bearer {os.environ[TOKEN_VARIABLE]}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Pass on, or answer 401, or 403 for a call that the trainer would not make."""
+        """Forward a request, or answer 401 for a wrong token and 403 for a call that the trainer never makes."""
         kind = scope["type"]
-        # "lifespan" is the server's own start and end. Whatever else there is or will be came from outside.
+        # "lifespan" is the server's own start and end. Every other kind of scope comes from outside.
         if kind != "lifespan" and not hmac.compare_digest(self._given(scope), self._expected):
             if kind == "http":
                 await _answer(send, 401, "missing or wrong bearer token")
@@ -157,8 +173,10 @@ class RequireToken:
             return
         if kind == "http" and scope["path"].rstrip("/").endswith("/collective_rpc"):
             body = await _body(receive)
-            refusal = f"a call has at most {_LONGEST_CALL} bytes" if body is None else refused_call(body)
-            if refusal is not None:
+            if body is None:
+                await _answer(send, 403, f"a call has at most {_LONGEST_CALL} bytes")
+                return
+            if (refusal := refused_call(body)) is not None:
                 await _answer(send, 403, refusal)
                 return
             receive = _again(body, receive)
@@ -174,7 +192,7 @@ async def _answer(send: Any, status: int, text: str) -> None:
 
 
 async def _body(receive: Any) -> bytes | None:
-    """Return the body of a request, None if it is too long or its sender has gone."""
+    """Return the body of a request; None if the body is too long or the client has disconnected."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -189,7 +207,7 @@ async def _body(receive: Any) -> bytes | None:
 
 
 def _again(body: bytes, receive: Any) -> Any:
-    """Return a `receive` that gives a body which has been read already, then what comes after it."""
+    """Return a `receive` that first returns a body that has already been read, then later messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def first_the_body() -> Any:
