@@ -9,8 +9,8 @@ import torch
 from benchmarks import measure
 from benchmarks.gpu import Context
 from benchmarks.problems import MODELS
-from or1_kernels import backends, gemms
-from or1_kernels.rows import Transform, finish
+from or1_kernels.engine import gemms
+from or1_kernels.rows import Transform, finish, resolve
 
 _ROUNDS = 5
 
@@ -87,7 +87,7 @@ def _passes(context: Context) -> None:
         }
     )
     for impl in ("native", "torch") if context.rehearse else ("triton", "torch"):
-        backend = backends.resolve(impl, device, torch.float32)
+        backend = resolve(impl, device, torch.float32)
         stats = finish(backend.row_sums(logits, targets, inv_tau, transform), inv_tau)
         calls = {"row_sums": lambda b=backend: b.row_sums(logits, targets, inv_tau, transform)}
         for name, dtype in (("row_grads fp32", None), ("row_grads bf16", torch.bfloat16)):

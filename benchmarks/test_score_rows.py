@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from or1_kernels import backends
-from or1_kernels.rows import Transform, finish
+from or1_kernels.rows import Transform, finish, resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS, VOCAB = (4096, 152064) if DEVICE.type == "cuda" else (256, 32000)
@@ -28,7 +27,7 @@ def inputs():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_score_rows(impl, step, softcap, benchmark, record):
     """One row of the table."""
-    backend = backends.resolve(impl, DEVICE, torch.float32)
+    backend = resolve(impl, DEVICE, torch.float32)
     (logits, targets, inv_tau), transform = inputs(), Transform(1.0, softcap)
     stats = finish(backend.row_sums(logits, targets, inv_tau, transform), inv_tau)
     slopes = (torch.ones_like(inv_tau), torch.full_like(inv_tau, 0.01))

@@ -22,9 +22,8 @@ from or1.plan.head import chunk_rows, head_buffers
 from or1.plan.memory import gradient_bytes, kv_cache_bytes, optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape, parse_shape, shape_of
 from or1.train.optim import MasterAdamW
-from or1_kernels import chunked
-from or1_kernels.backends import TORCH
-from or1_kernels.rows import Transform
+from or1_kernels.engine import chunked
+from or1_kernels.rows import TORCH, Transform
 
 TINY = {
     "vocab_size": 160,

@@ -1,34 +1,60 @@
-"""Which implementation of the two row passes runs: chosen by name or by device, never stumbled into."""
+"""Choice of the row passes: by the name in `impl`, or by device and dtype.
 
-from collections.abc import Callable
+Legend: C rows of a chunk, V vocab.
+"""
+
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import native_rows, rows
+from . import native, plain
+from .stats import RowStats, RowSums, Transform
 
 _HAS_TRITON = find_spec("triton") is not None
 IMPLS = ("auto", "triton", "native", "torch", "reference")
 
 
+class SumsPass(Protocol):
+    """Pass 1; see plain.row_sums."""
+
+    def __call__(self, logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform: Transform, /) -> RowSums: ...
+
+
+class GradsPass(Protocol):
+    """Pass 2; see plain.row_grads_."""
+
+    def __call__(
+        self,
+        logits_CV: Tensor,
+        targets_C: Tensor,
+        inv_tau_C: Tensor,
+        transform: Transform,
+        stats: RowStats,
+        slopes: tuple[Tensor, Tensor],
+        /,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
+
 class Backend(NamedTuple):
-    """The two passes of `rows`, and the name under which stats.impl reports them."""
+    """Both passes of one implementation, and the name that stats.impl reports."""
 
     name: str
-    row_sums: Callable[..., rows.RowSums]
-    row_grads_: Callable[..., Tensor]
+    row_sums: SumsPass
+    row_grads_: GradsPass
 
 
-TORCH = Backend("torch", rows.row_sums, rows.row_grads_)
-NATIVE = Backend("native", native_rows.row_sums, native_rows.row_grads_)
+TORCH = Backend("torch", plain.row_sums, plain.row_grads_)
+NATIVE = Backend("native", native.row_sums, native.row_grads_)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for `impl`; "auto" takes the fastest one that can run: triton on a GPU, native on a CPU, else torch.
+    """Return the backend for `impl`. "auto" prefers triton on a GPU and native on a CPU, and falls back to torch.
 
-    Raises ValueError for an unknown name and RuntimeError for an explicit choice that cannot run here.
+    Raises ValueError for an unknown name, and RuntimeError if an explicit choice cannot run on `device` with `dtype`.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {IMPLS}")
@@ -45,13 +71,13 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 def _triton() -> Backend:
-    from . import score_rows
+    from . import triton_kernel
 
-    return Backend("triton", score_rows.row_sums, score_rows.row_grads_)
+    return Backend("triton", triton_kernel.row_sums, triton_kernel.row_grads_)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not native_rows.AVAILABLE:
+    if not native.AVAILABLE:
         return "the extension or1_kernels._native is not built (python setup.py build_ext --inplace)"
     if device.type != "cpu":
         return f"it is for the CPU and the tensors are on {device}"
@@ -62,9 +88,9 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cpu":
-        from . import score_rows
+        from . import triton_kernel
 
-        if not score_rows.INTERPRETED:
+        if not triton_kernel.INTERPRETED:
             return "the tensors are on the CPU, where Triton only runs with TRITON_INTERPRET=1"
     return _why_not_fp64(dtype)
 

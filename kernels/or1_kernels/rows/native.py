@@ -1,23 +1,25 @@
-"""The row passes of `rows` in the native module: fp32 logits on a CPU, AVX-512 or AVX2 where the machine has it.
+"""Row passes in C++ (csrc/score_rows.cpp) for fp32 logits on a CPU, with AVX-512 or AVX2 where the machine has them.
 
 Legend: C rows of a chunk, V vocab.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .rows import RowStats, RowSums, Transform
+from .stats import RowStats, RowSums, Transform
 
 try:
-    from . import _native
-except ImportError:  # not built: the torch passes run instead
-    _native = None
-
-AVAILABLE = _native is not None
+    from or1_kernels import _native
+except ImportError:  # The extension is not built: `choose` then picks another implementation.
+    AVAILABLE = False
+else:
+    AVAILABLE = True
 
 
 def row_sums(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform: Transform) -> RowSums:
-    """rows.row_sums for f32 CPU logits with adjacent columns."""
+    """Run plain.row_sums for f32 CPU logits with adjacent columns."""
     out = _native.row_sums(*_arrays(logits_CV, targets_C, inv_tau_C), *_scalars(transform))
     return RowSums(*torch.from_numpy(out))
 
@@ -32,7 +34,7 @@ def row_grads_(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """rows.row_grads_ for f32 CPU logits with adjacent columns."""
+    """Run plain.row_grads_ for f32 CPU logits with adjacent columns."""
     scale, softcap, threads = _scalars(transform)
     _native.row_grads(
         *_arrays(logits_CV, targets_C, inv_tau_C),
@@ -45,7 +47,7 @@ def row_grads_(
     return logits_CV if out_dtype is None else logits_CV.to(out_dtype)
 
 
-def _arrays(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor) -> tuple:
+def _arrays(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor) -> tuple[Any, Any, Any]:
     return logits_CV.numpy(), targets_C.contiguous().numpy(), inv_tau_C.contiguous().numpy()
 
 

@@ -1,65 +1,23 @@
-"""The two passes over a chunk of raw logits between the GEMMs, in plain torch; and the scalar step that joins them.
+"""Row passes in plain torch, a tile of rows at a time. The equations are in `or1_kernels.rows`.
 
-With z = transformed logits, M = max_v z_v, d_v = (z_v - M) / tau and y the target:
-    pass 1, row_sums      rest = sum_{v != y} exp d_v,   moment = sum_v d_v exp d_v,   M,   z_y
-    finish                logp = -log1p(rest / exp d_y),   H = log_norm - moment / norm,   norm = rest + exp d_y
-    pass 2, row_grads_    dz_v = -p_v (g + k (log p_v + H)) + g 1[v = y],   g = dL/dlogp, k = dL/dH
-The target stays out of the sum, so 1 - p_y = -expm1(logp) is exact as p_y -> 1, where 1 minus a rounded p_y is 0.
-The maximum as offset (and not z_y) keeps rows whose target lies far below the maximum exact in the same pass.
-
+Every other implementation is tested on this one.
 Legend: C rows of a chunk, V vocab, R rows of a tile.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Below this, exp underflows to 0 in fp32 and fp64; d is floored here so that 0 * d is 0 and not nan for d = -inf.
-D_FLOOR = -1.0e4
+from .stats import D_FLOOR, RowStats, RowSums, Transform
+
 # Elements of one row tile: temporaries of this size stay in the last-level cache.
 _TILE = 1 << 20
 
 
-class Transform(NamedTuple):
-    """How raw logits become z: softcap * tanh(scale * raw / softcap), or scale * raw without a softcap."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-
-class RowSums(NamedTuple):
-    """Pass 1 over one vocabulary shard. peak: max z; target: z_y, or -inf where y lies in another shard."""
-
-    peak_C: Tensor
-    target_C: Tensor
-    rest_C: Tensor
-    moment_C: Tensor
-
-
-class RowStats(NamedTuple):
-    """logp and entropy in nats; peak and log_norm give log p_v = (z_v - peak) / tau - log_norm."""
-
-    logp_C: Tensor
-    entropy_C: Tensor
-    peak_C: Tensor
-    log_norm_C: Tensor
-
-
-def finish(sums: RowSums, inv_tau_C: Tensor) -> RowStats:
-    """Log-prob and entropy from the sums over the whole vocabulary; O(C)."""
-    d_C = (sums.target_C - sums.peak_C) * inv_tau_C
-    own_C = d_C.exp()
-    norm_C = sums.rest_C + own_C
-    # Near the maximum log1p keeps the digits of 1 - p_y; far below it own_C underflows and the plain form is exact.
-    near_C = d_C > -1
-    logp_C = torch.where(near_C, -(sums.rest_C / own_C).log1p(), d_C - norm_C.log())
-    log_norm_C = torch.where(near_C, d_C - logp_C, norm_C.log())
-    return RowStats(logp_C, log_norm_C - sums.moment_C / norm_C, sums.peak_C, log_norm_C)
-
-
 def row_sums(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform: Transform) -> RowSums:
-    """Pass 1. logits_CV f32 or f64, left as they are; targets_C i64, -1 where the target is in another shard."""
+    """Run pass 1 over raw logits f32 or f64 [C, V], which are not changed.
+
+    targets i64[C], -1 where another shard holds the target; inv_tau [C] = 1 / temperature, in the logits' dtype.
+    """
     outs = [_sums_of_tile(logits_CV[t], targets_C[t], inv_tau_C[t], transform) for t in _tiles(logits_CV)]
     return RowSums(*(torch.cat(parts) for parts in zip(*outs, strict=True)))
 
@@ -74,9 +32,9 @@ def row_grads_(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pass 2: dL/draw [C, V] in out_dtype (None: the logits' own), in place of the raw logits, which are destroyed.
+    """Run pass 2: return dL/draw [C, V] in out_dtype (None: the logits' dtype). Overwrites the raw logits.
 
-    slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy).
+    slopes = (g_C, k_C) = (dL/dlogp, dL/dentropy); stats as returned by `stats.finish`.
     """
     for t in _tiles(logits_CV):
         tile = RowStats(*(x[t] for x in stats))

@@ -1,9 +1,9 @@
-"""The row passes of `rows` in Triton: one program a row, the row streamed in blocks, statistics in fp32.
+"""Row passes in Triton: one program a row, the row streamed in blocks, statistics in fp32.
 
-Pass 1 keeps a running maximum, sum and moment in every lane and joins the lanes once, at the end of the row: no
-barrier inside the loop. Pass 2 writes the gradient over the logits. As bf16 it fills the first half of the same
-row: a later block's stores then land on logits that an earlier block has read, so every block's loads are fenced
-from its stores. Offsets are 64-bit: rows * vocab exceeds 2^31 at ordinary sizes.
+Pass 1 keeps a running maximum, sum and moment in every lane. It joins the lanes once, at the end of the row, so the
+loop has no barrier. Pass 2 overwrites the logits with their gradient. A bf16 gradient fills the first half of the same
+row, where a later block stores over logits that an earlier block loaded. A barrier therefore separates each block's
+loads from its stores. Offsets are 64-bit, because rows * vocab exceeds 2^31 at ordinary sizes.
 
 Legend: C rows of a chunk, V vocab, B columns of a block.
 """
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import RowStats, RowSums, Transform
+from .stats import RowStats, RowSums, Transform
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# exp underflows far above this floor; it keeps 0 * d at 0 where d would be -inf.
+# stats.D_FLOOR, as a Triton constant.
 _FLOOR = tl.constexpr(-1.0e4)
 
 
@@ -43,7 +43,7 @@ def _transformed(raw, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _floored(d):
-    # where, not maximum: a nan has to stay one.
+    # where, not maximum: a nan must stay nan.
     return tl.where(d < _FLOOR, _FLOOR, d)
 
 
@@ -73,7 +73,7 @@ def row_sums_kernel(
         raw_B = tl.load(logits_V + v_B, mask=v_B < vocab, other=-float("inf"))
         z_B = tl.where(v_B < vocab, _transformed(raw_B, scale, softcap, CAPPED), -float("inf"))
         new_B = tl.where(z_B > peak_B, z_B, peak_B)
-        # A lane that has seen only -inf has no offset yet; 0 stands in so that -inf minus it is -inf, not nan.
+        # A lane that saw only -inf has no maximum yet. Offset 0 gives -inf - 0 = -inf; -inf - -inf would be nan.
         offset_B = tl.where(new_B == -float("inf"), 0.0, new_B)
         shift_B = _floored((peak_B - offset_B) * inv_tau)
         d_B = _floored((z_B - offset_B) * inv_tau)
@@ -122,7 +122,7 @@ def row_grads_kernel(
     peak, log_norm = tl.load(stats_4C + 2 * num_rows + row), tl.load(stats_4C + 3 * num_rows + row)
     g, k = tl.load(slopes_2C + row), tl.load(slopes_2C + num_rows + row)
     p_y = tl.exp2(logp * _LOG2E)
-    # 1 - p_y: by its series where the difference would cancel.
+    # 1 - p_y, by its series where the difference would cancel.
     missing = tl.where(logp > -0.03, -logp * (1 + logp * (0.5 + logp * (0.16666667 + logp * 0.041666668))), 1 - p_y)
     own = g * missing - k * p_y * _floored(logp + entropy)
     for start in range(0, vocab, BLOCK):
@@ -139,15 +139,15 @@ def row_grads_kernel(
         tl.store(out_V + v_B, dz_B.to(out_CV.dtype.element_ty), mask=v_B < vocab)
 
 
-# 16 elements a thread: enough loads in flight to cover memory latency, few enough registers for 8 programs an SM.
+# 16 elements a thread: enough loads in flight to hide memory latency, few enough registers for 8 programs an SM.
 BLOCK, NUM_WARPS = 4096, 8
 
 
 def row_sums(logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform: Transform) -> RowSums:
-    """rows.row_sums for f32 logits with adjacent columns."""
+    """Run plain.row_sums for f32 logits with adjacent columns."""
     num_rows, vocab = logits_CV.shape
     out_4C = torch.empty(4, num_rows, dtype=torch.float32, device=logits_CV.device)
-    # Triton launches on the current device, whichever the tensors are on.
+    # Triton launches on the current device, not on the tensors' device.
     with torch.cuda.device_of(logits_CV):
         row_sums_kernel[(num_rows,)](
             logits_CV,
@@ -176,7 +176,7 @@ def row_grads_(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """rows.row_grads_ for contiguous f32 logits; out_dtype bf16 returns a [C, V] view of row stride 2 V elements."""
+    """Run plain.row_grads_ for contiguous f32 logits. out_dtype bf16 returns a [C, V] view of row stride 2 V."""
     num_rows, vocab = logits_CV.shape
     out_CV = logits_CV if out_dtype in (None, torch.float32) else logits_CV.view(out_dtype)[:, :vocab]
     with torch.cuda.device_of(logits_CV):

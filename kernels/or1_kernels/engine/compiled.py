@@ -1,6 +1,6 @@
-"""The head as torch.compile sees it: custom operators with fake kernels, so that no graph breaks at the loss.
+"""The head as custom operators with fake kernels, so that torch.compile traces through the loss without a graph break.
 
-Only traced code comes here. Operators take flat arguments: per-row constants arrive stacked, with their names.
+Only traced code calls these. Operators take flat arguments: per-row constants are stacked, with their names.
 Legend: N rows, P per-row constants, H hidden, V vocab.
 """
 
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..objective import PolicyObjective
+from ..rows import RowStats, Transform, resolve
 from . import chunked
-from .backends import resolve
-from .objective import PolicyObjective
 from .policy import PolicyRows, policy_pass
-from .rows import RowStats, Transform
 
 
 def _settings(weight_VH: Tensor, transform: Transform, tuning: tuple[str, str, int | None]) -> chunked.Settings:
@@ -23,7 +22,7 @@ def _settings(weight_VH: Tensor, transform: Transform, tuning: tuple[str, str, i
 
 
 def _dense(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    # An operator cannot return None; an empty tensor stands for a gradient nobody asked for.
+    # An operator cannot return None. An empty tensor means that the gradient is not needed.
     return [like.new_empty(0) if x is None else x for x in grads]
 
 
@@ -55,17 +54,22 @@ def policy_loss(
     eps: float | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """policy.policy_pass: loss, logp, entropy, ratio, clipped, left_out, three gradients in the params' dtype."""
+    """Run policy.policy_pass.
+
+    Returns loss, logp, entropy, ratio, clipped, left_out, and three gradients in the parameters' dtype.
+    """
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
     per_row = dict(zip(names.split(","), per_row_PN, strict=True))
     inputs = chunked.RowInputs(hidden_NH, targets_N, per_row.pop("inv_tau"))
-    objective = PolicyObjective(kind, low, high, kl_coef, is_cap)
+    objective = PolicyObjective(kind=kind, clip_low=low, clip_high=high, kl_coef=kl_coef, is_cap=is_cap)
     engine = chunked.Engine(weight_VH, bias_V, settings, len(hidden_NH))
-    out = policy_pass(engine, inputs, PolicyRows(objective, entropy_coef, eps, **per_row), tuple(needs))
+    rows = PolicyRows(objective=objective, entropy_coef=entropy_coef, grad_row_eps=eps, **per_row)
+    out = policy_pass(engine, inputs, rows, (needs[0], needs[1], needs[2]))
     left_out = out.loss.new_zeros(()) if out.left_out is None else out.left_out
-    # An operator's result may not share memory with another's: each is its own tensor here.
-    per_row = (x.clone() for x in (out.logp, out.entropy, out.ratio, out.clipped))
-    return out.loss, *per_row, left_out, *(x.to(weight_VH.dtype) for x in _dense(out.grads, hidden_NH))
+    # Results of an operator may not share memory with each other.
+    logp, entropy, ratio, clipped = (x.clone() for x in (out.logp, out.entropy, out.ratio, out.clipped))
+    dhidden, dweight, dbias = (x.to(weight_VH.dtype) for x in _dense(out.grads, hidden_NH))
+    return out.loss, logp, entropy, ratio, clipped, left_out, dhidden, dweight, dbias
 
 
 @policy_loss.register_fake
@@ -78,7 +82,7 @@ def _(hidden_NH, weight_VH, bias_V, targets_N, per_row_PN, entropy_coef, *, need
 
 
 def _policy_setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.set_materialize_grads(False)  # or the unused gradient slots would become [V, H] zeros
+    ctx.set_materialize_grads(False)  # Otherwise unused gradient slots become [V, H] zeros.
     ctx.save_for_backward(*output[-3:])
     ctx.needs = keyword_only_inputs["needs"]
 
@@ -105,10 +109,11 @@ def logprob_entropy(
     preset: str,
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """chunked.score: logp, entropy, peak, log_norm, each [N]."""
+    """Run chunked.score. Returns logp, entropy, peak, log_norm, each [N]."""
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
     engine = chunked.Engine(weight_VH, bias_V, settings, len(hidden_NH))
-    return tuple(chunked.score(engine, chunked.RowInputs(hidden_NH, targets_N, inv_tau_N))[0])
+    stats, _ = chunked.score(engine, chunked.RowInputs(hidden_NH, targets_N, inv_tau_N))
+    return stats.logp_C, stats.entropy_C, stats.peak_C, stats.log_norm_C
 
 
 @logprob_entropy.register_fake
@@ -132,15 +137,16 @@ def logprob_entropy_backward(
     chunk_rows: int | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """chunked.score_backward: the three gradients in the params' dtype, empty where not needed."""
+    """Run chunked.score_backward. Returns three gradients in the parameters' dtype, empty where not needed."""
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
     engine = chunked.Engine(weight_VH, bias_V, settings, len(hidden_NH))
-    engine.want_grads(tuple(needs))
+    engine.want_grads((needs[0], needs[1], needs[2]))
     inputs = chunked.RowInputs(hidden_NH, targets_N, inv_tau_N)
     stats, slopes = RowStats(*stats_and_slopes_6N[:4]), chunked.Slopes(*stats_and_slopes_6N[4:])
-    stash = [None] * len(list(engine.chunks()))
+    stash: list[Tensor | None] = [None] * len(list(engine.chunks()))
     grads = chunked.score_backward(engine, inputs, stats, slopes, stash)
-    return tuple(x.to(weight_VH.dtype) for x in _dense(grads, hidden_NH))
+    dhidden, dweight, dbias = (x.to(weight_VH.dtype) for x in _dense(grads, hidden_NH))
+    return dhidden, dweight, dbias
 
 
 @logprob_entropy_backward.register_fake

@@ -1,4 +1,4 @@
-"""The vocabulary split over ranks: each holds V rows of the weight, and two small all-reduces join a chunk.
+"""Vocabulary parallelism: each rank holds V rows of the weight, and two small all-reduces join a chunk.
 
 Legend: C rows of a chunk, N rows, V vocabulary rows of this rank.
 """
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import D_FLOOR, RowSums
+from ..rows import D_FLOOR, RowSums
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows [start, start + size) of the whole vocabulary, and the group that holds the rest.
+    """Rows [start, start + size) of the vocabulary, held by this rank of `group`.
 
     Every rank of the group holds `size` rows, in rank order. Pad the last shard with rows of bias -inf.
     """
@@ -25,20 +25,20 @@ class VocabShard:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, size: int) -> "VocabShard":
-        """The shard of this process in `group`."""
+        """Return the shard of this process in `group`, with `size` rows on each rank."""
         return cls(group, dist.get_rank(group) * size, size)
 
     def local(self, targets_N: Tensor) -> Tensor:
-        """Global token ids as local ones, -1 where another rank holds the token."""
+        """Return token ids relative to this shard, -1 where another rank holds the token."""
         here_N = (targets_N >= self.start) & (targets_N < self.start + self.size)
         return torch.where(here_N, targets_N - self.start, -1)
 
     def join(self, sums: RowSums, inv_tau_C: Tensor) -> RowSums:
-        """Sums over the whole vocabulary from every rank's own: one MAX and one SUM of [2, C]."""
+        """Return sums over the whole vocabulary from each rank's own: one MAX and one SUM of [2, C]."""
         ends_2C = torch.stack((sums.peak_C, sums.target_C))
         dist.all_reduce(ends_2C, dist.ReduceOp.MAX, group=self.group)
         peak_C, target_C = ends_2C
-        # d moves by `shift` when the offset becomes the global maximum, and moment = sum of d exp d moves with it.
+        # The offset becomes the global maximum, so d changes by `shift`, and moment = sum of d exp d changes too.
         shift_C = ((sums.peak_C - peak_C) * inv_tau_C).clamp_min(D_FLOOR)
         own_C = ((sums.target_C - sums.peak_C) * inv_tau_C).exp()
         moment_C = sums.moment_C + shift_C * (sums.rest_C + own_C)
@@ -47,5 +47,5 @@ class VocabShard:
         return RowSums(peak_C, target_C, *parts_2C)
 
     def sum_(self, tensor: Tensor) -> None:
-        """All-reduce in place."""
+        """Sum over the ranks, in place."""
         dist.all_reduce(tensor, group=self.group)
