@@ -53,8 +53,8 @@ def linear_logprob_entropy(
     upstream gradient. Backward recomputes the logits unless stash_bytes keeps them. Infinities and nans propagate.
     Under no_grad one GEMM runs and no tensor is kept for backward.
 
-    Raises TypeError (dtypes, an unknown option), ValueError (shapes, limits of HeadOptions), IndexError (a CPU
-    target outside the vocabulary), RuntimeError (an explicit impl that cannot run).
+    Raises TypeError for dtypes and unknown options, ValueError for shapes and limits of HeadOptions. Raises IndexError
+    for a CPU target outside the vocabulary, RuntimeError for an explicit impl that cannot run.
     """
     return score(hidden, weight, targets, head_options(options))
 

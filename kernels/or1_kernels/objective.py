@@ -3,8 +3,11 @@
 The LM head needs only the slope g = dloss/dlogp of an objective. A new objective is one function of `_Terms` and one
 line in `_SURROGATES`; the tests check the slope of every entry against autograd and finite differences.
 
-Legend: N tokens. Log-probs of the sampled token, in nats: lp = under the current policy, old = under the policy that
-the clip compares with, rollout = as the engine sampled the token, ref = under the reference model.
+Legend: N tokens. Log-probs of the sampled token, in nats:
+    lp       under the current policy
+    old      under the policy that the clip compares with
+    rollout  as the engine sampled the token
+    ref      under the reference model
 """
 
 from collections.abc import Callable

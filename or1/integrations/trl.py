@@ -56,7 +56,7 @@ def patch(trainer: GRPOTrainer, **options: Unpack[HeadOptionsDict]) -> GRPOTrain
     Before TRL 1.15 the patch scores text only. It never scores padding. TRL before 1.5 includes padding in the mean of
     loss_type "luspo" with weights per token, so this mean differs.
 
-    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST, heads.UnsupportedHeadError and
+    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST. Raises heads.UnsupportedHeadError or
     transformers.UnsupportedModelError for the model, TypeError for an unknown option, ValueError for a wrong value.
     """
     version = _check(trainer)

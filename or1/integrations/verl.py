@@ -4,8 +4,8 @@ In every worker:  actor_rollout_ref.model.external_lib=or1.integrations.verl
 With the head:    actor_rollout_ref.model.use_fused_kernels=True   (fused_kernel_options.impl_backend torch or triton)
 With MAGIC:       actor_rollout_ref.actor.policy_loss.loss_mode=magic
 
-The entropy of a rollout is measured once, and the entropy controller updated once, for all of the rollout's mini-batches
-and epochs (TrainingWorker.train_mini_batch). Responses without advantage are excluded from the loss and the entropy.
+The entropy of a rollout is measured once and the entropy controller updated once, for all mini-batches and epochs of
+the rollout (TrainingWorker.train_mini_batch). Responses without advantage are excluded from the loss and the entropy.
 Their tokens still count in verl's denominator of the loss, as in the released code.
 
 For other settings of the entropy controller, name your own module as external_lib and call install(...) in it.
@@ -142,7 +142,7 @@ class _Magic:
 
     @contextlib.contextmanager
     def rollout(self, data: Any, group: ProcessGroup | None) -> Iterator[tuple[float, float]]:
-        """Yield the rollout's entropy and the coefficient for all of its mini-batches. Update the controller at the end.
+        """Yield the rollout's entropy and the coefficient for its mini-batches, then update the controller.
 
         A nested call yields the outer rollout's numbers. If no response has an advantage, the entropy is NaN, the
         coefficient is 0, and the controller is not updated.
@@ -175,8 +175,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return MAGIC's clipped loss (report, Eq. 3.1) and metrics, for verl's arguments: tensors [B, C].
 
-    The loss is the sum over tokens of -min(r A, clip(r) A), divided by the trained tokens of the whole mini-batch on
-    all ranks. This is verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
+    The loss sums -min(r A, clip(r) A) over tokens and divides by the trained tokens of the mini-batch on all ranks,
+    which is verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
     rollout_is_weights [B, C]. Raises UnsupportedVerlError for another loss_agg_mode.
     """
     from verl.trainer.ppo.core_algos import agg_loss
