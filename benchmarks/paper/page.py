@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import stamp
+from benchmarks.lib.measure import stamp
 from benchmarks.paper import claims, task
 from benchmarks.paper.arms import ADAPTIVE, ARMS, PROMPTS, STEPS
 from benchmarks.paper.claims import MEASURES, Claim, Finding, Record, conclude, decide

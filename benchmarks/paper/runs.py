@@ -101,7 +101,7 @@ def _finished(settings: Mapping[str, Any]) -> Record | None:
 
 
 def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
-    from benchmarks.measure import stamp
+    from benchmarks.lib.measure import stamp
     from or1.config import Config
     from or1.trainer import Trainer
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.measure import ROOT
+from benchmarks.lib.paths import ROOT
 
 Problem = tuple[int, int]
 

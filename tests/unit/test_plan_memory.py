@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
+from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model.load import load_model

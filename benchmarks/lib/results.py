@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import stamp
+from benchmarks.lib.measure import stamp
 
 _SETTING = ("shape", "tokens", "logits", "masked", "dtype", "tf32")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.lib.paths import ROOT
+
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "cut-cross-entropy", "numpy")
 # Bytes of logits that the bare GEMMs write at once: all of them on a GPU, what stays cheap to allocate on a CPU.
 _GEMM_BYTES = {"cuda": 12 << 30, "cpu": 128 << 20}

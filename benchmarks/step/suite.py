@@ -1,13 +1,10 @@
-"""The whole training step beside its peers: `python -m benchmarks.step OUT_DIR [--parts ...]`.
+"""Cases of the step benchmark, each run in a process of its own, and the table of results.
 
-Forward, backward and optimizer on random weights: or1, TRL's GRPO step (its default path and with Liger's layers), and
-plain transformers with all logits. Without a GPU a scaled-down set runs. Every case is a process of its own with a time
-limit: one that runs out of memory or time loses no other. OUT_DIR/step.json is rewritten after every case.
+One case that runs out of memory or time does not affect the others.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.lib.paths import ROOT
+
 PARTS = ("cpu", "1.5b", "7b", "longest-1.5b", "longest-7b")
 CONTEXTS = (8192, 16384, 32768)
 LONGEST = (16384, 32768, 65536, 131072, 262144)
@@ -27,7 +25,7 @@ LONGEST = (16384, 32768, 65536, 131072, 262144)
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine of benchmarks.step_engines by name, with its options, under a label for the table."""
+    """An engine of benchmarks.step.engines by name, with its options, under a label for the table."""
 
     label: str
     name: str
@@ -90,7 +88,7 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"} | os.environ
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.step_case", json.dumps(asdict(case)), str(result)]
+        command = [sys.executable, "-m", "benchmarks.step.case", json.dumps(asdict(case)), str(result)]
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -149,39 +147,3 @@ def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
                 )
             )
     return rows
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns aligned by their widest cell; a failure's text may run over the empty cells after it."""
-    widths = [max(len(row[c]) for row in rows if c != 3 or row[4]) for c in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
-    parser.add_argument("out_dir", type=Path, help="folder for step.json")
-    parser.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all that can run here)")
-    parser.add_argument("--case-seconds", type=float, default=230, help="limit of one case (default 230)")
-    parser.add_argument("--seconds", type=float, default=460, help="start no case after this long (default 460)")
-    options = parser.parse_args(arguments)
-    parts = options.parts.split(",") if options.parts else _default_parts()
-    if unknown := sorted(set(parts) - set(PARTS)):
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    results = run_parts(parts, options.out_dir / "step.json", options.case_seconds, options.seconds)
-    print()
-    print_table(table(results))
-    print(f"\n{options.out_dir / 'step.json'}")
-    return 0
-
-
-def _default_parts() -> list[str]:
-    import torch
-
-    return [p for p in PARTS if p != "cpu"] if torch.cuda.is_available() else ["cpu"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,9 +6,9 @@ in the first half of fp32 rows (row stride 2 V); dweight accumulated in fp32. Ea
 
 import torch
 
-from benchmarks import measure
-from benchmarks.gpu import Context
-from benchmarks.problems import MODELS
+from benchmarks.gpu.context import Context
+from benchmarks.lib import measure
+from benchmarks.lib.problems import MODELS
 from or1_kernels.engine import gemms
 from or1_kernels.rows import Transform, finish, resolve
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from benchmarks import imports
-from benchmarks.problems import OBJECTIVE, TASKS, Problem, task_loss
+from benchmarks.lib import imports
+from benchmarks.lib.problems import OBJECTIVE, TASKS, Problem, task_loss
 from or1_kernels import linear_logprob_entropy, linear_policy_loss
 
 # From hidden [N, H] and weight [V, H] that want gradients: loss [], logp [N] or None, entropy [N] or None.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from benchmarks.measure import ROOT
-from benchmarks.step_batch import GROUP_SIZE, make_model, padded
+from benchmarks.lib.paths import ROOT
+from benchmarks.step.batch import GROUP_SIZE, make_model, padded
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget

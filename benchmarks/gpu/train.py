@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 
-from benchmarks.gpu import ROOT, Context
+from benchmarks.gpu.context import Context
+from benchmarks.lib.paths import ROOT
 
 _LIMIT_S = 300
 

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from benchmarks.architecture_cases import CASES, SHAPE, VOCAB, Case
+from benchmarks.architectures.cases import CASES, SHAPE, VOCAB, Case
 from or1.config import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.core.errors import PackingError
-from or1.core.quiet import quiet_libraries
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.attention import NAMES
@@ -34,6 +33,42 @@ from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.update import UpdateSettings, update_policy, with_old_logp
 from or1_kernels.objective import PolicyObjective
+
+_PAGE = """# Models
+
+Made by `python -m benchmarks.architectures > docs/models.md`; a test holds the two equal. Every architecture is a
+random checkpoint of two or three layers, made from the configuration class of transformers. An architecture trains if
+
+- documents of a packed row get no gradient from each other, nor from later tokens (exactly none);
+- log-probs in a packed row are those that the model computes for each sequence alone, with or1's attention and with its
+  own plain one;
+- nothing is random in training mode;
+- one optimizer step moves its weights.
+
+`or1 train` asks the same of every model when it is loaded, and `--dry-run` asks it of the first layers with random
+weights, so an architecture that is not listed here is trained only if the answers are the same. Names are values of
+`model_type` in config.json.
+
+## Trains ({good})
+
+Dropout, left-out layers and noise on routers are set to 0 when a model is loaded, whatever its config.json says.
+
+| model_type | what it has | set to 0 |
+|---|---|---|
+{trained}
+
+Soft caps run in flash-attn where it is installed. Elsewhere soft caps, and sinks everywhere, are computed in plain
+torch, a block of queries at a time: exact, but slower than a kernel.
+
+## Does not train ({bad})
+
+| model_type | what it is | why not |
+|---|---|---|
+{refused}
+
+"Documents of a row see each other" is how layers with a running state (Mamba, linear attention, convolutions) and
+attention that is not exchangeable look from outside: gradients would be wrong, so or1 refuses the model in one line.
+"""
 
 
 def write_checkpoint(case: Case, folder: Path) -> None:
@@ -116,45 +151,3 @@ def page() -> str:
     trained = [f"| {case.name} | {case.note} | {', '.join(what.silenced)} |" for case, what in good]
     refused = [f"| {case.name} | {case.note} | {what.text} |" for case, what in bad]
     return _PAGE.format(good=len(good), bad=len(bad), trained="\n".join(trained), refused="\n".join(refused))
-
-
-if __name__ == "__main__":
-    quiet_libraries()
-    print(page(), end="")
-
-
-_PAGE = """# Models
-
-Made by `python -m benchmarks.architectures > docs/models.md`; a test holds the two equal. Every architecture is a
-random checkpoint of two or three layers, made from the configuration class of transformers. An architecture trains if
-
-- documents of a packed row get no gradient from each other, nor from later tokens (exactly none);
-- log-probs in a packed row are those that the model computes for each sequence alone, with or1's attention and with its
-  own plain one;
-- nothing is random in training mode;
-- one optimizer step moves its weights.
-
-`or1 train` asks the same of every model when it is loaded, and `--dry-run` asks it of the first layers with random
-weights, so an architecture that is not listed here is trained only if the answers are the same. Names are values of
-`model_type` in config.json.
-
-## Trains ({good})
-
-Dropout, left-out layers and noise on routers are set to 0 when a model is loaded, whatever its config.json says.
-
-| model_type | what it has | set to 0 |
-|---|---|---|
-{trained}
-
-Soft caps run in flash-attn where it is installed. Elsewhere soft caps, and sinks everywhere, are computed in plain
-torch, a block of queries at a time: exact, but slower than a kernel.
-
-## Does not train ({bad})
-
-| model_type | what it is | why not |
-|---|---|---|
-{refused}
-
-"Documents of a row see each other" is how layers with a running state (Mamba, linear attention, convolutions) and
-attention that is not exchangeable look from outside: gradients would be wrong, so or1 refuses the model in one line.
-"""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import measure
-from benchmarks.problems import MODELS, SMALL, TASKS, Problem, Shape, errors, make_problem, truth
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.head.variants import VARIANTS, Variant
+from benchmarks.lib import measure
+from benchmarks.lib.problems import MODELS, SMALL, TASKS, Problem, Shape, errors, make_problem, truth
 
 GEMMS = "three bare GEMMs"
 # Above this many bytes of fp32 logits a variant that holds them several times is left out.

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Context
-from benchmarks.problems import Problem, Shape, make_problem
+from benchmarks.gpu.context import Context
+from benchmarks.lib.problems import Problem, Shape, make_problem
 from or1_kernels import PolicyObjective, linear_logprob_entropy, linear_policy_loss, reference
 
 IMPL = "triton"

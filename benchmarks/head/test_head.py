@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import head, measure
-from benchmarks.problems import Shape, make_problem
-from benchmarks.variants import VARIANTS
+from benchmarks.head import cases as head
+from benchmarks.head.variants import VARIANTS
+from benchmarks.lib import measure
+from benchmarks.lib.problems import Shape, make_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 3

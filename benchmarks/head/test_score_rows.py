@@ -6,7 +6,7 @@ The bound is memory: pass 1 reads a row once, pass 2 reads and writes it.
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks.lib import measure
 from or1_kernels.rows import Transform, finish, resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from benchmarks import step
-from benchmarks.gpu import SOFT_LIMIT_S, Context
+from benchmarks.gpu.context import SOFT_LIMIT_S, Context
+from benchmarks.step import suite
 
 _CASE_S = 150
 
@@ -11,7 +11,7 @@ _CASE_S = 150
 def _part(name: str) -> Callable[[Context], None]:
     def run(context: Context) -> None:
         parts = ["cpu"] if context.rehearse else [name]
-        for entry in step.run_parts(parts, context.out / f"step-{name}.json", _CASE_S, SOFT_LIMIT_S):
+        for entry in suite.run_parts(parts, context.out / f"step-{name}.json", _CASE_S, SOFT_LIMIT_S):
             case, result = entry["case"], entry["result"]
             where = {"architecture": case["architecture"], "context": case["context"]}
             for engine in case["engines"]:

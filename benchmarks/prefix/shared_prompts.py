@@ -1,25 +1,12 @@
-"""Where sharing prompts pays: `python -m benchmarks.prefix OUT_DIR`.
-
-One group of responses behind one prompt, forward and backward, shared and not shared in turn, over prompts from short
-to long. Prints the speed-up against the share of tokens saved, and the share from which on sharing is faster.
-"""
+"""Time of an update with and without shared prompts, for one group of responses behind one prompt."""
 
 from __future__ import annotations
-
-import argparse
-import json
-import os
-import sys
-from pathlib import Path
-
-# Before torch: threads that spin at barriers would measure the machine's other work; or1 itself sets the same.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
 
-from benchmarks.measure import interleaved, stamp
-from benchmarks.step_batch import ARCHITECTURES, make_model
+from benchmarks.lib.measure import interleaved
+from benchmarks.step.batch import ARCHITECTURES, make_model
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
@@ -85,29 +72,3 @@ def break_even(rows: list[dict[str, float]]) -> float | None:
             break
         found = row["saved"]
     return found
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix", description=__doc__.split("\n")[0])
-    parser.add_argument("out_dir", type=Path, help="folder for prefix.json")
-    parser.add_argument("--rounds", type=int, default=3, help="timed updates of each side (default 3)")
-    options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    architecture, scale = ("qwen2.5-1.5b", 32) if gpu else ("tiny", 1)
-    responses = [scale * n for n in (40, 120, 60, 200, 90, 50, 160, 80)]
-    prompts = [scale * n for n in (2, 8, 16, 32, 64, 128, 256)]
-    print(f"{architecture}, {len(responses)} responses of {min(responses)} to {max(responses)} tokens to one prompt\n")
-    print(f"{'prompt':>8} {'saved':>8} {'apart s':>9} {'shared s':>9} {'speed-up':>9}")
-    rows = measure(architecture, prompts, responses, options.rounds)
-    share = break_even(rows)
-    print("\nsharing was never faster" if share is None else f"\nsharing is faster from {share:.1%} saved tokens on")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    out = options.out_dir / "prefix.json"
-    out.write_text(json.dumps({"stamp": stamp(), "break_even": share, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

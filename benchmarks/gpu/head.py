@@ -4,9 +4,10 @@ import gc
 
 import torch
 
-from benchmarks import head, measure
-from benchmarks.gpu import Context
-from benchmarks.problems import MODELS, Shape
+from benchmarks.gpu.context import Context
+from benchmarks.head import cases as head
+from benchmarks.lib import measure
+from benchmarks.lib.problems import MODELS, Shape
 
 
 def run_1_5b(context: Context) -> None:

@@ -1,4 +1,4 @@
-"""One case of benchmarks.step, in a process of its own: `python -m benchmarks.step_case SPEC_JSON RESULT_FILE`.
+"""One case of benchmarks.step, in a process of its own: `python -m benchmarks.step.case SPEC_JSON RESULT_FILE`.
 
 A case names an architecture, a context and engines. Engines in one case take turns, so that a load on the machine meets
 all of them alike.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import interleaved, peak_extra_bytes, stamp
-from benchmarks.step_batch import ARCHITECTURES, PEAK_FLOPS, one_long_sequence, ragged_batch, useful_flops
-from benchmarks.step_engines import make_engine
+from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp
+from benchmarks.step.batch import ARCHITECTURES, PEAK_FLOPS, one_long_sequence, ragged_batch, useful_flops
+from benchmarks.step.engines import make_engine
 from or1.core.types import TrainSequence
 
 
