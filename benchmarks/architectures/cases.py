@@ -1,4 +1,4 @@
-"""Architectures of transformers in a size of two layers, each with what stands out about it."""
+"""Architectures of transformers with two to three layers, each with a note on its special features."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ _VISION = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture: its `model_type`, settings beside the common ones, and what stands out about it.
+    """An architecture: its `model_type`, settings in addition to SHAPE, and a note on its special features.
 
-    common  whether the common settings hold, whose names most architectures share
-    causal  whether it has a causal language model; else its base model is written
+    common  True: SHAPE applies, whose names most architectures share
+    causal  True: it has a causal language model; else its base model is written
     """
 
     name: str

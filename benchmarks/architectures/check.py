@@ -1,10 +1,10 @@
-"""Which architectures train: random checkpoints of two to four layers, asked and trained for one step.
+"""Architectures that train: random checkpoints of two to four layers, checked and trained for one step.
 
     python -m benchmarks.architectures > docs/models.md
 
-Every checkpoint is made from the configuration class of transformers, with dropout and what else the architecture is
-known for, is written as a folder, and goes through what `or1 train` does with a folder. A slow test holds the page and
-this program equal.
+Every checkpoint comes from the configuration class of transformers, with dropout and the architecture's special
+features. It is written as a folder and loaded and checked as in `or1 train`. A slow test compares the page with this
+program's output.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def write_checkpoint(case: Case, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of an architecture: `trains` or the reason why not, and the settings that or1 sets to 0."""
+    """Result for an architecture: text is "trains" or the reason against; silenced: settings that or1 sets to 0."""
 
     text: str
     silenced: tuple[str, ...] = ()
 
 
 def verdict(case: Case, folder: Path) -> Verdict:
-    """What `or1 train --dry-run` and loading with a step of training say; they must say the same."""
+    """Return the verdict of `or1 train --dry-run`. Raises AssertionError if loading and one step disagree with it."""
     write_checkpoint(case, folder)
     settings = ModelConfig(path=str(folder), dtype="float32", device="cpu")
     dry, found = _reason(folder, settings, rehearse_model), _reason(folder, settings, _one_step)
@@ -111,7 +111,7 @@ def _reason(folder: Path, settings: ModelConfig, action: Callable[[ModelConfig],
 
 
 def _one_step(settings: ModelConfig) -> None:
-    """Load the folder and take one on-policy step; every tensor of the decoder must move."""
+    """Load the folder and take one on-policy step. Raises AssertionError unless most decoder tensors change."""
     model = load_model(settings).train()
     random = np.random.default_rng(0)
     prompt = random.integers(3, VOCAB, 5, dtype=np.int32)
@@ -119,10 +119,12 @@ def _one_step(settings: ModelConfig) -> None:
         TrainSequence(prompt, random.integers(3, VOCAB, n, dtype=np.int32), np.zeros(n, np.float32), advantage)
         for n, advantage in ((6, 1.0), (9, -1.0), (4, 0.5))
     ]
-    update = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(64), "on")
+    update = UpdateSettings(
+        objective=PolicyObjective(), entropy_coef=0.0, temperature=1.0, budget=Budget(64), sharing="on"
+    )
     scored = with_old_logp(model, sequences, update)
     sequences = [replace(s, rollout_logp=s.old_logp.astype(np.float32)) for s in scored]
-    # Not those of a vision tower beside it.
+    # Only the decoder: a vision tower is not trained.
     before = {name: p.detach().clone() for name, p in model.get_decoder().named_parameters()}
     optimizer, stats = MasterAdamW(model, OptimConfig(lr=1e-2, max_tokens_per_rank=64)), UpdateStats()
     took = update_policy(model, optimizer, sequences, update, stats)
@@ -130,13 +132,13 @@ def _one_step(settings: ModelConfig) -> None:
     moved = [name for name, p in model.get_decoder().named_parameters() if not p.equal(before[name])]
     if not took or abs(numbers["mismatch/ratio_max"] - 1) > 1e-4 or numbers["optim/grad_norm"] == 0:
         raise AssertionError(f"a step of {settings.path} was not taken, or its ratios are not 1: {numbers}")
-    # Experts that no token chose do not move, nor does a bias in front of a norm.
+    # Experts that no token chose do not change, nor does a bias before a norm.
     if len(moved) < 0.7 * len(before):
         raise AssertionError(f"only {len(moved)} of {len(before)} tensors of {settings.path} moved")
 
 
 def verdicts(names: Sequence[str] = ()) -> Iterator[tuple[Case, Verdict]]:
-    """The named cases, or all, with what becomes of them."""
+    """Yield the named cases, or all, with their verdicts."""
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             if not names or case.name in names:
@@ -144,7 +146,7 @@ def verdicts(names: Sequence[str] = ()) -> Iterator[tuple[Case, Verdict]]:
 
 
 def page() -> str:
-    """docs/models.md"""
+    """Return the text of docs/models.md."""
     found = list(verdicts())
     good = [(case, what) for case, what in found if what.text == "trains"]
     bad = [(case, what) for case, what in found if what.text != "trains"]

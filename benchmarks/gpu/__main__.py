@@ -1,9 +1,9 @@
-"""All GPU checks in one command, each part a process of its own with a time limit, one JSON file a part.
+"""All GPU checks in one command: each part runs in its own process with a time limit and writes one JSON file.
 
     python -m benchmarks.gpu OUT_DIR [--part NAME ...] [--wheels DIR] [--rehearse]
 
-OUT_DIR/NAME.json is rewritten after every row, so a part that is stopped leaves what it has; summary.json says how
-each part ended. Exit code 0: every part passed. --rehearse runs everything scaled down on a CPU.
+OUT_DIR/NAME.json is rewritten after every row, so a killed part keeps its finished rows. summary.json lists how each
+part ended. Exit code 0: every part passed. --rehearse runs everything scaled down on a CPU.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 from benchmarks.gpu.context import HARD_LIMIT_S, PARTS, SOFT_LIMIT_S, Context
 from benchmarks.lib.paths import ROOT
 
-# Parts whose Triton kernels run under the interpreter in a rehearsal; it must be set before triton is imported.
+# Parts whose Triton kernels need the interpreter in a rehearsal. It must be enabled before triton is imported.
 _INTERPRETED = {"kernels"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run the parts, summarise; returns the exit code."""
+    """Parse arguments, run the parts, print the summary, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for the JSON files")
     parser.add_argument("--part", action="append", choices=PARTS, help="run this part; may repeat (default: all)")
@@ -55,7 +55,7 @@ def _run_part(name: str, out: Path, rehearse: bool) -> int:
 
 
 def _spawn(name: str, arguments: argparse.Namespace, environment: dict[str, str]) -> dict:
-    """Run one part in a child; never raises for what the child does."""
+    """Run one part in a child process. Failures of the child never raise."""
     (arguments.out / f"{name}.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--part", name, "--in-process"]
     if arguments.rehearse and name in _INTERPRETED:
@@ -98,7 +98,7 @@ def _summary(results: list[dict], out: Path) -> int:
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """The children's environment: the repository and the given wheels importable, threads that sleep."""
+    """Return the children's environment: repository and wheels importable, threads that sleep at barriers."""
     extra = [ROOT]
     if importlib.util.find_spec("or1_kernels") is None:
         extra.append(ROOT / "kernels")
@@ -112,7 +112,7 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _install(wheels: Path, site: Path) -> Path:
-    """Put every wheel of the folder into `site`, each by itself, so that one that does not fit costs only itself."""
+    """Install every wheel of the folder into `site`, one at a time, so that one bad wheel affects no other."""
     for wheel in sorted(wheels.glob("*.whl")):
         command = [
             sys.executable,
@@ -134,7 +134,7 @@ def _install(wheels: Path, site: Path) -> Path:
 
 
 def _has_gpu(environment: dict[str, str]) -> bool:
-    # In a child: the parent must not hold memory on the device that the parts measure.
+    # In a child, because the parent must not hold memory on the device that the parts measure.
     code = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
     return subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 

@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# A part stops itself after the first limit and is killed at the second; both well under 8 minutes.
+# A part starts no new work after the first limit and is killed at the second. Both are well under 8 minutes.
 SOFT_LIMIT_S, HARD_LIMIT_S = 380, 440
 
-# name -> (module, function). The function takes a Context; see there. Add a part with one line.
+# name -> (module, function that takes a Context). A new part is one line here.
 PARTS: dict[str, tuple[str, str]] = {
     "kernels": ("benchmarks.gpu.kernels", "run"),
     "rows": ("benchmarks.gpu.rows", "run"),
@@ -24,10 +24,10 @@ PARTS: dict[str, tuple[str, str]] = {
 
 @dataclass
 class Context:
-    """What a part gets: where to write, whether it rehearses on a CPU, and when to stop starting new work.
+    """Context of one part: output folder, rehearsal flag, and the time after which no new work starts.
 
-    Call add(row) for each finished measurement or check; a row with "ok" False fails the part, one with "skipped" is
-    listed as such. Everything is on disk when add returns.
+    Call add(row) for each finished measurement or check. A row with "ok" False fails the part. A row with "skipped"
+    is listed as skipped. All rows are on disk when add returns.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Context:
 
     @property
     def device(self):
-        """The torch device of this run."""
+        """Torch device of this run."""
         import torch
 
         return torch.device("cpu" if self.rehearse else "cuda")
 
     def late(self) -> bool:
-        """Whether the part's time is up; then it should leave the rest out with skip()."""
+        """Return True after the deadline; the part should then skip() its remaining work."""
         return time.monotonic() > self.deadline
 
     def add(self, row: dict) -> None:
-        """Keep a row, on disk and on the terminal."""
+        """Write a row to disk and to the terminal."""
         from benchmarks.lib.results import write_json
 
         self.rows.append(row)
@@ -61,11 +61,11 @@ class Context:
         print("  " + " ".join(words), flush=True)
 
     def check(self, what: str, ok: bool, **numbers: object) -> None:
-        """A row that must hold."""
+        """Add a row for a check, which must hold."""
         self.add({"check": what, "ok": bool(ok), **numbers})
 
     def skip(self, what: str, why: str) -> None:
-        """A row that says what was not run, once for each reason."""
+        """Add a row for work that was not run, once for each reason."""
         row = {"skipped": what, "why": why}
         if row not in self.rows:
             self.add(row)

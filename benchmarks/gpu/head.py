@@ -1,4 +1,4 @@
-"""GPU part: the head of one model size beside its peers, most telling settings first, until the time is up."""
+"""GPU part: the head of one model size beside its peers, most informative settings first, until the deadline."""
 
 import gc
 
@@ -11,17 +11,17 @@ from benchmarks.lib.problems import MODELS, Shape
 
 
 def run_1_5b(context: Context) -> None:
-    """H = 1536, V = 151936."""
+    """Run the part for H = 1536, V = 151936."""
     _run(context, MODELS[0])
 
 
 def run_7b(context: Context) -> None:
-    """H = 3584, V = 152064."""
+    """Run the part for H = 3584, V = 152064."""
     _run(context, MODELS[1])
 
 
 def run_32b(context: Context) -> None:
-    """H = 5120, V = 152064."""
+    """Run the part for H = 5120, V = 152064."""
     _run(context, MODELS[2])
 
 
@@ -55,7 +55,7 @@ def _measure(context: Context, setting: head.Setting) -> None:
                 times = measure.interleaved({"gemms": gemms, "variant": run}, device, rounds=3)
                 row = head.row(setting, variant, task, problem, times_s=times["variant"], gemm_times_s=times["gemms"])
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-            # A peer that breaks on this machine is a result; or1 breaking fails the part.
+            # A peer that fails on this machine is a result. A failure of or1 fails the part.
             if variant.name.startswith("or1"):
                 raise
             context.skip(f"{variant.name}, {task}", f"{type(error).__name__}: {str(error).splitlines()[:1]}")

@@ -1,6 +1,6 @@
-"""GPU part: the Triton head on the device against fp64, at the edges of fp32, bit for bit, and without host waits.
+"""GPU part: the Triton head against fp64, at the edges of fp32, for bitwise equality, and for host synchronisation.
 
-The measure is that of tests/kernels: error against fp64 at most twice plain torch's in the same dtype.
+The tolerance is that of tests/kernels: error against fp64 at most twice plain torch's in the same dtype.
 Legend: N rows, H hidden, V vocab, R rows of a block.
 """
 
@@ -27,7 +27,7 @@ _FIELDS = ("logp", "entropy", "dhidden", "dweight")
 
 
 def run(context: Context) -> None:
-    """Every group of checks; each check is a row."""
+    """Run every group of checks. Each check adds a row."""
     for group in (_exactness, _extremes, _strided_upstream, _bitwise, _beyond_int32, _no_host_wait):
         if context.late():
             context.skip(group.__name__.strip("_"), "the part's time is up")
@@ -36,7 +36,7 @@ def run(context: Context) -> None:
 
 
 def constants(problem: Problem) -> dict[str, Tensor]:
-    """The log-probs that an objective may read, drawn around old_logp."""
+    """Return the log-probs that an objective may read, drawn around old_logp."""
     gen = torch.Generator(device=problem.hidden.device).manual_seed(7)
     noise_2N = 0.25 * torch.randn(2, len(problem.targets), generator=gen, device=problem.hidden.device)
     return {
@@ -47,7 +47,7 @@ def constants(problem: Problem) -> dict[str, Tensor]:
 
 
 def plain(problem: Problem, objective: PolicyObjective, dtype: torch.dtype, block: int) -> SimpleNamespace:
-    """Full logits and autograd in `dtype`, `block` rows at a time."""
+    """Run the reference with full logits and autograd in `dtype`, `block` rows at a time."""
     hidden, weight = (x.to(dtype).requires_grad_() for x in (problem.hidden, problem.weight))
     wide = torch.promote_types(dtype, torch.float32)
     named = {k: v.to(wide) for k, v in constants(problem).items()}
@@ -73,7 +73,7 @@ def plain(problem: Problem, objective: PolicyObjective, dtype: torch.dtype, bloc
 
 
 def fused(problem: Problem, objective: PolicyObjective, needs=(True, True), **options) -> SimpleNamespace:
-    """The head under test; gradients that were not wanted are None."""
+    """Run the head under test. Gradients that are not needed are None."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     hidden, weight = hidden.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
     loss, stats = linear_policy_loss(
@@ -112,7 +112,7 @@ def _exactness(context: Context) -> None:
                 name, objective = next(kinds)
                 problem = make_problem(Shape("", 16 if small else 256, vocab), rows, dtype=dtype, device=context.device)
                 truth, peer = plain(problem, objective, torch.float64, 256), plain(problem, objective, dtype, 1 << 14)
-                # All combinations where they are cheap, in turn where they are not.
+                # All combinations for few rows; for many rows the first and one other in turn.
                 for needs in NEEDS if rows < 1000 else (NEEDS[0], next(wants)):
                     mine = fused(problem, objective, needs)
                     worst = {
@@ -135,7 +135,7 @@ def _exactness(context: Context) -> None:
 
 
 def _scored(logits_NV: Tensor, targets_N: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Given logits exactly: hidden is the identity. Returns logp, entropy, dlogits of sum(logp + 0.5 entropy)."""
+    """Return logp, entropy and dlogits of sum(logp + 0.5 entropy) for exact logits: hidden is the identity."""
     weight = logits_NV.T.contiguous().requires_grad_()
     eye = torch.eye(len(logits_NV), dtype=logits_NV.dtype, device=logits_NV.device)
     logp, entropy = linear_logprob_entropy(eye, weight, targets_N, impl=impl)
@@ -205,7 +205,7 @@ def _bitwise(context: Context) -> None:
 
 
 def _beyond_int32(context: Context) -> None:
-    """A chunk whose logits number more than 2^31 equals smaller chunks."""
+    """Check that a chunk of more than 2^31 logits gives the same result as smaller chunks."""
     shape, rows, whole = (Shape("", 16, 1031), 40, 40) if context.rehearse else (Shape("", 256, 152064), 16384, 16384)
     problem = make_problem(shape, rows, dtype=torch.bfloat16, device=context.device)
     one, many = (fused(problem, PolicyObjective(), chunk_rows=c) for c in (whole, whole // 8))
@@ -244,7 +244,7 @@ def _no_host_wait(context: Context) -> None:
 
     main_grad = torch.zeros(problem.weight.shape, device=context.device)
     for name, options in (("plain", {}), ("lean", {"preset": "lean"}), ("main_grad", {"main_grad": main_grad})):
-        step(**options)  # compiles and loads, which may wait
+        step(**options)  # Compiling and loading kernels may wait.
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         message = ""

@@ -1,7 +1,8 @@
-"""GPU part: the GEMM forms that decide the engine's floor, and the row passes, both against the machine's limits.
+"""GPU part: the GEMM forms that bound the head's time, and the row passes, against the machine's limits.
 
-The head's three GEMMs, C rows a chunk: logits written as fp32 from bf16 inputs; dhidden from bf16 gradients that stand
-in the first half of fp32 rows (row stride 2 V); dweight accumulated in fp32. Each beside the plain bf16 form.
+The head has three GEMMs with C rows a chunk. Logits are written as fp32 from bf16 inputs. dhidden reads bf16 gradients
+that fill the first half of fp32 rows (row stride 2 V). dweight is accumulated in fp32. Each is timed beside the plain
+bf16 form.
 """
 
 import torch
@@ -16,7 +17,7 @@ _ROUNDS = 5
 
 
 def run(context: Context) -> None:
-    """GEMM forms, then passes."""
+    """Time the GEMM forms, then the row passes."""
     _gemm_forms(context)
     _passes(context)
 
@@ -54,7 +55,7 @@ def _forms(context: Context, rows: int, hidden: int, vocab: int):
     strided_CV = wide_CV.view(torch.bfloat16)[:, :vocab]
     dh_CH, dw_VH = torch.empty_like(h_CH), torch.empty_like(w_VH)
     dw32_VH = torch.zeros(vocab, hidden, device=device)
-    # What the engine itself would choose for this device.
+    # As the engine chooses for this device.
     engine = gemms.WideOut() if device.type == "cuda" else gemms.Residual()
     return {
         "logits bf16 -> bf16": lambda: torch.mm(h_CH, w_VH.T, out=narrow_CV),
@@ -95,7 +96,7 @@ def _passes(context: Context) -> None:
                 copy_to, targets, inv_tau, transform, s, slopes, out_dtype=d
             )
         for name, call in calls.items():
-            # In place: logits anew before every round, outside of the timing.
+            # The pass runs in place: restore the logits before every round, outside the timing.
             times = []
             for _ in range(_ROUNDS + 1):
                 copy_to.copy_(logits)

@@ -23,7 +23,7 @@ def _part(name: str) -> Callable[[Context], None]:
 
 
 def _must_run(engine: str, context: int) -> bool:
-    """or1 itself has to reach 32K; how far it goes beyond, and what peers reach, is a measurement."""
+    """Return True if a failure fails the part: or1 up to 32K tokens. Larger contexts and peers are measurements."""
     return engine == "or1" and context <= 32768
 
 

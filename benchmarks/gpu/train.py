@@ -13,7 +13,7 @@ _LIMIT_S = 300
 
 
 def run(context: Context) -> None:
-    """Train, then check what the run left: finite losses, an accuracy before and after, a resumable checkpoint."""
+    """Train, then check the run directory: recorded steps, an accuracy before and after, a checkpoint."""
     run_dir = context.out / "train-run"
     steps = (1, 1) if context.rehearse else (8, 8)
     settings = {
@@ -56,7 +56,7 @@ def run(context: Context) -> None:
 
 
 def _config(path, steps, small):
-    """The quickstart with `steps` steps in its two stages."""
+    """Write the quickstart config with `steps` steps in its two stages, and return its path."""
     text = (ROOT / "examples" / "quickstart.toml").read_text(encoding="utf-8")
     head, *stages = text.split("[[stage]]\n")
     if len(stages) != len(steps):
@@ -77,5 +77,5 @@ def _native_built():
 
 
 def _build_native():
-    # On a bare machine; needs a C++ compiler and pybind11, which may come as a wheel.
+    # Needed on a bare machine. Requires a C++ compiler and pybind11, which may be one of the wheels.
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=os.environ, timeout=200)

@@ -1,4 +1,4 @@
-"""One row of the head's table: a variant timed beside the bare GEMMs, its memory, its errors against fp64."""
+"""Settings and cases of the head benchmark, and one row of its table: time, memory, errors against fp64."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from benchmarks.lib import measure
 from benchmarks.lib.problems import MODELS, SMALL, TASKS, Problem, Shape, errors, make_problem, truth
 
 GEMMS = "three bare GEMMs"
-# Above this many bytes of fp32 logits a variant that holds them several times is left out.
+# Variants that hold several copies of the logits are skipped above this size of one fp32 copy.
 _FULL_LOGITS_BYTES = {"cuda": 22 << 30, "cpu": 1 << 30}
 _SAMPLE_ROWS = 256
-# Tasks beside its first one are measured for these only; for the others they would tell nothing new.
+# Only these variants are measured on all their tasks; others on their first, since more would add no information.
 _EVERY_TASK = ("or1", "naive torch", "TRL default", "TRL chunked")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is held fixed while the variants are compared; `tokens` counts masked rows too."""
+    """Setting in which all variants are compared. `tokens` includes masked rows."""
 
     shape: Shape
     tokens: int
@@ -39,14 +39,14 @@ class Setting:
         return " ".join([*words, "TF32"] if self.tf32 else words)
 
     def problem(self, device: torch.device) -> Problem:
-        """The inputs."""
+        """Return the inputs."""
         return make_problem(
             self.shape, self.tokens, logits=self.logits, masked=self.masked, dtype=self.dtype, device=device
         )
 
 
 def settings(device: torch.device, models: tuple[Shape, ...] = MODELS) -> list[Setting]:
-    """The grid of a device, most telling first: bf16 models on a GPU, a scaled-down head on a CPU."""
+    """Return the settings for a device, most informative first: bf16 models on a GPU, a small head on a CPU."""
     if device.type == "cuda":
         bf16 = {"dtype": torch.bfloat16}
         kinds = [
@@ -65,14 +65,14 @@ def settings(device: torch.device, models: tuple[Shape, ...] = MODELS) -> list[S
             for t in (32768, 8192)
             for m in models
         ]
-        # Between the two sizes, for the plot of time and memory against tokens.
+        # More sizes for the plot of time and memory against tokens.
         return grid + [Setting(m, t, **bf16) for t in (2048, 16384) for m in models]
     grid = [Setting(SMALL, 512, logits, masked) for logits in ("peaked", "flat") for masked in (0.0, 0.5)]
     return [*grid, *(Setting(SMALL, tokens) for tokens in (1024, 2048)), Setting(SMALL, 512, dtype=torch.bfloat16)]
 
 
 def cases(setting: Setting) -> Iterator[tuple[Variant, str]]:
-    """Variants and tasks to measure in a setting; with TF32 on only those that it changes."""
+    """Yield the variants and tasks to measure in a setting. With TF32, only variants that TF32 affects."""
     for variant in VARIANTS.values():
         if not setting.tf32 or variant.tf32:
             for task in TASKS if variant.name in _EVERY_TASK else variant.tasks[:1]:
@@ -81,7 +81,7 @@ def cases(setting: Setting) -> Iterator[tuple[Variant, str]]:
 
 
 def why_skipped(variant: Variant, setting: Setting, device: torch.device) -> str | None:
-    """Why a variant is not measured in a setting, or None."""
+    """Return the reason why a variant is not measured in a setting, or None."""
     logits_bytes = 4 * setting.tokens * setting.shape.vocab
     if variant.full_logits and logits_bytes > _FULL_LOGITS_BYTES[device.type]:
         return f"it holds [tokens, vocab] several times, {logits_bytes / 2**30:.0f} GiB each in fp32"
@@ -89,7 +89,7 @@ def why_skipped(variant: Variant, setting: Setting, device: torch.device) -> str
 
 
 def bare_gemms(problem: Problem):
-    """The floor: three GEMMs over the rows that carry a loss."""
+    """Return a function that runs only the three GEMMs over the unmasked rows, a lower bound on the time."""
     hidden = problem.hidden[problem.live] if problem.masked else problem.hidden
     return measure.bare_gemms(hidden, problem.weight)
 
@@ -97,7 +97,7 @@ def bare_gemms(problem: Problem):
 def row(
     setting: Setting, variant: Variant, task: str, problem: Problem, *, times_s: list[float], gemm_times_s: list[float]
 ) -> dict:
-    """A table row: the best of the times, peak extra memory, errors on a row sample, TFLOP/s in 3-GEMM units."""
+    """Return a table row: best time, peak extra memory, errors on a sample of rows, TFLOP/s of three GEMMs."""
     device = problem.hidden.device
     run = variant.runner(problem, task)
     peak = measure.peak_extra_bytes(run, device)
@@ -118,7 +118,7 @@ def row(
 
 
 def describe(setting: Setting) -> dict:
-    """The setting as columns."""
+    """Return the setting as columns of a row."""
     s = setting
     return {
         "shape": s.shape.name,

@@ -1,7 +1,7 @@
-"""The head beside its peers, a test a setting and variant; and the CPU targets, measured side by side.
+"""The head beside its peers, one test for each setting and variant; and the targets for CPUs.
 
-N = tokens, H = hidden, V = vocab. Every round of a variant is preceded by one of the bare GEMMs, so both meet the same
-load; the best round counts.
+N = tokens, H = hidden, V = vocab. A round of the bare GEMMs precedes every round of a variant, so both see the same
+machine load. The best round counts.
 """
 
 import math
@@ -22,7 +22,7 @@ _last: dict[head.Setting, object] = {}
 
 
 def problem_of(setting):
-    """The setting's inputs, kept while its variants follow each other."""
+    """Return the setting's inputs, cached until the next setting."""
     if setting not in _last:
         _last.clear()
         _last[setting] = setting.problem(DEVICE)
@@ -32,7 +32,7 @@ def problem_of(setting):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("setting", "variant", "task"), GRID, ids=lambda x: getattr(x, "name", str(x)))
 def test_head(setting, variant, task, benchmark, record, skip_variant):
-    """One row of the table."""
+    """Add one row of the table."""
     why = head.why_skipped(variant, setting, DEVICE)
     if why is not None:
         skip_variant(variant.name, why)
@@ -62,10 +62,10 @@ def test_head(setting, variant, task, benchmark, record, skip_variant):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a target for CPUs")
 @pytest.mark.timeout(1200)
 def test_cpu_targets_time_and_memory(record):
-    """fp32, N=4096, H=1024, V=32000, entropy gradient included: 2x faster than autograd, 1/8 of its memory.
+    """Check for fp32, N=4096, H=1024, V=32000 with entropy gradient: 2x faster than autograd, 1/8 of its memory.
 
-    Where autograd's own GEMMs take more than half of its time, no head of three exact fp32 GEMMs is 2x faster; there
-    the head must be within 15 % of the bare GEMMs. The table shows which of the two held.
+    If the GEMMs take more than half of autograd's time, no head of three exact fp32 GEMMs is 2x faster. Then the head
+    must be within 15 % of the bare GEMMs. The table shows which condition held.
     """
     problem = make_problem(Shape("target", 1024, 32000), 4096)
     runs = {name: VARIANTS[name].runner(problem, "policy") for name in ("or1", "naive torch")}
@@ -93,18 +93,18 @@ def test_cpu_targets_time_and_memory(record):
         },
     )
     assert smaller >= 8
-    # By CPU time: what else the machine does changes it little.
+    # CPU time, because other work on the machine hardly changes it.
     assert faster >= 2 or cpu["or1"] <= 1.15 * cpu["gemms"]
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a target for CPUs")
 @pytest.mark.timeout(600)
 def test_cpu_time_is_linear_in_tokens(record):
-    """Up to N = 65536, with H = 64 and V = 2048 to take seconds: processor time a token varies by less than half."""
+    """Check that CPU time per token varies by less than half up to N = 65536 (H = 64, V = 2048)."""
     sizes = (4096, 8192, 16384, 32768, 65536)
     shape = Shape("linear", 64, 2048)
     runs = {str(n): VARIANTS["or1"].runner(make_problem(shape, n), "policy") for n in sizes}
-    # More rounds for the short ones costs little and lets each find an undisturbed moment.
+    # Five rounds, because more rounds make an undisturbed one likelier.
     times = measure.interleaved(runs, DEVICE, rounds=5, timer=measure.cpu_seconds)
     per_token = {n: min(times[str(n)]) / n for n in sizes}
     for n in sizes:

@@ -1,6 +1,6 @@
-"""The two row passes by themselves, over [rows, vocab] fp32 logits, beside the same in plain torch.
+"""The two row passes alone, over [rows, vocab] fp32 logits, beside plain torch.
 
-The bound is memory: pass 1 reads a row once, pass 2 reads and writes it.
+Memory bandwidth is the bound: pass 1 reads a row once, pass 2 reads and writes the row.
 """
 
 import pytest
@@ -15,7 +15,7 @@ IMPLS = ("triton", "torch") if DEVICE.type == "cuda" else ("native", "torch")
 
 
 def inputs():
-    """logits f32[C, V], targets i64[C], 1 / temperature f32[C]."""
+    """Return logits f32[C, V], targets i64[C] and 1 / temperature f32[C]."""
     gen = torch.Generator(device=DEVICE).manual_seed(0)
     logits = torch.randn(ROWS, VOCAB, generator=gen, device=DEVICE) * 4
     targets = torch.randint(0, VOCAB, (ROWS,), generator=gen, device=DEVICE)
@@ -26,7 +26,7 @@ def inputs():
 @pytest.mark.parametrize("step", ["row_sums", "row_grads"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_score_rows(impl, step, softcap, benchmark, record):
-    """One row of the table."""
+    """Add one row of the table."""
     backend = resolve(impl, DEVICE, torch.float32)
     (logits, targets, inv_tau), transform = inputs(), Transform(1.0, softcap)
     stats = finish(backend.row_sums(logits, targets, inv_tau, transform), inv_tau)
@@ -41,7 +41,7 @@ def test_score_rows(impl, step, softcap, benchmark, record):
         measure.synchronize(DEVICE)
 
     def refill():
-        # Pass 2 destroys its input; gradients fed back as logits would be another distribution.
+        # Pass 2 overwrites its input; gradients used as logits would have another distribution.
         scratch.copy_(logits)
 
     benchmark.pedantic(timed, setup=refill, rounds=10, warmup_rounds=2)

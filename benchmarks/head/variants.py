@@ -1,7 +1,7 @@
 """or1's head and its peers behind one interface: a variant runs a task's forward and backward on a problem.
 
-Every peer is the installed package, called as its own users call it. One that is not installed, or cannot run on this
-device, says why and is skipped by name. The loss around a peer that only scores is problems.task_loss.
+Every peer is the installed package, called as its documentation shows. A peer that is not installed, or cannot run on
+this device, gives a reason and is skipped by name. A peer that only scores gets its loss from problems.task_loss.
 Legend: N rows, H hidden, V vocab.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.lib import imports
 from benchmarks.lib.problems import OBJECTIVE, TASKS, Problem, task_loss
 from or1_kernels import linear_logprob_entropy, linear_policy_loss
 
-# From hidden [N, H] and weight [V, H] that want gradients: loss [], logp [N] or None, entropy [N] or None.
+# From hidden [N, H] and weight [V, H] with requires_grad: loss [], logp [N] or None, entropy [N] or None.
 Forward = Callable[[Problem, str, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
@@ -24,9 +24,9 @@ Forward = Callable[[Problem, str, Tensor, Tensor], tuple[Tensor, Tensor | None, 
 class Variant:
     """One way to compute a head.
 
-    why_not     (device) -> why it cannot run there, or None
-    tf32        whether its backward holds fp32 GEMMs of bf16 inputs, which TF32 speeds up: measured both ways
-    full_logits whether it holds [N, V] several times over
+    why_not      (device) -> reason why the variant cannot run there, or None
+    tf32         True if its backward has fp32 GEMMs of bf16 inputs, which TF32 speeds up: measured with and without
+    full_logits  True if it holds several [N, V] tensors
     """
 
     name: str
@@ -37,7 +37,7 @@ class Variant:
     full_logits: bool = False
 
     def runner(self, problem: Problem, task: str) -> Callable[[], SimpleNamespace]:
-        """A function that does one forward and backward and returns logp, entropy, dhidden and dweight."""
+        """Return a function that runs one forward and backward and returns logp, entropy, dhidden and dweight."""
         if task not in self.tasks:
             raise ValueError(f"{self.name} has no task {task!r}; it has {self.tasks}")
         hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
@@ -62,7 +62,7 @@ def _anywhere(device: torch.device) -> str | None:
 
 
 def _installed(module: str, *bare: str, gpu: bool = False) -> Callable[[torch.device], str | None]:
-    """why_not of a peer in `module`, whose packages `bare` are imported without running their __init__."""
+    """Return why_not of a peer in `module`. Its packages `bare` are imported without running their __init__."""
 
     def why_not(device: torch.device) -> str | None:
         if gpu and device.type != "cuda":
@@ -78,7 +78,7 @@ def _installed(module: str, *bare: str, gpu: bool = False) -> Callable[[torch.de
 
 def _or1(**options) -> Forward:
     def forward(p: Problem, task: str, hidden: Tensor, weight: Tensor):
-        # The packer knows the trained rows: their index is an input, not part of the work.
+        # The packer already has the index of the trained rows, so computing the index is not timed.
         rows = p.live if p.masked else None
         if task == "ce":  # on-policy with an advantage of 1: the gradient of -logp
             ones = torch.ones_like(p.advantages)
@@ -123,7 +123,7 @@ def _trl_default_functions() -> tuple[Callable, Callable]:
     try:
         utils = imports.load("trl.trainer.utils")
         return utils.selective_log_softmax, utils.selective_log_softmax_and_entropy
-    except ImportError:  # its trainer's dependencies are absent; the kernels that it uses on a GPU need none of them
+    except ImportError:  # The trainer's dependencies are missing; its GPU kernels need none of them.
         both = imports.load("trl.kernels.logprob_entropy", "trl", "trl.kernels").selective_log_softmax_and_entropy
         return lambda logits, index: both(logits, index)[0], both
 
@@ -163,7 +163,7 @@ def _trl_chunked(p: Problem, task: str, hidden: Tensor, weight: Tensor):
 
 def _liger_grpo(p: Problem, task: str, hidden: Tensor, weight: Tensor):
     loss_class = imports.load("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    # Compiling its loss on a CPU takes a C++ build of seconds and changes little.
+    # Compiling the loss on a CPU takes seconds of C++ build and changes little.
     head = loss_class(
         beta=0.0,
         use_ref_model=False,
@@ -202,7 +202,7 @@ def _verl_torch(p: Problem, task: str, hidden: Tensor, weight: Tensor):
 
 
 def _verl_triton(p: Problem, task: str, hidden: Tensor, weight: Tensor):
-    # Its forward imports the kernels: by then they must be there, without verl's own __init__.
+    # Its forward imports the kernels, so load them first, without verl's own __init__.
     imports.load("verl.utils.kernel.kernels", "verl", "verl.utils")
     head = imports.load("verl.utils.kernel.linear_cross_entropy", "verl", "verl.utils").linear_cross_entropy
     logp, entropy = head(hidden, weight, p.targets, 1.0, "none", None)

@@ -1,4 +1,4 @@
-"""Importing one module of a peer without the dependencies that its package's __init__ asks for."""
+"""Import of one module of a peer without the dependencies of its package's __init__."""
 
 import importlib
 import importlib.util
@@ -9,9 +9,9 @@ from types import ModuleType
 
 @cache
 def load(module: str, *bare: str) -> ModuleType:
-    """The module, imported with the packages `bare` present as folders only, unless they are imported already.
+    """Return the module, imported without running __init__ of the packages `bare` (unless already imported).
 
-    verl's __init__ starts by importing ray, which its kernels do not use. Raises ImportError.
+    For example, verl's __init__ imports ray, which verl's kernels do not use. Raises ImportError.
     """
     added = [name for name in bare if name not in sys.modules]
     try:
@@ -19,7 +19,7 @@ def load(module: str, *bare: str) -> ModuleType:
             sys.modules[name] = _folder_only(name)
         return importlib.import_module(module)
     finally:
-        # Whoever imports the package by its own name afterwards gets all of it.
+        # A later import of the package by name must get the whole package.
         for name in added:
             sys.modules.pop(name, None)
 

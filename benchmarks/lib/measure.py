@@ -1,4 +1,4 @@
-"""Time and memory of a callable, on a CPU or a GPU, and what they were measured on.
+"""Time and memory of a callable on a CPU or a GPU, and a stamp of the machine and versions.
 
 Legend: N rows, C rows of a chunk, H hidden, V vocab.
 """
@@ -21,18 +21,18 @@ from torch import Tensor
 from benchmarks.lib.paths import ROOT
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "cut-cross-entropy", "numpy")
-# Bytes of logits that the bare GEMMs write at once: all of them on a GPU, what stays cheap to allocate on a CPU.
+# Bytes of logits that the bare GEMMs write at once: all on a GPU, a size that is cheap to allocate on a CPU.
 _GEMM_BYTES = {"cuda": 12 << 30, "cpu": 128 << 20}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; nothing to wait for on a CPU."""
+    """Wait until the GPU is idle. No-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(fn: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue empty before and after."""
+    """Return the wall time of one call in seconds, with an empty device queue before and after."""
     synchronize(device)
     began = time.perf_counter()
     fn()
@@ -41,7 +41,7 @@ def seconds(fn: Callable[[], object], device: torch.device) -> float:
 
 
 def cpu_seconds(fn: Callable[[], object], device: torch.device) -> float:
-    """Processor time of one call on the CPU, all threads: another process that takes the cores hardly changes it."""
+    """Return CPU seconds of one call over all threads. Other processes hardly change this number."""
     began = time.process_time()
     fn()
     return time.process_time() - began
@@ -50,7 +50,7 @@ def cpu_seconds(fn: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     fns: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 1, *, timer=seconds
 ) -> dict[str, list[float]]:
-    """`timer` of each function in every round, the functions taking turns, so that a load on the machine meets all."""
+    """Return `timer` of each function in every round. Functions alternate, so a load on the machine affects all."""
     for _ in range(warmup):
         for fn in fns.values():
             fn()
@@ -62,11 +62,11 @@ def interleaved(
 
 
 def peak_extra_bytes(fn: Callable[[], object], device: torch.device) -> int:
-    """Most bytes in use at any time during one call, beyond those in use before it.
+    """Return the peak of bytes in use during one call, minus the bytes in use before the call.
 
-    On a GPU by the allocator's own count. On a CPU the resident set: its high-water mark is reset through
-    /proc/self/clear_refs, so it counts pages touched (Linux; elsewhere RuntimeError). Call fn once before, so that
-    libraries have set up what they keep, and drop its results.
+    On a GPU this is the allocator's count. On a CPU it is the resident set, whose high-water mark is reset through
+    /proc/self/clear_refs. Call fn once before, so that libraries allocate their persistent buffers, and drop the
+    results. Raises RuntimeError on a CPU without Linux.
     """
     gc.collect()
     if device.type == "cuda":
@@ -87,7 +87,7 @@ def peak_extra_bytes(fn: Callable[[], object], device: torch.device) -> int:
 
 
 def bare_gemms(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
-    """The three GEMMs of a head and nothing else, in the inputs' dtype, results in buffers made beforehand."""
+    """Return a function that runs only the three GEMMs of a head, in the inputs' dtype, into existing buffers."""
     hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     num_rows, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     step = max(1, min(num_rows, _GEMM_BYTES[hidden_NH.device.type] // (vocab * hidden_NH.element_size())))
@@ -107,7 +107,7 @@ def bare_gemms(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """fp32 GEMMs on a GPU in TF32 or not, within the block."""
+    """Enable or disable TF32 for fp32 GEMMs on a GPU within the block."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = enabled
     try:
@@ -117,7 +117,7 @@ def tf32(enabled: bool) -> Iterator[None]:
 
 
 def stamp() -> dict[str, object]:
-    """Commit, device, versions and time: what a number means nothing without."""
+    """Return commit, device, threads, versions and time, to be stored with every measurement."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -133,7 +133,7 @@ def stamp() -> dict[str, object]:
 
 @cache
 def device_name() -> str:
-    """The GPU's name, or the CPU's with what matters about it."""
+    """Return the GPU's name, or the CPU's name with its core count and vector instruction sets."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -146,7 +146,7 @@ def device_name() -> str:
 
 @cache
 def _commit() -> str:
-    """The commit checked out, with a "+" when files differ from it; "unknown" outside a git clone."""
+    """Return the commit, with a "+" if files differ from the commit; "unknown" outside a git clone."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -164,6 +164,6 @@ def _status_bytes(field: str) -> int:
 
 
 def _give_freed_memory_back() -> None:
-    # Otherwise pages that earlier work freed but the allocator kept would be reused and not be counted.
+    # Otherwise the call could reuse freed pages that the allocator kept, and these would not be counted.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Inputs of the head benchmarks: logits as a policy has them, the exact answer, and the work that cannot be avoided.
+"""Inputs of the head benchmarks with realistic logits, the exact result, and the unavoidable work.
 
 Legend: N rows, H hidden, V vocab, R rows of a sample.
 """
@@ -21,7 +21,7 @@ _SAMPLING_ELEMENTS = 1 << 27
 
 @dataclass(frozen=True)
 class Shape:
-    """hidden and vocab of a model's LM head."""
+    """Sizes of a model's LM head."""
 
     name: str
     hidden: int
@@ -53,24 +53,24 @@ class Problem:
 
     @property
     def live(self) -> Tensor:
-        """i64[L]: rows whose weight is not 0."""
+        """Rows whose weight is not 0, i64[L]."""
         return self.token_weight.nonzero()[:, 0]
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the three GEMMs over the rows that need them: the masked ones do not."""
+        """Floating-point operations of the three GEMMs over the unmasked rows."""
         return 6 * len(self.live) * self.hidden.shape[1] * self.weight.shape[0]
 
     def entropy_coef(self, task: str) -> float:
-        """The entropy bonus of a task."""
+        """Return the entropy coefficient of a task."""
         return ENTROPY_COEF if task == "policy" else 0.0
 
     def sample(self, count: int) -> "Problem":
-        """At most `count` live rows, evenly spread, as one problem without masked rows and in one document."""
+        """Return at most `count` live rows, evenly spread, as a problem of one document without masked rows."""
         live = self.live
         index_R = live[torch.linspace(0, len(live) - 1, min(count, len(live)), device=live.device).long()]
         rows = {name: getattr(self, name)[index_R] for name in ("hidden", "targets", "advantages", "old_logp")}
-        # One advantage for the only document, as peers with an advantage a sequence need.
+        # One advantage for the only document, because some peers take one advantage a sequence.
         rows["advantages"] = torch.full_like(rows["advantages"], 0.75)
         weight_R = torch.full_like(rows["old_logp"], 1 / max(1, len(index_R)))
         return replace(self, masked=0.0, documents=1, token_weight=weight_R, **rows)
@@ -86,10 +86,12 @@ def make_problem(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """A problem of `tokens` rows, a fraction `masked` of them prompt rows that carry no loss.
+    """Return a problem of `tokens` rows, a fraction `masked` of which are prompt rows without loss.
 
-    logits "peaked": most rows nearly certain, a few undecided between two tokens, 0.3 nats in the mean, as a trained
-    policy's are; "flat": log V - 0.5 nats, as an untrained one's. Raises ValueError for another name.
+    logits  "peaked": most rows nearly certain, a few undecided between two tokens, 0.3 nats on average, as in a trained
+            policy; "flat": log V - 0.5 nats, as in an untrained model
+
+    Raises ValueError for another name.
     """
     if logits not in ("peaked", "flat"):
         raise ValueError(f"logits is {logits!r}; it must be 'peaked' or 'flat'")
@@ -107,14 +109,25 @@ def make_problem(
     advantages = torch.randn(documents, **draw).repeat_interleave(length)[:tokens]
     live = torch.arange(tokens, device=device) % length >= round(masked * length)
     token_weight = live.float() / live.sum().clamp_min(1)
-    # Ratios of 0.61, 1 and 1.65: far from the clip's edges, where rounding of logp alone would decide the gradient.
+    # Ratios of 0.61, 1 and 1.65, far from the clip bounds: there rounding of logp alone would decide the gradient.
     moved = torch.rand(tokens, **draw)
     old_logp = logp + 0.5 * ((moved < 0.1).float() - (moved > 0.9).float())
-    return Problem(shape, logits, masked, documents, hidden, weight, targets, advantages, token_weight, old_logp)
+    return Problem(
+        shape=shape,
+        logits=logits,
+        masked=masked,
+        documents=documents,
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        advantages=advantages,
+        token_weight=token_weight,
+        old_logp=old_logp,
+    )
 
 
 def truth(problem: Problem, task: str) -> SimpleNamespace:
-    """logp, entropy [N], dhidden [N, H] and dweight [V, H] in fp64, from the inputs as they are stored."""
+    """Return logp, entropy [N], dhidden [N, H] and dweight [V, H] in fp64, from the stored inputs."""
     hidden, weight = (x.double().requires_grad_() for x in (problem.hidden, problem.weight))
     logp, entropy = reference.logprob_entropy(reference.logits(hidden, weight), problem.targets)
     task_loss(problem, task, logp, entropy).backward()
@@ -122,7 +135,7 @@ def truth(problem: Problem, task: str) -> SimpleNamespace:
 
 
 def task_loss(problem: Problem, task: str, logp_N: Tensor, entropy_N: Tensor | None) -> Tensor:
-    """The task's loss from differentiable log-probs and entropies: what a user of a scoring head writes."""
+    """Return the task's loss from differentiable log-probs and entropies, as users of a scoring head write it."""
     dtype = torch.promote_types(logp_N.dtype, torch.float32)
     weight_N = problem.token_weight.to(dtype)
     if task == "ce":
@@ -137,7 +150,10 @@ def task_loss(problem: Problem, task: str, logp_N: Tensor, entropy_N: Tensor | N
 
 
 def errors(got: SimpleNamespace, want: SimpleNamespace) -> dict[str, float | None]:
-    """logp, entropy: largest absolute error, nats; dhidden, dweight: relative, Frobenius norm; None: not computed."""
+    """Return errors: largest absolute of logp and entropy in nats, relative Frobenius norm of dhidden and dweight.
+
+    None means that the variant does not compute the value.
+    """
     out: dict[str, float | None] = {}
     for name in ("logp", "entropy"):
         value = getattr(got, name)
@@ -149,13 +165,13 @@ def errors(got: SimpleNamespace, want: SimpleNamespace) -> dict[str, float | Non
 
 
 def _between_two_tokens(tokens: int, weight_VH: Tensor, draw: dict) -> Tensor:
-    """Hidden states whose logit is `top` at one token, `top` - gap at another and near 0 elsewhere.
+    """Return hidden states whose logit is `top` at one token, `top` - gap at another and near 0 elsewhere.
 
     E H = E over gaps of the binary entropy, 1.3 / spread nats for a half-normal gap, plus the tail's share.
     """
     vocab, width = weight_VH.shape
     margin, spread, top = 6.0, 5.0, math.log(vocab)
-    for _ in range(20):  # the tail's logits have a variance of about top^2 / H, which lifts its sum
+    for _ in range(20):  # The tail's logits have a variance of about top^2 / H, which increases its sum.
         top = math.log(vocab) + margin + min(top**2 / width, math.log(vocab))
     first_N, second_N = torch.randint(vocab, (2, tokens), **draw)
     gap_N = spread * torch.randn(tokens, **draw).abs()
@@ -168,7 +184,7 @@ def _sampled_targets(hidden_NH: Tensor, weight_VH: Tensor, gen: torch.Generator)
     targets, logps = [], []
     for rows_RH in hidden_NH.split(step):
         logp_RV = (rows_RH @ weight_VH.T).float().log_softmax(-1)
-        # Gumbel-max; multinomial refuses a vocabulary above 2^24 and copies the probabilities.
+        # Gumbel-max: multinomial refuses vocabularies above 2^24 and copies the probabilities.
         noise_RV = torch.empty_like(logp_RV).exponential_(generator=gen).log_().neg_()
         target_R = noise_RV.add_(logp_RV).argmax(-1)
         targets.append(target_R)

@@ -1,4 +1,4 @@
-"""Where measurements go: a table on the terminal, a JSON file, a plot of time and memory against tokens."""
+"""Output of measurements: tables on the terminal, JSON files, a plot of time and memory against tokens."""
 
 import json
 import os
@@ -14,7 +14,7 @@ _SETTING = ("shape", "tokens", "logits", "masked", "dtype", "tf32")
 
 
 def write_json(path: Path, rows: Sequence[dict], **more: object) -> Path:
-    """Rows under a stamp of commit, device and versions; replaces the file in one step, so a kill leaves it whole."""
+    """Write rows with a stamp of commit, device and versions. Return the path. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(stamp() | more | {"rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
@@ -23,7 +23,7 @@ def write_json(path: Path, rows: Sequence[dict], **more: object) -> Path:
 
 
 def show_head(console: Console, rows: Sequence[dict], skipped: dict[str, str]) -> None:
-    """One table a setting, fastest first within a task; then what was skipped and why."""
+    """Print one table a setting, fastest first within a task; then the skipped variants and the reasons."""
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
         groups.setdefault(tuple(r[k] for k in _SETTING), []).append(r)
@@ -51,7 +51,7 @@ def show_head(console: Console, rows: Sequence[dict], skipped: dict[str, str]) -
 
 
 def show_plain(console: Console, title: str, rows: Sequence[dict]) -> None:
-    """Rows with the same keys as one table."""
+    """Print rows with equal keys as one table."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -63,7 +63,7 @@ def show_plain(console: Console, title: str, rows: Sequence[dict]) -> None:
 
 
 def plot_head(path: Path, rows: Sequence[dict]) -> Path | None:
-    """Milliseconds and peak GiB against tokens, task "policy", a column a shape; None without two sizes to join."""
+    """Plot time and peak memory of task "policy" against tokens. Return the path, or None for fewer than two sizes."""
     kept = [
         r for r in rows if (r["logits"], r["masked"], r["tf32"]) == ("peaked", 0.0, False) and r["task"] == "policy"
     ]

@@ -1,4 +1,4 @@
-"""The packer: time, and the share of row slots left empty, beside first-fit decreasing and packing in order."""
+"""The packer beside first-fit decreasing and packing in order: time, and share of empty row slots."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from or1_kernels import _native
 
 
 def lengths(count):
-    """Response lengths as long reasoning has them: log-normal, cut at the limit."""
+    """Return response lengths as in long reasoning: log-normal, clipped at the limit."""
     rng = np.random.default_rng(0)
     return np.minimum(rng.lognormal(8.3, 0.9, count).astype(int) + 100, 32768).tolist()
 
 
 def in_order(sizes, capacity):
-    """A new row when the next sequence does not fit the last one."""
+    """Pack in order: start a new row if the next sequence does not fit the last row."""
     bins, room = [], 0
     for i, size in enumerate(sizes):
         if size > room:
@@ -25,7 +25,7 @@ def in_order(sizes, capacity):
 
 
 def first_fit_decreasing(sizes, capacity):
-    """The longest first, each into the first row with room."""
+    """Pack the longest sequences first, each into the first row with room."""
     bins, rooms = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         b = next((b for b, room in enumerate(rooms) if sizes[i] <= room), len(bins))
@@ -47,7 +47,7 @@ PACKERS = {
 @pytest.mark.parametrize("count", [256, 4096])
 @pytest.mark.parametrize("packer", PACKERS)
 def test_packing(packer, count, benchmark, record):
-    """One row of the table; every packer must place every sequence once."""
+    """Add one row of the table. Check that every sequence is packed once."""
     sizes, capacity = lengths(count), 32768
     bins = benchmark.pedantic(PACKERS[packer], args=(sizes, capacity), rounds=5, warmup_rounds=1)
     assert sorted(i for b in bins for i in b) == list(range(count))

@@ -1,8 +1,8 @@
-"""How far `or1 plan` is from what an update really needs: python -m benchmarks.plan_check OUT_DIR
+"""Error of `or1 plan` against real updates: python -m benchmarks.plan_check OUT_DIR
 
-Runs updates of a random Qwen2 of middle size. On a GPU the plan's update and optimizer phases are compared with
-torch.cuda.max_memory_allocated; on a CPU, which counts no peaks, with the summed bytes of the tensors. Writes
-OUT_DIR/plan_check.json and prints a table; exits with 1 where a number is off by more than 10 %.
+Runs updates of a random Qwen2 of medium size. On a GPU, compares the plan's update and optimizer phases with
+torch.cuda.max_memory_allocated. On a CPU, which counts no peaks, compares with the summed bytes of the tensors. Writes
+OUT_DIR/plan_check.json and prints a table. Exits with 1 if a number is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PROMPT = 64
 
 @dataclass(frozen=True)
 class Size:
-    """The model and its rows: `rows` packed rows of `tokens` tokens, four documents each."""
+    """Model, and its batch: `rows` packed rows of `tokens` tokens, four documents each."""
 
     model: Qwen2Config
     tokens: int
@@ -47,7 +47,7 @@ class Size:
 
 
 def sizes(on_gpu: bool) -> Size:
-    """Large enough for a GPU's numbers to mean something; small enough for two CPU cores."""
+    """Return a size that is large enough for meaningful GPU numbers, or small enough for two CPU cores."""
     if on_gpu:
         return Size(_qwen2(2048, 8192, 16, (16, 4), vocab=151_936), tokens=32_768)
     return Size(_qwen2(128, 512, 3, (4, 1), vocab=2000), tokens=512, rows=2)
@@ -68,7 +68,7 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting and what came of it; bytes."""
+    """A planned and a measured quantity of one setting, in bytes."""
 
     setting: str
     quantity: str
@@ -77,12 +77,12 @@ class Case:
 
     @property
     def error(self) -> float:
-        """(planned - measured) / measured."""
+        """Relative error, (planned - measured) / measured."""
         return self.planned / self.measured - 1
 
 
 def settings() -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
-    """Name, `[model]` options and `[optim]` options of every case that this version has."""
+    """Yield name, `[model]` options and `[optim]` options of every case."""
     modes = ModelConfig.model_fields["gradient_checkpointing"]
     yield "no checkpointing", {"gradient_checkpointing": False}, {}
     yield "checkpointed layers", {"gradient_checkpointing": True}, {}
@@ -94,7 +94,7 @@ def settings() -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
 
 
 def main() -> int:
-    """Run every case; returns the exit code."""
+    """Run every case and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir", type=Path)
     out_dir = parser.parse_args().out_dir
@@ -128,7 +128,7 @@ class _Planned:
     size: Size
 
     def rows(self) -> list[Microbatch]:
-        """Full packed rows on the device."""
+        """Return full packed rows on the device."""
         rng, length = np.random.default_rng(0), self.size.tokens // 4
         ids = rng.integers(0, self.size.model.vocab_size, (4 * self.size.rows, length + 1)).astype(np.int32)
         response = length + 1 - _PROMPT
@@ -139,7 +139,7 @@ class _Planned:
         return pack(sequences, self.size.tokens, "cuda" if self.device.is_gpu else "cpu")
 
     def memory(self) -> MemoryPlan:
-        """The plan of exactly these rows."""
+        """Return the plan for exactly these rows."""
         length = self.size.tokens // 4
         work = Workload(
             max_prompt=_PROMPT,
@@ -156,7 +156,7 @@ class _Planned:
 
 
 def _on_gpu(name: str, model: PreTrainedModel, optimizer: MasterAdamW, planned: _Planned) -> Iterator[Case]:
-    """Peaks of the second update: the first one makes the optimizer's state and loads libraries."""
+    """Yield the peaks of the second update. The first creates the optimizer's state and loads libraries."""
     phases = {phase.name: phase.total for phase in planned.memory().phases}
     for number in range(2):
         torch.cuda.empty_cache()
@@ -171,7 +171,7 @@ def _on_gpu(name: str, model: PreTrainedModel, optimizer: MasterAdamW, planned: 
 
 
 def _on_cpu(name: str, model: PreTrainedModel, optimizer: MasterAdamW, planned: _Planned) -> Iterator[Case]:
-    """Tensors that stay, and what one row saves for its backward."""
+    """Yield the bytes of persistent tensors, and of the tensors that one row saves for backward."""
     from or1.plan.activations import activations
     from or1.plan.head import head_buffers
 
@@ -193,7 +193,7 @@ def _on_cpu(name: str, model: PreTrainedModel, optimizer: MasterAdamW, planned: 
 
 
 def _gradients(model: PreTrainedModel, rows: list[Microbatch]) -> torch.Tensor:
-    """Forward and backward of every row, as or1.train.update does."""
+    """Run forward and backward of every row, as or1.train.update does. Return the loss."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     trained = sum(len(batch.rows_N) for batch in rows)
     for batch in rows:

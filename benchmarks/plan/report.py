@@ -1,9 +1,9 @@
-"""What `or1 plan` says of the Skywork-OR1 report's own runs, beside what the report measured.
+"""`or1 plan` for the Skywork-OR1 report's runs, beside the report's measurements.
 
-    python -m benchmarks.plan_report            the tables of examples/recipes/README.md
-    python -m benchmarks.plan_report --write    put them there
+    python -m benchmarks.plan_report            print the tables of examples/recipes/README.md
+    python -m benchmarks.plan_report --write    write the tables into that page
 
-Nothing is run: the plan is arithmetic on shapes, data sheets and assumed shares of peaks.
+No model is run: the plan is arithmetic on shapes, data sheets and assumed shares of peak rates.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ PAGE = RECIPES / "README.md"
 BEGIN, END = "<!-- tables of python -m benchmarks.plan_report -->", "<!-- end of tables -->"
 DEVICE = find_device("H800", "cuda")[0]
 MACHINES = {"or1-math-7b": 32, "or1-7b": 32, "or1-32b": 256}
-"""H800 GPUs: those of Table 8 for the 7B models, and for the 32B model what its authors answered (their issue 28)."""
+"""H800 GPUs: from Table 8 for the 7B models, from the authors' answer in their issue 28 for the 32B model."""
 
 NO_COST: dict[str, float] = {}
-# The released code scores every rollout once more before it trains on it, and gives vLLM 80 % of a GPU.
+# The released code recomputes old log-probs before training on a rollout, and gives vLLM 80 % of a GPU.
 AS_RELEASED = ("loss.old_logp=recompute", "rollout.vllm.gpu_memory=0.8")
 _BASELINE = ("stage.0.prompts_per_step=64", "stage.0.group_size=16", *AS_RELEASED)
 TABLE_9 = {32: 375, 64: 270, 128: 225, 256: 205}
-"""Seconds of a rollout of 1,024 responses by GPUs; taken to be the 7B model at 16,384 tokens, as in Table 8."""
+"""Seconds of a rollout of 1,024 responses, by number of GPUs. Assumed: the 7B model at 16,384 tokens, as in Table 8."""
 _LIMIT, _LAYERS = 16_384, 28
 
 
 def _engine_of_table_9() -> dict[str, float]:
-    """What the report's engine takes at least, from the first and the last row of Table 9.
+    """Return the minimal times of the report's engine, solved from the first and the last row of Table 9.
 
-    With n responses a GPU, of half the limit L in the mean, a rollout takes
+    With n responses a GPU of mean length L/2, where L is the limit, a rollout takes
     L layers engine_layer_s + n L/2 engine_response_s.
     """
     (few, least), (many, most) = ((1024 / gpus, TABLE_9[gpus]) for gpus in (256, 32))
@@ -53,7 +53,7 @@ ENGINE = _engine_of_table_9()
 class Run:
     """A row of the report's Table 7 or 8: hours per 1000 steps, and the recipe that or1 plans for it.
 
-    shares  of those 1000 steps by stage of the recipe, taken to be the first 1000
+    shares  of these 1000 steps by stage of the recipe; assumed to be the first 1000 steps
     """
 
     name: str
@@ -74,11 +74,29 @@ class Run:
 def _baseline(updates: int, minibatch: int, rollout: float, update: float, other: float) -> Run:
     name = f"7B, ({updates}, 64, {minibatch}, 1)"
     overrides = (*_BASELINE, f"stage.0.minibatch_prompts={minibatch}")
-    return Run(name, 8, rollout, update, other, "or1-7b", overrides, (1.0,))
+    return Run(
+        name=name,
+        table=8,
+        rollout=rollout,
+        update=update,
+        other=other,
+        recipe="or1-7b",
+        overrides=overrides,
+        shares=(1.0,),
+    )
 
 
 RUNS = (
-    Run("OR1-32B", 7, 223, 27, 59, "or1-32b", AS_RELEASED, (0.76, 0.24)),
+    Run(
+        name="OR1-32B",
+        table=7,
+        rollout=223,
+        update=27,
+        other=59,
+        recipe="or1-32b",
+        overrides=AS_RELEASED,
+        shares=(0.76, 0.24),
+    ),
     _baseline(1, 64, 90, 8, 18),
     _baseline(2, 32, 87, 10, 17),
     _baseline(4, 16, 90, 12, 16),
@@ -94,7 +112,10 @@ def plan(
     mean_share: float | None = None,
     stage: int = 0,
 ) -> Plan:
-    """The plan of a recipe on H800s. mean_share: mean response over the limit of `stage`, None: what or1 plan takes."""
+    """Return the plan of a recipe on H800s.
+
+    mean_share  mean response length over the limit of `stage`; None: the default of or1 plan
+    """
     config = load_config(RECIPES / f"{recipe}.toml", overrides, files=False)
     device = replace(DEVICE, efficiency=replace(DEVICE.efficiency, **engine))
     mean = None if mean_share is None else round(mean_share * config.stage[stage].max_response_tokens)
@@ -102,17 +123,17 @@ def plan(
 
 
 def planned(run: Run, engine: Mapping[str, float] = NO_COST, mean_share: float | None = None) -> dict[str, float]:
-    """Seconds of a step as `or1 plan` splits it, the mean over the stages of `run`."""
+    """Return the seconds of a step by phase, as `or1 plan` splits it, averaged over the stages of `run`."""
     total = dict.fromkeys(run.seconds, 0.0)
     for stage, share in enumerate(run.shares):
-        settings = {"engine": engine, "mean_share": mean_share, "stage": stage}
-        split = plan(run.recipe, MACHINES[run.recipe], run.overrides, **settings).stages[stage].time.split
+        found = plan(run.recipe, MACHINES[run.recipe], run.overrides, engine=engine, mean_share=mean_share, stage=stage)
+        split = found.stages[stage].time.split
         total = {name: seconds + share * split[name] for name, seconds in total.items()}
     return total
 
 
 def memory_table() -> Iterator[str]:
-    """Whether each recipe fits the machine that the report used."""
+    """Yield the table of memory: does each recipe fit the machine of the report?"""
     yield "| recipe | H800 GPUs | peak of a GPU, GiB | in | usable, GiB | largest row that fits, tokens |"
     yield "|---|---|---|---|---|---|"
     for recipe, gpus in MACHINES.items():
@@ -132,7 +153,7 @@ def _row(name: str, seconds: dict[str, float]) -> str:
 
 
 def split_table() -> Iterator[str]:
-    """A step of each run: the report's, or1's plan, and the plan with the report's engine."""
+    """Yield the table of step times: the report's, or1's plan, and the plan with the report's engine."""
     yield "| run | step, s | rollout | update | other |"
     yield "|---|---|---|---|---|"
     for run in RUNS:
@@ -142,7 +163,7 @@ def split_table() -> Iterator[str]:
 
 
 def length_table() -> Iterator[str]:
-    """The plan of OR1-32B for other mean lengths than half of the limit."""
+    """Yield the table of OR1-32B by mean response length."""
     yield "| mean response over its limit | step, s | rollout | update | other |"
     yield "|---|---|---|---|---|"
     for share in (0.25, 0.5, 0.75):
@@ -150,7 +171,7 @@ def length_table() -> Iterator[str]:
 
 
 def rollout_table() -> Iterator[str]:
-    """Rollouts of 1,024 responses by GPUs."""
+    """Yield the table of rollouts of 1,024 responses by number of GPUs."""
     yield "| H800 GPUs | Table 9, s | or1 plan, s | or1 plan, engine of the report, s |"
     yield "|---|---|---|---|"
     for gpus, measured in TABLE_9.items():
@@ -162,7 +183,7 @@ def rollout_table() -> Iterator[str]:
 
 
 def tables() -> str:
-    """All of them as Markdown."""
+    """Return all tables as Markdown."""
     parts = {
         "Memory": memory_table(),
         "A step": split_table(),
@@ -179,7 +200,7 @@ def tables() -> str:
 
 
 def main() -> None:
-    """Print the tables, or put them into the page."""
+    """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"replace the tables in {PAGE.relative_to(ROOT)}")
     if not parser.parse_args().write:

@@ -1,4 +1,4 @@
-"""What a plan is held against: bytes of the tensors that a real model, its optimizer and its backward pass hold."""
+"""Bytes of the tensors that a real model, its optimizer and its backward pass hold, to compare with a plan."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from or1.model.rows import Microbatch
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes that autograd saves of one packed row, each storage once, parameters left out: layers, and the head."""
+    """Bytes that autograd saves for one packed row, in the layers and in the head.
+
+    Each storage counts once. Parameters do not count.
+    """
 
     layers: int
     head: int
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
+    """Return the bytes of the distinct storages behind `tensors`."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def saved_bytes(model: PreTrainedModel, batch: Microbatch) -> SavedBytes:
-    """Run one forward pass with its loss and count what is saved for backward."""
+    """Run one forward pass with its loss, and return the bytes saved for backward."""
     count = _Saved(model)
     with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor):
         hidden_TH = hidden_states(model, batch)
@@ -39,7 +42,7 @@ def saved_bytes(model: PreTrainedModel, batch: Microbatch) -> SavedBytes:
 
 
 def row_loss(model: PreTrainedModel, hidden_TH: Tensor, batch: Microbatch, trained: int) -> Tensor:
-    """The policy loss of a packed row as the update computes it; `trained` is its denominator."""
+    """Return the policy loss of a packed row as in the update; `trained` is the denominator."""
     loss, _ = lm_head(model)(
         trained_rows(hidden_TH, batch),
         batch.targets_N,
@@ -50,7 +53,7 @@ def row_loss(model: PreTrainedModel, hidden_TH: Tensor, batch: Microbatch, train
 
 
 class _Saved:
-    """A pack hook that remembers storages; it keeps the tensors, or a freed storage's address would be met again."""
+    """A pack hook that records storages. It keeps the tensors, because a freed storage's address could be reused."""
 
     def __init__(self, model: nn.Module):
         self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -22,7 +22,7 @@ from benchmarks.prefix.shared_prompts import break_even, measure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix", description=__doc__.split("\n")[0])
     parser.add_argument("out_dir", type=Path, help="folder for prefix.json")
     parser.add_argument("--rounds", type=int, default=3, help="timed updates of each side (default 3)")

@@ -20,7 +20,7 @@ from or1_kernels.objective import PolicyObjective
 
 
 def group_of(prompt: int, responses: list[int], vocab: int) -> list[TrainSequence]:
-    """Responses of the given lengths to one prompt."""
+    """Return responses of the given lengths to one prompt, in tokens."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab, prompt).astype(np.int32)
     return [
@@ -30,20 +30,22 @@ def group_of(prompt: int, responses: list[int], vocab: int) -> list[TrainSequenc
 
 
 def measure(architecture: str, prompts: list[int], responses: list[int], rounds: int) -> list[dict[str, float]]:
-    """Seconds of an update with and without sharing, for each prompt length."""
+    """Return, for each prompt length, seconds of an update with and without sharing, and the saved share."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_model(architecture, dtype, device, NAMES[choose_backend("auto", device, dtype)])
     model = prepare_model(model, ModelConfig(path=architecture, gradient_checkpointing="layer"), device)
     optimizer = MasterAdamW(model, OptimConfig())
-    # Only the gradient is timed: the optimizer's step costs both sides the same.
+    # Time only the gradient, because the optimizer's step costs the same on both sides.
     optimizer.step_if_finite = lambda loss: (optimizer.zero_grad(), UpdateResult(0.0, 0.0, False))[1]
     rows = []
     for prompt in prompts:
         sequences = group_of(prompt, responses, ARCHITECTURES[architecture]["vocab_size"])
 
         def update(sharing: str, sequences: list[TrainSequence] = sequences) -> None:
-            settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, Budget(1 << 20), sharing)
+            settings = UpdateSettings(
+                objective=PolicyObjective(), entropy_coef=0.0, temperature=1.0, budget=Budget(1 << 20), sharing=sharing
+            )
             update_policy(model, optimizer, sequences, settings, UpdateStats())
 
         times = interleaved({s: lambda s=s: update(s) for s in ("off", "on")}, device, rounds)
@@ -65,7 +67,7 @@ def measure(architecture: str, prompts: list[int], responses: list[int], rounds:
 
 
 def break_even(rows: list[dict[str, float]]) -> float | None:
-    """Smallest saved share from which on every measurement was at least as fast with sharing; None if none was."""
+    """Return the smallest saved share from which on sharing was never slower, or None."""
     found = None
     for row in sorted(rows, key=lambda r: -r["saved"]):
         if row["speedup"] < 1:

@@ -1,6 +1,7 @@
-"""How fast rewards are: `python -m benchmarks.rewards OUT_DIR` writes rewards.json.
+"""Speed of the rewards: `python -m benchmarks.rewards OUT_DIR` writes rewards.json.
 
-1,000 different answers that math-verify must parse, and 500 different programs with 10 tests each, on two workers.
+Scores 1,000 different answers that math-verify must parse, and 500 different programs with 10 tests each, with two
+workers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ANSWERS, PROGRAMS, TESTS, WORKERS = 1000, 500, 10, 2
 
 
 def seconds_for(prompt: Prompt, texts: Sequence[str], kind: str) -> float:
-    """Return the seconds from the first submission to the last score. Raises ValueError if one is not right."""
+    """Return the seconds from the first submission to the last score. Raises ValueError for a wrong score."""
     with make_scorer(RewardConfig(kind=kind, workers=WORKERS), [prompt]) as scorer:
         began = time.perf_counter()
         futures = [scorer.submit(prompt, Response(np.array([1]), np.zeros(1), "stop", 0, text)) for text in texts]
@@ -33,7 +34,7 @@ def seconds_for(prompt: Prompt, texts: Sequence[str], kind: str) -> float:
 
 
 def measure() -> dict[str, float]:
-    """Return seconds of both workloads."""
+    """Return the sizes and seconds of both workloads."""
     answers = [f"\\boxed{{\\frac{{{i}}}{{{7 * i}}}}}" for i in range(2, ANSWERS + 2)]
     maths = Prompt("maths", "benchmark", "?", np.array([1]), (r"\frac{1}{7}",))
     inputs = tuple(f"{i} {i + 1}\n" for i in range(TESTS))
@@ -51,7 +52,7 @@ def measure() -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print and write."""
+    """Measure, print, write rewards.json, and return the exit code."""
     if len(arguments) != 1:
         print("usage: python -m benchmarks.rewards OUT_DIR", file=sys.stderr)
         return 2

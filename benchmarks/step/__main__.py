@@ -15,14 +15,14 @@ from benchmarks.step.suite import PARTS, run_parts, table
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns aligned by their widest cell; a failure's text may run over the empty cells after it."""
+    """Print rows with aligned columns. The text of a failure may overlap the empty cells after it."""
     widths = [max(len(row[c]) for row in rows if c != 3 or row[4]) for c in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("out_dir", type=Path, help="folder for step.json")
     parser.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all that can run here)")

@@ -1,4 +1,4 @@
-"""What a step is measured on: architectures with random weights, and one batch of ragged responses for every engine."""
+"""Inputs of the step benchmark: architectures with random weights, and one ragged batch for all engines."""
 
 # B responses, L tokens of a sequence
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from or1.core.types import TrainSequence
 from or1.magic.advantage import group_advantages
 
-# config.json of the models on the hub; the tiny one has their proportions but for its vocabulary.
+# Values of config.json on the hub. The tiny one has their proportions, except its vocabulary.
 ARCHITECTURES = {
     "tiny": {
         "vocab_size": 4096,
@@ -44,14 +44,14 @@ ARCHITECTURES = {
     },
 }
 
-# Dense 16-bit peak, FLOP/s, by what the device's name contains.
+# Dense 16-bit peak in FLOP/s, by a substring of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 GROUP_SIZE = 4
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
-    """A model of the architecture with the same random weights at every call."""
+    """Return a model of the architecture, with equal random weights at every call."""
     config = Qwen2Config(
         **ARCHITECTURES[name],
         max_position_embeddings=1 << 20,
@@ -70,10 +70,10 @@ def make_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
 
 
 def ragged_batch(context: int, groups: int, prompt: int, vocab: int, seed: int = 0) -> list[TrainSequence]:
-    """`groups` prompts with GROUP_SIZE responses each, as long reasoning leaves them.
+    """Return `groups` prompts with GROUP_SIZE responses each, with lengths as in long reasoning.
 
-    Lengths are lognormal with a median of a quarter of `context` less the prompt, cut there; one response has all of
-    it. Rewards are random, and every group has both right and wrong ones.
+    The limit is `context` minus the prompt. Lengths are lognormal with a median of a quarter of the limit, clipped at
+    the limit; one response has exactly the limit. Rewards are random, and every group has both right and wrong ones.
     """
     rng = np.random.default_rng(seed)
     limit = context - prompt
@@ -92,16 +92,17 @@ def ragged_batch(context: int, groups: int, prompt: int, vocab: int, seed: int =
 
 
 def one_long_sequence(context: int, vocab: int) -> list[TrainSequence]:
-    """A batch that is one response of the whole context: what decides whether a context can be trained at all."""
+    """Return a batch of one response as long as the context, to find the longest context that can be trained."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab, context).astype(np.int32)
     return [TrainSequence(ids[:256], ids[256:], np.zeros(context - 256, np.float32), 1.0)]
 
 
 def useful_flops(name: str, sequences: Sequence[TrainSequence]) -> float:
-    """Model FLOPs of forward and backward of the batch: no padding, no recomputation, the head for trained tokens only.
+    """Return model FLOPs of forward and backward of the batch, without padding or recomputation.
 
-    Six per weight and token (Kaplan et al. 2020, section 2.1), and causal attention.
+    Counts six per weight and token (Kaplan et al. 2020, section 2.1), causal attention, and the head for trained
+    tokens only.
     """
     a = ARCHITECTURES[name]
     head_dim = a["hidden_size"] // a["num_attention_heads"]
@@ -114,7 +115,7 @@ def useful_flops(name: str, sequences: Sequence[TrainSequence]) -> float:
 
 
 def padded(sequences: Sequence[TrainSequence], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch as TRL's trainer holds it: prompts padded on the left, completions on the right."""
+    """Return the batch in the layout of TRL's trainer: prompts padded on the left, completions on the right."""
     prompt_width = max(len(s.prompt_ids) for s in sequences)
     width = max(len(s.response_ids) for s in sequences)
     out = {

@@ -1,7 +1,7 @@
 """One case of benchmarks.step, in a process of its own: `python -m benchmarks.step.case SPEC_JSON RESULT_FILE`.
 
-A case names an architecture, a context and engines. Engines in one case take turns, so that a load on the machine meets
-all of them alike.
+A case names an architecture, a context and engines. Engines of one case alternate, so that a load on the machine
+affects all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from or1.core.types import TrainSequence
 
 
 def run_case(spec: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of every engine by its label, or an "error"; see `benchmarks.step.Case` for the spec."""
+    """Return the numbers of every engine by label, or an "error". The spec is a `benchmarks.step.suite.Case`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences = _batch_of(spec)
     result: dict[str, Any] = {"tokens": sum(s.packed_tokens for s in sequences), "engines": {}}
@@ -46,7 +46,7 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
     times = interleaved({label: e.step for label, e in engines.items()}, device, spec["rounds"], warmup=0)
     for label in engines:
         if device.type == "cuda":
-            # One engine a process on a GPU: weights, optimizer and activations are all its own.
+            # On a GPU a process has one engine, so weights, optimizer and activations are all its own.
             peaks[label] = torch.cuda.max_memory_allocated()
         seconds = min(times[label], default=first[label]["first_seconds"])
         result["engines"][label] = (
@@ -76,7 +76,7 @@ def _numbers(spec: dict[str, Any], sequences: list[TrainSequence], seconds: floa
 
 
 def main(spec: str, result_file: str) -> int:
-    """Run the case of the JSON `spec` and write its numbers; 0 also if it ran out of memory, which is a result."""
+    """Run the case of the JSON `spec` and write its numbers. Out of memory is a result: the exit code is 0 too."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""One GRPO step, done by or1, by TRL's trainer and by plain transformers, on the same weights and the same batch.
+"""One GRPO step by or1, by TRL's trainer and by plain transformers, on equal weights and the same batch.
 
-All take the token-level loss divided by the trained tokens of the batch (TRL's "dapo"), on-policy, with the entropy
-that TRL computes beside it, clip the gradient's norm to 1 and update with AdamW at the same rate.
+All use the token-level loss divided by the trained tokens of the batch (TRL's "dapo"), on-policy. All compute the
+entropy as TRL does, clip the gradient's norm to 1 and update with AdamW at the same rate.
 """
 
 # B responses, C completion tokens, V vocab
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,28 +36,28 @@ LR = 1e-6
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a step came to: these must agree between engines. entropy in nats per trained token."""
+    """Results of a step, which must agree between engines. entropy in nats per trained token."""
 
     loss: float
     entropy: float
     grad_norm: float
 
     def as_dict(self) -> dict[str, float]:
-        """Plain data."""
+        """Return a dict of numbers."""
         return asdict(self)
 
 
 class Engine(Protocol):
-    """A model with its optimizer and a batch."""
+    """Protocol of a model with its optimizer and a batch."""
 
     def step(self) -> StepNumbers:
-        """Forward, backward, clip, update."""
+        """Run forward, backward, clipping and the update."""
 
 
 def make_engine(
     name: str, architecture: str, sequences: Sequence[TrainSequence], device: torch.device, **options: Any
 ) -> Engine:
-    """The engine `name`: "or1", "trl", "trl-liger" or "plain". Raises ImportError for what is not installed."""
+    """Return the engine "or1", "trl", "trl-liger" or "plain". Raises ImportError for a missing package."""
     if name == "or1":
         return Or1Engine(architecture, sequences, device, **options)
     if name == "plain":
@@ -66,7 +66,7 @@ def make_engine(
 
 
 class Or1Engine:
-    """The update of or1's trainer. `checkpointing`, `optimizer` and `row_tokens` are the config's."""
+    """The update of or1's trainer. `checkpointing`, `optimizer` and `row_tokens` are config settings."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Or1Engine:
         checkpointing: str = "none",
         optimizer: str = "adamw",
         row_tokens: int = 0,
-        sharing: str = "auto",
+        sharing: Literal["auto", "on", "off"] = "auto",
     ):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = make_model(architecture, dtype, device, NAMES[choose_backend("auto", device, dtype)])
@@ -86,23 +86,24 @@ class Or1Engine:
         self.optimizer = MasterAdamW(self.model, OptimConfig(lr=LR, optimizer=optimizer))
         self.sequences = sequences
         budget = Budget(max(row_tokens, *(s.packed_tokens for s in sequences)))
-        self.settings = UpdateSettings(PolicyObjective(), 0.0, 1.0, budget, sharing)
+        self.settings = UpdateSettings(
+            objective=PolicyObjective(), entropy_coef=0.0, temperature=1.0, budget=budget, sharing=sharing
+        )
 
     def step(self) -> StepNumbers:
-        """See Engine."""
         stats = UpdateStats()
         update_policy(self.model, self.optimizer, self.sequences, self.settings, stats)
         metrics = stats.metrics()
         if self.settings.budget.out_of_memory:
-            # or1 would go on with smaller rows; the measurement asked for this size.
+            # or1 would retry with smaller rows, but this measurement is for the given size.
             raise torch.OutOfMemoryError(f"rows had to shrink to {self.settings.budget.max_tokens} tokens")
         return StepNumbers(metrics["optim/loss"], metrics["policy/entropy_exact"], metrics["optim/grad_norm"])
 
 
 class PaddedEngine:
-    """Micro-batches of padded rows with gradient accumulation, and a fused AdamW: what TRL and the plain loop share.
+    """Base of TRL and the plain loop: micro-batches of padded rows, gradient accumulation, and a fused AdamW.
 
-    On a GPU weights are fp32 under bf16 autocast, which is TRL's default and needs no other master copy.
+    On a GPU weights are fp32 under bf16 autocast. This is TRL's default and needs no separate master copy.
     """
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[TrainSequence], micro_batch: int):
@@ -113,21 +114,20 @@ class PaddedEngine:
         self.adamw = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01, fused=True)
 
     def micro_batches(self) -> list[dict[str, Tensor]]:
-        """Rows as they come; widths stay those of the batch, as TRL's trainer pads once per generation batch."""
+        """Return micro-batches in order. Widths are the batch's, as TRL's trainer pads once per generation batch."""
         keys = self.batch.keys()
         split = zip(*(self.batch[key].split(self.micro_batch) for key in keys), strict=True)
         return [dict(zip(keys, parts, strict=True)) for parts in split]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 arithmetic on a GPU, none on the CPU."""
+        """Return bf16 autocast on a GPU, a null context on the CPU."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def loss_of(self, micro: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Loss [] that sums to the batch's over micro-batches, and the sum of entropies."""
+        """Return the micro-batch's share of the batch loss, [], and its sum of entropies."""
         raise NotImplementedError
 
     def step(self) -> StepNumbers:
-        """See Engine."""
         loss, entropy = 0.0, 0.0
         for micro in self.micro_batches():
             part, entropies = self.loss_of(micro)
@@ -140,7 +140,7 @@ class PaddedEngine:
 
 
 class PlainEngine(PaddedEngine):
-    """transformers and a log-softmax over all logits, as in a first version of any RL loop."""
+    """Plain transformers with a log-softmax over all logits."""
 
     def __init__(
         self,
@@ -157,7 +157,6 @@ class PlainEngine(PaddedEngine):
         super().__init__(model, sequences, micro_batch)
 
     def loss_of(self, micro: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """See PaddedEngine."""
         ids = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
         mask = torch.cat([micro["prompt_mask"], micro["completion_mask"]], dim=1)
         width = micro["completion_ids"].shape[1]
@@ -192,13 +191,12 @@ class TrlEngine(PaddedEngine):
         if liger:
             from transformers.integrations.liger import apply_liger_kernel
 
-            # The trainer does this when train() begins.
+            # The trainer does this at the start of train().
             apply_liger_kernel(self.model, self.trainer.args.liger_kernel_config)
         if checkpointing != "none":
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def loss_of(self, micro: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """See PaddedEngine."""
         tokens = torch.tensor(float(self.tokens), device=self.device)
         loss = self.trainer._compute_loss(self.model, micro | {"num_items_in_batch": tokens})
         mean_entropy = self.trainer._metrics["train"]["entropy"][-1]
@@ -211,7 +209,7 @@ def _trainer(model: PreTrainedModel, rows: int, micro_batch: int, checkpointing:
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny-adder")
     on_gpu = model.device.type == "cuda"
-    # A group of one is no group to TRL: a single long row is taken for half of one, whose loss counts alone.
+    # TRL refuses groups of one. A single long row counts as half of a group, and only its loss is computed.
     accumulate = -(-rows // micro_batch) if rows > 1 else 2
     args = GRPOConfig(
         output_dir=str(Path(tempfile.gettempdir()) / "or1-benchmark-trl"),

@@ -25,7 +25,7 @@ LONGEST = (16384, 32768, 65536, 131072, 262144)
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine of benchmarks.step.engines by name, with its options, under a label for the table."""
+    """An engine of benchmarks.step.engines: its label in the table, name and options."""
 
     label: str
     name: str
@@ -34,7 +34,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """One process. groups 0: a single response of the whole context. rounds 0: the first step is the measurement."""
+    """A measurement in one process. groups 0: one response of the whole context. rounds 0: time the first step."""
 
     part: str
     architecture: str
@@ -46,18 +46,21 @@ class Case:
 
 
 def cpu_cases() -> list[Case]:
-    """Two contexts of the tiny model, all engines taking turns; no checkpointing for any."""
+    """Return two contexts of the tiny model; engines alternate, without activation checkpointing."""
     engines = (
         EngineSpec("or1", "or1", {"row_tokens": 2048}),
         EngineSpec("TRL", "trl", {}),
         EngineSpec("TRL, micro-batches of 4", "trl", {"micro_batch": 4}),
         EngineSpec("plain transformers", "plain", {"micro_batch": 4}),
     )
-    return [Case("cpu", "tiny", context, 2, 32, 3, engines) for context in (128, 256)]
+    return [
+        Case(part="cpu", architecture="tiny", context=context, groups=2, prompt=32, rounds=3, engines=engines)
+        for context in (128, 256)
+    ]
 
 
 def gpu_engines(architecture: str) -> tuple[EngineSpec, ...]:
-    """TRL and the plain loop take one padded response at a time: what else would fit decides nothing at 32K."""
+    """Return the engines of a GPU case. Peers take one padded response at a time, since no more fit at 32K."""
     large = architecture == "qwen2.5-7b"
     or1 = {"checkpointing": "offload" if large else "layer", "optimizer": "adamw8bit" if large else "adamw"}
     peer = {"micro_batch": 1, "checkpointing": "layer"}
@@ -70,21 +73,25 @@ def gpu_engines(architecture: str) -> tuple[EngineSpec, ...]:
 
 
 def cases_of(part: str) -> Iterator[list[Case]]:
-    """Chains of cases: within a chain, one that fails ends it, since the next asks for more."""
+    """Yield chains of cases. A failure ends its chain, because the next case needs more memory."""
     if part == "cpu":
         yield from ([case] for case in cpu_cases())
         return
     architecture = "qwen2.5-" + part.removeprefix("longest-")
     for engine in gpu_engines(architecture):
         if part.startswith("longest-"):
-            yield [Case(part, architecture, context, 0, 256, 0, (engine,)) for context in LONGEST]
+            contexts, sizes = LONGEST, {"groups": 0, "prompt": 256, "rounds": 0}
         else:
-            yield [Case(part, architecture, context, 2, 512, 1, (engine,)) for context in CONTEXTS]
+            contexts, sizes = CONTEXTS, {"groups": 2, "prompt": 512, "rounds": 1}
+        yield [
+            Case(part=part, architecture=architecture, context=context, engines=(engine,), **sizes)
+            for context in contexts
+        ]
 
 
 def run(case: Case, limit_s: float) -> dict[str, Any]:
-    """The case's result, or {"error": why there is none}."""
-    # Threads that spin at barriers would measure the machine's other work; or1 itself sets the same.
+    """Run a case in a process of its own. Return its result, or {"error": reason}."""
+    # Spinning threads would also measure the machine's other work; or1 sets the same variable.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"} | os.environ
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -100,7 +107,7 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
 
 
 def run_parts(parts: list[str], out: Path, case_s: float, total_s: float) -> list[dict[str, Any]]:
-    """All cases of `parts`, in order, until `total_s` is over; writes step.json as it goes."""
+    """Run all cases of `parts` in order, for at most `total_s` seconds. Rewrite `out` after every case."""
     results: list[dict[str, Any]] = []
     began = time.monotonic()
     for chain in (chain for part in parts for chain in cases_of(part)):
@@ -120,9 +127,9 @@ HEADER = ("model", "context", "engine", "s/step", "tokens/s", "MFU", "peak GiB",
 
 
 def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows under HEADER. "against or1" is how many times longer a step takes."""
+    """Return HEADER and the table's rows. "against or1" is step time over or1's step time."""
     ours = {}
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     for entry in results:
         case, result = entry["case"], entry["result"]
         where = (case["architecture"], f"{case['context']:,}" + ("" if case["groups"] else " (one)"))

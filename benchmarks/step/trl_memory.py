@@ -1,8 +1,8 @@
-"""Peak memory and time of a GRPO pass in TRL, stock against patched: python benchmarks/trl_memory.py [--vocab V]
+"""Peak memory and time of TRL's GRPO pass, stock and patched: python -m benchmarks.step.trl_memory [--vocab V]
 
-Each side is a process of its own that scores and differentiates one batch of completions with GRPOTrainer's own method,
-policy pass with entropy gradient; what it adds to the resident set from before the pass to its peak is reported. Needs
-trl and datasets.
+Each side runs in a process of its own. It scores one batch of completions with GRPOTrainer's method and differentiates
+the result, with entropy gradient. Reports the growth of the resident set's peak during the pass. Needs trl and
+datasets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 
 
 def measure(side: str, vocab: int, tokens: int) -> dict[str, float | str]:
-    """One side in this process: {"side", "trl", "extra_mib", "seconds"}."""
+    """Measure one side in this process. Return {"side", "trl", "extra_mib", "seconds"}."""
     import torch
     import trl
     from datasets import Dataset
@@ -69,7 +69,7 @@ def measure(side: str, vocab: int, tokens: int) -> dict[str, float | str]:
         (logps.mean() - 0.01 * entropies.mean()).backward()
         return time.perf_counter() - begin
 
-    run(8)  # gradients and the libraries' own buffers exist before the measurement
+    run(8)  # Allocates gradients and the libraries' own buffers before the measurement.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = run(tokens)
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -77,7 +77,7 @@ def measure(side: str, vocab: int, tokens: int) -> dict[str, float | str]:
 
 
 def compare(vocab: int, tokens: int) -> dict[str, dict[str, float | str]]:
-    """Both sides, each in a fresh process."""
+    """Measure both sides, each in a fresh process. Return results by side."""
     results = {}
     for side in ("stock", "or1"):
         command = [sys.executable, __file__, "--side", side, "--vocab", str(vocab), "--tokens", str(tokens)]

@@ -175,8 +175,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return MAGIC's clipped loss (report, Eq. 3.1) and metrics, for verl's arguments: tensors [B, C].
 
-    The loss sums -min(r A, clip(r) A) over tokens and divides by the trained tokens of the mini-batch on all ranks,
-    which is verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
+    The loss sums -min(r A, clip(r) A) over tokens. Its denominator is the trained tokens of the mini-batch on all
+    ranks, as in verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
     rollout_is_weights [B, C]. Raises UnsupportedVerlError for another loss_agg_mode.
     """
     from verl.trainer.ppo.core_algos import agg_loss
