@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from or1.core.types import TrainSequence
 from or1.dist.oom_retry import Budget
 from or1.model.attention import NAMES, choose_backend
 from or1.model.prepare import prepare_model
-from or1.model.shared_prompts import saved_fraction
+from or1.model.shared_prompts import Sharing, saved_fraction
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW, UpdateResult
 from or1.train.update import UpdateSettings, update_policy
@@ -29,6 +31,11 @@ def group_of(prompt: int, responses: list[int], vocab: int) -> list[TrainSequenc
     ]
 
 
+def _zero_grad_only(optimizer: MasterAdamW, loss: torch.Tensor) -> UpdateResult:
+    optimizer.zero_grad()
+    return UpdateResult(0.0, 0.0, False)
+
+
 def measure(architecture: str, prompts: list[int], responses: list[int], rounds: int) -> list[dict[str, float]]:
     """Return, for each prompt length, seconds of an update with and without sharing, and the saved share."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,18 +44,18 @@ def measure(architecture: str, prompts: list[int], responses: list[int], rounds:
     model = prepare_model(model, ModelConfig(path=architecture, gradient_checkpointing="layer"), device)
     optimizer = MasterAdamW(model, OptimConfig())
     # Time only the gradient, because the optimizer's step costs the same on both sides.
-    optimizer.step_if_finite = lambda loss: (optimizer.zero_grad(), UpdateResult(0.0, 0.0, False))[1]
+    optimizer.step_if_finite = partial(_zero_grad_only, optimizer)
     rows = []
     for prompt in prompts:
         sequences = group_of(prompt, responses, ARCHITECTURES[architecture]["vocab_size"])
 
-        def update(sharing: str, sequences: list[TrainSequence] = sequences) -> None:
+        def update(sharing: Sharing, sequences: list[TrainSequence] = sequences) -> None:
             settings = UpdateSettings(
                 objective=PolicyObjective(), entropy_coef=0.0, temperature=1.0, budget=Budget(1 << 20), sharing=sharing
             )
             update_policy(model, optimizer, sequences, settings, UpdateStats())
 
-        times = interleaved({s: lambda s=s: update(s) for s in ("off", "on")}, device, rounds)
+        times = interleaved({"off": partial(update, "off"), "on": partial(update, "on")}, device, rounds)
         best = {sharing: min(values) for sharing, values in times.items()}
         saved = saved_fraction([s.prompt_ids for s in sequences], responses)
         rows.append(

@@ -60,7 +60,7 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_engines(architecture: str) -> tuple[EngineSpec, ...]:
-    """Return the engines of a GPU case. Peers take one padded response at a time, since no more fit at 32K."""
+    """Return the engines of a GPU case. Peers take one padded response at a time, as 32K tokens need."""
     large = architecture == "qwen2.5-7b"
     or1 = {"checkpointing": "offload" if large else "layer", "optimizer": "adamw8bit" if large else "adamw"}
     peer = {"micro_batch": 1, "checkpointing": "layer"}
@@ -78,14 +78,12 @@ def cases_of(part: str) -> Iterator[list[Case]]:
         yield from ([case] for case in cpu_cases())
         return
     architecture = "qwen2.5-" + part.removeprefix("longest-")
+    longest = part.startswith("longest-")
+    sizes = {"groups": 0, "prompt": 256, "rounds": 0} if longest else {"groups": 2, "prompt": 512, "rounds": 1}
     for engine in gpu_engines(architecture):
-        if part.startswith("longest-"):
-            contexts, sizes = LONGEST, {"groups": 0, "prompt": 256, "rounds": 0}
-        else:
-            contexts, sizes = CONTEXTS, {"groups": 2, "prompt": 512, "rounds": 1}
         yield [
             Case(part=part, architecture=architecture, context=context, engines=(engine,), **sizes)
-            for context in contexts
+            for context in (LONGEST if longest else CONTEXTS)
         ]
 
 

@@ -1,7 +1,7 @@
 """Policy objectives: each maps token log-probabilities to (loss, dloss/dlogp), one value a token.
 
 The LM head needs only the slope g = dloss/dlogp of an objective. A new objective is one function of `_Terms` and one
-line in `_SURROGATES`; the tests check the slope of every entry against autograd and finite differences.
+line in `_SURROGATES`; kernels/README.md lists all steps.
 
 Legend: N tokens. Log-probs of the sampled token, in nats:
     lp       under the current policy
