@@ -95,8 +95,8 @@ constexpr size_t kLevelWork = 1 << 21;
 // Rows whose costs differ by less count as balanced.
 constexpr double kLevelGap = 1e-3;
 
-// Swap one sequence of the costliest row with one of the cheapest, or move it there, while this narrows the gap and both
-// rows still fit. Equal row costs give equal rank costs for any assignment of rows to ranks.
+// Swap one sequence of the costliest row with one of the cheapest, or move it there, while this narrows the gap and
+// both rows still fit. Equal row costs give equal rank costs for any assignment of rows to ranks.
 void level(Rows& rows, int64_t capacity) {
   const size_t count = rows.members.size();
   size_t work = 0;
