@@ -1,4 +1,4 @@
-"""pytest benchmarks/ [--bench-out DIR]: collects rows, then prints the tables and writes JSON and a plot."""
+"""Plugin of `pytest benchmarks/ [--bench-out DIR]`: collects rows, prints tables, writes JSON files and a plot."""
 
 import os
 from collections.abc import Callable
@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks.lib import results
 
-# As `or1` itself does: spinning threads distort every time on a machine that is not idle.
+# As in `or1`: spinning threads distort every time on a machine that is not idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _ROWS = pytest.StashKey[dict[str, list[dict]]]()
@@ -18,7 +18,7 @@ _SKIPPED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where results go."""
+    """Add --bench-out, the folder for results."""
     parser.addoption(
         "--bench-out",
         default=os.environ.get("OR1_BENCH_OUT"),
@@ -29,25 +29,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Empty result lists."""
+    """Start with empty result lists."""
     config.stash[_ROWS], config.stash[_SKIPPED] = {}, {}
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, dict], None]:
-    """record(suite, row) adds a row to a suite's table."""
+    """Return record(suite, row), which adds a row to a suite's table."""
     return lambda suite, row: request.config.stash[_ROWS].setdefault(suite, []).append(row)
 
 
 @pytest.fixture
 def skip_variant(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """skip_variant(name, why) skips the test and names the variant in the summary."""
+    """Return skip_variant(name, why), which skips the test and lists the variant in the summary."""
 
     def skip(name: str, why: str) -> None:
         request.config.stash[_SKIPPED][name] = why
@@ -57,7 +57,7 @@ def skip_variant(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tables at the end, files where they were asked for."""
+    """Print the tables. Write files if --bench-out names a folder."""
     rows, skipped, out = config.stash[_ROWS], config.stash[_SKIPPED], config.getoption("--bench-out")
     if not rows and not skipped:
         return

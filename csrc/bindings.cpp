@@ -22,7 +22,7 @@ void expect(bool ok, const std::string& what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-// Shapes are checked here because the passes index without looking.
+// Check shapes here: the passes index without bounds checks.
 or1::RowBlock row_block(const Floats& logits, const Ints& targets, const Floats& inv_tau) {
   expect(logits.ndim() == 2 && logits.shape(1) > 0 && logits.strides(1) == sizeof(float),
          "logits must be [rows, vocab] with vocab >= 1 and adjacent columns");

@@ -29,7 +29,7 @@ Row longest_first(const std::vector<int64_t>& lengths) {
   return order;
 }
 
-// Rows with what they hold and cost, for the steps that move sequences between them.
+// Rows with their contents and costs, for the steps that move sequences between rows.
 struct Rows {
   const std::vector<int64_t>& lengths;
   const Cost& cost;
@@ -53,8 +53,8 @@ struct Rows {
   }
 };
 
-// Each sequence, longest first, goes to the row of least cost that it fits into. False where one fits nowhere: the
-// rows are too nearly full to be levelled while they are filled.
+// Put each sequence, longest first, into the cheapest row with room. Return false if a sequence fits nowhere: then the
+// rows are too full to be balanced during filling.
 bool fill_level(Rows& rows, const Row& order, int64_t capacity) {
   std::set<std::pair<double, size_t>> by_cost;
   for (size_t row = 0; row < rows.members.size(); ++row) by_cost.emplace(0.0, row);
@@ -71,7 +71,7 @@ bool fill_level(Rows& rows, const Row& order, int64_t capacity) {
   return true;
 }
 
-// Gives empty rows work: the costliest row of several sequences is dealt out over itself and an empty one.
+// Fill empty rows: split the costliest row with several sequences between itself and an empty row.
 void fill_empty(Rows& rows) {
   for (size_t empty = 0; empty < rows.members.size(); ++empty) {
     if (!rows.members[empty].empty()) continue;
@@ -90,13 +90,13 @@ void fill_empty(Rows& rows) {
   }
 }
 
-// Pairs of sequences that `level` may look at: a few milliseconds, reached only by rows of thousands of sequences.
+// Limit on the pairs of sequences that `level` examines: a few milliseconds, reached only with thousands of sequences.
 constexpr size_t kLevelWork = 1 << 21;
-// Rows that differ by less are level.
+// Rows whose costs differ by less count as balanced.
 constexpr double kLevelGap = 1e-3;
 
-// Exchanges one sequence of the costliest row with one of the cheapest, or moves it there, while that narrows the gap
-// and both still fit. Equal row costs make equal rank costs, whoever gets which row.
+// Swap one sequence of the costliest row with one of the cheapest, or move it there, while this narrows the gap and
+// both rows still fit. Equal row costs give equal rank costs for any assignment of rows to ranks.
 void level(Rows& rows, int64_t capacity) {
   const size_t count = rows.members.size();
   size_t work = 0;
@@ -106,7 +106,7 @@ void level(Rows& rows, int64_t capacity) {
     const double gap = rows.costs[high] - rows.costs[low];
     work += rows.members[high].size() * (rows.members[low].size() + 1);
     if (gap <= kLevelGap * rows.costs[high] || work > kLevelWork) return;
-    // Moving half the gap closes it; moving anything between nothing and all of it narrows it.
+    // Moving half the gap closes the gap; moving any amount between zero and the whole gap narrows it.
     double best = gap * (1.0 - kLevelGap);
     int best_give = -1, best_take = -1;
     const Row &give = rows.members[high], &take = rows.members[low];
@@ -140,8 +140,8 @@ void level(Rows& rows, int64_t capacity) {
   }
 }
 
-// Rows sorted by cost are cut into groups of one row a rank; within a group the costliest row goes to the rank that has
-// the least so far.
+// Sort rows by cost and cut them into groups of one row a rank. Within a group the costliest row goes to the rank with
+// the lowest cost so far.
 std::vector<std::vector<Row>> deal(Rows& rows, int64_t ranks) {
   const size_t count = rows.members.size();
   std::vector<size_t> order(count);

@@ -1,4 +1,4 @@
-// Sequence packing: which sequences share a packed row and which rank computes it, decided once per update on the host.
+// Sequence packing: assigns sequences to packed rows and rows to ranks, once per update, on the host.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace or1 {
 
 using Row = std::vector<int64_t>;  // indices of the sequences that share a packed row
 
-// What a sequence of n tokens costs to train on: linear * n + quadratic * n^2, in any one unit. Matrix products grow
+// Training cost of a sequence of n tokens: linear * n + quadratic * n^2, in any unit. Matrix products grow
 // with n, attention with n^2.
 struct Cost {
   double linear = 1.0;
@@ -21,20 +21,20 @@ struct Cost {
 //
 // lengths   tokens of each sequence, each in [1, capacity]
 // capacity  tokens that one bin holds
-// returns   for each bin the indices of its sequences; each index occurs exactly once. Bins stand in the order in
-//           which they were opened (by their longest sequence, longest first), indices inside a bin ascend. Equal
-//           lengths are taken in index order, so the plan is a pure function of its arguments.
+// returns   for each bin the indices of its sequences; each index occurs exactly once. Bins are in the order of
+//           their longest sequence, longest first; indices inside a bin ascend. Equal lengths are packed in index
+//           order, so the plan is a pure function of its arguments.
 // throws    std::invalid_argument naming the first sequence that is empty or longer than the capacity.
 //
 // O(n log n). Best-fit decreasing opens at most 11/9 of the optimal number of bins plus 6/9 (Dosa 2007).
 std::vector<Row> pack_best_fit(const std::vector<int64_t>& lengths, int64_t capacity);
 
-// Rows for `ranks` ranks, the same number on each, so that their collectives meet.
+// Rows for `ranks` ranks, the same number on each, so that all ranks make the same collective calls.
 //
-// returns   plan[rank][row]: every sequence in exactly one row, whole, rows within the capacity. The number of rows is
-//           the smallest that best-fit decreasing reaches, rounded up to a multiple of `ranks`. Rows are empty only
-//           where there are fewer sequences than rows, and then they are the last of their rank. Row i costs about the
-//           same on every rank, and so does the sum over rows. A pure function of its arguments.
+// returns   plan[rank][row]: every sequence whole in exactly one row, rows within the capacity. The number of rows is
+//           that of best-fit decreasing, rounded up to a multiple of `ranks`. Rows are empty only if there are fewer
+//           sequences than rows; empty rows are the last of their rank. Row i costs about the same on every rank, and
+//           so does the sum over rows. A pure function of its arguments.
 // throws    std::invalid_argument as pack_best_fit, and for ranks < 1 or a cost that is negative or not finite.
 std::vector<std::vector<Row>> plan_ranks(const std::vector<int64_t>& lengths, int64_t capacity, int64_t ranks,
                                          const Cost& cost);

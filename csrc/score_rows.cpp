@@ -41,7 +41,7 @@ namespace or1 {
 
 namespace {
 
-// A thread is worth starting for about this many logits.
+// Logits per thread below which starting another thread costs more than it saves.
 constexpr int64_t kLogitsPerThread = 1 << 16;
 
 struct Passes {
@@ -50,7 +50,7 @@ struct Passes {
   void (*grads)(const RowBlock&, RowTransform, int64_t, const float*, const float*);
 };
 
-// The sets this machine has, best first.
+// Instruction sets of this machine, best first.
 std::vector<Passes> available() {
   std::vector<Passes> out;
 #ifdef OR1_X86_DISPATCH

@@ -5,9 +5,9 @@
 //   row_sums   peak = M, target = z_y, rest = sum over v != y of exp d_v, moment = sum over v of d_v exp d_v
 //   row_grads  raw_v <- dL/draw_v for L with slopes g = dL/dlogp and k = dL/dentropy, in place:
 //              dz_v = -p_v (g + k (log p_v + H)) + g [v = y],  log p_v = d_v - log_norm
-// The target is left out of `rest`, and its own gradient uses expm1(logp), so nothing cancels as p_y -> 1.
-// Sums are fp32 within a block of 1024 and fp64 across blocks, in an order that depends on the row alone: a row's
-// result is the same bit for bit wherever it stands and however many threads run.
+// `rest` excludes the target, and the target's gradient uses expm1(logp), so nothing cancels as p_y -> 1.
+// Sums are fp32 within a block of 1024 and fp64 across blocks, in an order that depends on the row alone. A row's
+// result is therefore bit-identical at any position and with any number of threads.
 #pragma once
 
 #include <cstdint>

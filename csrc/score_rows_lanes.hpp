@@ -1,6 +1,6 @@
-// The row passes over vectors of OR1_LANES floats, in namespace or1::OR1_ISA. Included once per instruction set, after
-// that set has been switched on; so it includes nothing itself: a standard header compiled here would give the linker
-// an AVX-512 copy of an inline function that other files share.
+// The row passes over vectors of OR1_LANES floats, in namespace or1::OR1_ISA. Included once per instruction set, with
+// that set enabled. This file must include no standard header: compiled here, it would give the linker an AVX-512 copy
+// of an inline function that other files share.
 
 namespace or1 {
 namespace OR1_ISA {
@@ -10,7 +10,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * OR1_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * OR1_LANES), aligned(4), may_alias));
 
 constexpr int64_t kBlock = 1024;
-// exp underflows far above this floor; it keeps 0 * d at 0 where d would be -inf.
+// exp underflows far above this floor. The floor keeps 0 * d at 0 where d would be -inf.
 constexpr float kFloor = -1.0e4f;
 
 static inline Vec splat(float x) { return x - Vec{}; }
@@ -62,7 +62,7 @@ static inline double total(Vec x) {
   return sum;
 }
 
-// The last, partial vector of a row is padded with `fill`, so every element takes the same arithmetic path.
+// Pad the last, partial vector of a row with `fill`, so that every element uses the same arithmetic.
 static inline Vec load_tail(const float* p, int64_t count, float fill) {
   Vec x = splat(fill);
   for (int64_t i = 0; i < count; ++i) x[i] = p[i];
@@ -87,7 +87,7 @@ struct Sums {
   double rest = 0, moment = 0;
 };
 
-// Adds exp d and d exp d of p[0, count) except at index `skip` (the target; -1: none).
+// Add exp d and d exp d of p[0, count), except at index `skip` (the target; -1: none).
 static void add_block(const float* p, int32_t count, int32_t skip, float peak, float inv_tau, RowTransform t,
                       Sums* sums) {
   Vec rest = {}, moment = {};

@@ -2,8 +2,8 @@
 
     python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--lr 1e-4] [--jobs N] [--device cpu] [--work DIR]
 
-Writes OUT_DIR/README.md, its plots and study.json. Every finished run is kept in the work folder, so a study that was
-stopped goes on where it was.
+Writes OUT_DIR/README.md, its plots and study.json. The work folder keeps every finished run, so a stopped study
+resumes with the missing runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.paper.runs import ensure_base, run_all
 
 
 def main() -> None:
-    """Run what is missing, write the page, print the verdicts."""
+    """Run the missing runs, write the page, print the verdicts."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = _chosen(parser, args.claims)
     names = list(dict.fromkeys(name for claim in chosen for name in claim.arms))
-    # All first seeds before any second one, so that a stopped study has every arm.
+    # First seeds before second ones, so that a stopped study has every arm.
     pairs = [(n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)]
     pairs.sort(key=lambda pair: pair[1])
     console = Console()

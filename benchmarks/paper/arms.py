@@ -1,8 +1,8 @@
-"""The arms of the study: what the report compared, with half of its prompts and half of its responses to each.
+"""Arms of the study: the report's comparisons, with half as many prompts and half as many responses to each.
 
-An arm is named by the report's quadruple (N_SGD, D_R, D_T, N_reuse) where it has one, with D_R = 32 here for 64 there
-and groups of 8 for 16. Entropy coefficients are 50 times the report's, so that the range it tries runs
-from decay to explosion here too.
+An arm is named by the report's quadruple (N_SGD, D_R, D_T, N_reuse) where the report has one. Here D_R is 32 instead
+of 64, and groups have 8 instead of 16 responses. Entropy coefficients are 50 times the report's, so that the range
+covers decay and explosion here too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.paper.task import LONGEST, SHORT
 
-# Of the study; trials that fixed sizes and rates had seeds below.
+# First seed of the study. The trials that fixed sizes and rates used smaller seeds.
 FIRST_SEED = 101
 STEPS = 50
 PROMPTS = 32
@@ -25,12 +25,15 @@ ADAPTIVE = {"control": "adaptive", "target": 0.15, "delta": 0.02, "coef_max": 0.
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting, to be run on several seeds.
+    """One setting, run on several seeds.
 
-    steps     rollout steps
-    prompts, minibatch, reuse, group   D_R, D_T, N_reuse and gs
-    limits    response limit of each stage; stages share the steps equally
-    seeds     how many
+    steps      rollout steps
+    prompts    D_R
+    minibatch  D_T
+    reuse      N_reuse
+    group      gs
+    limits     response limit of each stage; stages share the steps equally
+    seeds      number of seeds
     """
 
     steps: int = STEPS
@@ -45,7 +48,7 @@ class Arm:
     seeds: int = 3
 
     def config(self, base: Path, run_dir: Path, seed: int) -> dict[str, Any]:
-        """The settings of `or1 train` for one seed of this arm, starting from the model in `base`."""
+        """Return the settings of `or1 train` for one seed of this arm, starting from the model in `base`."""
         stages = [
             {
                 "steps": self.steps // len(self.limits),
@@ -90,7 +93,7 @@ def _masked(mask: str) -> Arm:
     return _off_policy(2, limits=(SHORT,), steps=STEPS // 2, entropy=ADAPTIVE, loss={"advantage_mask": mask})
 
 
-# The comparisons that have to be decided get more seeds.
+# Seeds of the most important comparisons.
 _CORE = 6
 
 ARMS: dict[str, Arm] = {

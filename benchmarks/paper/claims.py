@@ -1,15 +1,15 @@
-"""What the report says (section 4 and the ablations of section 3), as statements that a rule decides.
+"""Claims of the report (section 4 and the ablations of section 3), as statements that a rule decides.
 
-The rule, written before the runs. A statement compares a number of two arms, seed by seed (a seed fixes the order of
-the prompts), and takes the mean difference with its two-sided 95 % t interval [low, high]; "rises" compares an arm's
-end with its own start. Every number has a least difference worth speaking of, d, and a tolerance for sameness, 2.5 d.
+The rule was written before the runs. A statement compares a number of two arms, seed by seed; a seed fixes the order of
+the prompts. It takes the mean difference with its two-sided 95 % t interval [low, high]; "rises" compares an arm's end
+with its own start. Every number has a smallest relevant difference, d, and a tolerance for sameness, 2.5 d.
 
     higher      reproduced if low > 0 and high >= d; not reproduced if high < d; else inconclusive.  lower: mirrored
     no higher   reproduced if high < d; not reproduced if low > 0; else inconclusive
     same        reproduced if within -2.5 d to 2.5 d; not reproduced if wholly outside; else inconclusive
 
 A claim is reproduced if all its statements are, not reproduced if one is not, else inconclusive. Statements are not
-corrected for their number: of thirty that are true of nothing, one or two would seem to hold.
+corrected for their number: of thirty statements without any real effect, one or two would seem to hold.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from benchmarks.paper.arms import ARMS, STEPS
 Record = Mapping[str, Any]
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
-_SAME = 2.5  # tolerance for sameness, in least differences
+_SAME = 2.5  # tolerance for sameness, in units of d
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a run; `least` is the smallest difference worth speaking of, `log` says that it is a logarithm."""
+    """A number of a run. least: the smallest relevant difference; log: True if the number is a logarithm."""
 
     words: str
     of: Callable[[Record, int | None], float]
@@ -50,7 +50,7 @@ def _entropy_rise(record: Record, steps: int | None) -> float:
 
 
 def _swing(record: Record, steps: int | None) -> float:
-    """Log of the standard deviation of log-entropy about its line of least squares, in the second half."""
+    """Return the log of the standard deviation of log-entropy about its regression line, in the second half."""
     logs = [math.log(e) for e in record["series"]["entropy"]]
     half = logs[len(logs) // 2 :]
     slope, start = statistics.linear_regression(range(len(half)), half)
@@ -81,7 +81,7 @@ MEASURES: dict[str, Measure] = {
 
 @dataclass(frozen=True)
 class Statement:
-    """`left` has a `measure` that is `expect` than (or as) `right`'s; right None: than zero. Over the first `steps`."""
+    """The claim that `left`'s measure is `expect` (than) `right`'s, or zero for None, over the first `steps`."""
 
     left: str
     measure: str
@@ -90,7 +90,7 @@ class Statement:
     steps: int | None = None
 
     def words(self) -> str:
-        """The statement as a sentence."""
+        """Return the statement as a sentence."""
         relation = {"higher": "higher than", "lower": "lower than", "no higher": "no higher than", "same": "same as"}
         first = f", first {self.steps} steps" if self.steps else ""
         than = "zero" if self.right is None else self.right
@@ -99,7 +99,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the report's claims. `by` is the horizontal axis of its plot."""
+    """A claim of the report. `by` is the horizontal axis of its plot."""
 
     key: str
     title: str
@@ -108,14 +108,14 @@ class Claim:
 
     @property
     def arms(self) -> list[str]:
-        """The arms it needs, in order of mention."""
+        """Arms that the claim needs, in order of mention."""
         names = [name for s in self.statements for name in (s.right, s.left) if name is not None]
         return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A decided statement: mean difference, its 95 % interval, and how many seeds it rests on."""
+    """A decided statement: mean difference, its 95 % interval, and the number of seeds."""
 
     statement: Statement
     mean: float
@@ -126,7 +126,7 @@ class Finding:
 
 
 def decide(statement: Statement, records: Mapping[tuple[str, int], Record]) -> Finding:
-    """Apply the rule. `records` by arm and seed; needs two common seeds, else ValueError."""
+    """Apply the rule to records by arm and seed. Raises ValueError for fewer than two common seeds."""
     measure = MEASURES[statement.measure]
     values: dict[str | None, dict[int, float]] = {None: {}}
     for (arm, seed), record in records.items():
@@ -144,7 +144,7 @@ def decide(statement: Statement, records: Mapping[tuple[str, int], Record]) -> F
 
 
 def conclude(findings: Sequence[Finding]) -> Verdict:
-    """The verdict of a claim from those of its statements."""
+    """Return the verdict of a claim from the verdicts of its statements."""
     verdicts = {finding.verdict for finding in findings}
     for verdict in ("not reproduced", "inconclusive"):
         if verdict in verdicts:

@@ -1,4 +1,4 @@
-"""The study's page: a verdict and a plot for every claim, as Markdown and SVG that a code host shows as they are."""
+"""Page of the study: a verdict and a plot for each claim, as Markdown and SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import stamp
+from benchmarks.lib.measure import stamp
 from benchmarks.paper import claims, task
 from benchmarks.paper.arms import ADAPTIVE, ARMS, PROMPTS, STEPS
 from benchmarks.paper.claims import MEASURES, Claim, Finding, Record, conclude, decide
@@ -26,12 +26,12 @@ _MARKS = {"reproduced": "**reproduced**", "not reproduced": "**not reproduced**"
 
 
 def write_page(out: Path, chosen: Sequence[Claim], records: Records, cost: Mapping[str, float], lr: float) -> Path:
-    """README.md, a plot for each claim and study.json in `out`; returns the page. `cost` is printed as it is."""
+    """Write README.md, a plot for each claim and study.json to `out`. Return the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     findings = {claim.key: [decide(s, records) for s in claim.statements] for claim in chosen}
     versions = stamp()
     _write_json(out / "study.json", findings, records, versions | {"cost": dict(cost), "lr": lr})
-    # A study that was cut off goes on, and may do so with later code.
+    # A stopped study may resume with later code, so there may be several commits.
     commits = sorted({record["commit"][:12] for record in records.values()})
     parts = [_head(cost, commits, lr), _table(chosen, findings)]
     for claim in chosen:
@@ -43,7 +43,7 @@ def write_page(out: Path, chosen: Sequence[Claim], records: Records, cost: Mappi
 
 
 def summary(chosen: Sequence[Claim], records: Records) -> list[tuple[str, str, str]]:
-    """Claim, verdict and how many of its statements hold, for the terminal."""
+    """Return claim, verdict and the number of statements that hold, for the terminal."""
     rows = []
     for claim in chosen:
         findings = [decide(s, records) for s in claim.statements]
@@ -105,7 +105,7 @@ def _section(claim: Claim, findings: Sequence[Finding]) -> str:
 
 
 def _alarms(records: Records) -> str:
-    """How often the trainer's own entropy alarms spoke, by arm."""
+    """Return the section on the trainer's entropy alarms by arm."""
     fired: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for (arm, _), record in records.items():
         fired[arm][2] += 1
@@ -162,7 +162,7 @@ def _write_json(path: Path, findings: Mapping[str, list[Finding]], records: Reco
 
 
 def _plot(path: Path, claim: Claim, records: Records) -> None:
-    """Entropy and test accuracy of the claim's arms: mean over the seeds, and their range."""
+    """Plot entropy and test accuracy of the claim's arms: mean and range over the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Trains every arm on its seeds, several at a time, a processor core each; what is done already is not done again."""
+"""Training of every arm on its seeds, several runs at a time with one core each. Finished runs are reused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.paper.arms import ARMS
 
 Record = dict[str, Any]
 
-# What the statements and the plots read, from the metrics of every step.
+# Metrics of every step that statements and plots read.
 _SERIES = {
     "entropy": "policy/entropy",
     "reward": "reward/mean",
@@ -31,7 +31,7 @@ _SERIES = {
 
 
 def ensure_base(work: Path) -> float:
-    """The base model in work/base, made if absent; returns the processor seconds that making it took."""
+    """Make the base model in work/base if absent. Return the CPU seconds that this took."""
     done = work / "base.json"
     if not done.exists():
         began = _cpu_seconds()
@@ -44,7 +44,7 @@ def ensure_base(work: Path) -> float:
 def run_all(
     pairs: Iterable[tuple[str, int]], work: Path, jobs: int, device: str, lr: float
 ) -> Iterator[tuple[str, int, Record]]:
-    """Every (arm, seed) with its record, in the order in which they end. Raises what a run raises."""
+    """Yield every (arm, seed, record) in order of completion. Raises the error of a failed run."""
     missing = {}
     for name, seed in pairs:
         settings = _settings(work, name, seed, device, lr)
@@ -53,7 +53,7 @@ def run_all(
             missing[name, seed] = settings
         else:
             yield name, seed, record
-    # Spawned: a forked child would inherit torch's threads, which no longer run there.
+    # Spawned, because torch's threads do not run in a forked child.
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     with pool:
         futures = {pool.submit(_run, *pair, settings): pair for pair, settings in missing.items()}
@@ -93,7 +93,7 @@ def _record_path(settings: Mapping[str, Any]) -> Path:
 
 
 def _finished(settings: Mapping[str, Any]) -> Record | None:
-    """The record of a run that was made with these very settings."""
+    """Return the record of a finished run with equal settings, or None."""
     path = _record_path(settings)
     if not path.exists():
         return None
@@ -102,7 +102,7 @@ def _finished(settings: Mapping[str, Any]) -> Record | None:
 
 
 def _run(name: str, seed: int, settings: dict[str, Any]) -> Record:
-    from benchmarks.measure import stamp
+    from benchmarks.lib.measure import stamp
     from or1.config import Config
     from or1.train.build import build
     from or1.trainer import Trainer
@@ -135,8 +135,10 @@ def _summary(steps: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _filled(values: Sequence[float | None]) -> list[float]:
-    """A step whose groups are all rejected has no entropy of kept responses and changes no weight: what was known
-    before it still holds, and at the start what is known first."""
+    """Return the values with gaps filled by the last value before them, or by the first value at the start.
+
+    A step whose groups are all rejected has no entropy of kept responses. It changes no weight, so values stay valid.
+    """
     last = next((value for value in values if value is not None), math.nan)
     filled = []
     for value in values:
@@ -146,31 +148,31 @@ def _filled(values: Sequence[float | None]) -> list[float]:
 
 
 class _Messages:
-    """A Trainer's display that keeps what it is told."""
+    """A display for Trainer that records its messages."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def begin(self, step: int) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
     def progress(self, name: str) -> Callable[[int, int], None]:
         """Return a function that shows nothing."""
         return partial(self.phase, name)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
     def message(self, text: str) -> None:
-        """Keep it."""
+        """Record the message."""
         self.texts.append(text)
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and of its finished children."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -5,7 +5,7 @@ r"""The task: sums of two numbers that mostly need a carry, and a model that kno
     47+85=<think>7+5=12;4+8+1=13</think>\boxed{132}        verbose
 
 A supervised start shows all three equally often, by a teacher who forgets eight carries in ten. So the model begins
-with several valid paths for every problem, spread over them, and wrong for one reason that sampling can discover: it
+with several valid paths for each problem, spread over them, and wrong for one reason that sampling can discover: it
 has entropy to lose and accuracy to gain.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.measure import ROOT
+from benchmarks.lib.paths import ROOT
 
 Problem = tuple[int, int]
 
@@ -35,7 +35,7 @@ _STEPS, _BATCH, _LR = 500, 128, 3e-3
 
 
 def make_base(folder: Path) -> None:
-    """Train the base model and write it to `folder` with train.jsonl and heldout.jsonl, always the same ones."""
+    """Train the base model and write it to `folder` with train.jsonl and heldout.jsonl. Deterministic."""
     torch.manual_seed(0)
     rng = random.Random(0)
     problems = list(dict.fromkeys(_problem(rng) for _ in range(6000)))
@@ -51,7 +51,7 @@ def make_base(folder: Path) -> None:
 
 
 def solution(a: int, b: int, style: str, rng: random.Random, forget: float) -> str:
-    """A worked sum in one of STYLES; each carry is forgotten with probability `forget`."""
+    """Return a worked sum in one of STYLES; each carry is forgotten with probability `forget`."""
     columns, answer, carry, width = [], 0, 0, max(len(str(a)), len(str(b)))
     for i in range(width):
         digits = [a // 10**i % 10, b // 10**i % 10] + [1] * carry
@@ -63,7 +63,7 @@ def solution(a: int, b: int, style: str, rng: random.Random, forget: float) -> s
 
 
 def _problem(rng: random.Random) -> Problem:
-    """One or two digits each; problems without a carry are rarer than they would be."""
+    """Return two numbers of one or two digits. Problems without a carry are drawn less often."""
     while True:
         a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in (rng.randint(1, 2), rng.randint(1, 2)))
         carries = a % 10 + b % 10 >= 10 and max(a, b) >= 10
@@ -105,7 +105,7 @@ def _warm_up(
 def _batch(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and labels; only the solution is trained."""
+    """Return right-padded ids and labels; only the solution is trained."""
     rows = []
     for a, b in problems:
         prompt = tokenizer.encode(f"{a}+{b}=<think>")

@@ -1,4 +1,4 @@
-"""The tiny-adder checkpoint and its data, as the other examples here use them."""
+"""The tiny-adder checkpoint and its data, for the other examples in this folder."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ FOLDER = Path(__file__).parents[1] / "tiny-adder"
 
 
 def model_and_tokenizer() -> tuple[Any, Any]:
-    """A Qwen2 of 0.5 M parameters that adds numbers, in fp32."""
+    """Return a Qwen2 of 0.5 M parameters that adds numbers, in fp32, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32), tokenizer
 
 
 def problems(count: int) -> list[dict[str, str]]:
-    """Questions and answers of the training file."""
+    """Return the first `count` questions and answers of the training file."""
     with (FOLDER / "train.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]

@@ -10,7 +10,7 @@ from or1.integrations.trl import patch
 
 
 def right(completions, answer, **_):
-    """1 for the answer, 0 else."""
+    """Return 1 for the right answer, else 0."""
     return [float(c[0]["content"].split("=")[-1].strip().endswith(a)) for c, a in zip(completions, answer, strict=True)]
 
 

@@ -1,6 +1,6 @@
-"""verl's fused forward and policy loss with or1 in place: python examples/integrations/verl_head.py
+"""verl's fused forward and policy loss, computed by or1: python examples/integrations/verl_head.py
 
-In a verl run this takes no code, only
+A verl run needs no code, only these settings:
     actor_rollout_ref.model.external_lib=or1.integrations.verl actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.actor.policy_loss.loss_mode=magic
 """

@@ -1,10 +1,10 @@
-r"""Makes the checkpoint and the data beside this file: a tiny Qwen2 that adds numbers with a chain of thought, badly.
+r"""Make the checkpoint and the data in this folder: a tiny Qwen2 that adds numbers with a chain of thought, badly.
 
     python examples/tiny-adder/make.py [--out FOLDER] [--seed N]
 
-The supervised warm-up shows worked additions of a sloppy teacher who forgets six carries in ten. The model learns the
-form and the column sums, and that a carry is usually forgotten: greedily it solves the problems without a carry, and
-it samples a right chain now and then, which is what reinforcement learning needs to improve on.
+The supervised warm-up shows worked additions by a teacher who forgets six carries in ten. The model learns the form,
+the column sums, and that a carry is usually forgotten. Greedy decoding solves the problems without a carry. Sampling
+sometimes gives a right chain, which reinforcement learning can reinforce.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = "{{ messages[0]['content'] }}={% if add_generation_prompt %}<thi
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, plus one each for the thinking tags and the opening of the box."""
+    """Return a tokenizer with one token per character, thinking tag and opening of the box."""
     vocab = {token: i for i, token in enumerate(SPECIAL + MARKS + CHARACTERS)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -42,7 +42,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def worked_solution(a: int, b: int, rng: random.Random, forget: float) -> str:
-    r"""Column sums from the right, then the answer they give: 47+85 -> 7+5=12;4+8+1=13</think>\boxed{132}
+    r"""Return column sums from the right, then their answer: 47+85 -> 7+5=12;4+8+1=13</think>\boxed{132}
 
     Each carry is forgotten with probability `forget`.
     """
@@ -56,14 +56,14 @@ def worked_solution(a: int, b: int, rng: random.Random, forget: float) -> str:
 
 
 def sample_problem(rng: random.Random) -> Problem:
-    """Operand lengths are uniform, so that long problems are as common as short ones."""
+    """Return two operands. Their lengths are uniform, so long problems are as common as short ones."""
     digits = [rng.randint(1, MAX_DIGITS) for _ in range(2)]
     a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in digits)
     return a, b
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """About 0.55 M parameters: 3 layers, hidden 128, grouped-query attention, tied embeddings."""
+    """Return a Qwen2 of 0.55 M parameters: 3 layers, hidden 128, grouped-query attention, tied embeddings."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -83,7 +83,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 def batch_of(
     problems: list[Problem], tokenizer: PreTrainedTokenizerFast, rng: random.Random, forget: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and labels; only the solution is trained."""
+    """Return right-padded ids and labels; only the solution is trained."""
     rows = []
     for a, b in problems:
         prompt = tokenizer.encode(f"{a}+{b}=<think>")
@@ -99,7 +99,7 @@ def batch_of(
 
 @torch.no_grad()
 def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of problems whose box holds the sum."""
+    """Return the share of problems whose box holds the sum, with greedy decoding."""
     model.eval()
     prompts = [f"{a}+{b}=<think>" for a, b in problems]
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
@@ -114,7 +114,7 @@ def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
 def warm_up(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, held_out: list[Problem]
 ) -> None:
-    """Supervised steps on fresh problems, none of them held out, under a cosine learning rate."""
+    """Train on fresh problems, none of them held out, with a cosine learning rate."""
     rng = random.Random(args.seed + 1)
     seen = {frozenset(p) for p in held_out}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
@@ -134,12 +134,12 @@ def warm_up(
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
-    """One JSON object a line with question and answer."""
+    """Write one JSON object a line, with question and answer."""
     path.write_text("".join(json.dumps({"question": f"{a}+{b}", "answer": str(a + b)}) + "\n" for a, b in problems))
 
 
 def main() -> None:
-    """Warm up, check the accuracy, write everything."""
+    """Train, check the accuracy, write checkpoint and data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)

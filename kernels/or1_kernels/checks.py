@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: every error names the argument, its value, the limit and the remedy.
+"""Argument checks of the public functions. Every error names the argument, its value, the limit and the remedy.
 
 Legend: N rows, H hidden, V vocab.
 """
@@ -36,8 +36,8 @@ def check_head(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: 
     for name, tensor in (("weight", weight_VH), ("targets", targets_N), ("bias", bias_V)):
         if tensor is not None and tensor.device != hidden_NH.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden_NH.device}; move it there")
-    # On a GPU this would make the host wait, under torch.compile it would break the graph; there an id outside the
-    # vocabulary is the caller's to rule out.
+    # On a GPU this check would make the host wait; under torch.compile it would break the graph. There the caller must
+    # rule out ids outside the vocabulary.
     if targets_N.device.type == "cpu" and not torch.compiler.is_compiling() and targets_N.numel():
         low, high = int(targets_N.min()), int(targets_N.max())
         if low < 0 or high >= vocab:
@@ -47,23 +47,22 @@ def check_head(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, bias_V: 
             )
 
 
-def as_constants(named: dict[str, Tensor | None], like_N: Tensor) -> dict[str, Tensor | None]:
-    """Per-row arguments detached, with like_N's dtype and device; ValueError when one is not floating [N]."""
-    for name, value_N in named.items():
-        if value_N is not None and (value_N.shape != like_N.shape or not value_N.is_floating_point()):
-            raise ValueError(
-                f"{name} is {value_N.dtype}{list(value_N.shape)}; it must be a floating tensor of shape "
-                f"{list(like_N.shape)}, one value a row of hidden"
-            )
-    return {name: None if x is None else x.detach().to(like_N.device, like_N.dtype) for name, x in named.items()}
+def as_constant(name: str, value_N: Tensor, like_N: Tensor) -> Tensor:
+    """Return a per-row argument detached, with like_N's dtype and device. Raises ValueError unless floating [N]."""
+    if value_N.shape != like_N.shape or not value_N.is_floating_point():
+        raise ValueError(
+            f"{name} is {value_N.dtype}{list(value_N.shape)}; it must be a floating tensor of shape "
+            f"{list(like_N.shape)}, one value a row of hidden"
+        )
+    return value_N.detach().to(like_N.device, like_N.dtype)
 
 
 def inverse_temperature(temperature: float | Tensor, like_NH: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / temperature as a [N] tensor of `dtype`; raises ValueError for a float <= 0 or a tensor not [N]."""
+    """Return 1 / temperature as a [N] tensor of `dtype`. Raises ValueError for a float <= 0 or a tensor not [N]."""
     num_rows = like_NH.shape[0]
     if isinstance(temperature, Tensor):
         like_N = torch.empty(num_rows, dtype=dtype, device=like_NH.device)
-        return as_constants({"temperature": temperature}, like_N)["temperature"].reciprocal()
+        return as_constant("temperature", temperature, like_N).reciprocal()
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (greedy decoding has no log-probs)")
     return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like_NH.device)

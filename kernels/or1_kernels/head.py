@@ -1,30 +1,38 @@
-"""The public head: token log-probs, entropy and the policy loss straight from hidden states and the LM weight.
+"""The public head: token log-probs, entropy and the policy loss from hidden states and the LM weight.
 
-Legend: N rows (tokens that are scored), M rows picked out of them, H hidden, V vocab.
+Legend: N rows (scored tokens), M selected rows, H hidden, V vocab.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, chunked, reference
-from .compiled import logprob_entropy, policy_loss
+from . import checks, reference
+from .engine import chunked, compiled
+from .engine.policy import PolicyRows, policy_pass
 from .objective import PolicyObjective, as_objective, check_inputs
-from .options import HeadOptions, head_options
-from .policy import PolicyRows, policy_pass
+from .options import HeadOptions, HeadOptionsDict, head_options
 from .rows import RowStats
+
+# (loss [], logp [N], entropy [N], ratio [N], clipped [N], left_out [] or None)
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class PolicyStats:
-    """What the loss saw, a value a row, detached; f64 for fp64 inputs.
+    """Statistics of one policy loss, detached; f64 for fp64 inputs.
 
-    logp f32[N] and entropy f32[N] in nats; ratio f32[N] = exp(logp - old_logp); clipped bool[N]: the clip changed
-    this row's gradient (ppo_clip) or weight (cispo); impl: the implementation that ran. Rows left out by `rows` read
-    0. left_out: with grad_row_eps, an upper bound on the L1 norm of the neglected part of dloss/dlogits, f32[].
+    logp      f32[N], nats
+    entropy   f32[N], nats
+    ratio     f32[N] = exp(logp - old_logp)
+    clipped   bool[N]: the clip changed the row's gradient (ppo_clip) or weight (cispo)
+    impl      implementation that ran
+    left_out  with grad_row_eps, an upper bound on the L1 norm of the dropped part of dloss/dlogits, f32[]
+
+    Rows that `rows` leaves out are 0.
     """
 
     logp: Tensor
@@ -35,18 +43,24 @@ class PolicyStats:
     left_out: Tensor | None = None
 
 
-def linear_logprob_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each row, in nats, both differentiable to any upstream gradient.
+def linear_logprob_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[HeadOptionsDict]
+) -> tuple[Tensor, Tensor]:
+    """Return (logp, entropy): the log-prob of each target and the entropy of each row, in nats.
 
     hidden [N, H] and weight [V, H] of one dtype; targets i64[N]; options are the fields of HeadOptions (temperature,
-    bias, softcap, logit_scale, impl, ...). Returns f32[N] twice, f64 for fp64 inputs. Logits are recomputed in
-    backward unless stash_bytes keeps them. Infinities and nans propagate. Under no_grad one GEMM runs and nothing is
-    kept.
+    bias, softcap, logit_scale, impl, ...). Both results are f32[N], f64 for fp64 inputs, and differentiable for any
+    upstream gradient. Backward recomputes the logits unless stash_bytes keeps them. Infinities and nans propagate.
+    Under no_grad one GEMM runs and no tensor is kept for backward.
 
-    Raises TypeError (dtypes, an unknown option), ValueError (shapes, limits of HeadOptions), IndexError (a CPU
-    target outside the vocabulary), RuntimeError (an explicit impl that cannot run).
+    Raises TypeError for dtypes and unknown options, ValueError for shapes and limits of HeadOptions. Raises IndexError
+    for a CPU target outside the vocabulary, RuntimeError for an explicit impl that cannot run.
     """
-    head = head_options(options)
+    return score(hidden, weight, targets, head_options(options))
+
+
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
+    """Run linear_logprob_entropy with its options as an object."""
     if head.grad_row_eps is not None:
         raise ValueError("grad_row_eps is set, but it needs the loss; use linear_policy_loss")
     head.check(hidden, weight, targets)
@@ -54,7 +68,8 @@ def linear_logprob_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **op
     if head.impl == "reference":
         return reference.logprob_entropy(_reference_logits(inputs, weight, head), targets)
     if torch.compiler.is_compiling() and head.traceable():
-        return logprob_entropy(hidden, weight, head.bias, inputs.targets, inputs.inv_tau, **head.scalars())[:2]
+        stats = compiled.logprob_entropy(hidden, weight, head.bias, inputs.targets, inputs.inv_tau, **head.scalars())
+        return stats[0], stats[1]
     return _eager_logprob_entropy(inputs, weight, head)
 
 
@@ -71,38 +86,45 @@ def linear_policy_loss(
     objective: PolicyObjective | str | None = None,
     entropy_coef: float | Tensor = 0.0,
     rows: Tensor | str | None = None,
-    **options: Any,
+    **options: Unpack[HeadOptionsDict],
 ) -> tuple[Tensor, PolicyStats]:
-    """(loss [], stats): sum over rows of token_weight * (objective - entropy_coef * entropy), gradients included.
+    """Return (loss [], stats): the sum over rows of token_weight * (objective - entropy_coef * entropy).
 
-    hidden, weight, targets and options as in linear_logprob_entropy; advantages, token_weight and the log-probs are
-    f32[N] constants. token_weight is mask / denominator, so every normaliser is the caller's. old_logp None means
-    on-policy: the ratio is 1 and the clip inert. objective None is PPO's clip with both bounds 0.2; a kind as text,
-    such as "cispo", is PolicyObjective(kind=...) with its defaults. The gradients
-    are made in this call and only scaled in backward: three GEMMs in all. N = 0 gives a loss of 0 that is connected
-    to hidden and weight.
-    rows, i64[M]: only these rows enter a GEMM; "live" picks those of token_weight != 0 (on a GPU the host waits for
-    their number). None: all rows, and a nan in a row of weight 0 is kept.
+    hidden, weight, targets and options as in linear_logprob_entropy. advantages, token_weight and the log-probs are
+    f32[N] constants.
 
-    Raises what linear_logprob_entropy raises, and ValueError when the objective needs a log-prob that is missing.
+    token_weight  mask / denominator; the caller chooses every normaliser
+    old_logp      None means on-policy: the ratio is 1 and the clip has no effect
+    objective     None: PPO's clip with both bounds 0.2. Text such as "cispo" means PolicyObjective(kind="cispo")
+    rows          i64[M]: only these rows enter a GEMM. "live": rows with token_weight != 0; on a GPU the host waits
+                  for their number. None: all rows, and a nan in a row of weight 0 propagates
+
+    This call computes the gradients, and backward only scales them: three GEMMs a chunk in all. With N = 0 the loss
+    is 0 and still connected to hidden and weight.
+
+    Raises the errors of linear_logprob_entropy, and ValueError if a log-prob that the objective needs is missing.
     """
     head, objective = head_options(options), as_objective(objective)
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
     inputs = head.row_inputs(hidden, weight, targets)
-    per_row = {
-        "advantages": advantages,
-        "token_weight": token_weight,
-        "old_logp": old_logp,
-        "rollout_logp": rollout_logp,
-        "ref_logp": ref_logp,
-    }
-    per_row = checks.as_constants(per_row, like_N=inputs.inv_tau)
-    index_M = _row_index(rows, per_row["token_weight"])
+
+    def optional(name: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None else checks.as_constant(name, value, inputs.inv_tau)
+
+    constants = PolicyRows(
+        objective=objective,
+        entropy_coef=entropy_coef,
+        advantages=checks.as_constant("advantages", advantages, inputs.inv_tau),
+        token_weight=checks.as_constant("token_weight", token_weight, inputs.inv_tau),
+        old_logp=optional("old_logp", old_logp),
+        rollout_logp=optional("rollout_logp", rollout_logp),
+        ref_logp=optional("ref_logp", ref_logp),
+        grad_row_eps=head.grad_row_eps,
+    )
+    index_M = _row_index(rows, constants.token_weight)
     if index_M is not None:
-        inputs = inputs.rows(index_M)
-        per_row = {name: None if x is None else x[index_M] for name, x in per_row.items()}
-    constants = PolicyRows(objective, entropy_coef, head.grad_row_eps, **per_row)
+        inputs, constants = inputs.rows(index_M), constants.pick(index_M)
     run = _reference_policy_loss if head.impl == "reference" else _fused_policy_loss
     loss, stats = run(inputs, weight, head, constants)
     return loss, _spread(stats, index_M, hidden.shape[0])
@@ -110,7 +132,7 @@ def linear_policy_loss(
 
 @dataclass(frozen=True)
 class _ScoreCall:
-    """What _Score needs beside the differentiable inputs."""
+    """Arguments of _Score that are not differentiable."""
 
     targets_N: Tensor
     inv_tau_N: Tensor
@@ -145,7 +167,7 @@ class _Score(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _PolicyCall:
-    """What _PolicyLoss needs beside the differentiable inputs; needs: which of them want a gradient."""
+    """Arguments of _PolicyLoss that are not differentiable; needs: which inputs want a gradient."""
 
     targets_N: Tensor
     inv_tau_N: Tensor
@@ -170,7 +192,7 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):
         if ctx.unit_upstream:
-            # Not a Python `if` on its value: a GPU's host would wait for it.
+            # Not a Python `if` on the value: the host would wait for a GPU.
             torch._assert_async(
                 dloss == 1,
                 "main_grad already holds the weight's gradient for dloss = 1, but the "
@@ -182,19 +204,19 @@ class _PolicyLoss(torch.autograd.Function):
 @torch.compiler.disable
 def _eager_logprob_entropy(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
     settings, grad_on = head.settings(weight_VH), torch.is_grad_enabled()
-    call = _ScoreCall(inputs.targets, inputs.inv_tau, settings, head.main_grad, grad_on)
+    call = _ScoreCall(inputs.targets, inputs.inv_tau, settings, main_grad_VH=head.main_grad, grad_enabled=grad_on)
     return _Score.apply(inputs.hidden, weight_VH, head.bias, call)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`; in place where no second backward can read the accumulator, which saves a [V, H]."""
+    """Return grad * factor in `dtype`, in place if no second backward can read `grad`, which saves a [V, H]."""
     if grad.dtype == dtype and not _graph_is_kept():
         return grad.mul_(factor)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward under way was started with retain_graph; a torch that cannot tell counts as yes."""
+    """Return True if the running backward has retain_graph, and also for a torch without this information."""
     probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return probe is None or probe()
 
@@ -202,28 +224,42 @@ def _graph_is_kept() -> bool:
 def _fused_policy_loss(
     inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows
 ) -> tuple[Tensor, PolicyStats]:
-    grad_on, settings = torch.is_grad_enabled(), head.settings(weight_VH)
-    needs = tuple(grad_on and x is not None and x.requires_grad for x in (inputs.hidden, weight_VH, head.bias))
-    if torch.compiler.is_compiling() and head.traceable():
-        loss, *per_row, left_out = _traced_policy_loss(inputs, weight_VH, head, rows, needs)
-    else:
-        loss, *per_row, left_out = _eager_policy_loss(inputs, weight_VH, head, rows, needs)
-    return loss, PolicyStats(*per_row, settings.backend.name, None if head.grad_row_eps is None else left_out)
+    def needed(x: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+    settings = head.settings(weight_VH)
+    needs = (needed(inputs.hidden), needed(weight_VH), needed(head.bias))
+    run = _traced_policy_loss if torch.compiler.is_compiling() and head.traceable() else _eager_policy_loss
+    loss, logp, entropy, ratio, clipped, left_out = run(inputs, weight_VH, head, rows, needs)
+    return loss, PolicyStats(
+        logp=logp,
+        entropy=entropy,
+        ratio=ratio,
+        clipped=clipped,
+        impl=settings.backend.name,
+        left_out=None if head.grad_row_eps is None else left_out,
+    )
 
 
 @torch.compiler.disable
 def _eager_policy_loss(
     inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, ...]:
-    settings, grad_on = head.settings(weight_VH), torch.is_grad_enabled()
-    call = _PolicyCall(inputs.targets, inputs.inv_tau, settings, rows, needs, head.main_grad if grad_on else None)
+) -> _Outputs:
+    call = _PolicyCall(
+        targets_N=inputs.targets,
+        inv_tau_N=inputs.inv_tau,
+        settings=head.settings(weight_VH),
+        rows=rows,
+        needs=needs,
+        main_grad_VH=head.main_grad if torch.is_grad_enabled() else None,
+    )
     return _PolicyLoss.apply(inputs.hidden, weight_VH, head.bias, call)
 
 
 def _traced_policy_loss(
     inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, ...]:
-    per_row = {
+) -> _Outputs:
+    given = {
         "inv_tau": inputs.inv_tau,
         "advantages": rows.advantages,
         "token_weight": rows.token_weight,
@@ -231,10 +267,10 @@ def _traced_policy_loss(
         "rollout_logp": rows.rollout_logp,
         "ref_logp": rows.ref_logp,
     }
-    per_row = {name: x for name, x in per_row.items() if x is not None}
+    per_row = {name: x for name, x in given.items() if x is not None}
     coef = torch.as_tensor(rows.entropy_coef, dtype=inputs.inv_tau.dtype, device=weight_VH.device)
     o = rows.objective
-    out = policy_loss(
+    loss, *others = compiled.policy_loss(
         inputs.hidden,
         weight_VH,
         head.bias,
@@ -251,7 +287,8 @@ def _traced_policy_loss(
         needs=list(needs),
         **head.scalars(),
     )
-    return out[0], *(x.detach() for x in out[1:6])
+    logp, entropy, ratio, clipped, left_out = (x.detach() for x in others[:5])
+    return loss, logp, entropy, ratio, clipped, left_out
 
 
 def _reference_policy_loss(
@@ -269,8 +306,8 @@ def _reference_policy_loss(
         rollout_logp_N=rows.rollout_logp,
         ref_logp_N=rows.ref_logp,
     )
-    per_row = (x.detach() for x in (logp_N, entropy_N, terms.ratio_N, terms.clipped_N))
-    return loss, PolicyStats(*per_row, impl="reference")
+    logp, entropy, ratio, clipped = (x.detach() for x in (logp_N, entropy_N, terms.ratio_N, terms.clipped_N))
+    return loss, PolicyStats(logp, entropy, ratio, clipped, impl="reference")
 
 
 def _reference_logits(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> Tensor:
@@ -296,8 +333,8 @@ def _row_index(rows: Tensor | str | None, token_weight_N: Tensor) -> Tensor | No
 def _spread(stats: PolicyStats, index_M: Tensor | None, num_rows: int) -> PolicyStats:
     if index_M is None:
         return stats
-    whole = (
+    logp, entropy, ratio, clipped = (
         x.new_zeros(num_rows).index_copy_(0, index_M, x)
         for x in (stats.logp, stats.entropy, stats.ratio, stats.clipped)
     )
-    return PolicyStats(*whole, stats.impl, stats.left_out)
+    return replace(stats, logp=logp, entropy=entropy, ratio=ratio, clipped=clipped)

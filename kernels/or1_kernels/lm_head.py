@@ -1,13 +1,27 @@
-"""LMHead: an nn.Linear whose forward can return the policy loss, so that FSDP2's module hooks gather its weight.
+"""LMHead: an nn.Linear whose forward can return the policy loss.
 
 Legend: N rows, H hidden, V vocab.
 """
 
-from typing import Any
+from typing import Any, Unpack, overload
 
 from torch import Tensor, nn
 
-from .head import PolicyStats, linear_logprob_entropy, linear_policy_loss
+from .head import PolicyStats, linear_policy_loss, score
+from .objective import PolicyObjective
+from .options import HeadOptionsDict, head_options
+
+
+class PolicyLossDict(HeadOptionsDict, total=False):
+    """Keyword arguments of linear_policy_loss."""
+
+    token_weight: Tensor
+    old_logp: Tensor | None
+    rollout_logp: Tensor | None
+    ref_logp: Tensor | None
+    objective: PolicyObjective | str | None
+    entropy_coef: float | Tensor
+    rows: Tensor | str | None
 
 
 class LMHead(nn.Linear):
@@ -17,9 +31,10 @@ class LMHead(nn.Linear):
         head(hidden_NH, targets_N)                            (logp [N], entropy [N])
         head(hidden_NH, targets_N, advantages_N, token_weight=..., ...)    (loss [], PolicyStats)
 
-    The weight is read inside forward: under FSDP2 it exists in full only there. Options are those of
-    linear_logprob_entropy and linear_policy_loss. softcap and logit_scale apply to the scoring forms only: a Hugging
-    Face model applies its own to the raw logits.
+    forward reads the weight, so FSDP2's module hooks gather it: under FSDP2 the whole weight exists only inside
+    forward. Options are those of linear_logprob_entropy and linear_policy_loss, without bias, softcap and logit_scale,
+    which belong to the module. softcap and logit_scale apply to the scoring forms only: a Hugging Face model applies
+    its own to raw logits.
     """
 
     def __init__(
@@ -38,7 +53,7 @@ class LMHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> "LMHead":
-        """A head over the very Parameters of `linear`: an embedding tied to it stays tied."""
+        """Return a head that shares the Parameters of `linear`, so a tied embedding stays tied."""
         head = cls(
             linear.in_features,
             linear.out_features,
@@ -50,10 +65,31 @@ class LMHead(nn.Linear):
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
+    @overload
+    def forward(self, hidden: Tensor) -> Tensor: ...
+
+    @overload
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, advantages: Tensor | None = None, **options: Any
+        self, hidden: Tensor, targets: Tensor, advantages: None = None, **options: Unpack[HeadOptionsDict]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, hidden: Tensor, targets: Tensor, advantages: Tensor, **options: Unpack[PolicyLossDict]
+    ) -> tuple[Tensor, PolicyStats]: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        advantages: Tensor | None = None,
+        **options: Unpack[PolicyLossDict],
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, PolicyStats]:
-        """Logits, log-probs and entropies, or the policy loss, by which arguments are given; see the class."""
+        """Return logits, log-probs with entropies, or the policy loss, depending on the arguments; see the class.
+
+        Raises ValueError for options without targets, TypeError for an option that belongs to the module, and
+        whatever linear_logprob_entropy and linear_policy_loss raise.
+        """
         if targets is None:
             if advantages is not None or options:
                 raise ValueError(
@@ -61,7 +97,10 @@ class LMHead(nn.Linear):
                     "to score, or hidden alone for logits"
                 )
             return super().forward(hidden)
-        shared = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        clash = [name for name in ("bias", "softcap", "logit_scale") if name in options]
+        if clash:
+            raise TypeError(f"LMHead got {clash}, which belong to the module; set them when you create it")
+        options["bias"], options["softcap"], options["logit_scale"] = self.bias, self.softcap, self.logit_scale
         if advantages is None:
-            return linear_logprob_entropy(hidden, self.weight, targets, **shared, **options)
-        return linear_policy_loss(hidden, self.weight, targets, advantages, **shared, **options)
+            return score(hidden, self.weight, targets, head_options(options))
+        return linear_policy_loss(hidden, self.weight, targets, advantages, **options)

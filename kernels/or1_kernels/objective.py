@@ -1,11 +1,13 @@
-"""Policy objectives as data: each maps token log-probabilities to (loss, dloss/dlogp), one value a token.
+"""Policy objectives: each maps token log-probabilities to (loss, dloss/dlogp), one value a token.
 
-The LM head never learns which objective it trains: it asks for the slope g = dloss/dlogp and multiplies.
-Adding an objective is one function of `_Terms` and one line in `_SURROGATES`; the tests then check the slope
-against autograd and finite differences without further work.
+The LM head needs only the slope g = dloss/dlogp of an objective. A new objective is one function of `_Terms` and one
+line in `_SURROGATES`; kernels/README.md lists all steps.
 
-Legend: N tokens. lp = log-prob of the sampled token now, old = when the clip's reference policy scored it,
-rollout = when the engine sampled it, ref = under the reference model. All in nats.
+Legend: N tokens. Log-probs of the sampled token, in nats:
+    lp       under the current policy
+    old      under the policy that the clip compares with
+    rollout  as the engine sampled the token
+    ref      under the reference model
 """
 
 from collections.abc import Callable
@@ -16,21 +18,23 @@ import torch
 from torch import Tensor
 
 K3_MAX = 10.0
-"""Largest k3 of a token, as in the released code: without, one token that the reference finds e^89 times as likely
-makes a whole update infinite."""
+"""Upper bound on k3 of a token, as in the released code. Without the bound, one token that is e^89 times as likely
+under the reference model makes a whole update infinite."""
 
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Which token loss to apply, and its constants.
+    """Kind of token loss, and its constants.
 
     kind        "ppo_clip": PPO with separate clip bounds (DAPO's clip-higher, arXiv:2503.14476 eq. 8);
-                "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5).
+                "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5)
     clip_low    the ratio is clipped below at 1 - clip_low
-    clip_high   and above at 1 + clip_high
-    kl_coef     weight of the k3 estimate of KL(policy || reference), clamped at K3_MAX; needs ref_logp when not 0
-    is_cap      cap C of the truncated importance weight min(exp(old - rollout), C) that corrects for an engine
-                whose log-probs differ from the trainer's; needs rollout_logp when set. None: no correction.
+    clip_high   the ratio is clipped above at 1 + clip_high
+    kl_coef     weight of the k3 estimate of KL(policy || reference), clamped at K3_MAX; needs ref_logp unless 0
+    is_cap      cap C of the truncated importance weight min(exp(old - rollout), C). The weight corrects for an engine
+                whose log-probs differ from the trainer's; needs rollout_logp. None: no correction
+
+    Raises ValueError for a value outside these limits.
     """
 
     kind: str = "ppo_clip"
@@ -55,7 +59,10 @@ class PolicyObjective:
 
 
 def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
-    """Return the objective itself, of a kind given as text, or the default. Raises TypeError for anything else."""
+    """Return a PolicyObjective: the given one, one of the given kind, or the default for None.
+
+    Raises TypeError for another type, ValueError for an unknown kind.
+    """
     if given is None:
         return PolicyObjective()
     if isinstance(given, str):
@@ -69,7 +76,7 @@ def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
 
 
 class TokenLoss(NamedTuple):
-    """Per token: loss, its slope dloss/dlogp, the ratio exp(lp - old), and whether the clip changed anything."""
+    """Loss of each token, slope dloss/dlogp, ratio exp(lp - old), and clipped: bool[N], the clip changed the token."""
 
     loss_N: Tensor
     slope_N: Tensor
@@ -114,27 +121,27 @@ def token_loss(
     rollout_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
 ) -> TokenLoss:
-    """Loss and slope of every token; nothing is summed, masked or normalised here. loss_N is differentiable too.
+    """Return loss and slope of every token, not summed, masked or normalised. loss_N is differentiable as well.
 
-    Shapes and units: all f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp, detached, so
-    the ratio is exactly 1. With is_cap the advantage is multiplied by the truncated weight min(exp(old - rollout),
-    is_cap), a constant. kl_coef adds kl_coef * min(exp(ref - lp) - (ref - lp) - 1, K3_MAX), Schulman's k3 estimate; a
-    token beyond the bound has no slope of it.
+    All tensors are f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp, detached, so the
+    ratio is exactly 1. is_cap multiplies the advantage by the constant min(exp(old - rollout), is_cap). kl_coef adds
+    kl_coef * min(exp(ref - lp) - (ref - lp) - 1, K3_MAX), Schulman's k3 estimate, without a slope beyond the bound.
 
-    Raises ValueError when the objective needs rollout_logp or ref_logp and it is missing.
+    Raises ValueError if the objective needs rollout_logp or ref_logp and the log-probs are missing.
     """
     check_inputs(objective, rollout_logp_N, ref_logp_N)
     anchor_N = (logp_N if old_logp_N is None else old_logp_N).detach()
     weighted_N = advantages_N
     if objective.is_cap is not None:
-        weighted_N = advantages_N * (anchor_N - rollout_logp_N).exp().clamp_max(objective.is_cap)
+        rollout_N = _rollout_of(objective, rollout_logp_N)
+        weighted_N = advantages_N * (anchor_N - rollout_N).exp().clamp_max(objective.is_cap)
     ratio_N = (logp_N - anchor_N).exp()
     terms = _Terms(logp_N, ratio_N, weighted_N, 1 - objective.clip_low, 1 + objective.clip_high)
     out = _SURROGATES[objective.kind](terms)
     if objective.kl_coef == 0:
         return out
-    # No larger gap is within the bound, and e^89 would be inf in float32.
-    gap_N = (ref_logp_N - logp_N).clamp(-2 * K3_MAX, 2 * K3_MAX)
+    # A larger gap exceeds the bound anyway, and e^89 would be inf in float32.
+    gap_N = (_ref_of(objective, ref_logp_N) - logp_N).clamp(-2 * K3_MAX, 2 * K3_MAX)
     rise_N = gap_N.expm1()
     k3_N = rise_N - gap_N
     return out._replace(
@@ -144,14 +151,26 @@ def token_loss(
 
 
 def check_inputs(objective: PolicyObjective, rollout_logp_N: Tensor | None, ref_logp_N: Tensor | None) -> None:
-    """Raise ValueError when a log-prob that the objective reads is missing."""
-    if objective.is_cap is not None and rollout_logp_N is None:
+    """Raise ValueError if a log-prob that the objective reads is missing."""
+    if objective.is_cap is not None:
+        _rollout_of(objective, rollout_logp_N)
+    if objective.kl_coef != 0:
+        _ref_of(objective, ref_logp_N)
+
+
+def _rollout_of(objective: PolicyObjective, rollout_logp_N: Tensor | None) -> Tensor:
+    if rollout_logp_N is None:
         raise ValueError(
             f"objective.is_cap is {objective.is_cap} but rollout_logp is missing; pass the engine's "
             "log-probs or set is_cap=None"
         )
-    if objective.kl_coef != 0 and ref_logp_N is None:
+    return rollout_logp_N
+
+
+def _ref_of(objective: PolicyObjective, ref_logp_N: Tensor | None) -> Tensor:
+    if ref_logp_N is None:
         raise ValueError(
             f"objective.kl_coef is {objective.kl_coef} but ref_logp is missing; pass the reference "
             "model's log-probs or set kl_coef=0"
         )
+    return ref_logp_N

@@ -1,4 +1,4 @@
-"""Options that every form of the head takes, and how they become one call of the engine.
+"""Keyword options of every form of the head, and their translation into engine settings.
 
 Legend: N rows, H hidden, V vocab.
 """
@@ -6,41 +6,57 @@ Legend: N rows, H hidden, V vocab.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backends import IMPLS, resolve
-from .chunked import PRESETS, RowInputs, Settings, compute_dtype
-from .rows import Transform
-from .vocab_parallel import VocabShard
+from .engine.chunked import PRESETS, RowInputs, Settings, compute_dtype
+from .engine.vocab_parallel import VocabShard
+from .rows import IMPLS, Transform, resolve
 
 
-@dataclass(frozen=True)
+class HeadOptionsDict(TypedDict, total=False):
+    """The fields of HeadOptions as keyword arguments, for `**options: Unpack[HeadOptionsDict]`."""
+
+    temperature: float | Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    impl: str
+    preset: str
+    chunk_rows: int | None
+    stash_bytes: int
+    grad_row_eps: float | None
+    main_grad: Tensor | None
+    group: torch.distributed.ProcessGroup | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """Keyword options of linear_logprob_entropy, linear_policy_loss and LMHead's scoring forms.
+    """Options of linear_logprob_entropy, linear_policy_loss and LMHead's scoring forms.
 
     Logits are softcap * tanh(logit_scale * (h W^T + bias) / softcap) / temperature.
 
-    temperature   a float above 0, or f32[N], one a row
+    temperature   a float above 0, or f32[N], one value a row
     bias          [V] in the weight's dtype, differentiable; None: no bias
     softcap       above 0; None: no cap
     logit_scale   above 0
-    impl          "auto", or one of "triton", "native", "torch", "reference", which raises where it cannot run
+    impl          "auto", "triton", "native", "torch" or "reference"; an explicit choice that cannot run raises
     preset        "fast", or "lean": small chunks and dW accumulated in the weight's dtype, for least memory
     chunk_rows    rows a chunk; None: by preset and size
-    stash_bytes   linear_logprob_entropy only: raw logits to keep for backward, 4 bytes each; chunks beyond this
-                  budget are recomputed, a fourth GEMM
-    grad_row_eps  linear_policy_loss only: rows with |dloss/dlogp| (1 - p_y) + entropy_coef * entropy <= eps (before
-                  token_weight) leave the two backward GEMMs, and stats.left_out bounds the error. 0 drops rows of
-                  no gradient only. On a GPU the host waits once a chunk. None: every row stays
-    main_grad     f32[V, H] (f64 for fp64): the weight's gradient is added to it in place of weight.grad.
-                  linear_policy_loss adds in the call itself, so its loss must then be differentiated with an
-                  upstream gradient of 1
-    group         the ranks that hold the vocabulary in equal parts, in rank order: weight, bias and main_grad are
-                  this rank's, targets are global ids, all else is the same on every rank, and so is the result
+    stash_bytes   linear_logprob_entropy only: budget for raw logits kept for backward, 4 bytes each. Chunks beyond
+                  the budget are recomputed with a fourth GEMM
+    grad_row_eps  linear_policy_loss only: rows with |dloss/dlogp| (1 - p_y) + entropy_coef * entropy <= eps, before
+                  token_weight, skip the two backward GEMMs; stats.left_out bounds the error. 0 drops only rows
+                  without gradient. On a GPU the host waits once a chunk. None: every row is used
+    main_grad     f32[V, H] (f64 for fp64), contiguous: the weight's gradient is added here instead of to
+                  weight.grad. linear_policy_loss adds during the forward call, so the upstream gradient of its
+                  loss must be 1
+    group         ranks that hold the vocabulary in equal parts, in rank order (vocabulary parallelism). weight, bias
+                  and main_grad are this rank's part, targets are global ids. Other inputs and all results are the
+                  same on every rank
 
     Raises ValueError for a value outside these limits.
     """
@@ -80,24 +96,24 @@ class HeadOptions:
                 _require(name, "set", getattr(self, name) is None, "is not part of impl='reference'; use impl='torch'")
 
     def check(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> None:
-        """Raise for tensors that do not fit each other; see checks.check_head."""
+        """Raise unless hidden, weight, targets, bias and main_grad fit each other; see checks.check_head."""
         world = 1 if self.group is None else torch.distributed.get_world_size(self.group)
         checks.check_head(hidden_NH, weight_VH, targets_N, self.bias, weight_VH.shape[0] * world)
         checks.check_main_grad(self.main_grad, weight_VH, compute_dtype(weight_VH.dtype))
 
     def transform(self) -> Transform:
-        """The part that turns raw logits into z, temperature aside."""
+        """Return the map from raw logits to z, without the temperature."""
         return Transform(self.logit_scale, self.softcap)
 
     def row_inputs(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> RowInputs:
-        """hidden, targets as this rank numbers them, and 1 / temperature of every row."""
+        """Return hidden, targets relative to this rank's shard, and 1 / temperature of every row."""
         if self.group is not None:
             targets_N = VocabShard.of(self.group, weight_VH.shape[0]).local(targets_N)
         dtype = compute_dtype(hidden_NH.dtype)
         return RowInputs(hidden_NH, targets_N, checks.inverse_temperature(self.temperature, hidden_NH, dtype))
 
     def scalars(self) -> dict[str, float | int | str | None]:
-        """What the operators of `compiled` take beside tensors."""
+        """Return the arguments of the operators in engine.compiled that are no tensors."""
         return {
             "scale": self.logit_scale,
             "softcap": self.softcap,
@@ -107,21 +123,28 @@ class HeadOptions:
         }
 
     def traceable(self) -> bool:
-        """Whether the operators of `compiled` can express this call; a stash is a matter of speed and ignored there."""
+        """Return True if the operators of engine.compiled can express this call. They ignore stash_bytes."""
         return self.main_grad is None and self.group is None
 
     def settings(self, weight_VH: Tensor) -> Settings:
-        """The engine's settings for a weight on this device; raises RuntimeError if impl cannot run there."""
+        """Return engine settings for this weight. Raises RuntimeError if impl cannot run on its device."""
         backend = resolve(self.impl, weight_VH.device, weight_VH.dtype)
         shard = None if self.group is None else VocabShard.of(self.group, weight_VH.shape[0])
-        return Settings(self.transform(), backend, shard, self.preset, self.chunk_rows, self.stash_bytes)
+        return Settings(
+            transform=self.transform(),
+            backend=backend,
+            shard=shard,
+            preset=self.preset,
+            chunk_rows=self.chunk_rows,
+            stash_bytes=self.stash_bytes,
+        )
 
 
 _NAMES = tuple(field.name for field in fields(HeadOptions))
 
 
 def head_options(options: Mapping[str, Any]) -> HeadOptions:
-    """Return HeadOptions of keyword arguments. Raises TypeError for a name that is no option, with the nearest one."""
+    """Return HeadOptions from keyword arguments. Raises TypeError for an unknown name, with the nearest known one."""
     for name in options:
         if name not in _NAMES:
             raise TypeError(_unknown(name))

@@ -1,4 +1,4 @@
-"""The definition: what the fused head computes, written for reading. Every other implementation is tested on it.
+"""The definition of the fused head, written for reading. Every other implementation is tested on this one.
 
     z_nv = softcap * tanh(scale * (h_n . w_v + b_v) / softcap) / tau_n
            (without a softcap: scale * (h_n . w_v + b_v) / tau_n)
@@ -25,7 +25,7 @@ def logits(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """z [N, V] in the inputs' dtype, temperature applied last."""
+    """Return z [N, V] in the inputs' dtype. The temperature is applied last."""
     z_NV = hidden_NH @ weight_VH.T
     if bias_V is not None:
         z_NV = z_NV + bias_V
@@ -36,7 +36,7 @@ def logits(
 
 
 def logprob_entropy(z_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp [N], entropy [N]) in nats. A token of probability 0 adds 0 to the entropy and to its gradient."""
+    """Return (logp [N], entropy [N]) in nats. A token of probability 0 adds 0 to the entropy and to its gradient."""
     logp_NV = z_NV.log_softmax(-1)
     logp_N = logp_NV.gather(1, targets_N[:, None]).squeeze(1)
     finite_NV = logp_NV.masked_fill(logp_NV == -torch.inf, 0.0)
@@ -55,7 +55,7 @@ def policy_loss(
     rollout_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
 ) -> tuple[Tensor, TokenLoss]:
-    """(loss [], per-token terms). Differentiating the loss gives what TokenLoss.slope_N states in closed form."""
+    """Return (loss [], per-token terms). Autograd of the loss equals TokenLoss.slope_N, the closed form."""
     terms = token_loss(
         objective, logp_N, advantages_N, old_logp_N=old_logp_N, rollout_logp_N=rollout_logp_N, ref_logp_N=ref_logp_N
     )

@@ -1,1 +1,1 @@
-"""The fused head inside other trainers; each module imports its library only when it is used."""
+"""The fused head and MAGIC inside other trainers. Each module imports its library only when it is used."""

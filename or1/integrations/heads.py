@@ -1,61 +1,91 @@
-"""Any LM head of a Hugging Face model as (hidden, weight, bias), and a forward that scores tokens with them.
+"""Any LM head of a Hugging Face model as (hidden, weight, bias), and a forward that scores tokens with these.
 
-The head is scored inside its own forward: only there do FSDP and DeepSpeed hold its weight in full.
+The head scores tokens inside its own forward, because FSDP and DeepSpeed hold the whole weight only there.
 Legend: N scored tokens, H hidden, V vocab, R adapter rank.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from or1_kernels import linear_logprob_entropy
+from or1_kernels import HeadOptionsDict, linear_logprob_entropy
+
+_LOGITS = "_or1_logits"  # attribute of a patched head: its own forward
 
 
 class UnsupportedHeadError(NotImplementedError):
-    """An LM head whose logits are not hidden times a weight; the message names it and the remedy."""
+    """An LM head whose logits are not hidden times a weight; the message names the head and the remedy."""
 
 
 class Operands(NamedTuple):
-    """logits = hidden weight^T + bias, with hidden [N, H or H + R] and weight [V, H or H + R]."""
+    """Operands of logits = hidden weight^T + bias, with hidden [N, H or H + R] and weight [V, H or H + R]."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
 
 
+class _LoraHead(Protocol):
+    """The attributes of PEFT's lora.Linear that are read here."""
+
+    base_layer: nn.Module
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+    scaling: Mapping[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def unmerge(self) -> None: ...
+
+
+class _SavedHead(Protocol):
+    """The attributes of PEFT's ModulesToSaveWrapper that are read here."""
+
+    original_module: nn.Module
+    modules_to_save: Mapping[str, nn.Module]
+    active_adapters: list[str]
+    disable_adapters: bool
+
+
 def install(head: nn.Module) -> None:
     """Let head(hidden [N, H], score_targets=i64[N], score_options={...}) return (logp f32[N], entropy f32[N]).
 
-    Without score_targets the head is what it was. Installing twice changes nothing. Raises UnsupportedHeadError.
+    score_fp32=True multiplies in the weight's dtype even under autocast. Calls without score_targets are unchanged.
+    Idempotent. Raises UnsupportedHeadError.
     """
     require_supported(head)
     if not is_installed(head):
-        head._or1_logits = head.forward
-        head.forward = _HeadForward(head)
+        state = vars(head)
+        state[_LOGITS] = head.forward
+        state["forward"] = _HeadForward(head)
 
 
 def is_installed(head: nn.Module) -> bool:
-    """Return whether `install` was called for this head."""
-    return hasattr(head, "_or1_logits")
+    """Return True if `install` was called for this head."""
+    return hasattr(head, _LOGITS)
 
 
 def remove(head: nn.Module) -> None:
     """Undo install."""
     if is_installed(head):
-        # What stood there before is the method of the class, unless another library had put its own in its place.
-        if getattr(head._or1_logits, "__func__", None) is type(head).forward:
-            del head.forward
+        state = vars(head)
+        logits = state.pop(_LOGITS)
+        # `logits` is the class's own method, unless another library replaced forward before install.
+        if getattr(logits, "__func__", None) is type(head).forward:
+            del state["forward"]
         else:
-            head.forward = head._or1_logits
-        del head._or1_logits
+            state["forward"] = logits
 
 
 class _HeadForward:
-    """The forward of a head that can score. An object, because pickle finds a method by its name in the class."""
+    """The forward of a head that can score. An object, because pickle looks methods up by name in their class."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
@@ -64,27 +94,31 @@ class _HeadForward:
         self,
         *args: Any,
         score_targets: Tensor | None = None,
-        score_options: dict[str, Any] | None = None,
+        score_options: HeadOptionsDict | None = None,
+        score_fp32: bool = False,
         **kwargs: Any,
     ) -> Any:
+        # Options are a dict and not HeadOptions: FSDP1 copies dataclass arguments by assigning to their fields, which a
+        # frozen dataclass refuses.
         if score_targets is None:
-            return self.head._or1_logits(*args, **kwargs)
-        return _score(operands(self.head, args[0]), score_targets, **(score_options or {}))
+            return getattr(self.head, _LOGITS)(*args, **kwargs)
+        return _score(operands(self.head, args[0]), score_targets, score_options or {}, score_fp32)
 
 
-def _score(o: Operands, targets_N: Tensor, fp32: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
-    """Autocast is obeyed as nn.Linear obeys it, by its dtype, unless fp32; logits and statistics are fp32 always."""
+def _score(o: Operands, targets_N: Tensor, given: HeadOptionsDict, fp32: bool) -> tuple[Tensor, Tensor]:
+    """Return (logp, entropy), each f32[N]. As in nn.Linear, autocast sets the operands' dtype, unless fp32."""
     device = o.weight.device.type
     autocast = torch.is_autocast_enabled(device) and not fp32
     dtype = torch.get_autocast_dtype(device) if autocast else o.weight.dtype
-    hidden, weight, bias = (None if x is None else x.to(dtype) for x in o)
-    # The engine chooses the dtype of each product itself; autocast would round its fp32 ones.
+    options = given.copy()
+    options["bias"] = None if o.bias is None else o.bias.to(dtype)
+    # The engine chooses the dtype of each product itself; autocast would round its fp32 products.
     with torch.autocast(device, enabled=False):
-        return linear_logprob_entropy(hidden, weight, targets_N, bias=bias, **options)
+        return linear_logprob_entropy(o.hidden.to(dtype), o.weight.to(dtype), targets_N, **options)
 
 
 def require_supported(head: nn.Module) -> None:
-    """Raise UnsupportedHeadError for a head that operands cannot express."""
+    """Raise UnsupportedHeadError for a head that `operands` cannot express."""
     if _is_modules_to_save(head):
         for module in (head.original_module, *head.modules_to_save.values()):
             require_supported(module)
@@ -97,10 +131,7 @@ def require_supported(head: nn.Module) -> None:
             )
         require_supported(head.base_layer)
     elif not isinstance(head, nn.Linear):
-        raise UnsupportedHeadError(
-            f"the LM head is {type(head).__name__}; it must be torch.nn.Linear, or one with a LoRA or modules_to_save "
-            "adapter of PEFT"
-        )
+        raise _not_linear(head)
     elif not head.weight.is_floating_point():
         raise UnsupportedHeadError(
             f"the LM head's weight is {head.weight.dtype}; leave lm_head out of the quantization"
@@ -108,7 +139,7 @@ def require_supported(head: nn.Module) -> None:
 
 
 def operands(head: nn.Module, hidden_NH: Tensor) -> Operands:
-    """What the head multiplies now, given which adapters are active; call it inside the head's forward only.
+    """Return the operands of the head's product, given the active adapters. Call only inside the head's forward.
 
     LoRA adds columns: h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T, exact also under the adapter's dropout.
     """
@@ -120,6 +151,8 @@ def operands(head: nn.Module, hidden_NH: Tensor) -> Operands:
             head.unmerge()
         base = operands(head.base_layer, hidden_NH)
         return base if head.disable_adapters or head.merged else _with_adapters(head, base)
+    if not isinstance(head, nn.Linear):
+        raise _not_linear(head)
     weight = head.weight
     if isinstance(weight, DTensor):
         raise UnsupportedHeadError(
@@ -129,7 +162,7 @@ def operands(head: nn.Module, hidden_NH: Tensor) -> Operands:
     return Operands(hidden_NH.to(weight.dtype), weight, head.bias)
 
 
-def _with_adapters(head: nn.Module, base: Operands) -> Operands:
+def _with_adapters(head: _LoraHead, base: Operands) -> Operands:
     hidden, weights, bias = [base.hidden], [base.weight], base.bias
     dtype = base.weight.dtype
     for name in head.active_adapters:
@@ -145,9 +178,16 @@ def _with_adapters(head: nn.Module, base: Operands) -> Operands:
     return Operands(torch.cat(hidden, dim=-1), torch.cat(weights, dim=-1), bias)
 
 
-def _is_lora(head: nn.Module) -> bool:
+def _not_linear(head: nn.Module) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"the LM head is {type(head).__name__}; it must be torch.nn.Linear, or one with a LoRA or modules_to_save "
+        "adapter of PEFT"
+    )
+
+
+def _is_lora(head: nn.Module) -> TypeGuard[_LoraHead]:
     return hasattr(head, "lora_A") and hasattr(head, "base_layer")
 
 
-def _is_modules_to_save(head: nn.Module) -> bool:
+def _is_modules_to_save(head: nn.Module) -> TypeGuard[_SavedHead]:
     return hasattr(head, "modules_to_save") and hasattr(head, "original_module")

@@ -1,4 +1,4 @@
-"""What a patched model has to say: one line when it is patched, one if training goes past it."""
+"""Log lines of the integrations: one when a model is patched, one when training bypasses the patch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOGGER = logging.getLogger("or1.integrations")
 
 
 class _Screen(logging.Handler):
-    """Writes to stderr where the program has set up no logging of its own, which would hide lines of level INFO."""
+    """A handler that writes to stderr if the program configured no logging, which would hide INFO lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -18,7 +18,7 @@ class _Screen(logging.Handler):
 
 
 def say(level: int, message: str) -> None:
-    """Log a line of the logger "or1.integrations", in the first of several ranks only."""
+    """Log a line with the logger "or1.integrations", on rank 0 only."""
     if os.environ.get("RANK", "0") != "0":
         return
     if not any(isinstance(handler, _Screen) for handler in LOGGER.handlers):

@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model scores its labels without logits, in a Trainer or a loop of your own.
+"""Score the labels of any Hugging Face causal language model without logits, in a Trainer or in your own loop.
 
 Legend: B sequences, T tokens of each, N scored tokens, H hidden.
 """
@@ -9,9 +9,8 @@ import inspect
 import logging
 import sys
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,12 @@ from transformers.utils import ModelOutput
 
 from or1.integrations import heads
 from or1.integrations.notice import say
-from or1_kernels import HeadOptions
+from or1_kernels import HeadOptions, HeadOptionsDict
 from or1_kernels.options import head_options
 
 IGNORED = -100
+# Attributes of a patched model: its ScoreSettings, and the forward that its instance had.
+_SETTINGS, _FORWARD = "_or1_settings", "_or1_forward"
 _OPTIONS = {option.name for option in fields(HeadOptions)}
 
 
@@ -33,15 +34,16 @@ class UnsupportedModelError(NotImplementedError):
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a patched model returns for labels. Per-token fields are [B, T - 1] ([B, T] for shift_labels).
+    """Output of a patched model for labels. Per-token fields are [B, T - 1], or [B, T] for shift_labels.
 
-    loss        [], sum of -log_probs over scored tokens / num_items_in_batch (their number if not given), plus the
-                router's auxiliary loss where the config asks for it
+    loss        [], sum of -log_probs over scored tokens / num_items_in_batch (default: the number of scored tokens),
+                plus the router's auxiliary loss if the config enables it
     log_probs   of each next token, nats, at the patch's temperature; 0 where the label is -100; differentiable
     entropy     of the next-token distribution, nats; 0 where the label is -100; differentiable
-    label_mask  bool, where a token was scored
-    aux_loss    [], load-balancing loss of a mixture of experts, if router logits were asked for
-    the others  what the backbone returns if it is asked, as in transformers; there is no cache
+    label_mask  bool, True for scored tokens
+    aux_loss    [], load-balancing loss of a mixture of experts, with output_router_logits
+
+    hidden_states, attentions and router_logits are the backbone's, as in transformers. There is no cache.
     """
 
     loss: Tensor | None = None
@@ -56,57 +58,58 @@ class ScoredOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How a patched model scores.
+    """Settings of a patched model.
 
-    flag      None: every call with labels is scored. Else only one that also passes this keyword, as True
+    flag      None: score every call with labels. Else score only calls that pass this keyword as True
     fp32      multiply in the weight's dtype even under autocast
     options   of linear_logprob_entropy: temperature, impl, stash_bytes, ...
     """
 
     flag: str | None = None
     fp32: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: HeadOptionsDict = field(default_factory=HeadOptionsDict)
 
 
-def patch_model(model: nn.Module, *, temperature: float = 1.0, **options: Any) -> nn.Module:
-    """From now on model(input_ids, labels=labels) returns ScoredOutput, and no logits exist. Returns the model.
+def patch_model(model: nn.Module, **options: Unpack[HeadOptionsDict]) -> nn.Module:
+    """Make model(input_ids, labels=labels) return ScoredOutput, computed without logits. Return the model.
 
-    model        a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Patch it
-                 before it is wrapped for training
-    temperature  logits are divided by it; 1 for SFT
-    options      of or1_kernels.HeadOptions, e.g. impl="torch", preset="lean", stash_bytes=2**30
+    model    a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Patch the model
+             before you wrap it for training
+    options  of or1_kernels.HeadOptions: temperature (one float above 0 that divides the logits; default 1, right for
+             SFT), impl="torch", preset="lean", stash_bytes=2**30, ...
 
-    labels are token ids with -100 where nothing is scored, shifted inside as transformers shifts them; shift_labels
-    are taken as they are. ignore_index names another label than -100, as in transformers. num_items_in_batch divides
-    the loss, so Trainer's gradient accumulation stays exact. With no token to score the loss is 0, connected to every
-    parameter, where transformers returns nan. Calls without labels, generate() included, are untouched; one in
-    training is told once, since Trainer makes such for label_smoothing_factor and for a compute_loss_func.
+    labels are token ids, -100 for tokens that are not scored; they are shifted inside, as in transformers. shift_labels
+    are not shifted. ignore_index replaces -100, as in transformers. num_items_in_batch divides the loss, so Trainer's
+    gradient accumulation stays exact. Without any token to score the loss is 0 and connected to every parameter, where
+    transformers returns nan. Calls without labels, generate() included, are unchanged. The first such call in training
+    logs a warning, because Trainer removes the labels for label_smoothing_factor and for a compute_loss_func.
 
-    Saving, pickling and copying a patched model gives a patched model. After resize_token_embeddings the new head is
-    scored. Raises TypeError for an unknown option, ValueError for a value that no call could take,
-    UnsupportedModelError or heads.UnsupportedHeadError.
+    A saved, pickled or copied patched model is patched too. After resize_token_embeddings the new head scores. Raises
+    TypeError for an unknown option, ValueError for a value that no call accepts, UnsupportedModelError or
+    heads.UnsupportedHeadError.
     """
-    install(model, ScoreSettings(options={"temperature": temperature} | options))
+    install(model, ScoreSettings(options=HeadOptionsDict(temperature=1.0) | options))
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Undo patch_model. Returns the model."""
-    inner = unwrap(model)
-    if "_or1_settings" in vars(inner):
-        # PEFT may have put an adapter around a head that was patched, or resizing another in its place.
-        for module in inner.modules():
+    """Undo patch_model. Return the model."""
+    state = vars(unwrap(model))
+    if _SETTINGS in state:
+        # The patched head may now be inside a PEFT adapter, or resizing may have replaced it.
+        for module in unwrap(model).modules():
             heads.remove(module)
-        if inner._or1_forward is None:
-            del inner.forward
+        forward = state.pop(_FORWARD)
+        if forward is None:
+            del state["forward"]
         else:
-            inner.forward = inner._or1_forward
-        del inner._or1_forward, inner._or1_settings
+            state["forward"] = forward
+        del state[_SETTINGS]
     return model
 
 
 def install(model: nn.Module, settings: ScoreSettings) -> None:
-    """patch_model, with everything that can be set; a second call replaces the settings."""
+    """Patch a model as patch_model does, with all settings. A second call replaces the settings."""
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
         raise UnsupportedModelError(
@@ -115,15 +118,16 @@ def install(model: nn.Module, settings: ScoreSettings) -> None:
     if inner.base_model is inner:
         raise UnsupportedModelError(
             f"{type(inner).__name__} has no backbone of its own (base_model_prefix "
-            f"{inner.base_model_prefix!r}), so hidden states cannot be had without logits"
+            f"{inner.base_model_prefix!r}), so its hidden states are not available without logits"
         )
     options = logit_transform(inner.config) | _checked(settings.options)
     heads.install(unwrap(inner.get_output_embeddings()))
-    inner._or1_settings = ScoreSettings(settings.flag, settings.fp32, options)
-    if not isinstance(vars(inner).get("forward"), _Forward):
-        # None where the class's own forward stood; another library may have put its own in its place.
-        inner._or1_forward = vars(inner).get("forward")
-        inner.forward = _Forward(inner)
+    state = vars(inner)
+    state[_SETTINGS] = ScoreSettings(settings.flag, settings.fp32, options)
+    if not isinstance(state.get("forward"), _Forward):
+        # None means the class's own forward. Another library may have set one on the instance.
+        state[_FORWARD] = state.get("forward")
+        state["forward"] = _Forward(inner)
     say(
         logging.INFO,
         f"or1: {type(inner).__name__} scores its labels with or1's fused LM head, without logits "
@@ -131,8 +135,8 @@ def install(model: nn.Module, settings: ScoreSettings) -> None:
     )
 
 
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options, if a call of the head can take them: a mistake shows where it is made, not in the first step."""
+def _checked(options: HeadOptionsDict) -> HeadOptionsDict:
+    """Return the options. Raise for values that a call would refuse, so that mistakes appear before the first step."""
     for name, why in (("bias", "the model's own head has it"), ("grad_row_eps", "it needs or1's own loss")):
         if options.get(name) is not None:
             raise ValueError(f"{name} cannot be set for a patched model, since {why}; remove it")
@@ -152,7 +156,7 @@ def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return options
 
 
-def _facts(inner: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(inner: PreTrainedModel, options: HeadOptionsDict) -> dict[str, Any]:
     vocabulary = getattr(inner.config.get_text_config(), "vocab_size", "unknown")
     return {
         "impl": options.get("impl", "auto"),
@@ -162,20 +166,21 @@ def _facts(inner: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    """Return the module inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    inner: Any = model  # Wrappers are recognised by their attributes.
     while True:
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+        if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
-def logit_transform(config: Any) -> dict[str, float | None]:
-    """softcap and logit_scale of a model's config, under the names that transformers' families use for them."""
+def logit_transform(config: Any) -> HeadOptionsDict:
+    """Return softcap and logit_scale of a model's config, whichever names its family uses for these."""
     text = config.get_text_config()
     scale = next(
         (
@@ -187,20 +192,20 @@ def logit_transform(config: Any) -> dict[str, float | None]:
     )
     divisor = getattr(text, "logits_scaling", None)
     if scale is None and divisor is not None:
-        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
+        # HyperCLOVA X multiplies by logits_scaling; Granite and MiniCPM3 divide by it.
         scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
     return {"softcap": getattr(text, "final_logit_softcapping", None), "logit_scale": 1.0 if scale is None else scale}
 
 
 class _Forward:
-    """The forward of a patched model. An object, because pickle finds a method by its name in the class."""
+    """The forward of a patched model. An object, because pickle looks methods up by name in their class."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # Trainer and generate() look at the signature of forward.
+        # Trainer and generate() inspect the signature of forward.
         return inspect.signature(types.MethodType(type(self.model).forward, self.model))
 
     def __call__(
@@ -212,9 +217,9 @@ class _Forward:
         **kwargs: Any,
     ) -> Any:
         model = self.model
-        # accelerate makes a method of it again when it takes its own wrapper for mixed precision away.
+        # accelerate turns this object into a method when it removes its mixed-precision wrapper.
         args = args[1:] if args and args[0] is model else args
-        settings = model._or1_settings
+        settings = _settings_of(model)
         scored = labels is not None or shift_labels is not None
         if settings.flag is not None:
             scored = kwargs.pop(settings.flag, False)
@@ -223,7 +228,7 @@ class _Forward:
         if model.training and torch.is_grad_enabled():
             self._warn_of_logits()
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        stock = model._or1_forward or types.MethodType(type(model).forward, model)
+        stock = getattr(model, _FORWARD) or types.MethodType(type(model).forward, model)
         return stock(*args, **kwargs, **{name: x for name, x in given.items() if x is not None})
 
     def _warn_of_logits(self) -> None:
@@ -253,10 +258,14 @@ def _scored_call(
     outputs = model.base_model(*args, **kwargs | {"use_cache": False, "return_dict": True})
     hidden_BTH = outputs.last_hidden_state
     targets, shifted = labels
-    if shifted is None:
+    if shifted is not None:
+        targets = shifted
+    elif targets is not None:
         hidden_BTH, targets = hidden_BTH[:, :-1], targets[:, 1:]
     else:
-        targets = shifted
+        raise ValueError(
+            f"{type(model).__name__} is to score tokens but got neither labels nor shift_labels; pass the token ids"
+        )
     log_probs, entropy, mask = score_hidden(model, hidden_BTH, targets, ignore_index)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
     aux_loss = None
@@ -272,20 +281,28 @@ def _scored_call(
 def score_hidden(
     model: PreTrainedModel, hidden_BTH: Tensor, targets_BT: Tensor, ignore_index: int = IGNORED
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_probs, entropy, mask), each [B, T], of hidden states that predict targets; ignored rows reach no GEMM."""
-    settings = model._or1_settings
-    # FSDP, PEFT and resize_token_embeddings replace the head after patching, so it is looked up each time.
+    """Return (log_probs, entropy, mask), each [B, T], of hidden states that predict targets.
+
+    Ignored rows enter no GEMM.
+    """
+    settings = _settings_of(model)
+    # FSDP, PEFT and resize_token_embeddings replace the head after patching, so every call looks it up.
     head = model.get_output_embeddings()
     if not heads.is_installed(unwrap(head)):
         heads.install(unwrap(head))
     targets_BT = targets_BT.to(hidden_BTH.device)
     mask_BT = targets_BT != ignore_index
-    options = settings.options | {"fp32": settings.fp32}
-    logp_N, entropy_N = head(hidden_BTH[mask_BT], score_targets=targets_BT[mask_BT], score_options=options)
+    logp_N, entropy_N = head(
+        hidden_BTH[mask_BT], score_targets=targets_BT[mask_BT], score_options=settings.options, score_fp32=settings.fp32
+    )
     mask_BT = mask_BT.to(logp_N.device)
-    # Out of place, so that with no row at all the zeros still hang on the model and every rank can call backward.
-    spread = (x.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x) for x in (logp_N, entropy_N))
-    return *spread, mask_BT
+    # Out of place: without any row the zeros stay connected to the model, so every rank can call backward.
+    logp_BT, entropy_BT = (x.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x) for x in (logp_N, entropy_N))
+    return logp_BT, entropy_BT, mask_BT
+
+
+def _settings_of(model: PreTrainedModel) -> ScoreSettings:
+    return getattr(model, _SETTINGS)
 
 
 def _router_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The fused head inside TRL's GRPOTrainer: policy, old and reference passes, every loss_type, no logits.
 
-Only log-probs and entropies are replaced. The loss stays TRL's own, so each of its losses, importance weights, masks
+The patch replaces only log-probs and entropies. The loss is TRL's own, so each of its losses, importance weights, masks
 and entropy controls keeps its meaning.
 Legend: B sequences, T prompt and completion tokens, C completion tokens.
 """
@@ -8,19 +8,20 @@ Legend: B sequences, T prompt and completion tokens, C completion tokens.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
 from or1.integrations.transformers import ScoreSettings, install
+from or1_kernels import HeadOptionsDict
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 OLDEST, NEWEST = Version("1.0.0"), Version("1.16.0")
-# From here on TRL itself asks its models for log-probs, with this keyword; before, it reads logits.
+# From this version on, TRL asks its models for log-probs with this keyword. Older versions read logits.
 _FUSED_FLAG, _ASKS_FOR_LOGPROBS = "fused_lm_head", Version("1.15.0")
 _RETURNS_AUX_LOSS = Version("1.7.0")
 _MULTIMODAL = (
@@ -42,18 +43,20 @@ class UnsupportedTRLError(RuntimeError):
     """A TRL version or trainer that cannot be patched; the message names what is supported."""
 
 
-def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
-    """Let a GRPOTrainer score tokens with or1's fused head. Call it once, before train(). Returns the trainer.
+def patch(trainer: GRPOTrainer, **options: Unpack[HeadOptionsDict]) -> GRPOTrainer:
+    """Make a GRPOTrainer score tokens with or1's fused head. Call once, before train(). Return the trainer.
 
         trainer = patch(GRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...))
 
-    options are those of or1_kernels.HeadOptions but temperature, which is the trainer's; stash_bytes=2**30 trades
+    options are those of or1_kernels.HeadOptions without temperature, which is the trainer's; stash_bytes=2**30 trades
     memory for one GEMM less. Works with PEFT, gradient accumulation, accelerate, DDP, FSDP and DeepSpeed: models run
-    through their wrappers. Before TRL 1.15 only text is scored, and padding never: TRL before 1.5 lets padding into the
-    mean of loss_type "luspo" with weights a token, which then differs. use_liger_kernel keeps Liger's layers but not
-    its loss, so what TRL refuses beside that loss works.
+    through their wrappers. use_liger_kernel keeps Liger's layers but not its loss, so options that TRL refuses with
+    that loss work.
 
-    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST, heads.UnsupportedHeadError and
+    Before TRL 1.15 the patch scores text only. It never scores padding. TRL before 1.5 includes padding in the mean of
+    loss_type "luspo" with weights per token, so this mean differs.
+
+    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST. Raises heads.UnsupportedHeadError or
     transformers.UnsupportedModelError for the model, TypeError for an unknown option, ValueError for a wrong value.
     """
     version = _check(trainer)
@@ -64,7 +67,7 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     settings = ScoreSettings(
         flag=_FUSED_FLAG,
         fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
-        options={"temperature": trainer.temperature} | options,
+        options=HeadOptionsDict(temperature=trainer.temperature) | options,
     )
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
@@ -72,7 +75,7 @@ def patch(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     if version < _ASKS_FOR_LOGPROBS:
         outputs = 3 if version >= _RETURNS_AUX_LOSS else 2
         trainer._get_per_token_logps_and_entropies = _Scores(trainer, outputs)
-        # What this attribute means in these versions is Liger's loss; its layers were patched in before.
+        # In these versions the attribute selects Liger's loss. Liger's layers are already patched in.
         trainer.use_liger_kernel = False
     return trainer
 
@@ -96,9 +99,9 @@ def _check(trainer: Any) -> Version:
 
 
 class _Scores:
-    """GRPOTrainer._get_per_token_logps_and_entropies of TRL before 1.15, without its logits.
+    """Replacement for GRPOTrainer._get_per_token_logps_and_entropies of TRL before 1.15, without logits.
 
-    Called as it is: (logps f32[B, C], entropies f32[B, C] or None, aux loss or None), without the last before 1.7.
+    Returns (logps f32[B, C], entropies f32[B, C] or None, aux loss or None). Before TRL 1.7 there is no aux loss.
     """
 
     def __init__(self, trainer: Any, outputs: int) -> None:
@@ -131,9 +134,11 @@ class _Scores:
             with self.trainer.accelerator.autocast():
                 parts.append(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, **options))
         logps_BC = torch.cat([part.log_probs[:, -logits_to_keep:] for part in parts])
-        entropy_BC = torch.cat([part.entropy[:, -logits_to_keep:] for part in parts]) if compute_entropy else None
-        if compute_entropy and not getattr(self.trainer, "_entropy_bonus_enabled", False):
-            entropy_BC = entropy_BC.detach()
+        entropy_BC = None
+        if compute_entropy:
+            entropy_BC = torch.cat([part.entropy[:, -logits_to_keep:] for part in parts])
+            if not getattr(self.trainer, "_entropy_bonus_enabled", False):
+                entropy_BC = entropy_BC.detach()
         aux_loss = torch.stack([part.aux_loss for part in parts]).mean() if compute_aux_loss else None
         return (logps_BC, entropy_BC, aux_loss)[: self.outputs]
 
@@ -143,7 +148,7 @@ def _trainer_class() -> type:
     from trl import GRPOTrainer
 
     class Or1GRPOTrainer(GRPOTrainer):
-        """TRL's GRPOTrainer, patched when it is made. Takes what GRPOTrainer takes."""
+        """TRL's GRPOTrainer, patched on construction. Same arguments as GRPOTrainer."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -153,7 +158,7 @@ def _trainer_class() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    # A class statement at the top of the module would import trl with it.
+    # A class statement at the top of the module would import trl.
     if name == "Or1GRPOTrainer":
         return _trainer_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,11 @@ In every worker:  actor_rollout_ref.model.external_lib=or1.integrations.verl
 With the head:    actor_rollout_ref.model.use_fused_kernels=True   (fused_kernel_options.impl_backend torch or triton)
 With MAGIC:       actor_rollout_ref.actor.policy_loss.loss_mode=magic
 
-The controller measures the entropy of a rollout, and moves, once for all of its mini-batches and epochs
-(TrainingWorker.train_mini_batch). Responses without advantage are left out of both, but their tokens stay in the number
-that verl divides the loss by, as in the released code.
+The entropy of a rollout is measured once and the entropy controller updated once, for all mini-batches and epochs of
+the rollout (TrainingWorker.train_mini_batch). Responses without advantage are excluded from the loss and the entropy.
+Their tokens still count in verl's denominator of the loss, as in the released code.
 
-Other settings of the entropy controller: a module of your own that calls install(...), named as external_lib.
+For other settings of the entropy controller, name your own module as external_lib and call install(...) in it.
 Legend: B sequences, T tokens, N tokens in a row, H hidden, V vocab, C response tokens.
 """
 
@@ -19,9 +19,10 @@ import functools
 import importlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -40,15 +41,29 @@ STATE_FILE = "or1_entropy_controller.json"
 
 
 class UnsupportedVerlError(RuntimeError):
-    """A verl, or a use of it, that cannot be served; the message names the remedy."""
+    """A verl version or setting that is not supported; the message names the remedy."""
 
 
-def install(**controller: Any) -> EntropyController:
-    """Put the fused head in place of verl's and register the policy loss "magic". Idempotent.
+class ControllerDict(TypedDict, total=False):
+    """The fields of or1.magic.entropy.EntropyController as keyword arguments."""
 
-    controller: settings of or1.magic.entropy.EntropyController; none are the released recipe's (target 0.2 nats,
-    delta 1e-4, coefficient in [0, 5e-3] from 0). Returns the controller of this process; a later call replaces it.
-    Raises UnsupportedVerlError if this verl lacks what is replaced.
+    coef: float
+    gate: bool
+    target: float
+    delta: float
+    coef_min: float
+    coef_max: float
+    variant: Literal["script", "paper"]
+    control: Literal["none", "constant", "adaptive"]
+
+
+def install(**controller: Unpack[ControllerDict]) -> EntropyController:
+    """Replace verl's fused head and register the policy loss "magic". Return this process's controller.
+
+    controller: settings of or1.magic.entropy.EntropyController. The defaults are the released recipe's: target 0.2
+    nats, delta 1e-4, coefficient in [0, 5e-3] from 0. A later call replaces the controller and patches nothing twice.
+
+    Raises UnsupportedVerlError if this verl lacks a name that is replaced.
     """
     _MAGIC.controller = EntropyController(**controller)
     if not _MAGIC.installed:
@@ -66,10 +81,10 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy), f32 and shaped as labels, with verl's arguments; any vocabulary size.
+    """Return (log-probs, entropy), f32 in the shape of labels, for verl's arguments and any vocabulary size.
 
-    hidden [..., H], weight [V, H], labels int[...]; temperature a float, or [...] as labels; dist_process_group: the
-    tensor-parallel ranks that hold the vocabulary in equal parts.
+    hidden [..., H], weight [V, H], labels int[...]; temperature a float, or [...] like labels; dist_process_group: the
+    tensor-parallel ranks that hold the vocabulary in equal parts. Raises UnsupportedVerlError for another reduction.
     """
     if reduction != "none":
         raise UnsupportedVerlError(f"reduction is {reduction!r}; this head returns one value a token, reduction='none'")
@@ -85,7 +100,7 @@ def linear_cross_entropy(
 
 
 def _whole(weight: DTensor) -> Tensor:
-    # FSDP averages gradients over its ranks; a weight gathered outside its hooks has to do the same.
+    # FSDP averages gradients over its ranks, so a weight gathered outside its hooks must do the same.
     from torch.distributed.tensor import Partial
 
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
@@ -98,7 +113,7 @@ def _fused_linear_for_ppo(
 
 
 def _install_head() -> None:
-    # The forwards of the models import both names when they run, so that these two cover every backend.
+    # The models' forwards import both names at run time, so replacing these two covers every backend.
     from verl.utils.experimental import torch_functional
     from verl.utils.kernel import linear_cross_entropy as module
 
@@ -107,17 +122,18 @@ def _install_head() -> None:
             raise UnsupportedVerlError(f"this verl has no {owner.__name__}.{name}; tested with verl {TESTED}")
     torch_functional.FusedLinearForPPO.forward = _fused_linear_for_ppo
     module.linear_cross_entropy = linear_cross_entropy
-    # Megatron's forwards bind the name when they are imported.
-    import sys
-
+    # Megatron's forwards bind the name at import time.
     for name in ("model_forward_fused", "model_forward_1f1b_overlap"):
         loaded = sys.modules.get(f"verl.models.mcore.{name}")
         if loaded is not None:
-            loaded.linear_cross_entropy = linear_cross_entropy
+            vars(loaded)["linear_cross_entropy"] = linear_cross_entropy
 
 
 class _Magic:
-    """This process's controller, the rollout that it trains on, and whether verl is patched."""
+    """State of this process: the controller, whether verl is patched, and the current rollout.
+
+    present  (entropy, coefficient) of the rollout in training; None between rollouts
+    """
 
     def __init__(self) -> None:
         self.controller = EntropyController()
@@ -126,10 +142,10 @@ class _Magic:
 
     @contextlib.contextmanager
     def rollout(self, data: Any, group: ProcessGroup | None) -> Iterator[tuple[float, float]]:
-        """Its entropy and the coefficient for all of its mini-batches; the controller moves once, at the end.
+        """Yield the rollout's entropy and the coefficient for its mini-batches, then update the controller.
 
-        Within a rollout it is the one at work. If nothing of a rollout has an advantage, its entropy is NaN, there is
-        no bonus, and the controller stays where it is.
+        A nested call yields the outer rollout's numbers. If no response has an advantage, the entropy is NaN, the
+        coefficient is 0, and the controller is not updated.
         """
         if self.present is not None:
             yield self.present
@@ -157,11 +173,11 @@ def policy_loss(
     config: Any = None,
     **given: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The clipped loss of MAGIC (report, Eq. 3.1) with verl's arguments: tensors [B, C], rollout_is_weights in `given`.
+    """Return MAGIC's clipped loss (report, Eq. 3.1) and metrics, for verl's arguments: tensors [B, C].
 
-    A sum over tokens of -min(r A, clip(r) A) divided by the trained tokens of the whole mini-batch on all ranks, which
-    is what verl's global "token-mean" is; no dual clip, no clamp. Raises UnsupportedVerlError for another
-    loss_agg_mode.
+    The loss sums -min(r A, clip(r) A) over tokens. Its denominator is the trained tokens of the mini-batch on all
+    ranks, as in verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
+    rollout_is_weights [B, C]. Raises UnsupportedVerlError for another loss_agg_mode.
     """
     from verl.trainer.ppo.core_algos import agg_loss
 
@@ -201,11 +217,11 @@ def _install_loss() -> None:
 def _install_worker() -> None:
     name = "verl.workers.engine_workers"
     try:
-        worker = getattr(importlib.import_module(name), "TrainingWorker", None)
+        worker: Any = getattr(importlib.import_module(name), "TrainingWorker", None)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("verl"):
             raise UnsupportedVerlError(f"this verl has no {error.name}; tested with verl {TESTED}") from error
-        # Something that verl's workers need is not installed: no training can begin in this process.
+        # A dependency of verl's workers is not installed, so this process cannot train.
         return
     if not hasattr(worker, "train_mini_batch"):
         raise UnsupportedVerlError(
@@ -216,7 +232,8 @@ def _install_worker() -> None:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [c for direct in cls.__subclasses__() for c in (direct, *_subclasses(direct))]
+    direct: list[type] = cls.__subclasses__()
+    return [c for child in direct for c in (child, *_subclasses(child))]
 
 
 def _uses_magic(loss_function: Any) -> bool:
@@ -226,7 +243,7 @@ def _uses_magic(loss_function: Any) -> bool:
 
 
 def _once_a_rollout(train_mini_batch: Any) -> Any:
-    """Measure the entropy of a whole rollout before it is cut up, and move the controller after all of its parts."""
+    """Measure the entropy of a rollout before its first mini-batch, and update the controller after the last."""
 
     @functools.wraps(train_mini_batch)
     def wrapped(self: Any, data: Any) -> Any:
@@ -239,17 +256,17 @@ def _once_a_rollout(train_mini_batch: Any) -> Any:
 
 
 def _with_coefficient(train_batch: Any) -> Any:
-    """Set the entropy coefficient of a mini-batch, the same on all ranks, and reject what has no advantage."""
+    """Set the entropy coefficient of a mini-batch, equal on all ranks, and mask responses without advantage."""
     from verl.utils.tensordict_utils import assign_non_tensor
 
     @functools.wraps(train_batch)
     def wrapped(self: Any, data: Any, loss_function: Any) -> Any:
         if not _uses_magic(loss_function):
             return train_batch(self, data, loss_function)
-        # A mini-batch that comes alone is a rollout of its own.
+        # A mini-batch outside train_mini_batch counts as a rollout of its own.
         with _MAGIC.rollout(data, self.get_data_parallel_group()) as (entropy, alpha):
-            # verl freezes its configs and reads this one in every micro-batch. It asks for entropies only where the
-            # coefficient of its own config is not 0, and this one starts there.
+            # verl freezes its configs, hence object.__setattr__. Every micro-batch reads this field. verl computes
+            # entropies only if its own coefficient is not 0; MAGIC's may be 0, so ask for entropies explicitly.
             object.__setattr__(loss_function.keywords["config"], "entropy_coeff", alpha)
             assign_non_tensor(data, calculate_entropy=True)
             data["response_mask"] = kept_mask(data)
@@ -262,21 +279,21 @@ def _with_coefficient(train_batch: Any) -> Any:
 
 
 def kept_mask(data: Any) -> Tensor:
-    """data["response_mask"] without responses whose advantages are all 0: those of equal rewards (report, section 3.1).
+    """Return data["response_mask"] without responses whose advantages are all 0 (report, section 3.1).
 
-    Tensors [B, C], dense or nested as verl's engines have them. Such responses have no policy gradient, but the entropy
-    bonus would act on them, which are solved or hopeless problems.
+    Tensors are [B, C], dense or nested as in verl's engines. Such responses come from groups of equal rewards: solved
+    or hopeless problems. They have no policy gradient, but the entropy bonus would act on them.
     """
     mask, advantages = data["response_mask"], data["advantages"]
     if not mask.is_nested:
         return mask * (advantages != 0).any(1, keepdim=True).to(mask.dtype)
     rows = zip(mask.unbind(), advantages.unbind(), strict=True)
-    # Not from values and offsets: a tensor made so is padded to the length of all responses together.
+    # Not from values and offsets: padding such a tensor gives rows as long as all responses together.
     return torch.nested.as_nested_tensor([m * (a != 0).any().to(m.dtype) for m, a in rows], layout=torch.jagged)
 
 
 def kept_entropy(data: Any, group: ProcessGroup | None = None) -> float:
-    """e_k of Eq. 3.2 over the tokens of `kept_mask`, on all ranks of `group`; nats. NaN if there are none.
+    """Return e_k of Eq. 3.2 over the tokens of `kept_mask` on all ranks of `group`, in nats. NaN without tokens.
 
     data["old_log_probs"], data["advantages"] and data["response_mask"] are [B, C], dense or nested.
     """

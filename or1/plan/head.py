@@ -1,4 +1,4 @@
-"""Buffers of the fused LM head (or1_kernels.chunked), in bytes.
+"""Buffers of the fused LM head (or1_kernels.engine.chunked), in bytes.
 
 The chunk sizes are the engine's own; tests/unit/test_plan_memory.py holds the two together, since importing the engine
 would import torch.

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import head, imports, measure, results
-from benchmarks.gpu import PARTS
-from benchmarks.problems import TASKS, Shape, errors, make_problem, truth
-from benchmarks.variants import VARIANTS
+from benchmarks.gpu.context import PARTS
+from benchmarks.head import cases as head
+from benchmarks.head.variants import VARIANTS
+from benchmarks.lib import imports, measure, results
+from benchmarks.lib.problems import TASKS, Shape, errors, make_problem, truth
 from or1_kernels import reference
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ def _from_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_or1_and_plain_transformers_take_the_same_step() -> None:
-    from benchmarks.step_batch import ragged_batch
-    from benchmarks.step_engines import make_engine
+    from benchmarks.step.batch import ragged_batch
+    from benchmarks.step.engines import make_engine
 
     sequences = ragged_batch(64, 2, 12, 4096)
     cpu = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_or1_and_plain_transformers_take_the_same_step() -> None:
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_a_failed_case_keeps_the_others_and_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import step
+    from benchmarks.step import suite as step
 
     engines = (step.EngineSpec("or1", "or1", {}),)
     good = step.Case("cpu", "tiny", 48, 1, 8, 0, engines)
@@ -55,7 +55,7 @@ def test_a_failed_case_keeps_the_others_and_is_in_the_table(tmp_path: Path, monk
 
 
 def test_useful_flops_count_the_weights_of_a_real_model() -> None:
-    from benchmarks.step_batch import ARCHITECTURES, make_model, one_long_sequence, useful_flops
+    from benchmarks.step.batch import ARCHITECTURES, make_model, one_long_sequence, useful_flops
 
     model = make_model("tiny", torch.float32, torch.device("meta"), "sdpa")
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
@@ -67,7 +67,7 @@ def test_useful_flops_count_the_weights_of_a_real_model() -> None:
 
 
 def test_break_even_is_where_sharing_stays_faster() -> None:
-    from benchmarks.prefix import break_even
+    from benchmarks.prefix.shared_prompts import break_even
 
     rows = [{"saved": s, "speedup": v} for s, v in ((0.01, 1.1), (0.1, 0.9), (0.2, 1.05), (0.5, 1.6))]
     assert break_even(rows) == 0.2
@@ -78,7 +78,7 @@ def test_break_even_is_where_sharing_stays_faster() -> None:
 @pytest.mark.slow
 def test_the_step_is_1_5_times_as_fast_as_trls_with_the_same_loss() -> None:
     pytest.importorskip("trl")
-    from benchmarks import step
+    from benchmarks.step import suite as step
 
     (case, *_) = step.cases_of("cpu")
     result = step.run(case[0], limit_s=230)

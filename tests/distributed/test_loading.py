@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.architecture_cases import CASES
-from benchmarks.architectures import write_checkpoint
+from benchmarks.architectures.cases import CASES
+from benchmarks.architectures.check import write_checkpoint
 from or1.config import ModelConfig
 from or1.model.load import load_model
 from tests.helpers import dist_work

@@ -107,11 +107,10 @@ def test_examples_run(root: Path, name: str, needs: str, shows: str) -> None:
     assert re.search(shows, done.stdout), done.stdout
 
 
-def test_peak_memory_is_lower(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_lower() -> None:
     """The benchmark of TRL's pass at a large vocabulary, each side in a process of its own."""
     pytest.importorskip("trl")
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    import trl_memory
+    from benchmarks.step import trl_memory
 
     results = trl_memory.compare(vocab=65536, tokens=512)
     assert results["or1"]["extra_mib"] < 0.75 * results["stock"]["extra_mib"], results

@@ -76,7 +76,7 @@ def test_main_grad_breaks_the_graph_but_works(kit):
 @pytest.mark.parametrize("op", ["policy_loss", "logprob_entropy"])
 def test_operators_pass_torchs_own_checks(kit, op):
     case = kit.make_case(6, 4, 11)
-    from or1_kernels import compiled as ops
+    from or1_kernels.engine import compiled as ops
 
     scalars = {"scale": 1.0, "softcap": None, "impl": "torch", "preset": "fast", "chunk_rows": None}
     inv_tau = torch.ones(6)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from or1_kernels import HeadOptions, PolicyObjective, gemms, linear_logprob_entropy, linear_policy_loss
+from or1_kernels import HeadOptions, PolicyObjective, linear_logprob_entropy, linear_policy_loss
+from or1_kernels.engine import gemms
 
 
 @pytest.mark.parametrize("budget", [0, 101 * 4 * 20, 10**9])
@@ -24,7 +25,7 @@ def test_a_second_backward_recomputes_what_the_first_used_up(kit, impl):
 
 
 def test_nothing_is_stashed_under_no_grad(kit, monkeypatch):
-    from or1_kernels import chunked
+    from or1_kernels.engine import chunked
 
     kept = []
     original = chunked.Engine.logits

@@ -72,7 +72,7 @@ def compiled(kernel, out, capped, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from or1_kernels import score_rows
+    from or1_kernels.rows import triton_kernel as score_rows
 
     types = {
         "logits_CV": "*fp32",

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import MambaConfig
 
-from benchmarks.architecture_cases import CASES
-from benchmarks.architectures import page, verdict, write_checkpoint
+from benchmarks.architectures.cases import CASES
+from benchmarks.architectures.check import page, verdict, write_checkpoint
 from or1.cli import main
 from or1.config import ModelConfig
 from or1.core.errors import AttentionError, DistError, PackingError

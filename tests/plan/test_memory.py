@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from benchmarks.tensor_bytes import row_loss, saved_bytes, storage_bytes
+from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model.load import load_model
@@ -22,9 +22,8 @@ from or1.plan.head import chunk_rows, head_buffers
 from or1.plan.memory import gradient_bytes, kv_cache_bytes, optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape, parse_shape, shape_of
 from or1.train.optim import MasterAdamW
-from or1_kernels import chunked
-from or1_kernels.backends import TORCH
-from or1_kernels.rows import Transform
+from or1_kernels.engine import chunked
+from or1_kernels.rows import TORCH, Transform
 
 TINY = {
     "vocab_size": 160,

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import plan_report
-from benchmarks.plan_report import AS_RELEASED, DEVICE, ENGINE, MACHINES, RUNS, TABLE_9, plan, planned
+from benchmarks.plan import report as plan_report
+from benchmarks.plan.report import AS_RELEASED, DEVICE, ENGINE, MACHINES, RUNS, TABLE_9, plan, planned
 from or1.plan.generation import Decoding, drain_seconds, rollout_seconds
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

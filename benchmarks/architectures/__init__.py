@@ -1,0 +1,1 @@
+"""Architectures of transformers that or1 trains. Run `python -m benchmarks.architectures > docs/models.md`."""

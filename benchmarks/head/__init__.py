@@ -1,0 +1,1 @@
+"""The LM head beside its peers: time, memory and error. Run `pytest benchmarks/head`."""

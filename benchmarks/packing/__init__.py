@@ -1,0 +1,1 @@
+"""The C++ packer beside simpler packers. Run `pytest benchmarks/packing`."""

@@ -1,0 +1,1 @@
+"""`or1 plan` against measurements (check) and against the Skywork-OR1 report (report)."""

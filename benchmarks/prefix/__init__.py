@@ -1,0 +1,1 @@
+"""Shared prompts: from which prompt length on sharing is faster. Run `python -m benchmarks.prefix OUT_DIR`."""

@@ -1,0 +1,1 @@
+"""Speed of the rewards. Run `python -m benchmarks.rewards OUT_DIR`."""

@@ -1,0 +1,124 @@
+"""The policy loss of a batch of rows and its gradients, computed in one pass and without autograd.
+
+Legend: N rows, C rows of a chunk, H hidden, V vocab.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objective import PolicyObjective, TokenLoss, token_loss
+from ..rows import RowStats
+from . import chunked
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRows:
+    """Constants of one policy loss; tensors are [N] in the compute dtype.
+
+    grad_row_eps  rows whose gradient bound (`row_bound`) is at most this skip the backward GEMMs; None: no row does
+    """
+
+    objective: PolicyObjective
+    entropy_coef: float | Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    old_logp: Tensor | None = None
+    rollout_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    grad_row_eps: float | None = None
+
+    def pick(self, index: slice | Tensor) -> "PolicyRows":
+        """Return the rows that a slice or an index tensor selects."""
+        old, rollout, ref = (None if x is None else x[index] for x in (self.old_logp, self.rollout_logp, self.ref_logp))
+        advantages, token_weight = self.advantages[index], self.token_weight[index]
+        return replace(
+            self, advantages=advantages, token_weight=token_weight, old_logp=old, rollout_logp=rollout, ref_logp=ref
+        )
+
+    def terms(self, logp_N: Tensor) -> TokenLoss:
+        """Return loss and slope of every row; see objective.token_loss."""
+        return token_loss(
+            self.objective,
+            logp_N,
+            self.advantages,
+            old_logp_N=self.old_logp,
+            rollout_logp_N=self.rollout_logp,
+            ref_logp_N=self.ref_logp,
+        )
+
+    def slopes(self, c: slice, stats: RowStats) -> chunked.Slopes:
+        """Return dL/dlogp and dL/dentropy of rows c, given their statistics."""
+        chunk = self.pick(c)
+        weight_C, slope_C = chunk.token_weight, chunk.terms(stats.logp_C).slope_N
+        keep_C = None
+        if self.grad_row_eps is not None:
+            keep_C = ~negligible(weight_C, self.row_bound(slope_C, stats), self.grad_row_eps)
+        return chunked.Slopes(weight_C * slope_C, -weight_C * self.entropy_coef, keep_C)
+
+    def row_bound(self, slope_C: Tensor, stats: RowStats) -> Tensor:
+        """Return an upper bound [C] on half the L1 norm of the gradient of a row's z, before token_weight.
+
+        |dlogp/dz|_1 = 2 (1 - p_y), and |dH/dz|_1 = E|H + log p| <= 2 H because -log p is >= 0 with mean H.
+        """
+        coef = self.entropy_coef.abs() if isinstance(self.entropy_coef, Tensor) else abs(self.entropy_coef)
+        return slope_C.abs() * -stats.logp_C.expm1() + coef * stats.entropy_C
+
+
+def negligible(weight_C: Tensor, bound_C: Tensor, eps: float) -> Tensor:
+    """Return bool[C], the rows that grad_row_eps drops. A nan bound keeps its row."""
+    return (bound_C <= eps) | (weight_C == 0) & ~bound_C.isnan()
+
+
+class PolicyPass(NamedTuple):
+    """Result of policy_pass: loss [], per-row values [N], and gradients for dL = 1.
+
+    left_out  upper bound on the L1 norm of dL/dlogits over the rows that grad_row_eps dropped, []; None without it
+    grads     of hidden, weight and bias; None where not needed
+    """
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    left_out: Tensor | None
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def policy_pass(
+    engine: chunked.Engine,
+    inputs: chunked.RowInputs,
+    rows: PolicyRows,
+    needs: tuple[bool, bool, bool],
+    main_grad_VH: Tensor | None = None,
+) -> PolicyPass:
+    """Return loss, statistics and the gradients of (hidden, weight, bias) that `needs` asks for.
+
+    Costs three GEMMs a chunk, or one if no gradient is needed.
+    """
+    if any(needs) or main_grad_VH is not None:
+        engine.want_grads(needs, main_grad_VH)
+        stats = chunked.score_and_grads(engine, inputs, rows.slopes)
+    else:
+        stats, _ = chunked.score(engine, inputs)
+    terms = rows.terms(stats.logp_C)
+    loss = (rows.token_weight * (terms.loss_N - rows.entropy_coef * stats.entropy_C)).sum()
+    left_out = None
+    if rows.grad_row_eps is not None:
+        bound_N = rows.row_bound(terms.slope_N, stats)
+        scale_N = 2 * engine.settings.transform.scale * inputs.inv_tau * rows.token_weight.abs()
+        dropped_N = negligible(rows.token_weight, bound_N, rows.grad_row_eps)
+        left_out = torch.where(dropped_N & (rows.token_weight != 0), scale_N * bound_N, 0.0).sum()
+    dhidden, dweight, dbias = engine.grads()
+    return PolicyPass(
+        loss=loss,
+        logp=stats.logp_C,
+        entropy=stats.entropy_C,
+        ratio=terms.ratio_N,
+        clipped=terms.clipped_N,
+        left_out=left_out,
+        grads=(dhidden, None if main_grad_VH is not None else dweight, dbias),
+    )

@@ -1,0 +1,99 @@
+"""Choice of the row passes: by the name in `impl`, or by device and dtype.
+
+Legend: C rows of a chunk, V vocab.
+"""
+
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import native, plain
+from .stats import RowStats, RowSums, Transform
+
+_HAS_TRITON = find_spec("triton") is not None
+IMPLS = ("auto", "triton", "native", "torch", "reference")
+
+
+class SumsPass(Protocol):
+    """Pass 1; see plain.row_sums."""
+
+    def __call__(self, logits_CV: Tensor, targets_C: Tensor, inv_tau_C: Tensor, transform: Transform, /) -> RowSums: ...
+
+
+class GradsPass(Protocol):
+    """Pass 2; see plain.row_grads_."""
+
+    def __call__(
+        self,
+        logits_CV: Tensor,
+        targets_C: Tensor,
+        inv_tau_C: Tensor,
+        transform: Transform,
+        stats: RowStats,
+        slopes: tuple[Tensor, Tensor],
+        /,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
+
+class Backend(NamedTuple):
+    """Both passes of one implementation, and the name that stats.impl reports."""
+
+    name: str
+    row_sums: SumsPass
+    row_grads_: GradsPass
+
+
+TORCH = Backend("torch", plain.row_sums, plain.row_grads_)
+NATIVE = Backend("native", native.row_sums, native.row_grads_)
+
+
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend for `impl`. "auto" prefers triton on a GPU and native on a CPU, and falls back to torch.
+
+    Raises ValueError for an unknown name, and RuntimeError if an explicit choice cannot run on `device` with `dtype`.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {IMPLS}")
+    if impl == "torch":
+        return TORCH
+    if impl == "auto":
+        if device.type == "cuda" and _why_not_triton(device, dtype) is None:
+            return _triton()
+        return TORCH if _why_not_native(device, dtype) else NATIVE
+    why_not = _why_not_native(device, dtype) if impl == "native" else _why_not_triton(device, dtype)
+    if why_not is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {why_not}; use impl='auto' to take what can")
+    return NATIVE if impl == "native" else _triton()
+
+
+def _triton() -> Backend:
+    from . import triton_kernel
+
+    return Backend("triton", triton_kernel.row_sums, triton_kernel.row_grads_)
+
+
+def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not native.AVAILABLE:
+        return "the extension or1_kernels._native is not built (python setup.py build_ext --inplace)"
+    if device.type != "cpu":
+        return f"it is for the CPU and the tensors are on {device}"
+    return _why_not_fp64(dtype)
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        from . import triton_kernel
+
+        if not triton_kernel.INTERPRETED:
+            return "the tensors are on the CPU, where Triton only runs with TRITON_INTERPRET=1"
+    return _why_not_fp64(dtype)
+
+
+def _why_not_fp64(dtype: torch.dtype) -> str | None:
+    return "it computes in fp32 and the tensors are fp64" if dtype == torch.float64 else None
