@@ -1,4 +1,4 @@
-"""Where responses come from: a checkpoint that is loaded here, or a server that has it."""
+"""The source of responses: a checkpoint that is loaded here, or a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from or1.rollout.engine import Engine
 
 @dataclass(frozen=True)
 class Source:
-    """An engine; the tokenizer of its prompts, or None where the server has it; and what identifies the weights."""
+    """An engine, the tokenizer of its prompts (None for a server, which has its own), and the identity of the weights."""
 
     engine: Engine
     tokenizer: Any
@@ -23,9 +23,9 @@ class Source:
 
 @contextmanager
 def open_source(config: Config) -> Iterator[Source]:
-    """The server of `[endpoint]` if there is one, else the model of `[model]` in the engine of `[rollout]`.
+    """Open the server of `[endpoint]` if it has a URL, else the model of `[model]` in the engine of `[rollout]`.
 
-    Raises EndpointError or ModelError.
+    The engine is closed at the end of the block. Raises EndpointError or ModelError.
     """
     if config.endpoint.url is not None:
         from or1.rollout.endpoint import EndpointEngine
@@ -45,7 +45,7 @@ def open_source(config: Config) -> Iterator[Source]:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """Names, sizes and times of the weight files, so that weights written anew are not taken for the old ones."""
+    """Return names, sizes and times of the weight files, which change when the weights are rewritten."""
     files = sorted(Path(config.model.path).glob("*.safetensors"))
     described = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {"path": config.model.path, "dtype": config.model.dtype, "files": described}

@@ -1,4 +1,4 @@
-"""Rows in parts, each committed by rename: a process killed at any instant repeats the part it was at, no other."""
+"""Rows in parts, each committed by rename: a process that is killed at any instant repeats only the current part."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PART = b"or1.part"
 
 
 class PartStore:
-    """`folder` holds settings.json and part_NNNNNN.parquet until all of them are merged into the file `final`.
+    """A folder with settings.json and part_NNNNNN.parquet, whose parts are finally merged into the file `final`.
 
-    settings  what the rows depend on; a folder made under others is refused
-    size      problems per part of a new store; a store that is gone on with keeps its own, so that parts mean the same
+    settings  what the rows depend on; a folder made under other settings is refused
+    size      problems per part of a new store; a resumed store keeps its own size, so that part numbers stay valid
 
     Raises StoreError for a folder made under other settings.
     """
@@ -34,7 +34,7 @@ class PartStore:
         self._settings = dict(settings)
         self._merged = False
         if self._record.is_file():
-            self._go_on(self._read_record())
+            self._resume(self._read_record())
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_record()
@@ -46,7 +46,7 @@ class PartStore:
         return self._merged or index in self._done
 
     def write(self, index: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Commit one part."""
+        """Commit the rows of part `index`."""
         path = self._path(index)
         partial = path.with_suffix(".partial")
         table = pa.Table.from_pylist(list(rows), schema=self.schema).replace_schema_metadata({_PART: str(index)})
@@ -56,7 +56,7 @@ class PartStore:
         self._done.add(index)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The parts in order."""
+        """Yield the parts in order, with the given columns or all."""
         wanted = None if columns is None else list(columns)
         if self._merged:
             yield from self._merged_tables(wanted)
@@ -76,12 +76,12 @@ class PartStore:
             ) from error
 
     def merge(self) -> None:
-        """Put all rows into `final`, a row group per part, committed by rename; then the parts are removed."""
+        """Write all rows to `final`, one row group a part, commit the file by rename, and remove the parts."""
         if self._merged:
             return
         self.final.parent.mkdir(parents=True, exist_ok=True)
         partial = self.final.with_name(f".{self.final.name}.partial")
-        # Anew, since the writer would follow a symbolic link of that name.
+        # ParquetWriter would follow a symbolic link of that name.
         partial.unlink(missing_ok=True)
         with pq.ParquetWriter(partial, self.schema, compression="zstd", write_page_checksum=True) as writer:
             for table in self.tables():
@@ -114,7 +114,7 @@ class PartStore:
         own = {"part_size": self.size, "merged": self._merged}
         write_whole(self._record, json.dumps(sealed({**self._settings, **own}), indent=1))
 
-    def _go_on(self, before: dict[str, Any]) -> None:
+    def _resume(self, before: dict[str, Any]) -> None:
         self.size, merged = before.pop("part_size"), before.pop("merged")
         before.pop(SEAL, None)
         changed = [key for key in sorted(before | self._settings) if before.get(key) != self._settings.get(key)]
@@ -140,7 +140,10 @@ class PartStore:
         return [int(match[1]) for match in found if match]
 
     def _is_whole(self, index: int) -> bool:
-        """Whether a part can be read and is the one of its name; one that a power cut left cut is sampled again."""
+        """Return True if part `index` can be read and belongs to that index; otherwise delete the part.
+
+        A power cut may leave a damaged part, which is then sampled again.
+        """
         path = self._path(index)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
@@ -154,7 +157,7 @@ class PartStore:
 
 
 def move_aside(path: Path) -> str | None:
-    """Give a former result another name; returns a message, or None if there was nothing."""
+    """Rename an earlier result with a time stamp, and return a message; return None if there is no earlier result."""
     if not path.exists():
         return None
     aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from or1.core.errors import PlanError
-from or1.plan.known import KNOWN
+from or1.plan.known_models import KNOWN
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from or1.core.errors import ReportError
 from or1.core.records import number
 from or1.core.text import count_text, duration, value_text, visible
-from or1.report.page_data import RunData, load_run
+from or1.report.page_data import RecordedRun, load_run
 from or1.report.page_plots import Plot, render_plots
 from or1.report.page_samples import Sample, SampleStep, load_samples
 from or1.report.page_style import STYLE
@@ -58,7 +58,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(
-    run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
+    run: RecordedRun, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
 ) -> Iterator[str]:
     name = _text(_run_name(run))
     yield "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
@@ -88,7 +88,7 @@ def _text(value: object) -> str:
     return html.escape(visible(value))
 
 
-def _run_name(run: RunData) -> str:
+def _run_name(run: RecordedRun) -> str:
     return run.path.resolve().name or "run"
 
 
@@ -103,7 +103,7 @@ def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.1f} %"
 
 
-def _header(run: RunData, name: str) -> Iterator[str]:
+def _header(run: RecordedRun, name: str) -> Iterator[str]:
     total = run.total_steps
     if total is not None and run.last_step >= total:
         badge = '<span class="badge done">finished</span>'
@@ -173,7 +173,7 @@ def _facts(facts: Sequence[tuple[str, str, bool]]) -> str:
     return f'<section class="card facts">{"".join(cells)}</section>'
 
 
-def _key_facts(run: RunData) -> list[tuple[str, str, bool]]:
+def _key_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
     responses = sum(run.responses(record) for record in run.records)
     tokens = math.fsum(number(r.get("completion/len_mean"), 0.0) * run.responses(r) for r in run.records)
     speeds = sorted(run.series("perf/tokens_per_s")[1])
@@ -188,7 +188,7 @@ def _key_facts(run: RunData) -> list[tuple[str, str, bool]]:
     return facts
 
 
-def _health_facts(run: RunData) -> list[tuple[str, str, bool]]:
+def _health_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
     """Counts of what went wrong; those that should be 0 stand out when they are not."""
     usual = ("truncated responses", "without an answer", NO_THINK_CLOSE)
     return [(count_text(n), label, n > 0 and label not in usual) for label, n in run.health_counts().items()]

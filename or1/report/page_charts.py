@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from or1.report.page_data import KEPT_SHARE, RunData
+from or1.report.page_data import KEPT_SHARE, RecordedRun
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chart:
     panels: tuple[Panel, ...]
 
 
-def charts(run: RunData) -> tuple[Chart, ...]:
+def charts(run: RecordedRun) -> tuple[Chart, ...]:
     """Return the charts of a run that are made of lines, in the order of the page."""
     return (
         _reward(run.graded),
@@ -126,7 +126,7 @@ def _groups(graded: bool) -> Chart:
     return Chart("Groups", caption, (Panel(lines, unit="%", top=100.0),))
 
 
-def _entropy_target(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
+def _entropy_target(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:
     if run.config is None or run.config.loss.entropy.control != "adaptive":
         return None
     target = run.config.loss.entropy.target
@@ -134,7 +134,7 @@ def _entropy_target(run: RunData) -> tuple[str, Sequence[float], Sequence[float]
     return (f"target {target:g}", [steps[0] - 0.5, steps[-1] + 0.5], [target, target]) if steps else None
 
 
-def _limits(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
+def _limits(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:
     found = [(r["step"], stage.max_response_tokens) for r in run.records if r["step"] and (stage := run.stage_of(r))]
     if not found:
         return None

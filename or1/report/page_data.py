@@ -1,7 +1,7 @@
 """A run directory, read back: metrics by step, config, evaluations before and after.
 
 Reading is tolerant, because a run may be alive, killed in the middle of a line, or resumed. What is left out is counted
-in `RunData.notes`.
+in `RecordedRun.notes`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT_SHARE = "group/kept_share"  # of the step's groups; not in the file
 
 
 @dataclass(frozen=True)
-class RunData:
+class RecordedRun:
     """What a run recorded: `records` holds one mapping per step, ascending."""
 
     path: Path
@@ -118,7 +118,7 @@ class RunData:
         return math.fsum(map(step_seconds, self.records))
 
 
-def load_run(run_dir: Path) -> RunData:
+def load_run(run_dir: Path) -> RecordedRun:
     """Read metrics and config of a run directory. Raises ReportError if it is not one or has no step yet."""
     run_dir = Path(run_dir)
     metrics = run_dir / "metrics.jsonl"
@@ -146,11 +146,11 @@ def load_run(run_dir: Path) -> RunData:
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")
-    run = RunData(run_dir, config, raw, tuple(records), tuple(notes + config_notes))
+    run = RecordedRun(run_dir, config, raw, tuple(records), tuple(notes + config_notes))
     return replace(run, records=tuple(_with_kept_share(run, record) for record in records))
 
 
-def _with_kept_share(run: RunData, record: Record) -> Record:
+def _with_kept_share(run: RecordedRun, record: Record) -> Record:
     """The record with group/kept, a count, as a fraction too: the prompts per step may differ between stages."""
     stage = run.stage_of(record)
     if stage is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from or1.core.records import number
 from or1.core.types import Status
 from or1.report.page_charts import Chart, Panel, charts
-from or1.report.page_data import RunData
+from or1.report.page_data import RecordedRun
 from or1.report.records import PHASES, EvalHistory, eval_histories, other_seconds
 from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
 
@@ -80,7 +80,7 @@ class Plot:
     wide: bool = False
 
 
-def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
+def render_plots(run: RecordedRun) -> tuple[list[Plot], list[str]]:
     """All plots the run has values for, and the titles of those it has none for."""
     import matplotlib
 
@@ -95,7 +95,7 @@ def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
     return plots, missing
 
 
-def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
+def _catalogue(run: RecordedRun) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
     if run.graded:
         yield "Held-out reward", lambda: _mean_rewards(run)
     yield "Held-out accuracy", lambda: _evaluations(run)
@@ -107,7 +107,7 @@ def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
     yield "Time per step", lambda: _time(run)
 
 
-def _lines(run: RunData, chart: Chart) -> Plot | None:
+def _lines(run: RecordedRun, chart: Chart) -> Plot | None:
     panels = [panel for panel in chart.panels if any(run.series(line.key)[0] for line in panel.lines)]
     if not panels:
         return None
@@ -118,7 +118,7 @@ def _lines(run: RunData, chart: Chart) -> Plot | None:
     return Plot(chart.title, chart.caption, _svg(figure, chart.title), tuple(legend))
 
 
-def _draw_panel(run: RunData, ax: Axes, panel: Panel) -> list[Legend]:
+def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
     legend, highest, lowest = [], 0.0, math.inf
     for line in panel.lines:
         steps, values = run.series(line.key, line.scale)
@@ -184,7 +184,7 @@ def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
     return means
 
 
-def _figure(run: RunData, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
+def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure of stacked panels on one step axis, with stage boundaries."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -202,7 +202,7 @@ def _figure(run: RunData, heights: Sequence[float], wide: bool = False) -> tuple
     return figure, list(axes)
 
 
-def _mark_stages(run: RunData, axes: Sequence[Axes]) -> None:
+def _mark_stages(run: RecordedRun, axes: Sequence[Axes]) -> None:
     starts = run.stage_starts()
     if len(starts) < 2:
         return
@@ -242,7 +242,7 @@ def tick_label(value: float) -> str:
     return f"{value:.0e}" if 0 < size < 1e-4 else f"{value:.4g}"
 
 
-def _evaluations(run: RunData) -> Plot | None:
+def _evaluations(run: RecordedRun) -> Plot | None:
     histories = eval_histories(run.records)
     if not histories:
         return None
@@ -277,7 +277,7 @@ def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: st
     ax.errorbar(steps, values, yerr=errors, color=color, linewidth=2, elinewidth=1.1, marker="o", markersize=size)
 
 
-def _mean_rewards(run: RunData) -> Plot | None:
+def _mean_rewards(run: RecordedRun) -> Plot | None:
     histories = [history for history in eval_histories(run.records) if history.mean_reward is not None][:8]
     if not histories:
         return None
@@ -291,7 +291,7 @@ def _mean_rewards(run: RunData) -> Plot | None:
     return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), legend, wide=True)
 
 
-def _outcomes(run: RunData) -> Plot | None:
+def _outcomes(run: RecordedRun) -> Plot | None:
     names = {
         "ok": "s2",
         "wrong": "s0",
@@ -314,7 +314,7 @@ def _outcomes(run: RunData) -> Plot | None:
     return _stack(run, ("Outcomes", caption, "%"), layers, names, labels)
 
 
-def _time(run: RunData) -> Plot | None:
+def _time(run: RecordedRun) -> Plot | None:
     names = dict(zip((*PHASES, "other"), ("s1", "s8", "s2", "s5", "s3", "s7", "s0"), strict=True))
     layers = {name: [number(r.get(f"time/{name}"), 0.0) for r in run.records] for name in PHASES}
     layers["other"] = [other_seconds(r) for r in run.records]
@@ -325,7 +325,7 @@ def _time(run: RunData) -> Plot | None:
 
 
 def _stack(
-    run: RunData,
+    run: RecordedRun,
     words: tuple[str, str, str],
     layers: dict[str, list[float]],
     colors: dict[str, str],

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from or1.core.records import number
-from or1.report.page_data import RunData
+from or1.report.page_data import RecordedRun
 from or1.reward.terms import RIGHT
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SampleStep:
     samples: tuple[Sample, ...]
 
 
-def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
+def load_samples(run: RecordedRun) -> tuple[list[SampleStep], list[str]]:
     """Transcripts of the first, middle and last readable rollout, and notes on files left out."""
     from pyarrow import ArrowException
 
@@ -140,7 +140,7 @@ def _rows(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _tokenizer(run: RunData) -> Tokenizer | None:
+def _tokenizer(run: RecordedRun) -> Tokenizer | None:
     """The run's tokenizer from a local tokenizer.json; never from the network, and never remote code."""
     folders = [Path(run.config.model.path)] if run.config is not None else []
     folders += sorted((run.path / "weights").glob("step_*"))

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from or1.config import Config
 from or1.core.records import Record, number
+from or1.core.text import duration
 from or1.core.types import Status
 from or1.magic.empty_steps import nothing_trained
-from or1.report.records import PHASES, Course, eval_histories, other_seconds, sampled, step_seconds
-from or1.report.summary_text import Summary
+from or1.report.console import default_console, print_pairs, safe
+from or1.report.records import PHASES, Course, EvalHistory, eval_histories, other_seconds, sampled, step_seconds
 from or1.reward.terms import NO_THINK_CLOSE, graded_run, no_think_close
 from or1.run.metrics_log import read_metrics
 from or1.run.state import TrainState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+_BAR = 30  # characters of an accuracy bar
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `print_summary` shows after a run. `phase_s` holds seconds, `counts` what went wrong by name.
+
+    graded  see `or1.reward.terms`
+    reward  mean training reward over the steps that recorded one; None if no step did
+    remark  what a person must know first; empty if nothing
+    """
+
+    evals: tuple[EvalHistory, ...]
+    steps_done: int
+    total_steps: int
+    wall_s: float
+    run_dir: str
+    phase_s: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    report_path: str | None = None
+    weights_path: str | None = None
+    graded: bool = False
+    reward: Course | None = None
+    remark: str = ""
 
 
 def summarise(
@@ -70,3 +102,57 @@ def _training_reward(records: Sequence[Record]) -> Course | None:
         return None
     steps, means = zip(*given, strict=True)
     return Course("training reward", "fixed3", steps, means)
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Evaluations and training reward at start and end, time, counts and where the results are."""
+    from rich.text import Text
+
+    console = console or default_console()
+    done = f"{summary.steps_done} of {summary.total_steps} steps in {duration(summary.wall_s)}"
+    head = "Run finished" if summary.steps_done >= summary.total_steps else "Run stopped"
+    console.print(Text(f"\n{head}: {done}", style="bold"), soft_wrap=True)
+    if summary.remark:
+        console.print(safe(summary.remark, console, "bold red"), soft_wrap=True)
+    courses = [course for history in summary.evals for course in history.courses(summary.graded)]
+    reward = [] if summary.reward is None else [summary.reward]
+    width = max((len(course.label) for course in courses + reward), default=0)
+    for course in courses:
+        console.print(_course_line(course, width, console, "no later evaluation"), soft_wrap=True)
+    for course in reward:
+        console.print(_course_line(course, width, console, "no later step"), soft_wrap=True)
+    lines = []
+    if summary.phase_s:
+        total = math.fsum(summary.phase_s.values()) or 1.0
+        spent = sorted(summary.phase_s.items(), key=lambda item: -item[1])
+        lines.append(("time", ", ".join(f"{name} {duration(s)} ({100 * s / total:.0f} %)" for name, s in spent)))
+    if some := {name: n for name, n in summary.counts.items() if n}:
+        lines.append(("counts", ", ".join(f"{n:,} {name}" for name, n in some.items())))
+    if none := [name for name, n in summary.counts.items() if not n]:
+        lines.append(("none of", ", ".join(none)))
+    paths = {"run": summary.run_dir, "report": summary.report_path, "weights": summary.weights_path}
+    lines += [(name, path) for name, path in paths.items() if path is not None]
+    print_pairs(lines, console)
+
+
+def _course_line(course: Course, width: int, console: Console, only: str) -> Text:
+    """name, for accuracies a bar of 0 to 100 %, first -> last, change."""
+    line = safe("  " + course.label.ljust(max(width, 10)) + "  ", console)
+    if course.kind == "percent":
+        _append_bar(line, course.values[0], course.values[-1], console)
+    if course.change is None:
+        return line.append(f"{course.first}, {only}")
+    line.append(f"{course.first} -> ").append(course.last, style="bold")
+    line.append(f"  {course.change_text}", style="green" if course.change > 0 else "red" if course.change < 0 else "")
+    if course.steps[0] > 0:
+        line.append(f"  steps {course.steps[0]} to {course.steps[-1]}", style="dim")
+    return line
+
+
+def _append_bar(line: Text, before: float, last: float, console: Console) -> None:
+    full, gained, lost, empty = "#+-." if console.options.ascii_only else "\u2588\u2593\u2592\u2591"
+    low, high = (round(_BAR * min(max(value, 0), 1)) for value in sorted((before, last)))
+    line.append(full * low, style="blue")
+    line.append((gained if last >= before else lost) * (high - low), style="green" if last >= before else "red")
+    line.append(empty * (_BAR - high), style="dim")
+    line.append("  ")

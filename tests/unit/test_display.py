@@ -12,9 +12,10 @@ from rich.console import Console
 
 from or1.config import Config, OptimConfig, RewardConfig, StageConfig
 from or1.core.text import clock, duration, sparkline, value_text, visible
-from or1.report.live import RunDisplay, print_plan
+from or1.report.live import RunDisplay
 from or1.report.records import Course, EvalHistory, EvalPoint
-from or1.report.summary_text import Summary, print_summary
+from or1.report.run_plan import print_plan
+from or1.report.summary import Summary, print_summary
 
 STAGES = (
     StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),
