@@ -40,7 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose(config: Config | None, console: Console | None = None) -> bool:
-    """Print the findings, and return True if there is no problem. With a config, also compare its engine with its trainer."""
+    """Print the findings, and return True if there is no problem.
+
+    With a config, also compare its engine with its trainer.
+    """
     from rich.text import Text
 
     quiet_libraries()

@@ -16,8 +16,8 @@ _WANTED = frozenset({129, 130, 143})  # SIGHUP, SIGINT, SIGTERM: somebody ended 
 def may_pass(code: int) -> bool:
     """Return whether a failure with this exit code may be gone at the next attempt.
 
-    Such failures are a lost rank, a full disk, an exception that or1 does not know (a driver's, for example), and a
-    signal that nobody sent to end the run.
+    Such failures are a lost rank, a full disk, or an exception that or1 does not know, such as a driver's. A signal
+    counts too, unless somebody sent the signal to end the run.
     """
     return code in (EXIT_RETRY, _UNFORESEEN) or (code > 128 and code not in _WANTED)
 

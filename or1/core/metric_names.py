@@ -237,19 +237,21 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(_PLACEHOLDERS.get(part, re.escape(part)) for part in parts))
 
 
+_INTRODUCTION = """# Metrics
+
+Made by `python -m or1.core.metric_names > docs/metrics.md`; a test holds the two equal.
+
+A run writes one line a step to `metrics.jsonl`, and the same numbers as TensorBoard events. Each line also has `step`
+(0 is the evaluation before training), `stage` (index of the stage) and `time` (Unix time in seconds). A value that is
+not finite is `null`.
+
+A `share` is a fraction from 0 to 1. A `reward` is on the scale of the reward function. A `number` has no unit.
+"""
+
+
 def markdown() -> str:
     """Return the reference of all metrics as Markdown."""
-    lines = [
-        "# Metrics",
-        "",
-        "<!-- Written by `python -m or1.core.metric_names > docs/metrics.md`. -->",
-        "",
-        "A run writes one line a step to `metrics.jsonl`, and the same numbers as TensorBoard events. Each line also has",
-        "`step` (0 is the evaluation before training), `stage` (index of the stage) and `time` (Unix time in seconds). A",
-        "value that is not finite is `null`.",
-        "",
-        "A `share` is a fraction from 0 to 1. A `reward` is on the scale of the reward function. A `number` has no unit.",
-    ]
+    lines = _INTRODUCTION.splitlines()
     groups: dict[str, list[Metric]] = {}
     for each in METRICS:
         groups.setdefault("Derived" if each.derived else each.name.partition("/")[0], []).append(each)

@@ -126,7 +126,10 @@ class EvalResult:
         return self.statuses.get(status.value, 0)
 
     def remark(self) -> str:
-        """Return a warning if no reward reaches 1, so that accuracy counts no response as solved; else an empty text."""
+        """Return a warning if rewards are on a scale that never reaches 1; else an empty text.
+
+        Accuracy and pass@k count no response as solved then.
+        """
         if not 0 < self.best < RIGHT:
             return ""
         return (
@@ -209,7 +212,10 @@ def evaluate_set(
     progress: Progress = no_progress,
     world: World = SINGLE,
 ) -> EvalResult:
-    """Sample every problem `settings.samples` times. The seed is fixed, so two evaluations differ by the policy only."""
+    """Sample every problem `settings.samples` times, on all ranks together, and return the statistics. Collective.
+
+    The seed is fixed, so that two evaluations differ by the policy only.
+    """
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
     groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
     return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples, pass_k))

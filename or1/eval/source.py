@@ -14,7 +14,7 @@ from or1.rollout.engine import Engine
 
 @dataclass(frozen=True)
 class Source:
-    """An engine, the tokenizer of its prompts (None for a server, which has its own), and the identity of the weights."""
+    """An engine, the tokenizer of its prompts (None for a server), and what identifies the weights."""
 
     engine: Engine
     tokenizer: Any

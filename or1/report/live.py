@@ -1,14 +1,12 @@
-"""What a person sees in the terminal: the plan before a run, and its progress. `or1.report.summary_text` has the end.
-
-On a terminal the progress is a live panel; elsewhere (a log file, a batch system) it is one plain line per step.
-"""
+"""The progress of a run: a live panel on a terminal, otherwise (a log file, a batch system) one plain line a step."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +26,14 @@ _RECENT = 10  # steps behind the estimate of time left
 
 
 class RunDisplay:
-    """Progress of a run.
+    """The progress of a run; implements `or1.core.display.Display`.
 
     with RunDisplay(config.total_steps, config.stage) as display:
         display.phase("rollout", 3, 64)
-        display.step({"step": 1, "stage": 0, "reward/mean": 0.4, ...})      the record of metrics.jsonl
+        display.step({"step": 1, "stage": 0, "reward/mean": 0.4, ...})      a record of metrics.jsonl
         display.message("checkpoint step_20 written")
 
-    The terminal is restored however the block ends. Missing and non-finite metrics show as "-".
+    The block always restores the terminal, also after an error. Missing and non-finite metrics show as "-".
     """
 
     def __init__(self, total_steps: int, stages: Sequence[StageConfig], console: Console | None = None):
@@ -45,11 +43,11 @@ class RunDisplay:
         self._started = time.monotonic()
         self._step_ends: deque[float] = deque(maxlen=_RECENT + 1)
         self._phase: Phase | None = None
-        self._history: dict[str, deque[float]] = {row.key: deque(maxlen=_HISTORY) for row in ROWS}
+        self._history: dict[str, deque[float]] = {name: deque(maxlen=_HISTORY) for name in ROWS}
         self._evals: list[Record] = []
         self._graded = False
         self._stage = 0
-        # Built in `step`, not in `_render`, which another thread calls.
+        # Built in `step`: another thread calls `_render`.
         self._table: RenderableType | None = None
         self._live: Live | None = None
 
@@ -72,13 +70,19 @@ class RunDisplay:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show the current phase (rollout, reward, train, eval, checkpoint) and how far it is."""
         old = self._phase
-        same = old is not None and old.name == name and done >= old.done
-        self._phase = Phase(name, done, total, old.since if same else time.monotonic())
-        if self._live is not None and not same:
+        if old is not None and old.name == name and done >= old.done:
+            self._phase = Phase(name, done, total, old.since)
+            return
+        self._phase = Phase(name, done, total, time.monotonic())
+        if self._live is not None:
             self._live.refresh()
 
+    def progress(self, name: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total) that shows how far the phase `name` is."""
+        return partial(self.phase, name)
+
     def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the records of a run that resumes: nothing is printed, and the panel starts with their values."""
+        """Continue from the records of a resumed run: print nothing, and start the panel with their values."""
         for record in records:
             self._step = int(number(record.get("step"), self._step + 1))
             self._stage = int(number(record.get("stage"), self._stage))
@@ -111,12 +115,12 @@ class RunDisplay:
             self.message(line)
 
     def _note(self, record: Mapping[str, Any]) -> Record:
-        """Remember what a record holds; returns it with what is derived from it, and with the step as a number."""
+        """Append a record to the history, and return the record with derived metrics and a numeric step."""
         metrics = {**record, "step": self._step}
         if 0 <= self._stage < len(self._stages):
             metrics["group/kept_share"] = number(metrics.get("group/kept")) / self._stages[self._stage].prompts_per_step
         failed = sum(number(metrics.get(f"reward/status/{status}"), 0.0) for status in ("crash", "timeout"))
-        # A row from the first failure on.
+        # The panel has this row only after the first failure.
         if failed or self._history["reward/failed"]:
             metrics["reward/failed"] = failed
         for key, values in self._history.items():
@@ -128,7 +132,7 @@ class RunDisplay:
         return metrics
 
     def _courses(self, names: Container[str] | None = None) -> list[Course]:
-        """The evaluations so far, of all sets or of those in `names`, what leads first."""
+        """Return the evaluations so far, of all sets or of the sets in `names`, most important numbers first."""
         histories = [each for each in eval_histories(self._evals) if names is None or each.name in names]
         return [course for history in histories for course in history.courses(self._graded)]
 
@@ -137,7 +141,7 @@ class RunDisplay:
         self._console.print(safe(text, self._console), soft_wrap=True)
 
     def _left(self) -> float | None:
-        """Estimated seconds to the end, from the last few steps."""
+        """Estimate the seconds to the end of the run from the last few steps; None before the second step."""
         intervals = len(self._step_ends) - 1
         if intervals < 1:
             return None

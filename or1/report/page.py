@@ -1,7 +1,7 @@
-"""`or1 report RUN`: one self-contained HTML page about a run, readable in light and dark, without scripts.
+"""`or1 report RUN`: one self-contained HTML page about a run, for light and dark mode, without scripts.
 
-Responses are untrusted text: everything from the run passes through `_text`, and the page's policy forbids scripts and
-any load from elsewhere.
+Responses are untrusted text: everything from the run passes through `_text`, and the content security policy forbids
+scripts and external resources.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from or1.core.errors import ReportError
 from or1.core.records import number
@@ -33,14 +33,15 @@ _CHARS_PER_TOKEN = 4
 _SHADES = ((0.9, ""), (0.5, "p1"), (0.2, "p2"), (0.05, "p3"), (0.0, "p4"))
 _DOT = " \u00b7 "
 _MESSAGES = 300
-_DEEPEST = 20  # levels of a config that are shown; or1's own has four
+_DEEPEST = 20  # nesting levels of a config that are shown; or1's own has four
+_Clipped = TypeVar("_Clipped", str, Sequence[tuple[str, float]])
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path. Raises ReportError if the folder is not a run with a step.
 
-    Works on a run that is alive, was killed, or lacks config or rollouts; the page says what was left out.
+    The run may be alive or killed, and may lack config or rollouts; the page lists what is missing.
     """
     run = load_run(Path(run_dir))
     samples, notes = load_samples(run)
@@ -84,7 +85,7 @@ def _page(
 
 
 def _text(value: object) -> str:
-    """Untrusted text for HTML content or a quoted attribute: escaped, with invisible characters made visible."""
+    """Escape untrusted text for HTML content or a quoted attribute; show invisible characters by their code."""
     return html.escape(visible(value))
 
 
@@ -151,7 +152,7 @@ def _score(course: Course) -> str:
 
 
 def _track(course: Course) -> str:
-    """A bar of 0-100 %: grey up to the lower of before and after, coloured for the change; a line for the 95 % CI."""
+    """Return a bar of 0-100 %: grey up to the smaller value, coloured for the change, a line for the 95 % interval."""
     before, last = course.values[0], course.values[-1]
     low, high = sorted((100 * before, 100 * last))
     kind = "gain" if last >= before else "loss"
@@ -189,7 +190,7 @@ def _key_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
 
 
 def _health_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
-    """Counts of what went wrong; those that should be 0 stand out when they are not."""
+    """Return counts of problems. Counts that should be 0 are highlighted if they are not."""
     usual = ("truncated responses", "without an answer", NO_THINK_CLOSE)
     return [(count_text(n), label, n > 0 and label not in usual) for label, n in run.health_counts().items()]
 
@@ -268,8 +269,8 @@ def _response(sample: Sample) -> str:
     return _clipped(sample.pieces, _HEAD_TOKENS, _TAIL_TOKENS, "tokens", _shaded)
 
 
-def _clipped(items: Any, head: int, tail: int, unit: str, show: Any) -> str:
-    """A long response without its middle, which says how much is left out."""
+def _clipped(items: _Clipped, head: int, tail: int, unit: str, show: Callable[[_Clipped], str]) -> str:
+    """Return a response as HTML. The middle of a long response is replaced by the number of `unit` left out."""
     if len(items) <= head + tail:
         return show(items)
     cut = f'\n<span class="cut">[{len(items) - head - tail:,} {unit} left out]</span>\n'
@@ -286,7 +287,7 @@ def _shaded(pieces: Sequence[tuple[str, float]]) -> str:
 
 
 def _messages(run_dir: Path) -> Iterator[str]:
-    """The end of the run's log: warnings, alarms, crashes of rewards."""
+    """Yield the end of the run's log: warnings, alarms, crashes of rewards."""
     lines, more = read_log(run_dir, _MESSAGES)
     if lines:
         what = f"The last {len(lines):,} lines of log.txt." if more else "All of log.txt."

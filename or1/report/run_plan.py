@@ -1,4 +1,4 @@
-"""TODO"""
+"""The plan of a run: shown at the start of a run and by `or1 train --dry-run`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit moments", "offlo
 
 
 def print_plan(config: Config, data_lines: Sequence[str], console: Console | None = None) -> None:
-    """What a run will do: shown by `--dry-run` and at the start. `data_lines` describe the data files, one a line."""
+    """Print what a run will do. `data_lines` describe the data files; without them the names of the files are shown."""
     from rich.text import Text
 
     console = console or default_console()

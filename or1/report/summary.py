@@ -1,4 +1,4 @@
-"""The one summary at the end of a run, read back from what the run wrote."""
+"""The summary at the end of a run, computed from the files that the run wrote."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from or1.config import Config
+from or1.core.metric_names import metric
 from or1.core.records import Record, number
 from or1.core.text import duration
 from or1.core.types import Status
@@ -27,11 +28,14 @@ _BAR = 30  # characters of an accuracy bar
 
 @dataclass(frozen=True)
 class Summary:
-    """What `print_summary` shows after a run. `phase_s` holds seconds, `counts` what went wrong by name.
+    """The values that `print_summary` prints.
 
-    graded  see `or1.reward.terms`
-    reward  mean training reward over the steps that recorded one; None if no step did
-    remark  what a person must know first; empty if nothing
+    wall_s   seconds of all steps
+    phase_s  seconds by phase
+    counts   events by name, such as truncated responses and skipped updates; most of them are problems
+    graded   see `or1.reward.terms`
+    reward   mean training reward of the steps that recorded a reward; None if no step did
+    remark   the most important warning; empty if there is none
     """
 
     evals: tuple[EvalHistory, ...]
@@ -51,12 +55,16 @@ class Summary:
 def summarise(
     config: Config, state: TrainState, bad_rows: int, *, report: str | None = None, weights: str | None = None
 ) -> Summary:
-    """All steps of the run, those before a resume included."""
+    """Return the summary of all steps of the run, including the steps before a resume.
+
+    bad_rows         unusable rows in the data files
+    report, weights  paths to print
+    """
     records = read_metrics(config.run_path / "metrics.jsonl")
     phases = {phase: math.fsum(number(r.get(f"time/{phase}"), 0.0) for r in records) for phase in PHASES}
     phases["other"] = math.fsum(other_seconds(r) for r in records)
     counts = {
-        "truncated responses": _count([(record, record.get("completion/truncated")) for record in records], config),
+        "truncated responses": _count(records, [record.get("completion/truncated") for record in records], config),
         "aborted at the deadline": state.totals["stragglers"],
         "reward timeouts": state.totals[Status.TIMEOUT.value],
         "reward crashes": state.totals[Status.CRASH.value],
@@ -66,7 +74,7 @@ def summarise(
         "bad data rows": bad_rows,
         "solved prompts dropped": len(state.solved.dropped),
     }
-    if unclosed := _count([(record, no_think_close(record)) for record in records], config):
+    if unclosed := _count(records, [no_think_close(record) for record in records], config):
         counts[f"responses with {NO_THINK_CLOSE}"] = unclosed
     in_evaluations = {"crashes in evaluations": "eval_crashes", "timeouts in evaluations": "eval_timeouts"}
     counts |= {name: state.totals[key] for name, key in in_evaluations.items() if state.totals[key]}
@@ -77,7 +85,7 @@ def summarise(
     return Summary(
         evals=eval_histories(records),
         steps_done=state.step,
-        # Stages that ended early took fewer steps than they might have.
+        # Stages that ended early took fewer steps than the config allows.
         total_steps=state.step if state.stages.finished(config) else config.total_steps,
         wall_s=math.fsum(step_seconds(r) for r in records),
         run_dir=config.run_dir,
@@ -91,9 +99,10 @@ def summarise(
     )
 
 
-def _count(shares: Sequence[tuple[Record, object]], config: Config) -> int:
-    """Training responses behind a share of each step, over the whole run; `or1 report` counts them alike."""
-    return round(math.fsum(number(share, 0.0) * sampled(record, config.stage) for record, share in shares))
+def _count(records: Sequence[Record], shares: Sequence[object], config: Config) -> int:
+    """Return the number of training responses that a share of each step stands for, as `RecordedRun.count` does."""
+    pairs = zip(records, shares, strict=True)
+    return round(math.fsum(number(share, 0.0) * sampled(record, config.stage) for record, share in pairs))
 
 
 def _training_reward(records: Sequence[Record]) -> Course | None:
@@ -101,11 +110,11 @@ def _training_reward(records: Sequence[Record]) -> Course | None:
     if not given:
         return None
     steps, means = zip(*given, strict=True)
-    return Course("training reward", "fixed3", steps, means)
+    return Course("training reward", metric("reward/mean").kind, steps, means)
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Evaluations and training reward at start and end, time, counts and where the results are."""
+    """Print evaluations and training reward at start and end, times, counts and the paths of the results."""
     from rich.text import Text
 
     console = console or default_console()
@@ -136,7 +145,10 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 
 
 def _course_line(course: Course, width: int, console: Console, only: str) -> Text:
-    """name, for accuracies a bar of 0 to 100 %, first -> last, change."""
+    """Return name, bar from 0 to 100 % (for accuracies), first -> last value, and change.
+
+    only  text after a single value
+    """
     line = safe("  " + course.label.ljust(max(width, 10)) + "  ", console)
     if course.kind == "percent":
         _append_bar(line, course.values[0], course.values[-1], console)

@@ -110,6 +110,6 @@ def test_mismatch_is_that_of_engine_and_trainer_and_not_the_policys_movement(
 def test_the_report_draws_the_entropy_of_all_sampled_tokens(recorded: bool, tmp_path: Path) -> None:
     """A run from before that metric has the one line that it recorded."""
     record = {"step": 1, "stage": 0, "policy/entropy": 0.3} | ({"policy/entropy_all": 0.1} if recorded else {})
-    plots, _ = render_plots(RecordedRun(tmp_path, None, {}, (record,), ()))
+    plots, _ = render_plots(RecordedRun(path=tmp_path, config=None, raw_config={}, records=(record,), notes=()))
     (entropy,) = [plot for plot in plots if plot.title == "Entropy"]
     assert [entry.label for entry in entropy.legend] == ["entropy", *["all sampled"] * recorded]
