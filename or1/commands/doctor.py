@@ -18,7 +18,6 @@ from or1.core.errors import EXIT_RUN
 from or1.core.quiet import quiet_libraries
 from or1.core.text import visible
 from or1.report.console import default_console
-from or1.report.live import RunDisplay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,6 +118,7 @@ def _canary(config: Config) -> Iterator[Line]:
     from or1.core.errors import AttentionError, EngineError, ModelError
     from or1.data import load_run_data
     from or1.model.load import load_model, load_tokenizer, remarks_of
+    from or1.report.live import RunDisplay
     from or1.rollout import make_engine
     from or1.train.engine_check import compare_engine
 

@@ -13,7 +13,6 @@ from or1.commands.arguments import positive
 from or1.core.errors import RunError
 from or1.core.quiet import quiet_libraries
 from or1.report.console import default_console
-from or1.report.live import RunDisplay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +57,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
     """
     from or1.dist.watchdog import Watchdog
     from or1.dist.world import SINGLE
+    from or1.report.live import RunDisplay
     from or1.report.rank_display import RankDisplay
     from or1.run.checkpoint import committed_steps
     from or1.run.directory import checkpoints_of, recorded_run
