@@ -92,7 +92,9 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
         else:
             print(f"step {chosen}: {len(manifest['files'])} files verify")
     if problems:
-        remedy = "restore what is damaged, or remove its folder; the run goes on from the newest that verifies"
+        remedy = (
+            "restore the damaged files, or remove the folder; the run resumes from the newest checkpoint that verifies"
+        )
         raise type(problems[0])("\n".join([*map(str, problems), remedy]))
 
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, files=False)
     shape = shape_of(config.model.path)
     device, why = find_device(arguments.device, config.model.device)
-    plan = make_plan(config, shape, device, arguments.gpus, arguments.mean_response)
+    plan = make_plan(config, shape, device, gpus=arguments.gpus, mean_response=arguments.mean_response)
     if arguments.json:
         print(json.dumps(plan_json(plan), indent=2))
     else:

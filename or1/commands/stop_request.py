@@ -46,10 +46,10 @@ class StopRequest:
                 if number != signal.SIGTERM:
                     continue
                 if self.requested:
-                    _tell("SIGTERM again: ending at once; the newest committed checkpoint stands")
+                    _tell("SIGTERM again: ending at once; the newest committed checkpoint is kept")
                     os._exit(EXIT_TERMINATED)
                 self.requested = True
-                _tell("SIGTERM: the step at work is finished and committed, then the run ends; again to end at once")
+                _tell("SIGTERM: the run ends after the current step is committed; send it again to end at once")
 
 
 def _tell(text: str) -> None:

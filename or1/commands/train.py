@@ -34,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `or1 train`."""
     parser.add_argument("config", help="TOML file")
     add_overrides(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check config, data and run_dir, show the plan, no more")
-    parser.add_argument("--fresh", action="store_true", help="move a former run in run_dir aside and start anew")
+    parser.add_argument("--dry-run", action="store_true", help="only check config, data and run_dir, and show the plan")
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an earlier run in run_dir aside and start from scratch"
+    )
     parser.add_argument("--nproc", type=positive, metavar="N", help="ranks on this machine; calls torchrun")
     parser.add_argument(
         "--restarts",
@@ -162,7 +164,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     for line in chain(remarks, _try_rewards(config, data)):
         print(visible(line))
     if refused:
-        raise RunError("the dry run found no other mistake; the run's folder is as said above")
+        raise RunError("the dry run found no other mistake; correct the one in the first message")
 
 
 def _rehearse_models(config: Config) -> list[str]:
@@ -243,7 +245,7 @@ def _train(
     # gloo aborts a rank whose peer exits while messages are in flight. export_model has a barrier of its own.
     world.barrier()
     if not finished:
-        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command goes on")
+        display.message(f"stopped after step {trainer.state.step}, which is committed; the same command resumes")
         return None
     display.phase("export")
     trainer.export()

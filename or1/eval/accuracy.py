@@ -134,7 +134,7 @@ class EvalResult:
             return ""
         return (
             f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
-            f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards"
+            f"from {RIGHT:g} on, so both are 0 here; look at the mean reward, or scale the rewards"
         )
 
     def metrics(self) -> dict[str, float]:

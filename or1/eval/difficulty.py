@@ -81,7 +81,9 @@ def measure_difficulty(config: Config, out: Path, display: Display, fresh: bool 
             "seed": config.seed,
             **inputs_of(config, prompts),
         }
-        store = PartStore(parts, out, depends_on, DIFFICULTY, part_size(config, source.engine, settings.samples))
+        store = PartStore(
+            parts, out, settings=depends_on, schema=DIFFICULTY, size=part_size(config, source.engine, settings.samples)
+        )
         sampling = Sampling(settings.temperature, limit, settings.samples, config.seed, top_p=settings.top_p)
         with make_scorer(config.reward, prompts, out.parent) as scorer:
             for remark in remarks_of(scorer, out.parent):

@@ -102,7 +102,7 @@ def _sample_set(
     }
     final = out / "transcripts" / f"{each.name}.parquet"
     size = part_size(config, source.engine, each.samples)
-    store = PartStore(out / "parts" / each.name, final, settings, TRANSCRIPTS, size)
+    store = PartStore(out / "parts" / each.name, final, settings=settings, schema=TRANSCRIPTS, size=size)
     sampling = Sampling(each.temperature, config.eval_max_response_tokens, each.samples, config.seed, top_p=each.top_p)
     reused = sample_parts(
         source.engine,

@@ -72,7 +72,7 @@ class PartStore:
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise StoreError(
                 f"{self.final} cannot be read ({type(error).__name__}: {error}); restore it, or remove "
-                "it to sample its rows anew"
+                "it to sample its rows again"
             ) from error
 
     def merge(self) -> None:
@@ -105,8 +105,8 @@ class PartStore:
                 raise ValueError("part_size or merged is missing")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise StoreError(
-                f"{self._record} does not say how its parts were made ({type(error).__name__}: {error}); "
-                "start anew with --fresh, which moves these aside"
+                f"{self._record} does not describe its parts ({type(error).__name__}: {error}); "
+                "start again with --fresh, which moves the parts aside"
             ) from error
         return before
 
@@ -121,7 +121,7 @@ class PartStore:
         if changed:
             raise StoreError(
                 f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
-                "another folder with --out, or start anew with --fresh, which moves these aside"
+                "another folder with --out, or start again with --fresh, which moves the results aside"
             )
         self._merged = merged and self.final.is_file()
         if self._merged:

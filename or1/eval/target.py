@@ -67,7 +67,7 @@ def _needed(recipe: str | None, target: str) -> str:
     if recipe is None:
         raise _refusal(
             target,
-            "says nothing of evaluation sets; add --config with a TOML file that has "
+            "has no evaluation sets; add --config with a TOML file that has "
             "[[eval.sets]], such as one of examples/recipes/eval-*.toml",
         )
     return recipe

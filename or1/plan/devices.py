@@ -105,7 +105,7 @@ def find_device(wanted: str | None, configured: str) -> tuple[Device, str]:
     if wanted is not None:
         known = {_plain(name): name for name in NAMES}
         if _plain(wanted) not in known:
-            raise PlanError(f"--device {wanted!r} is not in the table; it knows {', '.join(NAMES)}")
+            raise PlanError(f"--device {wanted!r} is not in the table; choose one of {', '.join(NAMES)}")
         name = known[_plain(wanted)]
         return (_cpu() if name == "cpu" else _GPUS[name]), "--device"
     if configured != "cpu":

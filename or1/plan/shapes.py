@@ -108,8 +108,8 @@ def shape_of(path: str) -> ModelShape:
     if path.lower() in (names := {name.lower(): name for name in KNOWN}):
         return parse_shape(KNOWN[names[path.lower()]], path)
     raise PlanError(
-        f"no config.json for model.path = {path!r}: it is no folder here, not in the Hugging Face cache, and no model "
-        f"that or1 knows by name ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
+        f"no config.json for model.path = {path!r}: the path is no folder, not in the Hugging Face cache, and not in the "
+        f"list of known models ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
     )
 
 
@@ -137,7 +137,7 @@ def parse_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     rules = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama, "mistral": _mistral}
     if family not in rules:
         raise PlanError(
-            f"model_type {family!r} of {name!r} is not one that or1 plan can count; it knows {', '.join(rules)}. "
+            f"model_type {family!r} of {name!r} is not supported by or1 plan; it supports {', '.join(rules)}. "
             "Train with a small optim.max_tokens_per_rank and watch perf/peak_mem_gib instead"
         )
     missing = [

@@ -64,7 +64,7 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
     work = plan.heaviest.work
     yield (
         f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
-        "--mean-response says otherwise, the longest at it; no group rejected"
+        "--mean-response is given, the longest at the limit; no group rejected"
     )
     yield (
         "               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
@@ -168,7 +168,7 @@ def verdict(plan: Plan) -> str:
     over = plan.heaviest.memory.peak.total - plan.device.usable
     text = f"It does not fit: {over / GIB:.1f} GiB too much on {plan.device.name}."
     if plan.remedy is None:
-        return text + " No option that or1 knows makes it fit; take a larger device (--device) or a smaller model."
+        return text + " No known option makes it fit; take a larger device (--device) or a smaller model."
     options = [t if t.startswith("--") else f"--set {t}" for t in plan.remedy]
     return f"{text} It would with: {' '.join(options)}"
 

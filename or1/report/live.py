@@ -158,12 +158,12 @@ class RunDisplay:
 
         now, phase = time.monotonic(), self._phase
         shown = Header(
-            self._step,
-            self._total,
-            now - self._started,
-            self._left(),
-            self._stage_text(),
-            phase,
-            0.0 if phase is None else now - phase.since,
+            step=self._step,
+            total=self._total,
+            elapsed_s=now - self._started,
+            left_s=self._left(),
+            stage=self._stage_text(),
+            phase=phase,
+            phase_s=0.0 if phase is None else now - phase.since,
         )
         return Group(header(shown, self._console), *([] if self._table is None else [self._table]))

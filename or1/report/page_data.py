@@ -87,7 +87,7 @@ class RecordedRun:
         return sampled(record, () if self.config is None else self.config.stage)
 
     def count(self, shares: Sequence[float]) -> int:
-        """Return the number of training responses that the shares stand for, one share a record."""
+        """Return the number of training responses in a share of each record."""
         pairs = zip(self.records, shares, strict=True)
         return round(math.fsum(number(share, 0.0) * self.responses(record) for record, share in pairs))
 
@@ -140,8 +140,8 @@ def load_run(run_dir: Path) -> RecordedRun:
         notes.append(f"metrics.jsonl has no line of {len(missing)} steps that the run did (first: step {missing[0]}).")
     if not records and read_marks(run_dir).get("committed"):
         raise ReportError(
-            f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
-            "on with the run, whose later steps can be reported"
+            f"{metrics} holds no step, though the run did some: the file was damaged; restore the file, or "
+            "resume the run, whose later steps can be reported"
         )
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")

@@ -363,7 +363,7 @@ def _stack(
         ax.set_ylim(0, 100)
     _format_y(ax, unit)
     legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
-    return Plot(title, caption, _svg(figure, title), legend, wide)
+    return Plot(title, caption, _svg(figure, title), legend, wide=wide)
 
 
 def _binned(values: Sequence[float], size: int) -> list[float]:

@@ -73,10 +73,10 @@ def header(shown: Header, console: Console) -> RenderableType:
     times = [Text(f"elapsed {clock(shown.elapsed_s)}"), Text(f"left {left}")]
     stage = Text(shown.stage, style="dim")
     needed = _NAMES + _BAR + sum(_GAP + len(text) for text in (*times, stage)) + _GAP
-    beside = width >= _WIDE and needed <= width
+    one_line = width >= _WIDE and needed <= width
     step = Text(f"step {shown.step}/{shown.total}", style="bold")
-    lines = [_line(step, "", (shown.step, shown.total), [*times, stage] if beside and stage else times, width)]
-    if stage and not beside:
+    lines = [_line(step, "", (shown.step, shown.total), [*times, stage] if one_line and stage else times, width)]
+    if stage and not one_line:
         lines.append(stage)
     if phase is None:
         return Group(*lines, Text(""))

@@ -206,7 +206,7 @@ def plain_line(record: Record, step: int, total: int, left: float | None) -> str
             cells.append(words.format(value_text(value, shorter or metric(key).kind).rjust(width)))
     for words, key in _FAILURES:
         if (share := number(record.get(key), 0.0)) > 0:
-            cells.append(words.format(value_text(share, "percent")))
+            cells.append(words.format(value_text(share, metric(key).kind)))
     if left is not None and step < total:
         cells.append(f" left {duration(left).replace(' ', '')}")
     return " ".join(cells)

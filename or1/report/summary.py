@@ -100,7 +100,7 @@ def summarise(
 
 
 def _count(records: Sequence[Record], shares: Sequence[object], config: Config) -> int:
-    """Return the number of training responses that a share of each step stands for, as `RecordedRun.count` does."""
+    """Return the number of training responses in a share of each step, as `RecordedRun.count` does."""
     pairs = zip(records, shares, strict=True)
     return round(math.fsum(number(share, 0.0) * sampled(record, config.stage) for record, share in pairs))
 
