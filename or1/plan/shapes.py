@@ -108,8 +108,8 @@ def shape_of(path: str) -> ModelShape:
     if path.lower() in (names := {name.lower(): name for name in KNOWN}):
         return parse_shape(KNOWN[names[path.lower()]], path)
     raise PlanError(
-        f"no config.json for model.path = {path!r}: the path is no folder, not in the Hugging Face cache, and not in the "
-        f"list of known models ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
+        f"no config.json for model.path = {path!r}: it is no folder, not in the Hugging Face cache, and not a "
+        f"known model ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
     )
 
 
