@@ -35,10 +35,11 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
 
     Raises DataError, StoreError, ModelError, EndpointError, ScorerError.
     """
+    # First: transformers and its hub library read the settings when they are imported.
+    quiet_libraries()
     from or1.eval.evaluation import evaluate_target
     from or1.report.tables import print_evaluation
 
-    quiet_libraries()
     with Bar() as bar:
         found = evaluate_target(target, bar, fresh)
     is_function = target.config.reward.is_function

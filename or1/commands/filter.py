@@ -34,10 +34,11 @@ def run_filter(config: Config, out: Path | None = None, fresh: bool = False) -> 
 
     Raises DataError, StoreError, ModelError, EndpointError, ScorerError.
     """
+    # First: transformers and its hub library read the settings when they are imported.
+    quiet_libraries()
     from or1.eval.difficulty import measure_difficulty
     from or1.report.tables import print_difficulty
 
-    quiet_libraries()
     out = out or config.run_path / "difficulty.parquet"
     with Bar() as bar:
         found = measure_difficulty(config, out, bar, fresh)

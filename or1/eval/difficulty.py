@@ -15,7 +15,7 @@ from or1.core.display import Display
 from or1.core.types import Group, Status
 from or1.data import duplicate_lines, load_training_files, times_solved
 from or1.eval.accuracy import Outcome
-from or1.eval.sampling import inputs_of, part_size, reuse_message, sample_parts
+from or1.eval.sampling import part_size, reuse_message, sample_parts, score_inputs
 from or1.eval.source import open_source
 from or1.eval.store import PartStore, move_aside
 from or1.reward import make_scorer
@@ -79,7 +79,7 @@ def measure_difficulty(config: Config, out: Path, display: Display, fresh: bool 
             "top_p": settings.top_p,
             "max_response_tokens": limit,
             "seed": config.seed,
-            **inputs_of(config, prompts),
+            **score_inputs(config, prompts),
         }
         store = PartStore(
             parts, out, settings=depends_on, schema=DIFFICULTY, size=part_size(config, source.engine, settings.samples)

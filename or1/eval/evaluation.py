@@ -19,7 +19,7 @@ from or1.core.files import write_whole
 from or1.core.types import Prompt
 from or1.data import load_eval_sets
 from or1.eval.accuracy import EvalResult, Outcome, by_source, pass_ks, summarise_set
-from or1.eval.sampling import inputs_of, part_size, reuse_message, sample_parts
+from or1.eval.sampling import part_size, reuse_message, sample_parts, score_inputs
 from or1.eval.source import Source, open_source
 from or1.eval.store import PartStore, move_aside
 from or1.eval.target import Target
@@ -98,7 +98,7 @@ def _sample_set(
         "top_p": each.top_p,
         "max_response_tokens": config.eval_max_response_tokens,
         "seed": config.seed,
-        **inputs_of(config, prompts),
+        **score_inputs(config, prompts),
     }
     final = out / "transcripts" / f"{each.name}.parquet"
     size = part_size(config, source.engine, each.samples)

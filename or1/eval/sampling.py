@@ -16,6 +16,7 @@ from or1.reward.custom import file_of
 from or1.reward.scorer import Scorer
 from or1.rollout.collect import Progress, collect
 from or1.rollout.engine import Engine, Sampling
+from or1.rollout.hf import HfEngine
 
 _BATCHES = 4
 """Batches in a part for an engine with its own queue.
@@ -28,8 +29,6 @@ def part_size(config: Config, engine: Engine, samples: int) -> int:
     """Return the prompts per part: one batch of transformers' generate, or some batches of an engine with a queue."""
     if config.endpoint.url is not None:
         return max(1, _BATCHES * config.endpoint.concurrency // samples)
-    from or1.rollout.hf import HfEngine
-
     batches = 1 if isinstance(engine, HfEngine) else _BATCHES
     return max(1, batches * config.rollout.batch_size // samples)
 
@@ -77,7 +76,7 @@ def reuse_message(name: str, reused: int, total: int) -> str:
     return f"{name}: {reused:,} of {total:,} responses were there already" if reused else ""
 
 
-def inputs_of(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
+def score_inputs(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """Return what the scores depend on apart from sampling, as settings of a PartStore.
 
     These are the prompts, the settings of `[reward]`, and the file of a user-defined reward function. Modules that

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from or1.config import Config
+from or1.model.load import load_model, load_tokenizer
+from or1.rollout import make_engine
+from or1.rollout.endpoint import EndpointEngine
 from or1.rollout.engine import Engine
 
 
@@ -28,14 +31,9 @@ def open_source(config: Config) -> Iterator[Source]:
     The engine is closed at the end of the block. Raises EndpointError or ModelError.
     """
     if config.endpoint.url is not None:
-        from or1.rollout.endpoint import EndpointEngine
-
         endpoint = EndpointEngine(config.endpoint)
         yield Source(endpoint, None, {"url": config.endpoint.url, "model": endpoint.model})
         return
-    from or1.model.load import load_model, load_tokenizer
-    from or1.rollout import make_engine
-
     tokenizer = load_tokenizer(config.model.path)
     engine = make_engine(config, load_model(config.model, packs=False).eval(), tokenizer)
     try:

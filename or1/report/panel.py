@@ -23,7 +23,6 @@ _BAR, _LEAST_BAR, _LEAST_NAME, _GAP = 28, 4, 10, 2
 _NAMES = 20  # columns of a name, so that the two bars are aligned
 _LEGEND = f"over last {TREND}: against the {TREND} before; = unchanged; evaluations: since the first"
 
-
 ROWS = {
     "reward/mean": 1,
     "policy/entropy": 0,

@@ -122,21 +122,6 @@ class EvalHistory:
     points: tuple[EvalPoint, ...]
 
     @property
-    def before(self) -> EvalPoint:
-        """The first evaluation."""
-        return self.points[0]
-
-    @property
-    def after(self) -> EvalPoint | None:
-        """The last evaluation, or None if there is only one."""
-        return self.points[-1] if len(self.points) > 1 else None
-
-    @property
-    def change_points(self) -> float | None:
-        """Accuracy gained, in percentage points."""
-        return self.accuracy.change
-
-    @property
     def accuracy(self) -> Course:
         """The share of responses that are solved."""
         last = self.points[-1]
