@@ -189,7 +189,7 @@ METRICS = (
     Metric(
         "time/reward_exposed", SECONDS, "short", "exposed reward", "The same value as time/reward, for older readers."
     ),
-    Metric("time/train", SECONDS, "short", "train", "Advantages, log-prob passes and updates."),
+    Metric("time/train", SECONDS, "short", "train", "Log-prob passes and optimizer updates."),
     Metric("time/sync", SECONDS, "short", "sync", "Push of the weights to the engine, and its check."),
     Metric("time/eval", SECONDS, "short", "eval", "Evaluation of all sets."),
     Metric("time/step", SECONDS, "short", "step", "Wall time of the step with its evaluation, without its checkpoint."),
