@@ -1,24 +1,58 @@
-"""`or1 ckpt ls|verify|prune`: the checkpoints of a run, for a person."""
+"""`or1 ckpt ls|verify|prune`: the checkpoints of a run."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from or1.commands.arguments import positive
 from or1.core.errors import CheckpointError, RunError
 from or1.core.text import visible
-from or1.report.live import default_console
-from or1.run.checkpoint import MANIFEST, read_manifest, remove_step, step_folder, step_folders, verify_checkpoint
-from or1.run.directory import checkpoints_of
-from or1.run.marks import lost_newest
+from or1.report.console import default_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ACTIONS = {
+    "ls": "list them",
+    "verify": "read every file and compare its sha256",
+    "prune": "keep the newest that verify, remove the others",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of `or1 ckpt`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
+    for name, text in _ACTIONS.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument("run_dir", type=Path)
+        if name == "verify":
+            action.add_argument("--step", type=positive, help="this one only")
+        if name == "prune":
+            action.add_argument("--keep", type=positive, required=True, metavar="N", help="how many to keep")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, verify or remove checkpoints. Raises RunError, CheckpointError."""
+    match arguments.action:
+        case "ls":
+            list_checkpoints(arguments.run_dir)
+        case "verify":
+            verify_checkpoints(arguments.run_dir, arguments.step)
+        case _:
+            prune_checkpoints(arguments.run_dir, arguments.keep)
+    return 0
 
 
 def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
     """Print a line per committed checkpoint. Raises RunError if there is none."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from or1.run.checkpoint import MANIFEST, read_manifest, step_folder
+
     folder, steps = _found(run_dir)
     table = Table("step", "written", "ranks", "files", "bytes", "problem", box=None, pad_edge=False)
     for step in steps:
@@ -37,7 +71,13 @@ def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
 
 
 def verify_checkpoints(run_dir: Path, step: int | None) -> None:
-    """Read every file of one checkpoint, or of all. Raises CheckpointError naming each file that is not as written."""
+    """Read every file of one checkpoint, or of all if `step` is None.
+
+    Raises CheckpointError that names each missing or altered file, RunError if there is no such checkpoint.
+    """
+    from or1.run.checkpoint import step_folder, verify_checkpoint
+    from or1.run.marks import lost_newest
+
     folder, steps = _found(run_dir)
     if step is not None and step not in steps:
         raise RunError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
@@ -52,15 +92,19 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
         else:
             print(f"step {chosen}: {len(manifest['files'])} files verify")
     if problems:
-        remedy = "restore what is damaged, or remove its folder; the run goes on from the newest that verifies"
+        remedy = (
+            "restore the damaged files, or remove the folder; the run resumes from the newest checkpoint that verifies"
+        )
         raise type(problems[0])("\n".join([*map(str, problems), remedy]))
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints that verify; those that do not are left for a person to look at.
+    """Remove checkpoints older than the newest `keep` that verify. Newer ones that do not verify stay.
 
     Raises CheckpointError, with nothing removed, if fewer than `keep` verify and some do not.
     """
+    from or1.run.checkpoint import remove_step, step_folder, verify_checkpoint
+
     folder, steps = _found(run_dir)
     good: list[int] = []
     problems: list[CheckpointError] = []
@@ -82,6 +126,11 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
 
 
 def _found(run_dir: Path) -> tuple[Path, list[int]]:
+    """Return the folder of checkpoints and their steps, ascending. Raise RunError if there is no checkpoint."""
+    from or1.run.checkpoint import step_folders
+    from or1.run.directory import checkpoints_of
+    from or1.run.marks import lost_newest
+
     folder = checkpoints_of(run_dir)
     steps = step_folders(folder)
     if not steps and (lost := lost_newest(run_dir)):

@@ -1,7 +1,8 @@
-"""`or1 doctor`: what this machine has, and whether engine and trainer compute the same model before any update."""
+"""`or1 doctor`: what this machine has, and whether engine and trainer compute the same log-probs before any update."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -10,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
+from or1.commands.arguments import add_overrides
 from or1.config import Config
+from or1.config.load import load_config
+from or1.core.errors import EXIT_RUN
 from or1.core.quiet import quiet_libraries
 from or1.core.text import visible
-from or1.report.live import RunDisplay, default_console
+from or1.report.console import default_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +26,23 @@ _STYLE = {"ok": "green", "absent": "dim", "problem": "bold red"}
 _MARK = {"ok": "ok", "absent": "-", "problem": "!!"}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `or1 doctor`."""
+    parser.add_argument("config", nargs="?", help="TOML file whose engine to try, without any update")
+    add_overrides(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings. Return EXIT_RUN if there is a problem. Raises ConfigError, DataError, ModelError."""
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    return 0 if diagnose(config) else EXIT_RUN
+
+
 def diagnose(config: Config | None, console: Console | None = None) -> bool:
-    """Print the findings; returns whether nothing is wrong. With a config, also run its engine once (the canary)."""
+    """Print the findings, and return True if there is no problem.
+
+    With a config, also compare its engine with its trainer.
+    """
     from rich.text import Text
 
     quiet_libraries()
@@ -65,7 +84,7 @@ def _gpu_lines() -> list[Line]:
 
 
 def _sandbox_lines() -> list[Line]:
-    """Which sandbox programs would run in here, and each protection that was tried in it."""
+    """Return the kind of sandbox that the code reward uses here, and each of its protections that was tried."""
     from or1.core.errors import ScorerError
     from or1.reward.code.protections import PROTECTIONS
     from or1.reward.code.sandbox import find_sandbox, missing_protections
@@ -78,7 +97,7 @@ def _sandbox_lines() -> list[Line]:
     held = [name for name in PROTECTIONS if name not in missing]
     lines = [Line("sandbox", "ok", f"{kind}; {len(held)} of {len(PROTECTIONS)} protections tried and held")]
     lines += [Line(name, "ok", PROTECTIONS[name]) for name in held]
-    # What a sandbox must have, `find_sandbox` has required; the rest this type of machine cannot have.
+    # `find_sandbox` refuses a sandbox without the required protections; those missing here are optional.
     return lines + [Line(name, "absent", f"does not hold: {why}") for name, why in missing.items()]
 
 
@@ -95,16 +114,17 @@ def _vllm_line(config: Config | None) -> Line:
 
 
 def _canary(config: Config) -> Iterator[Line]:
-    """Log-probs of engine and trainer with the checkpoint's weights, then again after pushing those very weights."""
-    from or1.core.errors import AttentionError, EngineError
+    """Compare the log-probs of engine and trainer, with the weights as loaded and again after a push of the weights."""
+    from or1.core.errors import AttentionError, EngineError, ModelError
     from or1.data import load_problems
-    from or1.model.load import ModelError, load_model, load_tokenizer, remarks_of
+    from or1.model.load import load_model, load_tokenizer, remarks_of
+    from or1.report.live import RunDisplay
     from or1.rollout import make_engine
     from or1.train.engine_check import compare_engine
 
     tokenizer = load_tokenizer(config.model.path)
     try:
-        # As training does, which asks the model in training mode whether packed rows are computed rightly.
+        # As training does: this checks, in training mode, that documents of a packed row do not see each other.
         model = load_model(config.model)
     except (ModelError, AttentionError) as error:
         yield Line("model", "problem", str(error))
@@ -135,7 +155,7 @@ def _canary(config: Config) -> Iterator[Line]:
 
 
 class Line(NamedTuple):
-    """One finding: `state` is "ok", "absent" (only some features need it) or "problem" (or1 does not run so)."""
+    """One finding. `state` is "ok", "absent" (only some features need this) or "problem" (or1 cannot run)."""
 
     name: str
     state: str
@@ -167,7 +187,7 @@ _OPTIONAL = {
 
 
 def machine_lines() -> list[Line]:
-    """Python, processor and memory."""
+    """Return Python's version, the processor and the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [Line("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -177,7 +197,7 @@ def machine_lines() -> list[Line]:
 
 
 def package_lines() -> list[Line]:
-    """Packages that or1 needs or can use, with versions."""
+    """Return the packages that or1 needs or can use, with versions."""
     lines = []
     for name in _REQUIRED:
         version = _version(name)

@@ -1,4 +1,4 @@
-"""What a dry run can tell beside the plan: whether the run's folder can be made, and what this machine lacks."""
+"""Checks of `or1 train --dry-run`: can the run's folder be made, and what does this machine lack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from or1.core.errors import RunError
 
 
 def require_place(run_dir: Path) -> None:
-    """Raise RunError if a run could not write in this folder, or not make it."""
+    """Raise RunError unless a run can write in this folder, or create it."""
     remedy = "choose another folder with --set run_dir=..."
     try:
         place = run_dir.absolute()
@@ -28,12 +28,12 @@ def require_place(run_dir: Path) -> None:
 
 
 def missing_here(config: Config) -> Iterator[str]:
-    """Yield a line for each thing that the config asks for and this machine lacks; another may have it."""
+    """Yield a line for each thing that the config needs and this machine lacks. Another machine may have it."""
     import torch
 
-    from or1.core.errors import AttentionError, EngineError, OptimizerError
+    from or1.core.errors import AttentionError, EngineError, ModelError, OptimizerError
     from or1.model.attention import choose_backend
-    from or1.model.load import ModelError, resolve_device
+    from or1.model.load import resolve_device
     from or1.rollout.vllm.setup import require_vllm
     from or1.train.adam import make_rule
 

@@ -1,31 +1,26 @@
-"""`or1 replay RUN STEP`: one step again, from the checkpoint before it and the rollouts it saved, for debugging.
+"""`or1 replay RUN STEP`: repeat one step from the checkpoint before it and its saved rollouts, for debugging.
 
-Nothing is generated and nothing is written. On the machine that ran the step, its numbers come out bit for bit.
+Nothing is generated and nothing is written. On the machine that ran the step, the metrics are bit-identical.
 """
 
 from __future__ import annotations
 
+import argparse
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
+from or1.commands.arguments import positive
 from or1.core.errors import RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.types import Prompt, Response, Score
-from or1.dist.watchdog import Watchdog
-from or1.dist.world import SINGLE
-from or1.report.live import RunDisplay, default_console
-from or1.report.rank_display import RankDisplay
-from or1.rollout.collect import Rollout
-from or1.run.checkpoint import committed_steps
-from or1.run.directory import checkpoints_of, recorded_run
-from or1.run.metrics_log import read_metrics
-from or1.run.rollout_log import read_rollouts
-from or1.train.build import Parts, build
-from or1.trainer import Trainer
+from or1.report.console import default_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from or1.train.build import Parts
 
 COMPARED = (
     "reward/mean",
@@ -44,14 +39,35 @@ COMPARED = (
 )
 
 
-def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str, float]:
-    """Repeat `step` and print its numbers beside those the run recorded; returns them.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `or1 replay`."""
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("step", type=positive)
 
-    It starts from the newest checkpoint before the step, or from the untrained model, and repeats the steps between.
-    Raises RunError if the folder is no run, or a step's rollouts are not there.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Repeat the step and print the comparison. Raises RunError."""
+    replay(arguments.run_dir, arguments.step)
+    return 0
+
+
+def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str, float]:
+    """Repeat `step`, print its metrics and those that the run recorded, and return its metrics.
+
+    The replay starts from the newest checkpoint before the step, or from the untrained model, and repeats all steps
+    in between. Raises RunError if the folder is no run, or the rollouts of a step are not saved.
     """
+    from or1.dist.watchdog import Watchdog
+    from or1.dist.world import SINGLE
+    from or1.report.live import RunDisplay
+    from or1.report.rank_display import RankDisplay
+    from or1.run.checkpoint import committed_steps
+    from or1.run.directory import checkpoints_of, recorded_run
+    from or1.run.metrics_log import read_metrics
+    from or1.train.build import build
+
     config = recorded_run(run_dir).model_copy(update={"run_dir": str(run_dir)})
-    # Nothing is generated, so no other engine need start.
+    # Nothing is generated, so vLLM does not have to start.
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
     if step > config.total_steps:
         raise RunError(f"step {step} is past the last of {config.total_steps} steps")
@@ -76,7 +92,7 @@ def replay(run_dir: Path, step: int, console: Console | None = None) -> dict[str
 
 
 class _NoScorer:
-    """A scorer for a run that grades nothing: rewards come from the saved rollouts."""
+    """A scorer for a run that grades nothing: the rewards are those of the saved rollouts."""
 
     remarks = ()
 
@@ -94,6 +110,13 @@ class _NoScorer:
 
 
 def _repeat(parts: Parts, number: int, path: Path) -> dict[str, float]:
+    """Train step `number` on the rollouts saved in `path`, and return its metrics."""
+    import torch
+
+    from or1.rollout.collect import Rollout
+    from or1.run.rollout_log import read_rollouts
+    from or1.trainer import Trainer
+
     step = parts.state.stages.step(number)
     parts.rollouts.skip(step)
     torch.manual_seed(step.seed)
@@ -111,6 +134,8 @@ def _repeat(parts: Parts, number: int, path: Path) -> dict[str, float]:
 
 
 def _comparison(step: int, recorded: dict[str, float], found: dict[str, float]) -> Table:
+    from rich.table import Table
+
     table = Table(f"step {step}", "recorded", "replayed", "", box=None, pad_edge=False)
     for key in COMPARED:
         if key in found:

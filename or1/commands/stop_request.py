@@ -1,4 +1,4 @@
-"""A request to stop: the first SIGTERM ends the run after the step at work, the second one at once."""
+"""SIGTERM as a request to stop: the first ends the run after the current step, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class StopRequest:
-    """While the block lasts, `requested` says whether SIGTERM has come; on a second one the process is gone.
+    """A context in which the first SIGTERM sets `requested`, and the second one ends the process.
 
-    Python runs signal handlers in the main thread between two of its instructions, which a thread that waits in a
-    collective does not reach. So a thread of its own counts the signals, through the file descriptor that the C-level
-    handler writes them to.
+    Python runs signal handlers in the main thread, between two bytecode instructions. A main thread that waits in a
+    collective does not reach the next instruction. So a separate thread counts the signals: it reads the file
+    descriptor to which Python's C-level handler writes them.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+
+    def is_requested(self) -> bool:
+        """Return True after the first SIGTERM."""
+        return self.requested
 
     def __enter__(self) -> StopRequest:
         self._former = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -46,12 +50,12 @@ class StopRequest:
                 if number != signal.SIGTERM:
                     continue
                 if self.requested:
-                    _say("SIGTERM again: ending at once; the newest committed checkpoint stands")
+                    _tell("SIGTERM again: ending at once; the newest committed checkpoint is kept")
                     os._exit(EXIT_TERMINATED)
                 self.requested = True
-                _say("SIGTERM: the step at work is finished and committed, then the run ends; again to end at once")
+                _tell("SIGTERM: the run ends after the current step is committed; send it again to end at once")
 
 
-def _say(text: str) -> None:
-    # Not print: its buffer belongs to the main thread, which may be inside it.
+def _tell(text: str) -> None:
+    # Not `terminal.tell`: print takes a lock on its buffer, which the main thread may hold.
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\nor1: {text}\n".encode())

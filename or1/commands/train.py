@@ -1,23 +1,27 @@
-"""From a checked config to a finished run: directory, training, export, report, summary."""
+"""`or1 train`: from a checked config to a finished run with exported weights, a report and a summary."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from or1 import __version__
+from or1.commands.arguments import add_overrides, positive
 from or1.commands.dry_run import missing_here, require_place
+from or1.commands.exit import fail
+from or1.commands.restarts import Restarts
 from or1.commands.stop_request import StopRequest
-from or1.config import Config, ModelConfig
-from or1.core.errors import RunError
+from or1.config import Config
+from or1.config.load import load_config
+from or1.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
 from or1.core.text import visible
-from or1.report.live import RunDisplay, print_plan
-from or1.run.directory import check_run_dir, checkpoints_of, prepare_run_dir, require_movable
+from or1.report.run_plan import print_plan
 from or1.run.lock import RunLock
 
 if TYPE_CHECKING:
@@ -27,22 +31,81 @@ if TYPE_CHECKING:
     from or1.train.build import Parts
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `or1 train`."""
+    parser.add_argument("config", help="TOML file")
+    add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only check config, data and run_dir, and show the plan")
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an earlier run in run_dir aside and start from scratch"
+    )
+    parser.add_argument("--nproc", type=positive, metavar="N", help="ranks on this machine; calls torchrun")
+    parser.add_argument(
+        "--restarts",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="start again after a crash or exit 75; stop after N restarts without a new checkpoint",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or check the config with --dry-run. Raises what `launch` and `rehearse` raise, and ConfigError."""
+    # Printed before the seconds that libraries take to load. The launcher prints this line once for all ranks.
+    if "RANK" not in os.environ:
+        print(f"or1 {__version__}: reading {arguments.config}", flush=True)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        rehearse(config, fresh=arguments.fresh)
+        return 0
+    if "RANK" in os.environ:
+        if arguments.restarts:
+            return fail("--restarts is for ranks that or1 starts; use torchrun's --max-restarts", EXIT_USAGE)
+    elif arguments.nproc is not None or arguments.restarts:
+        return _train_in_processes(config, arguments)
+    try:
+        launch(config, fresh=arguments.fresh)
+    except KeyboardInterrupt:
+        manifests = any(config.run_path.glob("checkpoints/step_*/manifest.json"))
+        what = "resumes from the newest checkpoint" if manifests else "starts anew, since there is no checkpoint yet"
+        tell(f"\nor1: interrupted; the same command {what}")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
+    """Train in ranks of this machine, with --restarts again and again, and return the exit code."""
+    from or1.dist.local_ranks import run_ranks
+    from or1.run.directory import checkpoints_of
+
+    overrides = [part for override in arguments.overrides for part in ("--set", override)]
+    command = ["train", arguments.config, *overrides]
+    nproc = arguments.nproc or 1
+    code = run_ranks(nproc, [*command, "--fresh"] if arguments.fresh else command)
+    if arguments.restarts:
+        restarts = Restarts(checkpoints_of(config.run_path), arguments.restarts)
+        while restarts.again(code):
+            code = run_ranks(nproc, command)
+    return code
+
+
 def launch(config: Config, fresh: bool = False) -> None:
     """Train, then export the weights and write the report; in every rank that torchrun started.
 
-    Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; in all ranks, whichever
-    found it.
+    Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; an error of one rank
+    ends all ranks.
     """
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # Before torch is imported, so that a folder that cannot be used answers at once.
+        # Before the model libraries are imported, so that a folder that cannot be used is reported at once.
         messages = _prepare(config, fresh, lock)
     quiet_libraries()
     if config.deterministic:
         _only_deterministic_algorithms()
     from or1.dist.watchdog import watched
     from or1.dist.world import join
-    from or1.model.load import resolve_device
+    from or1.model.load import remarks_of, resolve_device
+    from or1.report.live import RunDisplay
     from or1.report.rank_display import RankDisplay
     from or1.run.message_log import RunLog, logged
     from or1.train.build import build
@@ -63,24 +126,31 @@ def launch(config: Config, fresh: bool = False) -> None:
             display = RankDisplay(watchdog, shown, log)
             for message in messages:
                 display.message(message)
-            with build(config, display, world, stop=lambda: stop.requested) as parts:
-                _introduce(parts, display)
+            with build(config, display, world, stop=stop.is_requested) as parts:
+                for line in chain(remarks_of(parts.policy.model), parts.data.lines()):
+                    display.message(line)
                 finished = Trainer(parts).run()
-            # gloo aborts a rank whose peer has gone while it still talks; export_model has such a place of its own.
+            # gloo aborts a rank whose peer exits while messages are in flight. export_model has a barrier of its own.
             world.barrier()
             weights = _export(parts, display) if finished else None
+            if not finished:
+                text = f"stopped after step {parts.state.step}, which is committed; the same command resumes"
+                display.message(text)
         if world.is_main and weights is not None:
             _finish(parts, weights)
 
 
 def rehearse(config: Config, fresh: bool = False) -> None:
-    """Show the plan, and find what would stop `launch` before it loads the model; nothing is written.
+    """Print the plan and check everything that `launch` needs before it loads the model; write nothing.
 
-    A run that is there with other settings is told at once, and the other mistakes are still looked for.
+    A run folder that cannot be used is reported at once, and the other checks still run.
     Raises RunError, DataError, ModelError, ModelSourceError, ScorerError.
     """
+    from or1.run.directory import check_run_dir, checkpoints_of, require_movable
+
     require_place(config.run_path)
-    changed, refused = [], ""
+    changed: list[str] = []
+    refused = ""
     try:
         if fresh:
             require_movable(config.run_path)
@@ -91,7 +161,6 @@ def rehearse(config: Config, fresh: bool = False) -> None:
         tell(f"or1: {refused}")
     quiet_libraries()
     from or1.data import load_problems, prompt_lines
-    from or1.model.isolation import rehearse_model
     from or1.model.load import load_tokenizer
     from or1.model.source import require_source
     from or1.run.checkpoint import committed_steps
@@ -99,26 +168,24 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     tokenizer = load_tokenizer(config.model.path)
     if config.loss.kl_coef > 0 and config.loss.reference is not None:
         require_source(config.loss.reference)
-    remarks = _rehearse_models(config, rehearse_model)
+    remarks = _rehearse_models(config)
     data = load_problems(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     for line in missing_here(config):
         print(visible(line))
     if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
-        print(
-            visible(
-                f"would resume after step {steps[-1]}" + (f", with changed {', '.join(changed)}" if changed else "")
-            )
-        )
-    for line in remarks:
+        with_changes = f", with changed {', '.join(changed)}" if changed else ""
+        print(visible(f"would resume after step {steps[-1]}{with_changes}"))
+    for line in chain(remarks, _try_rewards(config, data)):
         print(visible(line))
-    _try_rewards(config, data, lambda line: print(visible(line)))
     if refused:
-        raise RunError("the dry run found no other mistake; the run's folder is as said above")
+        raise RunError("the dry run found no other mistake; correct the one in the first message")
 
 
-def _rehearse_models(config: Config, rehearse_model: Callable[[ModelConfig], list[str]]) -> list[str]:
-    """What the policy and the reference model would be refused for, and remarks about them."""
+def _rehearse_models(config: Config) -> list[str]:
+    """Check that the policy and the reference model can be trained, and return remarks about them."""
+    from or1.model.isolation import rehearse_model
+
     paths = [config.model.path]
     if config.loss.kl_coef and config.loss.reference:
         paths.append(config.loss.reference)
@@ -126,26 +193,29 @@ def _rehearse_models(config: Config, rehearse_model: Callable[[ModelConfig], lis
     return list(dict.fromkeys(chain(*each)))
 
 
-def _try_rewards(config: Config, data: Problems, tell: Callable[[str], None]) -> None:
-    """Find what is wrong with the workers or a function of the user's own before minutes go into a model.
+def _try_rewards(config: Config, data: Problems) -> list[str]:
+    """Start the reward workers once before the model is loaded, so that a broken setup fails in seconds.
 
-    The function is loaded once and not called: a call may cost money or depend on what it was given before. Raises
-    ScorerError, RewardFunctionError.
+    A user-defined reward function is loaded but not called: a call may cost money, or depend on earlier calls.
+    Return remarks about the function. Raises ScorerError, RewardFunctionError.
     """
     from or1.reward import make_scorer
     from or1.reward.capacity import check_workers
+    from or1.reward.scorers import CustomScorer
 
     check_workers(config.reward.workers)
-    if config.reward.is_function:
-        prompts = chain(data.prompts, *data.eval_prompts.values())
-        with make_scorer(config.reward.model_copy(update={"workers": 1}), prompts) as scorer:
-            for remark in scorer.remarks:
-                tell(remark)
+    if not config.reward.is_function:
+        return []
+    prompts = chain(data.prompts, *data.eval_prompts.values())
+    with make_scorer(config.reward.model_copy(update={"workers": 1}), prompts) as scorer:
+        return list(scorer.remarks) if isinstance(scorer, CustomScorer) else []
 
 
 def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
-    """The run's folder made ready, and locked from here on; messages about it."""
-    # Once before, so that `fresh` moves no run that is at work; once more, for the folder that is there after it.
+    """Make the run's folder, lock it and print the plan; return messages about the folder."""
+    from or1.run.directory import prepare_run_dir
+
+    # The first lock keeps --fresh from moving a running run aside, the second is of the folder that exists afterwards.
     lock.take(make=False)
     messages = prepare_run_dir(config, fresh)
     lock.take(make=True)
@@ -154,8 +224,9 @@ def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:
 
 
 def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) -> list[str]:
-    """The main rank prepares the folder; what stops it there stops all."""
-    messages, problem = [], ""
+    """Prepare the folder on the main rank. Raise RunError on all ranks if the main rank cannot use it. Collective."""
+    messages: list[str] = []
+    problem = ""
     if world.is_main:
         try:
             messages = _prepare(config, fresh, lock)
@@ -164,14 +235,6 @@ def _prepare_together(world: World, config: Config, fresh: bool, lock: RunLock) 
     if found := world.gather(problem.encode())[0].decode():
         raise RunError(found)
     return messages
-
-
-def _introduce(parts: Parts, display: RankDisplay) -> None:
-    """Show what is worth knowing about the model and the data."""
-    from or1.model.load import remarks_of
-
-    for line in chain(remarks_of(parts.policy.model), parts.data.lines()):
-        display.message(line)
 
 
 def _export(parts: Parts, display: RankDisplay) -> Path:
@@ -184,10 +247,9 @@ def _export(parts: Parts, display: RankDisplay) -> Path:
 
 
 def _finish(parts: Parts, weights: Path) -> None:
-    """Write the report and show the summary."""
+    """Write the report and print the summary."""
     from or1.report.page import write_report
-    from or1.report.summary import summarise
-    from or1.report.summary_text import print_summary
+    from or1.report.summary import print_summary, summarise
 
     report = write_report(parts.config.run_path)
     bad_rows = sum(len(r.bad) for r in parts.data.reports)
@@ -195,8 +257,8 @@ def _finish(parts: Parts, weights: Path) -> None:
 
 
 def _only_deterministic_algorithms() -> None:
-    """Before the first use of the GPU: the same seed and ranks then give the same bits on the same kind of GPU."""
-    # cuBLAS and NCCL read these once: a fixed workspace, and one order of summation.
+    """Make equal seeds and ranks give equal bits on the same kind of GPU. Call before the first use of the GPU."""
+    # cuBLAS and NCCL read these variables once: a fixed workspace, and one order of summation.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     import torch

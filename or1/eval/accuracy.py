@@ -1,4 +1,4 @@
-"""avg@k and pass@k of problems that were sampled several times: of a run's own evaluations and of `or1 eval`."""
+"""avg@k and pass@k of problems that are sampled several times, in training runs and in `or1 eval`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from or1.rollout.engine import Engine, Sampling
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the responses to one problem.
+    """Statistics of the responses to one problem.
 
-    correct    how many of `samples` were right
-    reward     mean reward of those that have one; NaN if none has
-    best       largest of them
+    samples    number of responses
+    correct    number of right responses
+    reward     mean reward of the responses that have a reward; NaN if none has
+    best       largest reward; NaN if no response has a reward
     tokens     mean length
-    truncated  how many were cut at the limit
-    statuses   how many have each `Status`, by its value
-    graded     how many have a reward that is neither 0 nor 1
-    unclosed   how many ended by themselves and were scored 0 for want of `</think>`
+    truncated  number of responses cut at the token limit
+    statuses   number of responses by `Status` value
+    graded     number of responses whose reward is neither 0 nor 1
+    unclosed   number of complete responses that were scored 0 because `</think>` is missing
     """
 
     source: str
@@ -46,37 +47,38 @@ class Outcome:
 
     @classmethod
     def of(cls, group: Group) -> Outcome:
-        """From the responses themselves."""
+        """Return the statistics of a group of responses."""
         return cls(
-            group.prompt.source,
-            len(group.responses),
-            int((group.rewards >= RIGHT).sum()),
-            mean_reward(group.rewards),
-            float(np.mean([len(r.token_ids) for r in group.responses])),
-            sum(r.truncated for r in group.responses),
-            Counter(score.status.value for score in group.scores),
-            best_reward(group.rewards),
-            sum(map(is_graded, group.rewards)),
-            sum(map(is_unclosed, group.responses, group.scores)),
+            source=group.prompt.source,
+            samples=len(group.responses),
+            correct=int((group.rewards >= RIGHT).sum()),
+            reward=mean_reward(group.rewards),
+            tokens=float(np.mean([len(r.token_ids) for r in group.responses])),
+            truncated=sum(r.truncated for r in group.responses),
+            statuses=Counter(score.status.value for score in group.scores),
+            best=best_reward(group.rewards),
+            graded=sum(map(is_graded, group.rewards)),
+            unclosed=sum(map(is_unclosed, group.responses, group.scores)),
         )
 
 
 def mean_reward(rewards: Sequence[float] | np.ndarray) -> float:
-    """Mean without the NaN of responses that have no reward; NaN if all are."""
+    """Return the mean of the rewards that are not NaN; NaN if there is none. NaN means no reward."""
     given = [reward for reward in rewards if not math.isnan(reward)]
     return float(np.mean(given)) if given else math.nan
 
 
 def best_reward(rewards: Iterable[float]) -> float:
-    """The largest that is not NaN; NaN if all are."""
+    """Return the largest reward that is not NaN; NaN if there is none."""
     return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and the half width of its 95 % interval: 1.96 standard errors of the mean over problems.
+    """A mean over problems, and the half width of its 95 % interval: 1.96 standard errors of the mean over problems.
 
-    The interval speaks of other problems of the same kind, not of other samples of these; NaN for a single problem.
+    The interval covers the choice of problems of the same kind, not the sampling of responses to fixed problems. For
+    a single problem the half width is NaN.
     """
 
     value: float
@@ -84,7 +86,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values_P: Sequence[float]) -> Estimate:
-        """From one value per problem; NaN from none."""
+        """Return the estimate of one value per problem; NaN without values."""
         if not values_P:
             return cls(math.nan, math.nan)
         spread = float(np.std(values_P, ddof=1)) if len(values_P) > 1 else math.nan
@@ -93,13 +95,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One set, or one source of a set.
+    """Statistics of one evaluation set, or of one source of a set.
 
-    avg       mean correctness over `samples` responses (avg@k)
-    pass_at   k -> unbiased chance that one of k responses is right
-    reward    mean over problems of the mean reward of their responses; NaN if no response has a reward
-    graded    share of responses whose reward is neither 0 nor 1
-    unclosed  share of responses that ended without `</think>` and were scored 0 for that
+    samples    responses a problem
+    avg        mean correctness over `samples` responses (avg@k)
+    pass_at    k -> unbiased probability that at least one of k responses is right
+    reward     mean over problems of the mean reward of their responses; NaN if no response has a reward
+    length     mean length in tokens
+    truncated  share of responses cut at the token limit
+    best       largest reward; NaN if no response has a reward
+    graded     share of responses whose reward is neither 0 nor 1
+    unclosed   share of complete responses that were scored 0 because `</think>` is missing
     """
 
     name: str
@@ -116,20 +122,23 @@ class EvalResult:
     unclosed: float = 0.0
 
     def count(self, status: Status) -> int:
-        """Responses of one status."""
+        """Return the number of responses with this status."""
         return self.statuses.get(status.value, 0)
 
     def remark(self) -> str:
-        """What to know of rewards on a scale of the user's own; empty if there is nothing."""
+        """Return a warning if rewards are on a scale that never reaches 1; else an empty text.
+
+        Accuracy and pass@k count no response as solved then.
+        """
         if not 0 < self.best < RIGHT:
             return ""
         return (
             f"{self.name}: the best reward is {self.best:g}, but accuracy and pass@k count a response as solved "
-            f"from {RIGHT:g} on, so they say nothing here; look at the mean reward, or scale the rewards"
+            f"from {RIGHT:g} on, so both are 0 here; look at the mean reward, or scale the rewards"
         )
 
     def metrics(self) -> dict[str, float]:
-        """As metric names."""
+        """Return the statistics as metrics of metrics.jsonl."""
         total = self.problems * self.samples
         some = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
         some |= {"graded": self.graded, "no_think_close": self.unclosed}
@@ -147,20 +156,23 @@ class EvalResult:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased chance that k samples contain a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    """Return the unbiased probability that k of n samples contain a right one: 1 - C(n-c, k) / C(n, k).
+
+    n is `samples`, c is `correct` (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises ValueError unless 1 <= k <= n.
+    """
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples; raise samples")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def pass_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
-    """The k of pass@k: those wanted that the samples allow, or 1, 2, 4, ... and all samples."""
+    """Return the values of k for pass@k: those of `wanted` up to `samples`, by default 1, 2, 4, ... and `samples`."""
     found = set(wanted) or {2**i for i in range(samples.bit_length())} | {samples}
     return sorted(k for k in found if 1 <= k <= samples)
 
 
 def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> EvalResult:
-    """The statistics of problems that all have the same number of samples. Raises ValueError for none."""
+    """Return the statistics of problems with equal numbers of samples. Raises ValueError without problems."""
     if not outcomes:
         raise ValueError(f"evaluation set {name!r} has no problems")
     samples = outcomes[0].samples
@@ -182,7 +194,7 @@ def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> 
 
 
 def by_source(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each source, in order of first appearance."""
+    """Return the outcomes of each source, in order of first appearance."""
     found: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         found.setdefault(outcome.source, []).append(outcome)
@@ -200,7 +212,10 @@ def evaluate_set(
     progress: Progress = no_progress,
     world: World = SINGLE,
 ) -> EvalResult:
-    """Sample every problem `settings.samples` times, under one seed: two evaluations differ by policy alone."""
+    """Sample every problem `settings.samples` times, on all ranks together, and return the statistics. Collective.
+
+    The seed is fixed, so that two evaluations differ by the policy only.
+    """
     sampling = Sampling(settings.temperature, max_tokens, settings.samples, seed=0, top_p=settings.top_p)
     groups = collect_spread(world, engine, scorer, prompts, sampling, progress).groups
     return summarise_set(settings.name, [Outcome.of(group) for group in groups], pass_ks(settings.samples, pass_k))

@@ -1,4 +1,4 @@
-"""Every response to every prompt, part by part, so that a run can stop anywhere and go on."""
+"""Sampling of many prompts in parts, so that a killed command resumes with the part that it was sampling."""
 
 from __future__ import annotations
 
@@ -39,38 +39,44 @@ def sample_parts(
     rows_of: Callable[[Group], Iterable[dict[str, Any]]],
     progress: Progress,
 ) -> int:
-    """Fill `store` with `rows_of` every group; returns how many responses were there. Their parts stay as they are.
+    """Fill `store` with `rows_of` every group, and return the number of responses that are reused.
 
-    Each part has its own seed and always the same prompts, so a run that was killed ends with the samples of one that
-    was not, as far as the engine repeats itself under a seed.
+    Finished parts are reused. Each part has its own seed and always the same prompts. So a resumed command gives the
+    same samples as an uninterrupted one, if the engine is deterministic under a seed.
     """
-    total, there = len(prompts) * sampling.samples, 0
+    total, reused = len(prompts) * sampling.samples, 0
     for index, start in enumerate(range(0, len(prompts), store.size)):
         part = prompts[start : start + store.size]
         before = start * sampling.samples
         if index in store:
-            there += len(part) * sampling.samples
+            reused += len(part) * sampling.samples
         else:
-            seed = seed_of(sampling.seed, index)
-
-            def shown(done: int, _: int, before: int = before) -> None:
-                progress(before + done, total)
-
-            groups = collect(engine, scorer, part, replace(sampling, seed=seed), shown).groups
+            seeded = replace(sampling, seed=seed_of(sampling.seed, index))
+            groups = collect(engine, scorer, part, seeded, _from(before, total, progress)).groups
             store.write(index, [row for group in groups for row in rows_of(group)])
         progress(before + len(part) * sampling.samples, total)
-    return there
+    return reused
 
 
-def there_already(name: str, there: int, total: int) -> str:
-    """The line that says that old results are used; empty if there are none."""
-    return f"{name}: {there:,} of {total:,} responses were there already" if there else ""
+def _from(before: int, total: int, progress: Progress) -> Progress:
+    """Return the progress of a part that `before` of `total` responses precede."""
+
+    def show(done: int, _: int) -> None:
+        progress(before + done, total)
+
+    return show
 
 
-def inputs_of(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """What the scores of the prompts depend on beside how responses are sampled, for the settings of a PartStore.
+def reuse_message(name: str, reused: int, total: int) -> str:
+    """Return a line with the number of reused responses; empty if there is none."""
+    return f"{name}: {reused:,} of {total:,} responses were there already" if reused else ""
 
-    Of a function of the user's own that is its file too, but not what that file imports.
+
+def score_inputs(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
+    """Return what the scores depend on apart from sampling, as settings of a PartStore.
+
+    These are the prompts, the settings of `[reward]`, and the file of a user-defined reward function. Modules that
+    the file imports are not included.
     """
     reward = config.reward
     file = file_of(reward.kind) if reward.is_function else None

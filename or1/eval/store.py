@@ -1,4 +1,4 @@
-"""Rows in parts, each committed by rename: a process killed at any instant repeats the part it was at, no other."""
+"""Rows in parts, each committed by rename: a process that is killed at any instant repeats only the current part."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PART = b"or1.part"
 
 
 class PartStore:
-    """`folder` holds settings.json and part_NNNNNN.parquet until all of them are merged into the file `final`.
+    """A folder with settings.json and part_NNNNNN.parquet, whose parts are finally merged into the file `final`.
 
-    settings  what the rows depend on; a folder made under others is refused
-    size      problems per part of a new store; a store that is gone on with keeps its own, so that parts mean the same
+    settings  what the rows depend on; a folder made under other settings is refused
+    size      problems per part of a new store; a resumed store keeps its own size, so that part numbers stay valid
 
     Raises StoreError for a folder made under other settings.
     """
@@ -33,7 +33,7 @@ class PartStore:
         self._settings = dict(settings)
         self._merged = False
         if self._record.is_file():
-            self._go_on(self._read_record())
+            self._resume(self._read_record())
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_record()
@@ -45,7 +45,7 @@ class PartStore:
         return self._merged or index in self._done
 
     def write(self, index: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Commit one part."""
+        """Commit the rows of part `index`."""
         path = self._path(index)
         table = pa.Table.from_pylist(list(rows), schema=self.schema).replace_schema_metadata({_PART: str(index)})
         with replacing(path) as partial:
@@ -53,7 +53,7 @@ class PartStore:
         self._done.add(index)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The parts in order."""
+        """Yield the parts in order, with the given columns or all."""
         wanted = None if columns is None else list(columns)
         if self._merged:
             yield from self._merged_tables(wanted)
@@ -69,11 +69,11 @@ class PartStore:
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise StoreError(
                 f"{self.final} cannot be read ({type(error).__name__}: {error}); restore it, or remove "
-                "it to sample its rows anew"
+                "it to sample its rows again"
             ) from error
 
     def merge(self) -> None:
-        """Put all rows into `final`, a row group per part, committed by rename; then the parts are removed."""
+        """Write all rows to `final`, one row group a part, commit the file by rename, and remove the parts."""
         if self._merged:
             return
         self.final.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ class PartStore:
                 raise ValueError("part_size or merged is missing")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise StoreError(
-                f"{self._record} does not say how its parts were made ({type(error).__name__}: {error}); "
-                "start anew with --fresh, which moves these aside"
+                f"{self._record} does not describe its parts ({type(error).__name__}: {error}); "
+                "start again with --fresh, which moves the parts aside"
             ) from error
         return before
 
@@ -109,14 +109,14 @@ class PartStore:
         own = {"part_size": self.size, "merged": self._merged}
         write_whole(self._record, json.dumps(sealed({**self._settings, **own}), indent=1))
 
-    def _go_on(self, before: dict[str, Any]) -> None:
+    def _resume(self, before: dict[str, Any]) -> None:
         self.size, merged = before.pop("part_size"), before.pop("merged")
         before.pop(SEAL, None)
         changed = [key for key in sorted(before | self._settings) if before.get(key) != self._settings.get(key)]
         if changed:
             raise StoreError(
                 f"{self.folder} holds results made under other settings ({', '.join(changed)}); choose "
-                "another folder with --out, or start anew with --fresh, which moves these aside"
+                "another folder with --out, or start again with --fresh, which moves the results aside"
             )
         self._merged = merged and self.final.is_file()
         if self._merged:
@@ -135,7 +135,10 @@ class PartStore:
         return [int(match[1]) for match in found if match]
 
     def _is_whole(self, index: int) -> bool:
-        """Whether a part can be read and is the one of its name; one that a power cut left cut is sampled again."""
+        """Return True if part `index` can be read and belongs to that index; otherwise delete the part.
+
+        A power cut may leave a damaged part, which is then sampled again.
+        """
         path = self._path(index)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
@@ -149,7 +152,7 @@ class PartStore:
 
 
 def move_aside(path: Path) -> str | None:
-    """Give a former result another name; returns a message, or None if there was nothing."""
+    """Rename an earlier result with a time stamp, and return a message; return None if there is no earlier result."""
     if not path.exists():
         return None
     aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")

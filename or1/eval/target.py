@@ -1,4 +1,4 @@
-"""What `or1 eval` is given -- a config, a run, a checkpoint or a server -- as one config."""
+"""The target of `or1 eval` (a config, a run, a checkpoint or a server) as one config."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from or1.run.places import unreadable
 
 @dataclass(frozen=True)
 class Target:
-    """A config whose `[model]` or `[endpoint]` is what to evaluate, and the folder for the results."""
+    """A config whose `[model]` or `[endpoint]` is evaluated, and the folder for the results."""
 
     config: Config
     out: Path
 
 
 def resolve_target(target: str, recipe: str | None, overrides: Sequence[str], step: int | None) -> Target:
-    """target: a TOML file, a run directory, a Hugging Face checkpoint folder, or the URL of a server.
+    """Return the config and the results folder of a target.
 
-    recipe     TOML file with [[eval.sets]]; a run directory has its own, the last two need one
+    target     a TOML file, a run directory, a Hugging Face checkpoint folder, or the URL of a server
+    recipe     TOML file with [[eval.sets]]; required for a checkpoint folder and for a server
     overrides  `a.b=c`, applied last
-    step       which checkpoint of a run; None is the newest. It is exported first if it was not yet
+    step       checkpoint of a run, exported if necessary; None: the newest
 
-    Raises ConfigError, and what `or1.run.export.export_run` raises.
+    Raises ConfigError, and the errors of `or1.run.export.export_run`.
     """
     path = Path(target)
     if problem := unreadable(target):
@@ -66,7 +67,7 @@ def _needed(recipe: str | None, target: str) -> str:
     if recipe is None:
         raise _refusal(
             target,
-            "says nothing of evaluation sets; add --config with a TOML file that has "
+            "has no evaluation sets; add --config with a TOML file that has "
             "[[eval.sets]], such as one of examples/recipes/eval-*.toml",
         )
     return recipe

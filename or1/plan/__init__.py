@@ -1,6 +1,6 @@
-"""What a run will need and how long a step will take, before any weight is loaded: `or1 plan`.
+"""`or1 plan`: memory and time of a run, before any weight is loaded.
 
-Arithmetic on the shapes in config.json; no torch, so that it answers at once. Memory is counted from what the code
-allocates and held to real tensors by tests/unit/test_plan_memory.py; times rest on the stated shares of a device's peak
-(`devices.Efficiency`) and are as good as those.
+The plan is arithmetic on the shapes in config.json, without torch, so that the command answers at once. Memory is
+counted from the allocations of the code; tests/unit/test_plan_memory.py compares the counts with real tensors. Times
+assume the shares of a device's peak that `devices.Efficiency` states, and are as accurate as these shares.
 """

@@ -1,7 +1,7 @@
-"""Bytes that autograd keeps of a packed row, tensor by tensor, and what a layer's backward needs besides.
+"""Bytes that autograd saves for a packed row, tensor by tensor, and the temporaries of a layer's backward.
 
-Follows transformers' Llama, Qwen2 and Qwen3 layers with or1's packed attention; tests/unit/test_plan_memory.py counts
-the tensors that such models really save.
+The counts follow transformers' Llama, Qwen2 and Qwen3 layers with or1's packed attention.
+tests/unit/test_plan_memory.py compares the counts with the tensors that such models save.
 """
 
 # Per token: H hidden, I intermediate, Q width of all query heads, K width of all key heads, e bytes of a scalar
@@ -18,10 +18,13 @@ _INDEX = 8
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a packed row. saved: kept on the device from forward to backward; host: kept in host memory.
+    """Bytes of a packed row.
 
-    layer: what recomputing one checkpointed layer keeps, 0 without checkpointing. transient: gradients and temporaries
-    of one layer's backward. final: the last hidden states, which the head reads.
+    saved      on the device, from forward to backward
+    host       in host memory
+    layer      saved while one checkpointed layer is recomputed; 0 without checkpointing
+    transient  gradients and temporaries of one layer's backward
+    final      the last hidden states, which the head reads
     """
 
     saved: int
@@ -32,27 +35,30 @@ class Activations:
 
     @property
     def backward(self) -> int:
-        """Peak while layers run backward."""
+        """Peak during the backward pass of the layers."""
         return self.saved + self.layer + self.transient
 
 
 def activations(shape: ModelShape, choices: Choices, tokens: int) -> Activations:
-    """The activations of a packed row of `tokens` tokens."""
+    """Return the activations of a packed row of `tokens` tokens."""
     e, h = choices.weight, shape.hidden
     inputs = e * h * tokens
     layer = layer_saved(shape, choices, tokens)
     outside = _outside(shape, choices, tokens)
     transient = _transient(shape, choices, tokens)
     if choices.checkpointing == "none":
-        return Activations(shape.layers * layer + outside, 0, 0, transient, inputs)
+        saved = shape.layers * layer + outside
+        return Activations(saved=saved, host=0, layer=0, transient=transient, final=inputs)
     if choices.checkpointing == "offload" and choices.attention != "sdpa":
-        # Two on the device: the one in use and the one on its way.
-        return Activations(2 * inputs + outside, shape.layers * inputs, layer, transient, inputs)
-    return Activations(shape.layers * inputs + outside, 0, layer, transient, inputs)
+        # Two layer inputs are on the device: the current one, and the next one in transfer.
+        saved, host = 2 * inputs + outside, shape.layers * inputs
+    else:
+        saved, host = shape.layers * inputs + outside, 0
+    return Activations(saved=saved, host=host, layer=layer, transient=transient, final=inputs)
 
 
 def layer_saved(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    """Bytes that one layer saves for its backward."""
+    """Return the bytes that one layer saves for its backward."""
     e, h, q, k = choices.weight, shape.hidden, shape.q_width, shape.kv_width
     norms = 2 * (_norm(h, 1, choices) + e * h)
     if shape.qk_norm:
@@ -61,31 +67,31 @@ def layer_saved(shape: ModelShape, choices: Choices, tokens: int) -> int:
 
 
 def _norm(width: int, groups: int, choices: Choices) -> int:
-    """A token's share of what an RMSNorm keeps, its output left out: the linear that reads it keeps that."""
+    """Return the bytes per token that an RMSNorm saves, without its output, which the next linear layer saves."""
     e = choices.weight
     if choices.liger:
         return e * width + 4 * groups
-    # The input in fp32, the reciprocal root mean square, and the normalised input in the weights' type.
+    # The input in fp32, the reciprocal root mean square, and the normalised input in the dtype of the weights.
     return 4 * width + 4 * groups + e * width
 
 
 def _attention(shape: ModelShape, choices: Choices) -> int:
-    """A token's share of queries, keys, values, output and its log-sum-exp."""
+    """Return the bytes per token of queries, keys, values, output and its log-sum-exp."""
     e, q, k = choices.weight, shape.q_width, shape.kv_width
     kernel = e * (2 * q + 2 * k) + 4 * shape.heads
-    # SDPA's output is padded by document; putting it back saves it once more, and an index.
+    # SDPA's output is padded by document. Unpadding saves a second copy and an index.
     return kernel if choices.attention != "sdpa" else kernel + 2 * e * q + _INDEX
 
 
 def _mlp(shape: ModelShape, choices: Choices, tokens: int) -> int:
     if 0 < choices.mlp_tile_tokens < tokens:
-        return 0  # its input alone, which is the norm's output
-    # gate, up, their product, and silu(gate) where it is a step of its own.
+        return 0  # only the input is saved, which the norm counts as its output
+    # gate, up, their product, and silu(gate) if it is a separate kernel.
     return (3 if choices.liger else 4) * choices.weight * shape.intermediate * tokens
 
 
 def _outside(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    """Token ids, the rotary tables (which checkpoints hold too), the last norm."""
+    """Return the bytes outside the layers: token ids, rotary tables (saved by checkpointing too), the last norm."""
     rotary = 2 * choices.weight * shape.head_dim
     return tokens * (_INDEX + rotary + _norm(shape.hidden, 1, choices))
 
@@ -95,10 +101,10 @@ def _transient(shape: ModelShape, choices: Choices, tokens: int) -> int:
     tile = choices.mlp_tile_tokens
     tiled = 0 < tile < tokens
     wide = min(tile, tokens) if tiled else tokens
-    # Gradients of the MLP's wide tensors, less what its last linear has freed; Liger writes two over what it saved.
+    # Gradients of the MLP's wide tensors that exist at once; Liger writes two of them over its saved tensors.
     mlp = (1 if choices.liger else 2) * e * i * wide
     if tiled:
-        # A tile's own forward, and its weights' gradients, which are summed in fp32.
+        # The forward of one tile, and the gradients of the weights, which are summed in fp32.
         mlp += (3 if choices.liger else 4) * e * i * wide + 3 * h * i * (choices.arithmetic + e)
     # Gradients of the residual stream and of the MLP's output.
     return mlp + 2 * e * h * tokens

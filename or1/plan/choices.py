@@ -1,30 +1,33 @@
-"""The one place where names of the configuration become what memory and time depend on."""
+"""The settings of a config that memory and time depend on. Other modules of the plan do not read the config."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from or1.config import Config, StageConfig
 from or1.plan.devices import Device
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-# Share of the response limit that a response is taken to use where nobody says; chains of thought start near it.
+# Assumed mean response as a share of the limit, without --mean-response; chains of thought start near this share.
 _MEAN_SHARE = 0.5
 _MEAN_PROMPT = 256
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How weights, gradients, moments and activations are held; sizes in bytes of one scalar.
+    """How weights, gradients, moments and activations are stored.
 
-    weight, grad     parameters in forward and backward; gradients as they are summed over packed rows
+    weight, grad     bytes of a parameter in forward and backward, and of a gradient summed over packed rows
     masters          whether the optimizer keeps fp32 copies of 16-bit weights
     optimizer        "adamw", "adamw8bit" or "offload"
     checkpointing    "none", "layer" or "offload"
     attention        "sdpa" (padded copies) or "varlen"
-    liger            Liger's RMSNorm, RoPE and SwiGLU, which save less than plain torch
+    liger            whether Liger's RMSNorm, RoPE and SwiGLU are used, which save less than plain torch
     mlp_tile_tokens  rows longer than this pass the MLP in tiles; 0: never
+    max_tokens       tokens of a packed row
+    gpus             GPUs that share the model
     """
 
     weight: int
@@ -40,21 +43,23 @@ class Choices:
 
     @property
     def arithmetic(self) -> int:
-        """Bytes of a scalar where sums are made: fp32, or fp64 for an fp64 model."""
+        """Bytes of a scalar in sums: fp32, or fp64 for an fp64 model."""
         return max(4, self.weight)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One step of a stage, all GPUs together; tokens of one sequence where not said otherwise.
+    """One step of a stage, on all GPUs together.
 
-    max_prompt, max_response  limits;  mean_prompt, mean_response  what a sequence is taken to be
-    sequences                 responses of a rollout step;  updates  minibatches that they make, each trained `reuse`
-                              times
-    old_logp_pass             whether a forward pass computes old log-probs first
-    generated_together        responses in the engine at once, on one GPU; vllm: as many as its cache holds
-    engine                    "hf", "vllm" (beside the trainer on its GPUs) or "server" (elsewhere)
-    engine_share              share of a GPU's memory that vllm takes;  tensor_parallel  GPUs that share its weights
+    max_prompt, max_response    limits of a sequence in tokens
+    mean_prompt, mean_response  assumed means in tokens
+    sequences                   responses of a rollout
+    updates, reuse              minibatches of a rollout, and how often each is trained
+    old_logp_pass               whether a forward pass computes old log-probs first
+    generated_together          responses in the engine at once, on one GPU; vllm limits them by its cache
+    engine                      "hf", "vllm" (on the trainer's GPUs) or "server" (on other GPUs)
+    engine_share                share of a GPU's memory that vllm reserves
+    tensor_parallel             GPUs that share the engine's weights
     """
 
     max_prompt: int
@@ -72,20 +77,18 @@ class Workload:
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
-    """What `[model]` and `[optim]` say, as far as memory and time go."""
+    """Return the choices that `[model]` and `[optim]` make."""
     model, optim = config.model, config.optim
     weight = _BYTES[model.dtype]
     return Choices(
         weight=weight,
-        grad=_BYTES[_option(optim, "grad_dtype", model.dtype)] if weight == 2 else weight,
-        masters=weight == 2 and _option(optim, "weights", "master") == "master",
-        optimizer=_option(optim, "optimizer", "adamw"),
+        grad=_BYTES[optim.grad_dtype] if weight == 2 else weight,
+        masters=weight == 2 and optim.weights == "master",
+        optimizer=optim.optimizer,
         checkpointing=_checkpointing(model.gradient_checkpointing),
-        attention="varlen"
-        if device.is_gpu and weight == 2 and _option(model, "attention", "auto") != "sdpa"
-        else "sdpa",
-        liger=device.is_gpu and weight < 8 and _option(model, "liger", "off") != "off",
-        mlp_tile_tokens=_option(model, "mlp_tile_tokens", 0),
+        attention="varlen" if device.is_gpu and weight == 2 and model.attention != "sdpa" else "sdpa",
+        liger=device.is_gpu and weight < 8 and model.liger != "off",
+        mlp_tile_tokens=model.mlp_tile_tokens,
         max_tokens=optim.max_tokens_per_rank,
         gpus=gpus,
     )
@@ -95,15 +98,11 @@ def _checkpointing(value: bool | str) -> str:
     return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
 
 
-def _option(section: object, name: str, default):
-    """An option of the section, or what a trainer that does not have it does."""
-    return getattr(section, name, default)
-
-
 def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, mean_response: int | None) -> Workload:
-    """One step of `stage`. `mean_response` None: half the stage's limit."""
+    """Return one step of `stage`. mean_response: tokens; None: half of the stage's limit."""
     sequences = stage.prompts_per_step * stage.group_size
     updates = stage.updates_per_step // stage.reuse
+    engine = _engine_of(config, device, -(-sequences // gpus))
     mean = _MEAN_SHARE * stage.max_response_tokens if mean_response is None else mean_response
     return Workload(
         max_prompt=config.data.max_prompt_tokens,
@@ -114,28 +113,35 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         updates=updates,
         reuse=stage.reuse,
         old_logp_pass=config.loss.old_logp == "recompute" or (config.loss.old_logp == "auto" and not stage.on_policy),
-        **_engine_of(config, device, -(-sequences // gpus)),
+        generated_together=engine.together,
+        engine=engine.name,
+        engine_share=engine.share,
+        tensor_parallel=engine.tensor_parallel,
     )
 
 
-def _engine_of(config: Config, device: Device, sequences: int) -> dict[str, object]:
-    """How `sequences` responses on one GPU are generated."""
-    engine, vllm = config.rollout.engine, _option(config.rollout, "vllm", None)
+class _Engine(NamedTuple):
+    """The fields of a Workload that describe the engine."""
+
+    name: str
+    together: int
+    share: float = 0.0
+    tensor_parallel: int = 1
+
+
+def _engine_of(config: Config, device: Device, sequences: int) -> _Engine:
+    """Return the engine that generates `sequences` responses on one GPU."""
+    engine, vllm = config.rollout.engine, config.rollout.vllm
     if engine == "auto":
         engine = "vllm" if device.is_gpu else "hf"
-    if engine != "vllm" or vllm is None:
-        return {"engine": "hf", "generated_together": min(config.rollout.batch_size, sequences)}
+    if engine != "vllm":
+        return _Engine("hf", min(config.rollout.batch_size, sequences))
     elsewhere = vllm.placement == "server" and (vllm.devices is not None or vllm.url is not None)
-    return {
-        "engine": "server" if elsewhere else "vllm",
-        "generated_together": sequences,
-        "engine_share": vllm.gpu_memory,
-        "tensor_parallel": vllm.tensor_parallel,
-    }
+    return _Engine("server" if elsewhere else "vllm", sequences, vllm.gpu_memory, vllm.tensor_parallel)
 
 
 def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[tuple[str, Choices, Workload]]:
-    """Single changes of the configuration that save memory, each as it would be written; the cheapest in time first."""
+    """Yield single changes of the config that save memory, as option text; the cheapest in time first."""
     if choices.checkpointing == "none":
         yield "model.gradient_checkpointing=true", replace(choices, checkpointing="layer"), work
     if work.engine == "hf" and work.generated_together > 1:
@@ -144,15 +150,15 @@ def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[t
     if work.engine == "vllm" and work.engine_share > 0.2:
         share = round(work.engine_share - 0.1, 2)
         yield f"rollout.vllm.gpu_memory={share:g}", choices, replace(work, engine_share=share)
-    if choices.optimizer == "adamw" and hasattr(config.optim, "optimizer"):
+    if choices.optimizer == "adamw":
         yield "optim.optimizer=adamw8bit", replace(choices, optimizer="adamw8bit"), work
-    if choices.masters and hasattr(config.optim, "weights"):
+    if choices.masters:
         yield "optim.weights=stochastic", replace(choices, masters=False), work
     if choices.weight == 2 < choices.grad:
         yield "optim.grad_dtype=bfloat16", replace(choices, grad=2), work
     if choices.checkpointing == "layer" and not isinstance(config.model.gradient_checkpointing, bool):
         yield "model.gradient_checkpointing=offload", replace(choices, checkpointing="offload"), work
-    if choices.optimizer != "offload" and hasattr(config.optim, "optimizer"):
+    if choices.optimizer != "offload":
         yield "optim.optimizer=offload", replace(choices, optimizer="offload"), work
     if choices.weight > 2:
         yield "model.dtype=bfloat16", replace(choices, weight=2, grad=min(choices.grad, 4), masters=True), work

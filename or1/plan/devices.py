@@ -1,4 +1,4 @@
-"""What devices offer, from their makers' data sheets, and which share of it training is assumed to reach."""
+"""Peak rates of devices from their data sheets, and the shares of the peaks that training is assumed to reach."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _GPUS_A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Assumed shares of a device's peaks; every time that `or1 plan` prints rests on them.
+    """Assumed shares of a device's peaks. All times that `or1 plan` prints depend on these shares.
 
-    matmul     of the arithmetic peak, in matrix products of packed rows
-    attention  of the arithmetic peak, in causal attention kernels (their useful half)
-    memory     of the bandwidth, in passes that only move data
+    matmul             share of the arithmetic peak in matrix products of packed rows
+    attention          share of the arithmetic peak in causal attention kernels (counting the useful half)
+    memory             share of the bandwidth in passes that only move data
+    engine_layer_s     least seconds of a vLLM decoding step per layer, to launch kernels
+    engine_response_s  least seconds of a vLLM decoding step per running response, to schedule and sample
 
-    A decoding step of vLLM takes at least engine_layer_s a layer, to launch kernels, and engine_response_s a running
-    response, to schedule and sample it, in seconds; 0 where CUDA graphs and asynchronous scheduling hide both.
+    The last two are 0 if CUDA graphs and asynchronous scheduling hide both.
     """
 
     matmul: float = 0.70
@@ -36,10 +37,13 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Device:
-    """tflops: dense bf16 TFLOP/s (fp32 ones for a CPU); bandwidth in GB/s (1e9 bytes); memory in bytes, as reported.
+    """A GPU, or all cores of a CPU.
 
-    link: GB/s to another device of the same machine, each way.
-    reserved: bytes that are never the run's: the driver's context, libraries' workspaces.
+    tflops     dense bf16 TFLOP/s; fp32 for a CPU
+    bandwidth  of the memory, in GB/s (1e9 bytes)
+    memory     bytes, as the device reports them
+    link       GB/s to another device of the same machine, each way
+    reserved   bytes that a run cannot use: the driver's context, workspaces of libraries
     """
 
     name: str
@@ -51,22 +55,22 @@ class Device:
     efficiency: Efficiency = Efficiency()
 
     def link_bytes(self, gpus: int) -> float:
-        """Bytes/s that one of `gpus` devices gets and gives in a collective; more than 8 are several machines."""
+        """Return the bytes/s of one of `gpus` devices in a collective, each way. A machine has up to 8 GPUs."""
         return 1e9 * (self.link if gpus <= _GPUS_A_MACHINE else min(self.link, _NETWORK)) * self.efficiency.memory
 
     @property
     def usable(self) -> int:
-        """Bytes that tensors may take: what is not reserved, less 3 % that an allocator loses between blocks."""
+        """Bytes for tensors: the memory that is not reserved, minus 3 % that the allocator loses between blocks."""
         return int((self.memory - self.reserved) * 0.97)
 
     @property
     def is_gpu(self) -> bool:
-        """Whether GPU kernels run on it."""
+        """Whether the device is a GPU."""
         return self.name != "cpu"
 
 
 def _gpu(name: str, tflops: float, bandwidth: float, gib: float, link: float = _PCIE) -> Device:
-    return Device(name, tflops, bandwidth, int(gib * GIB), link)
+    return Device(name=name, tflops=tflops, bandwidth=bandwidth, memory=int(gib * GIB), link=link)
 
 
 _GPUS = {
@@ -83,7 +87,7 @@ _GPUS = {
         _gpu("L40S", 362, 864, 44.4),
         _gpu("L4", 121, 300, 22.0),
         _gpu("A10G", 70, 600, 22.1),
-        # Consumer cards halve their tensor cores' rate when they sum in fp32.
+        # Consumer cards halve the rate of their tensor cores for sums in fp32.
         _gpu("RTX-4090", 165, 1008, 23.5),
         _gpu("RTX-3090", 71, 936, 23.6),
     )
@@ -94,21 +98,21 @@ NAMES = ("cpu", *_GPUS)
 
 
 def find_device(wanted: str | None, configured: str) -> tuple[Device, str]:
-    """The device to plan for and why: `--device`, or the GPU of this machine, or what `model.device` implies.
+    """Return the device to plan for, and why: `--device`, this machine's GPU, or the default for `model.device`.
 
     Raises PlanError for a name that is not in the table.
     """
     if wanted is not None:
         known = {_plain(name): name for name in NAMES}
         if _plain(wanted) not in known:
-            raise PlanError(f"--device {wanted!r} is not in the table; it knows {', '.join(NAMES)}")
+            raise PlanError(f"--device {wanted!r} is not in the table; choose one of {', '.join(NAMES)}")
         name = known[_plain(wanted)]
         return (_cpu() if name == "cpu" else _GPUS[name]), "--device"
     if configured != "cpu":
         for found, memory in _gpus_here():
-            name = next((n for n in sorted(_GPUS, key=len, reverse=True) if _plain(n) in _plain(found)), None)
-            if name is not None:
-                return replace(_GPUS[name], memory=memory), f"this machine has {found}"
+            for listed in sorted(_GPUS, key=len, reverse=True):
+                if _plain(listed) in _plain(found):
+                    return replace(_GPUS[listed], memory=memory), f"this machine has {found}"
         if configured == "cuda":
             return _GPUS["H200"], 'model.device = "cuda" and no GPU here; --device plans for another'
     return _cpu(), "no GPU here; --device H200 plans for one" if configured == "auto" else 'model.device = "cpu"'
@@ -119,7 +123,7 @@ def _plain(name: str) -> str:
 
 
 def _gpus_here() -> list[tuple[str, int]]:
-    """Name and bytes of memory of this machine's NVIDIA GPUs; [] if there are none or the driver does not answer."""
+    """Return name and bytes of memory of this machine's NVIDIA GPUs; [] if there is none or nvidia-smi fails."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -134,4 +138,6 @@ def _gpus_here() -> list[tuple[str, int]]:
 def _cpu() -> Device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", cores * _CPU_CORE_TFLOPS, _CPU_BANDWIDTH, memory, _CPU_BANDWIDTH)
+    return Device(
+        name="cpu", tflops=cores * _CPU_CORE_TFLOPS, bandwidth=_CPU_BANDWIDTH, memory=memory, link=_CPU_BANDWIDTH
+    )

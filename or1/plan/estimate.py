@@ -1,4 +1,4 @@
-"""A config and a device -> a plan: memory and time of every stage, the largest packed row, and what makes it fit."""
+"""The plan of a config on a device: memory and time of every stage, the largest packed row, and a remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage: its step, its memory and its time."""
+    """The step of a stage, its memory and its time."""
 
     work: Workload
     memory: MemoryPlan
@@ -29,12 +29,12 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `or1 plan` prints. Bytes are of one GPU.
+    """The values that `or1 plan` prints. Bytes are of one GPU.
 
     stages          estimates in order
-    largest_tokens  the largest optim.max_tokens_per_rank whose updates fit, a multiple of 256; 0 if none does
-    longest         tokens of the longest sequence that a stage may make, which is the least that a row must hold
-    remedy          --set options that make the plan fit, where it does not; None if nothing known does
+    largest_tokens  the largest optim.max_tokens_per_rank whose updates fit, a multiple of 256; 0 if no row fits
+    longest         tokens of the longest possible sequence, which a packed row must hold
+    remedy          --set options that make the plan fit; empty if the plan fits, None if no known option helps
     """
 
     config: Config
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def heaviest(self) -> StageEstimate:
-        """The stage with the highest peak, the last of equals."""
+        """The stage with the highest peak; of equal stages the last."""
         return max(reversed(self.stages), key=lambda stage: stage.memory.peak.total)
 
     @property
@@ -67,14 +67,19 @@ def make_plan(
         StageEstimate(w, plan_memory(shape, choices, device, w), step_time(shape, choices, device, w)) for w in works
     )
     longest = config.data.max_prompt_tokens + max(stage.max_response_tokens for stage in config.stage)
-    plan = Plan(config, shape, device, choices, stages, 0, longest)
+    plan = Plan(
+        config=config, shape=shape, device=device, choices=choices, stages=stages, largest_tokens=0, longest=longest
+    )
     work = plan.heaviest.work
     plan = replace(plan, largest_tokens=largest_row(_peak(shape, device, choices, work, "update"), device.usable))
     return plan if plan.fits else replace(plan, remedy=_remedy(plan, work))
 
 
 def largest_row(peak_of: Callable[[int], int], usable: int) -> int:
-    """The largest row in tokens, a multiple of 256, whose peak is within `usable` bytes; 0 if none is."""
+    """Return the largest row in tokens, a multiple of 256, whose peak is at most `usable` bytes; 0 if no row fits.
+
+    peak_of  bytes at the peak by the tokens of a row, monotonic
+    """
     low, high = 0, _MOST_TOKENS // _STEP
     while low < high:
         middle = (low + high + 1) // 2
@@ -88,7 +93,7 @@ def largest_row(peak_of: Callable[[int], int], usable: int) -> int:
 def _peak(
     shape: ModelShape, device: Device, choices: Choices, work: Workload, phase: str | None = None
 ) -> Callable[[int], int]:
-    """Bytes at the peak of `phase` (None: of the whole step) by the tokens of a packed row."""
+    """Return the function from tokens of a packed row to bytes at the peak of `phase` (None: of the whole step)."""
 
     def peak_of(tokens: int) -> int:
         memory = plan_memory(shape, replace(choices, max_tokens=tokens), device, work)
@@ -98,37 +103,38 @@ def _peak(
 
 
 def _remedy(plan: Plan, work: Workload) -> tuple[str, ...] | None:
-    """The fewest known changes that make it fit: a smaller row, then options, then more GPUs."""
-    shape, device, choices = plan.shape, plan.device, plan.choices
-
-    def fitting_row(choices: Choices, work: Workload) -> int | None:
-        """The row to use: the present one if it fits, else the largest that holds the longest sequence."""
-        peak_of = _peak(shape, device, choices, work)
-        if peak_of(choices.max_tokens) <= device.usable:
-            return choices.max_tokens
-        row = largest_row(peak_of, device.usable)
-        return min(row, choices.max_tokens) if row >= plan.longest else None
-
-    def total(option: tuple[str, Choices, Workload]) -> int:
-        return _peak(shape, device, option[1], option[2])(plan.longest)
-
+    """Return the fewest known changes that make the plan fit: a smaller row, then options, then more GPUs."""
+    choices = plan.choices
     taken: list[str] = []
-    while fitting_row(choices, work) is None:
+    while (row := _fitting_row(plan, choices, work)) is None:
         options = list(alternatives(plan.config, choices, work))
-        best = next((o for o in options if fitting_row(o[1], o[2]) is not None), None)
+        best = next((option for option in options if _fitting_row(plan, option[1], option[2]) is not None), None)
         if best is None:
-            now = total(("", choices, work))
-            options = [o for o in options if total(o) < now]
-            best = min(options, key=total, default=None)
-            if best is None and device.is_gpu:
+            peaks = [_longest_peak(plan, option[1], option[2]) for option in options]
+            if options and min(peaks) < _longest_peak(plan, choices, work):
+                best = options[peaks.index(min(peaks))]
+            elif plan.device.is_gpu:
                 best = _twice_the_gpus(choices, work)
         if best is None:
             return None
         text, choices, work = best
         # A later value of the same key, such as a batch halved again, replaces the earlier one.
         taken = [t for t in taken if t.partition("=")[0] != text.partition("=")[0]] + [text]
-    row = fitting_row(choices, work)
     return tuple(taken if row == choices.max_tokens else [*taken, f"optim.max_tokens_per_rank={row}"])
+
+
+def _fitting_row(plan: Plan, choices: Choices, work: Workload) -> int | None:
+    """Return the row of `choices` if it fits, else the largest row that fits; None if no row holds a whole sequence."""
+    peak_of = _peak(plan.shape, plan.device, choices, work)
+    if peak_of(choices.max_tokens) <= plan.device.usable:
+        return choices.max_tokens
+    row = largest_row(peak_of, plan.device.usable)
+    return min(row, choices.max_tokens) if row >= plan.longest else None
+
+
+def _longest_peak(plan: Plan, choices: Choices, work: Workload) -> int:
+    """Return the bytes at the peak with rows of the longest possible sequence."""
+    return _peak(plan.shape, plan.device, choices, work)(plan.longest)
 
 
 def _twice_the_gpus(choices: Choices, work: Workload) -> tuple[str, Choices, Workload] | None:

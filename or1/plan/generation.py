@@ -1,8 +1,12 @@
-"""Time of a rollout: bound by reading weights and caches, and not over before its longest response is.
+"""Time of a rollout, which is limited by reads of weights and caches and ends with its longest response.
 
-Lengths are taken to follow a curve: with L the limit and m the mean, the share of responses longer than t tokens is
-S(t) = (1 - t/L)^(L/m - 1), which is uniform for m = L/2 and has mean m for any m. With many responses some reach the
-limit, so a rollout takes at least L decoding steps, the later ones with few responses left.
+Response lengths are assumed to follow a distribution with limit L and mean m. The share of responses longer than t
+tokens is
+
+    S(t) = (1 - t/L)^(L/m - 1)
+
+which is uniform for m = L/2 and has mean m for any m. Of many responses some reach the limit. So a rollout takes at
+least L decoding steps, the last ones with few running responses.
 """
 
 # n responses of a GPU, m their mean length, L their limit
@@ -22,27 +26,34 @@ _POINTS = 64
 
 
 def rollout_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> float:
-    """Seconds of one rollout, prompts included, on GPUs that have equally many responses."""
+    """Return the seconds of one rollout with its prompts, on GPUs that have equal numbers of responses."""
     n = work.sequences / choices.gpus
+    together: float
     prefill = 2.0 * shape.matrix_parameters * n * work.mean_prompt / (device.tflops * 1e12 * device.efficiency.matmul)
     decode = Decoding.of(shape, choices, device, work)
     if work.engine == "hf":
-        # A batch runs until its longest response ends, which with many responses is the limit.
+        # A batch runs until its longest response ends; of many responses the longest has L tokens.
         batches, together = -(-n // work.generated_together), work.generated_together
         context = work.mean_prompt + work.max_response / 2
         return batches * work.max_response * decode.step_seconds(together, context) + prefill
-    # Prompt, and how long a running response is on average: the longer ones run for longer.
+    # The prompt, and the mean length of a running response, which is above half of m: long responses run longer.
     context = work.mean_prompt + work.max_response * work.mean_response / (work.max_response + work.mean_response)
     together = max(1.0, min(n, cache_tokens(shape, choices, device, work) / context))
-    # Until the last have begun there are as many as the cache holds; then they end one after the other.
+    # The cache is full until the last responses begin; then the responses end one after the other.
     full = (n / together - 1) * work.mean_response if n > together else 0.0
     return full * decode.step_seconds(together, context) + drain_seconds(decode, together, work) + prefill
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Seconds of a decoding step of one GPU: to read the weights, to read a cached token, to compute a token; and what
-    its engine takes at least, altogether and a running response."""
+    """Costs of a decoding step on one GPU, in seconds.
+
+    weights_s         to read the weights
+    cache_token_s     to read one cached token
+    token_s           to compute one token
+    least_s           least time of a step that the engine takes
+    least_response_s  least time of a step that the engine takes for each running response
+    """
 
     weights_s: float
     cache_token_s: float
@@ -52,7 +63,7 @@ class Decoding:
 
     @classmethod
     def of(cls, shape: ModelShape, choices: Choices, device: Device, work: Workload) -> Decoding:
-        """The costs of a model on a device."""
+        """Return the costs of a model on a device."""
         bandwidth = device.bandwidth * 1e9 * device.efficiency.memory
         computed = 2.0 * (shape.matrix_parameters + shape.vocab * shape.hidden)
         efficiency, hf = device.efficiency, work.engine == "hf"
@@ -61,18 +72,18 @@ class Decoding:
             cache_token_s=kv_cache_bytes(shape, choices, 1) / bandwidth,
             token_s=computed / (device.tflops * 1e12 * device.efficiency.matmul),
             least_s=shape.layers * (_HF_LAYER_SECONDS if hf else efficiency.engine_layer_s),
-            # The GPUs of an engine share its responses.
+            # The GPUs of an engine with tensor parallelism share its responses.
             least_response_s=0.0 if hf else efficiency.engine_response_s * work.tensor_parallel,
         )
 
     def step_seconds(self, running: float, context: float) -> float:
-        """One more token for each of `running` responses whose prompts and responses have `context` tokens."""
+        """Return the seconds of one more token for each of `running` responses, with `context` tokens each so far."""
         least = self.least_s + running * self.least_response_s
         return max(self.weights_s + running * context * self.cache_token_s, running * self.token_s, least)
 
 
 def drain_seconds(decode: Decoding, together: float, work: Workload) -> float:
-    """Seconds from the moment at which `together` responses begin and none waits, until the longest has ended."""
+    """Return the seconds that `together` responses take from their common start to the end of the longest."""
     exponent = work.max_response / work.mean_response - 1
     step = work.max_response / _POINTS
     total = 0.0

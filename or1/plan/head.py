@@ -1,7 +1,7 @@
 """Buffers of the fused LM head (or1_kernels.engine.chunked), in bytes.
 
-The chunk sizes are the engine's own; tests/unit/test_plan_memory.py holds the two together, since importing the engine
-would import torch.
+The chunk sizes repeat those of or1_kernels.chunked, because importing that module would load torch.
+tests/unit/test_plan_memory.py compares the two.
 """
 
 # N trained tokens of a row, C rows of a chunk, H hidden, V vocab
@@ -20,8 +20,12 @@ _CPU_BUFFER_BYTES, _CPU_MIN_CHUNK = 128 << 20, 256
 
 @dataclass(frozen=True)
 class HeadBuffers:
-    """forward: while loss and gradients are computed. kept: from then until the head's backward. backward: while the
-    weight's gradient is brought to the weight's type."""
+    """Bytes of buffers in three phases.
+
+    forward   while loss and gradients are computed
+    kept      from forward until the head's backward
+    backward  while the gradient of the weight is converted to the dtype of the weight
+    """
 
     forward: int
     kept: int
@@ -29,17 +33,17 @@ class HeadBuffers:
 
 
 def chunk_rows(vocab: int, rows: int, arithmetic: int, on_gpu: bool) -> int:
-    """Rows of the largest chunk: the engine cuts the row into nearly equal ones."""
+    """Return the rows of the largest chunk. The head splits a packed row into nearly equal chunks."""
     aim = _GPU_CHUNK if on_gpu else max(_CPU_MIN_CHUNK, _CPU_BUFFER_BYTES // (vocab * arithmetic))
     return -(-rows // -(-rows // aim))
 
 
 def head_buffers(shape: ModelShape, choices: Choices, device: Device, rows: int) -> HeadBuffers:
-    """Buffers for `rows` trained tokens: one chunk of fp32 logits, the gradients of states and weight."""
+    """Return the buffers for `rows` trained tokens: one chunk of fp32 logits, the gradients of states and weight."""
     v, h, e, a = shape.vocab, shape.hidden, choices.weight, choices.arithmetic
     logits = chunk_rows(v, rows, a, device.is_gpu) * v * a
     wide = e == 2 and not device.is_gpu
-    # The tensor cores of a GPU read bf16; a CPU may have to upcast the weight.
+    # The tensor cores of a GPU read bf16; a CPU may need an upcast copy of the weight.
     operand = a if wide else e
     upcast = v * h * a if wide else 0
     picked, dhidden, dweight = rows * h * e, rows * h * operand, v * h * a

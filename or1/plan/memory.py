@@ -1,6 +1,6 @@
-"""Peak memory of one GPU in each phase of a step, component by component, in bytes.
+"""Peak memory of one GPU in each phase of a step, by component, in bytes.
 
-With several GPUs, weights, gradients and optimizer are sharded evenly (FSDP), and a layer is gathered while it runs.
+With several GPUs, FSDP shards weights, gradients and optimizer states evenly, and gathers each layer while it runs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ COMPONENTS = (
     "batch",
     "temporaries",
 )
-# Moments in 8 bits: torchao's block with one fp32 scale, and the size below which they stay in full.
+# 8-bit moments of torchao: the block size, with one fp32 scale a block, and the least size of a quantized tensor.
 _BLOCK, _MIN_QUANTIZED = 256, 4096
-# What vLLM keeps beside weights and cache: CUDA graphs and the activations that it profiles.
+# Memory of vLLM apart from weights and cache: CUDA graphs and profiled activations.
 _VLLM_OVERHEAD = 2 * GIB
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A moment of a step: what each component takes on one GPU at its peak."""
+    """The peak of one phase of a step: bytes of each component on one GPU."""
 
     name: str
     parts: dict[str, int]
@@ -45,35 +45,35 @@ class Phase:
 
     @property
     def dominant(self) -> str:
-        """The largest component."""
+        """Name of the largest component."""
         return max(self.parts, key=self.parts.__getitem__)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Phases of a step on one GPU, and what is kept in host memory for it."""
+    """Phases of a step on one GPU, and bytes in host memory by component."""
 
     phases: tuple[Phase, ...]
     host: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
 
 def weight_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Parameters of the whole model in forward and backward."""
+    """Return the bytes of the parameters of the whole model, as used in forward and backward."""
     return shape.parameters * choices.weight
 
 
 def gradient_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Gradients of the whole model as they are summed over packed rows."""
+    """Return the bytes of the gradients of the whole model, summed over packed rows."""
     return shape.parameters * choices.grad
 
 
 def optimizer_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Masters, moments and step counts of the whole model, wherever they live."""
+    """Return the bytes of masters, moments and step counts of the whole model, on the device or in host memory."""
     return sum(_state_bytes(size, choices) for size in shape.tensor_sizes())
 
 
@@ -87,14 +87,17 @@ def _state_bytes(size: int, choices: Choices) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    """Keys and values of `tokens` tokens in all layers."""
+    """Return the bytes of keys and values of `tokens` tokens in all layers."""
     return 2 * shape.layers * shape.kv_width * choices.weight * tokens
 
 
 def plan_memory(
     shape: ModelShape, choices: Choices, device: Device, work: Workload, trained_tokens: int | None = None
 ) -> MemoryPlan:
-    """All phases. trained_tokens: of a full packed row, None: all of it, which is the most there can be."""
+    """Return all phases of a step.
+
+    trained_tokens  trained tokens of a full packed row; None: all tokens, which is the upper bound
+    """
     weights = _shard(weight_bytes(shape, choices), choices)
     states = _shard(optimizer_bytes(shape, choices), choices)
     offloaded = choices.optimizer == "offload" and device.is_gpu
@@ -130,17 +133,17 @@ def _shard(size: int, choices: Choices) -> int:
 
 
 def _row(shape: ModelShape, choices: Choices, device: Device, trained: int) -> dict[str, int]:
-    """Activations and head buffers at the worst moment of a packed row's forward and backward."""
+    """Return activations and head buffers at the peak of a packed row's forward and backward."""
     acts, head = activations(shape, choices, choices.max_tokens), head_buffers(shape, choices, device, trained)
     moments = [(acts.saved + acts.final, head.forward), (acts.saved + acts.final, head.backward), (acts.backward, 0)]
-    # Every linear's weight has its gradient in the weight's type before it is added to a wider sum.
+    # The gradient of a weight exists in the dtype of the weight before it is added to a wider sum.
     largest = max(shape.tensor_sizes()) if choices.grad > choices.weight else 0
     worst = max(moments, key=sum)
     return {"activations": worst[0], "head buffers": worst[1], "temporaries": largest * choices.weight}
 
 
 def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> int:
-    """Copies of the largest tensor while its update is computed; tensors are updated one after the other."""
+    """Return the bytes of copies of the largest tensor during its update; tensors are updated one after the other."""
     copies = int(choices.grad < choices.arithmetic) + (not device.is_gpu)
     if choices.weight == 2 and not choices.masters:
         copies += 3  # the weight in fp32, random bits, the rounded sum
@@ -150,7 +153,7 @@ def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> 
 
 
 def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
-    """Under FSDP: the root's tensors and two layers in full, and one layer's gradients before they are scattered."""
+    """Return the gathered tensors under FSDP: root and two layers, and the gradients of root and one layer."""
     if choices.gpus == 1:
         return {}
     root = shape.parameters - shape.layers * shape.layer_parameters
@@ -159,7 +162,7 @@ def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
 
 
 def batch_bytes(work: Workload, choices: Choices) -> int:
-    """Token ids, positions, targets and per-token numbers of one update's packed rows, all on the device."""
+    """Return the bytes of ids, positions, targets and per-token numbers of the packed rows of one update."""
     sequences = -(-work.sequences // work.updates // choices.gpus)
     floats = 2 + work.old_logp_pass
     prompt, response = 16 * work.mean_prompt, (16 + 16 + floats * choices.arithmetic) * work.mean_response
@@ -177,7 +180,7 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
     sequences, e = work.generated_together, choices.weight
     tokens = sequences * (work.max_prompt + work.max_response)
     cache = kv_cache_bytes(shape, choices, tokens)
-    # While a layer's cache grows by a token its old copy is still there; masked SDPA repeats keys and values per head.
+    # While the cache of a layer grows by a token, its old copy exists. Masked SDPA repeats keys and values by head.
     growth = tokens * e * (shape.kv_width + (2 * shape.q_width if shape.heads != shape.kv_heads else 0))
     # Logits, and five fp32 forms of them on the way to a sampled token and its log-probability.
     scores = sequences * shape.vocab * (e + 5 * choices.arithmetic) + tokens * (8 + choices.arithmetic)
@@ -186,7 +189,7 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
     moments = [(cache, growth + scores), (kv_cache_bytes(shape, choices, prompts), prefill)]
     worst = max(moments, key=sum)
     parts = {"KV cache": worst[0], "generation": worst[1]}
-    # Sharded weights are gathered whole: a layer at a time for every token would wait for the links instead.
+    # Sharded weights are gathered as a whole: gathering a layer at a time for every token would be slow.
     whole = weight_bytes(shape, choices)
     return parts if choices.gpus == 1 else parts | {"gathered layers": whole - _shard(whole, choices)}
 
@@ -197,6 +200,6 @@ def _engine_memory(shape: ModelShape, device: Device, work: Workload, choices: C
 
 
 def cache_tokens(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> int:
-    """Tokens that vLLM's cache holds on one GPU."""
+    """Return the tokens that vLLM's cache holds on one GPU."""
     cache = _generation(shape, choices, device, replace(work, engine="vllm"))["KV cache"]
     return cache * work.tensor_parallel // max(1, kv_cache_bytes(shape, choices, 1))

@@ -1,4 +1,4 @@
-"""Architecture -> tensors: the shapes of every parameter of a Llama-like model, from its config.json alone."""
+"""The shapes of all parameters of a Llama-like model, from its config.json alone."""
 
 # H hidden, I intermediate, Q width of all query heads, K width of all key (or value) heads, D head dimension, V vocab
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from or1.core.errors import PlanError
-from or1.plan.known import KNOWN
+from or1.plan.known_models import KNOWN
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder of gated MLPs and grouped-query attention. Counts are of scalars, not bytes."""
+    """A decoder with gated MLPs and grouped-query attention. Counts are scalars, not bytes."""
 
     name: str
     family: str
@@ -42,11 +42,11 @@ class ModelShape:
 
     @property
     def kv_width(self) -> int:
-        """Width of all key heads together, which is also that of all value heads."""
+        """Width of all key heads together, and of all value heads together."""
         return self.kv_heads * self.head_dim
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Parameter shapes of one layer, by name."""
+        """Return the parameter shapes of one layer, by name."""
         h, i, q, k = self.hidden, self.intermediate, self.q_width, self.kv_width
         shapes: dict[str, tuple[int, ...]] = {}
         linears = [
@@ -67,7 +67,7 @@ class ModelShape:
         return shapes | {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
 
     def root_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Parameter shapes outside the layers, by name; a tied head is the embedding and not listed."""
+        """Return the parameter shapes outside the layers, by name. A tied head shares the embedding: not listed."""
         shapes: dict[str, tuple[int, ...]] = {
             "embed_tokens.weight": (self.vocab, self.hidden),
             "norm.weight": (self.hidden,),
@@ -75,7 +75,7 @@ class ModelShape:
         return shapes if self.tied else shapes | {"lm_head.weight": (self.vocab, self.hidden)}
 
     def tensor_sizes(self) -> Iterator[int]:
-        """Scalars of every parameter tensor of the model."""
+        """Yield the number of scalars of every parameter tensor of the model."""
         yield from (prod(shape) for shape in self.root_tensors().values())
         layer = [prod(shape) for shape in self.layer_tensors().values()]
         for _ in range(self.layers):
@@ -93,14 +93,14 @@ class ModelShape:
 
     @property
     def matrix_parameters(self) -> int:
-        """Scalars of all layers' matrices: each costs two floating-point operations a token."""
+        """Scalars of the matrices of all layers. Each scalar costs two floating-point operations a token."""
         return self.layers * sum(prod(shape) for shape in self.layer_tensors().values() if len(shape) == 2)
 
 
 def shape_of(path: str) -> ModelShape:
-    """The shape of a checkpoint folder, of a hub id in the local cache, or of a known hub id; reads config.json only.
+    """Return the shape of a checkpoint folder, of a hub id in the local cache, or of a known hub id.
 
-    Raises PlanError if there is none of these, or for an architecture that cannot be counted.
+    Only config.json is read. Raises PlanError if `path` is none of the three, or for an unknown architecture.
     """
     for folder in (Path(path).expanduser(), *_cached(path)):
         if (folder / "config.json").is_file():
@@ -108,8 +108,8 @@ def shape_of(path: str) -> ModelShape:
     if path.lower() in (names := {name.lower(): name for name in KNOWN}):
         return parse_shape(KNOWN[names[path.lower()]], path)
     raise PlanError(
-        f"no config.json for model.path = {path!r}: it is no folder here, not in the Hugging Face cache, and no model "
-        f"that or1 knows by name ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
+        f"no config.json for model.path = {path!r}: it is no folder, not in the Hugging Face cache, and not a "
+        f"known model ({', '.join(KNOWN)}). Put the model's config.json in a folder and name that"
     )
 
 
@@ -132,12 +132,12 @@ def _cached(hub_id: str) -> list[Path]:
 
 
 def parse_shape(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape that a config.json describes. Raises PlanError for an architecture without a rule here."""
+    """Return the shape that a config.json describes. Raises PlanError for an unknown architecture."""
     family = config.get("model_type")
     rules = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama, "mistral": _mistral}
     if family not in rules:
         raise PlanError(
-            f"model_type {family!r} of {name!r} is not one that or1 plan can count; it knows {', '.join(rules)}. "
+            f"model_type {family!r} of {name!r} is not supported by or1 plan; it supports {', '.join(rules)}. "
             "Train with a small optim.max_tokens_per_rank and watch perf/peak_mem_gib instead"
         )
     missing = [
@@ -167,7 +167,7 @@ def _even_head_dim(config: Mapping[str, Any]) -> int:
 
 
 def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers' Qwen2 looks at head_dim too, though no published checkpoint sets it.
+    # transformers' Qwen2 reads head_dim too, though no published checkpoint sets it.
     return {"head_dim": _even_head_dim(config), "qkv_bias": True}
 
 

@@ -1,4 +1,4 @@
-"""The plan as a person reads it, and as JSON."""
+"""The plan as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WHAT_TO_CHANGE = {
 
 
 def print_plan_table(plan: Plan, why_device: str, console: Console | None = None) -> None:
-    """Memory by phase, time by stage, what dominates, the largest row, and a remedy where it does not fit."""
+    """Print memory by phase, time by stage, the dominant parts, and the largest row that fits."""
     console = console or default_console()
     for line in _heading(plan, why_device):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
     work = plan.heaviest.work
     yield (
         f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "
-        "--mean-response says otherwise, the longest at it; no group rejected"
+        "--mean-response is given, the longest at the limit; no group rejected"
     )
     yield (
         "               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
@@ -127,7 +127,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def conclusions(plan: Plan) -> list[str]:
-    """What dominates, and the largest row that fits: one line each."""
+    """Return one line each about the dominant memory, the dominant time, and the largest row that fits."""
     peak, slow = plan.heaviest.memory.peak, plan.stages[-1].time
     part, slowest = peak.dominant, slow.dominant
     lines = [
@@ -148,9 +148,8 @@ def conclusions(plan: Plan) -> list[str]:
 
 def _advice_on_time(plan: Plan, part: str) -> str:
     if part == "generation":
-        faster = 'rollout.engine = "vllm", or ' if hasattr(plan.config.rollout, "vllm") else ""
         return (
-            f"{faster}a larger rollout.batch_size, if it fits"
+            'rollout.engine = "vllm", or a larger rollout.batch_size, if it fits'
             if plan.heaviest.work.engine == "hf"
             else "a shorter context: stages that grow it; rollout.overlap or partial_tokens, which do not wait for "
             "the longest response; more GPUs, which do"
@@ -165,17 +164,17 @@ def _advice_on_time(plan: Plan, part: str) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Why a plan does not fit, and the options with which it would."""
+    """Return why a plan does not fit, and the options that make the plan fit."""
     over = plan.heaviest.memory.peak.total - plan.device.usable
     text = f"It does not fit: {over / GIB:.1f} GiB too much on {plan.device.name}."
     if plan.remedy is None:
-        return text + " No option that or1 knows makes it fit; take a larger device (--device) or a smaller model."
+        return text + " No known option makes it fit; take a larger device (--device) or a smaller model."
     options = [t if t.startswith("--") else f"--set {t}" for t in plan.remedy]
     return f"{text} It would with: {' '.join(options)}"
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The numbers of a plan: bytes, seconds, tokens."""
+    """Return the numbers of a plan for JSON: bytes, seconds, tokens."""
     return {
         "model": plan.shape.name,
         "parameters": plan.shape.parameters,

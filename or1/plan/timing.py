@@ -1,4 +1,4 @@
-"""Time of a step from operation counts and a device's peaks; `devices.Efficiency` states what is assumed of them."""
+"""Time of a step, from operation counts and the shares of a device's peaks that `devices.Efficiency` assumes."""
 
 # n tokens of a sequence, H hidden, Q width of all query heads, V vocab
 
@@ -14,7 +14,7 @@ from or1.plan.generation import rollout_seconds
 from or1.plan.memory import optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape
 
-# Passes over what a layer saves: written and read forward, read backward, and their gradients.
+# Passes over the saved tensors of a layer: write and read in forward, read in backward, and their gradients.
 _ACTIVATION_PASSES = 4
 _HOST_LINK = 25e9  # bytes/s between host and GPU memory, PCIe 4 or 5 with other traffic
 _OTHER = ("old log-probs", "weight sync")
@@ -22,9 +22,11 @@ _OTHER = ("old log-probs", "weight sync")
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one rollout step. parts: by what they are spent on. tokens: prompts and responses on all GPUs.
+    """Time of one rollout step.
 
-    mfu: of the update, model FLOPs (recomputation left out) over what the device could do meanwhile.
+    parts   seconds by activity
+    tokens  tokens of prompts and responses, on all GPUs
+    mfu     model FLOPs of the update, without recomputation, as a share of the device's peak
     """
 
     parts: dict[str, float]
@@ -33,38 +35,41 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step, verifiers and evaluations left out."""
+        """Seconds of the step, without verifiers and evaluations."""
         return sum(self.parts.values())
 
     @property
     def split(self) -> dict[str, float]:
-        """The same seconds as the report's Tables 7 and 8 divide them: rollout, update and other."""
+        """The seconds in the categories of Tables 7 and 8 of the Skywork-OR1 report: rollout, update and other."""
         rollout, other = self.parts["generation"], sum(self.parts.get(name, 0.0) for name in _OTHER)
         return {"rollout": rollout, "update": self.total - rollout - other, "other": other}
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of the step over its seconds, all GPUs together."""
+        """Tokens of the step divided by its seconds, all GPUs together."""
         return self.tokens / self.total
 
     @property
     def dominant(self) -> str:
-        """What takes longest."""
+        """Name of the longest part."""
         return max(self.parts, key=self.parts.__getitem__)
 
 
 def sequence_cost(shape: ModelShape) -> SequenceCost:
-    """Forward and backward of a sequence in FLOPs: 6 a matrix scalar and token, head included; attention over n^2.
+    """Return the FLOPs of forward and backward of a sequence of n tokens, as coefficients of n and n^2.
 
-    Causal attention takes 2 n^2 Q multiplications forward (half of the square, scores and values), 2.5 times that
-    backward.
+    Linear: 6 FLOPs a matrix scalar and token, including the head. Quadratic: causal attention takes 2 n^2 Q FLOPs a
+    layer in forward (half of the square, scores and values), and 2.5 times as many in backward.
     """
     matrices = shape.matrix_parameters + shape.vocab * shape.hidden
     return SequenceCost(linear=6.0 * matrices, quadratic=7.0 * shape.q_width * shape.layers)
 
 
 def step_time(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> StepTime:
-    """One rollout step at the mean lengths of the workload, all groups kept, ranks balanced, collectives overlapped."""
+    """Return the time of one rollout step.
+
+    Assumes sequences of mean length, no rejected group, balanced ranks, and collectives overlapped with arithmetic.
+    """
     sequences = work.sequences / choices.gpus
     tokens = sequences * (work.mean_prompt + work.mean_response)
     update = _update_seconds(shape, choices, device, work)
@@ -87,9 +92,9 @@ def _flops(shape: ModelShape, length: float, trained: float) -> float:
 
 
 def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> dict[str, float]:
-    """Forward, backward and optimizer steps of every minibatch, as often as it is trained."""
+    """Return the seconds of forward, backward and optimizer steps of all minibatches, with their reuse."""
     bandwidth = device.bandwidth * 1e9 * device.efficiency.memory
-    # With checkpoints the layers, but not the head, run forward once more.
+    # Gradient checkpointing runs the forward of the layers, but not of the head, a second time.
     parts = _pass_seconds(shape, choices, device, work, forwards=1 + (choices.checkpointing != "none"), backwards=1)
     gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + choices.arithmetic)
     exposed = max(0.0, gathered - sum(parts.values()))
@@ -104,7 +109,7 @@ def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
 def _pass_seconds(
     shape: ModelShape, choices: Choices, device: Device, work: Workload, *, forwards: int, backwards: int
 ) -> dict[str, float]:
-    """All sequences of a GPU: so often through the layers and back, and once through the head."""
+    """Return the seconds of all sequences of a GPU: `forwards` and `backwards` of the layers, one pass of the head."""
     peak, e = device.tflops * 1e12, device.efficiency
     sequences, length = work.sequences / choices.gpus, work.mean_prompt + work.mean_response
     # Backward costs a matrix product twice its forward, attention 2.5 times.
@@ -122,8 +127,11 @@ def _pass_seconds(
 
 
 def _gather_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload, scalar_bytes: int) -> float:
-    """FSDP of one rank: so many bytes of every parameter cross the links for every packed row (weights gathered
-    forward and backward, gradients scattered as sums)."""
+    """Return the seconds that FSDP's collectives take on one rank.
+
+    For each packed row, `scalar_bytes` of each parameter cross the links: weights are gathered in forward and
+    backward, gradients are reduce-scattered.
+    """
     if choices.gpus == 1:
         return 0.0
     tokens = work.sequences / choices.gpus * (work.mean_prompt + work.mean_response)
@@ -132,7 +140,7 @@ def _gather_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
 
 
 def _sync_seconds(shape: ModelShape, choices: Choices, device: Device) -> float:
-    """Every GPU gathers the shards of the others, and the engine copies what it needs of them."""
+    """Return the seconds of a weight sync: every GPU gathers all shards, and the engine copies its weights."""
     weights = weight_bytes(shape, choices)
     gathered = 0.0 if choices.gpus == 1 else weights / device.link_bytes(choices.gpus)
     return gathered + 2 * weights / (device.bandwidth * 1e9 * device.efficiency.memory)

@@ -1,4 +1,4 @@
-"""The console of a run, and text from outside made safe for it."""
+"""The console that or1 prints on, and escaping of untrusted text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def default_console() -> Console:
-    """The console of a run: standard output, 110 columns wide where there is no terminal to ask."""
+    """Return a console on standard output, 110 columns wide if standard output is no terminal."""
     import sys
 
     from rich.console import Console
 
-    # A process that was started with its standard output closed has none.
+    # sys.stdout is None in a process that was started with its standard output closed.
     return Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=110)
 
 
 def safe(text: object, console: Console, style: str = "") -> Text:
-    """Text from outside: no markup, no control characters, nothing the console's encoding lacks."""
+    """Return untrusted text without markup, control characters, and characters that the console cannot encode."""
     from rich.text import Text
 
     shown = visible(text)
@@ -31,11 +31,11 @@ def safe(text: object, console: Console, style: str = "") -> Text:
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]], console: Console) -> None:
-    """Names and values, a pair a line; a terminal gets columns, and long values folded in theirs."""
+    """Print names and values, a pair a line. On a terminal the values form a column in which long values are folded."""
     from rich.table import Table
     from rich.text import Text
 
-    if not console.is_terminal:  # a log wants neither wrapped lines nor padding
+    if not console.is_terminal:  # no wrapped lines and no padding in a log
         for name, value in pairs:
             console.print(safe(f"  {name:<10}  {value}", console), soft_wrap=True)
         return

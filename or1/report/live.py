@@ -1,20 +1,18 @@
-"""What a person sees in the terminal: the plan before a run, and its progress. `or1.report.summary_text` has the end.
-
-On a terminal the progress is a live panel; elsewhere (a log file, a batch system) it is one plain line per step.
-"""
+"""The progress of a run: a live panel on a terminal, otherwise (a log file, a batch system) one plain line a step."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from or1.config import Config, EntropyConfig, StageConfig
+from or1.config import StageConfig
 from or1.core.records import Record, number
-from or1.report.console import default_console, print_pairs, safe
+from or1.report.console import default_console, safe
 from or1.report.panel import ROWS, Header, Phase, header, values_table
 from or1.report.records import Course, eval_histories, plain_line
 from or1.reward.terms import graded_run
@@ -22,22 +20,20 @@ from or1.reward.terms import graded_run
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
-    from rich.table import Table
 
 _HISTORY = 400  # steps kept for sparklines
 _RECENT = 10  # steps behind the estimate of time left
-_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit moments", "offload": "AdamW in host memory"}
 
 
 class RunDisplay:
-    """Progress of a run.
+    """The progress of a run; implements `or1.core.display.Display`.
 
     with RunDisplay(config.total_steps, config.stage) as display:
         display.phase("rollout", 3, 64)
-        display.step({"step": 1, "stage": 0, "reward/mean": 0.4, ...})      the record of metrics.jsonl
+        display.step({"step": 1, "stage": 0, "reward/mean": 0.4, ...})      a record of metrics.jsonl
         display.message("checkpoint step_20 written")
 
-    The terminal is restored however the block ends. Missing and non-finite metrics show as "-".
+    The block always restores the terminal, also after an error. Missing and non-finite metrics show as "-".
     """
 
     def __init__(self, total_steps: int, stages: Sequence[StageConfig], console: Console | None = None):
@@ -47,11 +43,11 @@ class RunDisplay:
         self._started = time.monotonic()
         self._step_ends: deque[float] = deque(maxlen=_RECENT + 1)
         self._phase: Phase | None = None
-        self._history: dict[str, deque[float]] = {row.key: deque(maxlen=_HISTORY) for row in ROWS}
+        self._history: dict[str, deque[float]] = {name: deque(maxlen=_HISTORY) for name in ROWS}
         self._evals: list[Record] = []
         self._graded = False
         self._stage = 0
-        # Built in `step`, not in `_render`, which another thread calls.
+        # Built in `step`: another thread calls `_render`.
         self._table: RenderableType | None = None
         self._live: Live | None = None
 
@@ -74,13 +70,19 @@ class RunDisplay:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show the current phase (rollout, reward, train, eval, checkpoint) and how far it is."""
         old = self._phase
-        same = old is not None and old.name == name and done >= old.done
-        self._phase = Phase(name, done, total, old.since if same else time.monotonic())
-        if self._live is not None and not same:
+        if old is not None and old.name == name and done >= old.done:
+            self._phase = Phase(name, done, total, old.since)
+            return
+        self._phase = Phase(name, done, total, time.monotonic())
+        if self._live is not None:
             self._live.refresh()
 
+    def progress(self, name: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total) that shows how far the phase `name` is."""
+        return partial(self.phase, name)
+
     def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the records of a run that resumes: nothing is printed, and the panel starts with their values."""
+        """Continue from the records of a resumed run: print nothing, and start the panel with their values."""
         for record in records:
             self._step = int(number(record.get("step"), self._step + 1))
             self._stage = int(number(record.get("stage"), self._stage))
@@ -113,12 +115,12 @@ class RunDisplay:
             self.message(line)
 
     def _note(self, record: Mapping[str, Any]) -> Record:
-        """Remember what a record holds; returns it with what is derived from it, and with the step as a number."""
+        """Append a record to the history, and return the record with derived metrics and a numeric step."""
         metrics = {**record, "step": self._step}
         if 0 <= self._stage < len(self._stages):
             metrics["group/kept_share"] = number(metrics.get("group/kept")) / self._stages[self._stage].prompts_per_step
         failed = sum(number(metrics.get(f"reward/status/{status}"), 0.0) for status in ("crash", "timeout"))
-        # A row from the first failure on.
+        # The panel has this row only after the first failure.
         if failed or self._history["reward/failed"]:
             metrics["reward/failed"] = failed
         for key, values in self._history.items():
@@ -130,7 +132,7 @@ class RunDisplay:
         return metrics
 
     def _courses(self, names: Container[str] | None = None) -> list[Course]:
-        """The evaluations so far, of all sets or of those in `names`, what leads first."""
+        """Return the evaluations so far, of all sets or of the sets in `names`, most important numbers first."""
         histories = [each for each in eval_histories(self._evals) if names is None or each.name in names]
         return [course for history in histories for course in history.courses(self._graded)]
 
@@ -139,7 +141,7 @@ class RunDisplay:
         self._console.print(safe(text, self._console), soft_wrap=True)
 
     def _left(self) -> float | None:
-        """Estimated seconds to the end, from the last few steps."""
+        """Estimate the seconds to the end of the run from the last few steps; None before the second step."""
         intervals = len(self._step_ends) - 1
         if intervals < 1:
             return None
@@ -156,91 +158,12 @@ class RunDisplay:
 
         now, phase = time.monotonic(), self._phase
         shown = Header(
-            self._step,
-            self._total,
-            now - self._started,
-            self._left(),
-            self._stage_text(),
-            phase,
-            0.0 if phase is None else now - phase.since,
+            step=self._step,
+            total=self._total,
+            elapsed_s=now - self._started,
+            left_s=self._left(),
+            stage=self._stage_text(),
+            phase=phase,
+            phase_s=0.0 if phase is None else now - phase.since,
         )
         return Group(header(shown, self._console), *([] if self._table is None else [self._table]))
-
-
-def print_plan(config: Config, data_lines: Sequence[str], console: Console | None = None) -> None:
-    """What a run will do: shown by `--dry-run` and at the start. `data_lines` describe the data files, one a line."""
-    from rich.text import Text
-
-    console = console or default_console()
-    stages = "1 stage" if len(config.stage) == 1 else f"{len(config.stage)} stages"
-    console.print(Text(f"or1 plan: {config.total_steps} steps in {stages}", style="bold"), soft_wrap=True)
-    pairs = [("model", f"{config.model.path} ({config.model.dtype}, device {config.model.device})")]
-    pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.files)]
-    print_pairs(pairs, console)
-    console.print(_stage_table(config))
-    optim, entropy = config.optim, config.loss.entropy
-    pairs = [
-        ("reward", config.reward.kind),
-        (
-            "loss",
-            f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
-            f"temperature {config.rollout.temperature:g}",
-        ),
-        ("entropy", _entropy_text(entropy)),
-    ]
-    pairs.append(
-        (
-            "optimizer",
-            f"{_OPTIMIZERS[optim.optimizer]}, lr {optim.lr:g} after {optim.warmup_steps} warm-up "
-            f"updates, gradient norm <= {optim.grad_clip:g}, {optim.max_tokens_per_rank:,} tokens per packed "
-            "row",
-        )
-    )
-    pairs += [("" if i else "evaluation", line) for i, line in enumerate(_eval_texts(config))]
-    pairs.append(("checkpoint", f"every {config.checkpoint.every_steps} steps, newest {config.checkpoint.keep} kept"))
-    pairs += [("run", config.run_dir), ("seed", str(config.seed))]
-    print_pairs(pairs, console)
-    console.print()
-
-
-def _stage_table(config: Config) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="dim")
-    for title in ("stage", "steps", "max response", "prompts x group", "updates per step", "tokens per step, at most"):
-        table.add_column(title, justify="right")
-    first = 1
-    for number_, stage in enumerate(config.stage, 1):
-        most = stage.prompts_per_step * stage.group_size * stage.max_response_tokens
-        table.add_row(
-            str(number_),
-            f"{first}-{first + stage.steps - 1}",
-            f"{stage.max_response_tokens:,}",
-            f"{stage.prompts_per_step} x {stage.group_size}",
-            "1, on-policy" if stage.on_policy else str(stage.updates_per_step),
-            f"{most:,}",
-        )
-        first += stage.steps
-    return table
-
-
-def _entropy_text(entropy: EntropyConfig) -> str:
-    if entropy.control == "none":
-        return "no bonus"
-    if entropy.control == "constant":
-        return f"constant coefficient {entropy.coef:g}"
-    return (
-        f"adaptive ({entropy.variant}): target {entropy.target:g} nats per token, coefficient {entropy.coef:g} "
-        f"moving by {entropy.delta:g} within [{entropy.coef_min:g}, {entropy.coef_max:g}]"
-    )
-
-
-def _eval_texts(config: Config) -> list[str]:
-    if not config.eval.sets:
-        return ["no held-out sets"]
-    lines = [f"every {config.eval.every_steps} steps, at most {config.eval_max_response_tokens:,} tokens"]
-    for each in config.eval.sets:
-        limit = "" if each.limit is None else f", first {each.limit}"
-        lines.append(f"{each.name}: {each.path}, avg@{each.samples} at temperature {each.temperature:g}{limit}")
-    return lines

@@ -1,7 +1,7 @@
-"""`or1 report RUN`: one self-contained HTML page about a run, readable in light and dark, without scripts.
+"""`or1 report RUN`: one self-contained HTML page about a run, for light and dark mode, without scripts.
 
-Responses are untrusted text: everything from the run passes through `_text`, and the page's policy forbids scripts and
-any load from elsewhere.
+Responses are untrusted text: everything from the run passes through `_text`, and the content security policy forbids
+scripts and external resources.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import html
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from or1.core.errors import ReportError
 from or1.core.files import write_whole
 from or1.core.records import number
 from or1.core.text import count_text, duration, value_text, visible
-from or1.report.page_data import RunData, load_run
+from or1.report.page_data import RecordedRun, load_run
 from or1.report.page_plots import Plot, render_plots
 from or1.report.page_samples import Sample, SampleStep, load_samples
 from or1.report.page_style import STYLE
@@ -33,14 +33,15 @@ _CHARS_PER_TOKEN = 4
 _SHADES = ((0.9, ""), (0.5, "p1"), (0.2, "p2"), (0.05, "p3"), (0.0, "p4"))
 _DOT = " \u00b7 "
 _MESSAGES = 300
-_DEEPEST = 20  # levels of a config that are shown; or1's own has four
+_DEEPEST = 20  # nesting levels of a config that are shown; or1's own has four
+_Clipped = TypeVar("_Clipped", str, Sequence[tuple[str, float]])
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path. Raises ReportError if the folder is not a run with a step.
 
-    Works on a run that is alive, was killed, or lacks config or rollouts; the page says what was left out.
+    The run may be alive or killed, and may lack config or rollouts; the page lists what is missing.
     """
     run = load_run(Path(run_dir))
     samples, notes = load_samples(run)
@@ -55,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(
-    run: RunData, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
+    run: RecordedRun, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
 ) -> Iterator[str]:
     name = _text(_run_name(run))
     yield "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
@@ -81,11 +82,11 @@ def _page(
 
 
 def _text(value: object) -> str:
-    """Untrusted text for HTML content or a quoted attribute: escaped, with invisible characters made visible."""
+    """Escape untrusted text for HTML content or a quoted attribute; show invisible characters by their code."""
     return html.escape(visible(value))
 
 
-def _run_name(run: RunData) -> str:
+def _run_name(run: RecordedRun) -> str:
     return run.path.resolve().name or "run"
 
 
@@ -100,7 +101,7 @@ def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.1f} %"
 
 
-def _header(run: RunData, name: str) -> Iterator[str]:
+def _header(run: RecordedRun, name: str) -> Iterator[str]:
     total = run.total_steps
     if total is not None and run.last_step >= total:
         badge = '<span class="badge done">finished</span>'
@@ -148,7 +149,7 @@ def _score(course: Course) -> str:
 
 
 def _track(course: Course) -> str:
-    """A bar of 0-100 %: grey up to the lower of before and after, coloured for the change; a line for the 95 % CI."""
+    """Return a bar of 0-100 %: grey up to the smaller value, coloured for the change, a line for the 95 % interval."""
     before, last = course.values[0], course.values[-1]
     low, high = sorted((100 * before, 100 * last))
     kind = "gain" if last >= before else "loss"
@@ -170,7 +171,7 @@ def _facts(facts: Sequence[tuple[str, str, bool]]) -> str:
     return f'<section class="card facts">{"".join(cells)}</section>'
 
 
-def _key_facts(run: RunData) -> list[tuple[str, str, bool]]:
+def _key_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
     responses = sum(run.responses(record) for record in run.records)
     tokens = math.fsum(number(r.get("completion/len_mean"), 0.0) * run.responses(r) for r in run.records)
     speeds = sorted(run.series("perf/tokens_per_s")[1])
@@ -185,8 +186,8 @@ def _key_facts(run: RunData) -> list[tuple[str, str, bool]]:
     return facts
 
 
-def _health_facts(run: RunData) -> list[tuple[str, str, bool]]:
-    """Counts of what went wrong; those that should be 0 stand out when they are not."""
+def _health_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
+    """Return counts of problems. Counts that should be 0 are highlighted if they are not."""
     usual = ("truncated responses", "without an answer", NO_THINK_CLOSE)
     return [(count_text(n), label, n > 0 and label not in usual) for label, n in run.health_counts().items()]
 
@@ -265,8 +266,8 @@ def _response(sample: Sample) -> str:
     return _clipped(sample.pieces, _HEAD_TOKENS, _TAIL_TOKENS, "tokens", _shaded)
 
 
-def _clipped(items: Any, head: int, tail: int, unit: str, show: Any) -> str:
-    """A long response without its middle, which says how much is left out."""
+def _clipped(items: _Clipped, head: int, tail: int, unit: str, show: Callable[[_Clipped], str]) -> str:
+    """Return a response as HTML. The middle of a long response is replaced by the number of `unit` left out."""
     if len(items) <= head + tail:
         return show(items)
     cut = f'\n<span class="cut">[{len(items) - head - tail:,} {unit} left out]</span>\n'
@@ -283,7 +284,7 @@ def _shaded(pieces: Sequence[tuple[str, float]]) -> str:
 
 
 def _messages(run_dir: Path) -> Iterator[str]:
-    """The end of the run's log: warnings, alarms, crashes of rewards."""
+    """Yield the end of the run's log: warnings, alarms, crashes of rewards."""
     lines, more = read_log(run_dir, _MESSAGES)
     if lines:
         what = f"The last {len(lines):,} lines of log.txt." if more else "All of log.txt."

@@ -1,29 +1,56 @@
-"""Which metrics the report draws as lines, and the words around them."""
+"""The metrics that the report draws as lines, and their captions. Units and labels are those of the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from or1.report.page_data import KEPT_SHARE, RunData
+from or1.core.metric_names import SHARE, metric
+from or1.report.page_data import KEPT_SHARE, RecordedRun
 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric drawn as a line."""
+    """One metric drawn as a line.
+
+    color  name of a colour of `or1.report.page_plots.COLORS`
+    label  text in the legend; empty: the metric's own
+    """
 
     key: str
-    label: str
     color: str
-    scale: float = 1.0
+    label: str = ""
+
+    @property
+    def percent(self) -> bool:
+        """Whether the values are shares, drawn in percent."""
+        return metric(self.key).unit == SHARE
+
+    @property
+    def scale(self) -> float:
+        """Factor from recorded to drawn values."""
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def legend(self) -> str:
+        """The text in the legend."""
+        return self.label or metric(self.key).label
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: lines on a common scale. `reference` adds a dashed line of (steps, values)."""
+    """One pair of axes.
+
+    lines      lines on a common scale
+    height     relative height
+    top        upper end of the scale; None: the largest value
+    zero       start the scale at 0 if no value is negative
+    log        logarithmic scale if the values span more than two decades
+    reference  label, steps and values of a dashed line
+    exact      the values were set, not sampled: draw them as steps, without smoothing
+    """
 
     lines: tuple[Line, ...]
-    unit: str = ""
     height: float = 1.0
     top: float | None = None
     zero: bool = True
@@ -31,18 +58,23 @@ class Panel:
     reference: tuple[str, Sequence[float], Sequence[float]] | None = None
     exact: bool = False
 
+    @property
+    def unit(self) -> str:
+        """The unit behind the numbers of the axis: "%" or empty."""
+        return "%" if all(line.percent for line in self.lines) else ""
+
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels one above the other on one axis of steps."""
+    """Stacked panels on a common axis of steps."""
 
     title: str
     caption: str
     panels: tuple[Panel, ...]
 
 
-def charts(run: RunData) -> tuple[Chart, ...]:
-    """Return the charts of a run that are made of lines, in the order of the page."""
+def charts(run: RecordedRun) -> tuple[Chart, ...]:
+    """Return the line charts of a run, in the order of the page."""
     return (
         _reward(run.graded),
         Chart(
@@ -50,11 +82,11 @@ def charts(run: RunData) -> tuple[Chart, ...]:
             "Nats per token of trained and of all sampled responses; below, the bonus coefficient.",
             (
                 Panel(
-                    (Line("policy/entropy", "entropy", "s1"), Line("policy/entropy_all", "all sampled", "s3")),
+                    (Line("policy/entropy", "s1"), Line("policy/entropy_all", "s3", "all sampled")),
                     height=2.4,
                     reference=_entropy_target(run),
                 ),
-                Panel((Line("policy/entropy_coef", "coefficient", "s8"),), exact=True),
+                Panel((Line("policy/entropy_coef", "s8", "coefficient"),), exact=True),
             ),
         ),
         Chart(
@@ -62,11 +94,11 @@ def charts(run: RunData) -> tuple[Chart, ...]:
             "Tokens per response and the stage's limit; below, the share cut at the limit.",
             (
                 Panel(
-                    (Line("completion/len_mean", "mean", "s1"), Line("completion/len_max", "longest", "s3")),
+                    (Line("completion/len_mean", "s1", "mean"), Line("completion/len_max", "s3")),
                     height=2.4,
                     reference=_limits(run),
                 ),
-                Panel((Line("completion/truncated", "truncated", "s8", 100),), unit="%"),
+                Panel((Line("completion/truncated", "s8"),)),
             ),
         ),
         _groups(run.graded),
@@ -74,25 +106,19 @@ def charts(run: RunData) -> tuple[Chart, ...]:
             "Gradient norm and loss",
             "Gradient norm before clipping; below, the loss, whose level means little.",
             (
-                Panel((Line("optim/grad_norm", "gradient norm", "s1"),), height=1.6, log=True),
-                Panel((Line("optim/loss", "loss", "s5"),), zero=False),
+                Panel((Line("optim/grad_norm", "s1", "gradient norm"),), height=1.6, log=True),
+                Panel((Line("optim/loss", "s5"),), zero=False),
             ),
         ),
         Chart(
             "Mismatch and clipping",
             "KL between the engine's and the trainer's policy; below, the clipped share.",
-            (
-                Panel((Line("mismatch/kl", "mismatch KL", "s1"),), height=1.6, log=True),
-                Panel((Line("policy/clip_frac", "clipped tokens", "s8", 100),), unit="%"),
-            ),
+            (Panel((Line("mismatch/kl", "s1"),), height=1.6, log=True), Panel((Line("policy/clip_frac", "s8"),))),
         ),
         Chart(
             "Throughput and memory",
             "Tokens per second; below, peak memory in GiB.",
-            (
-                Panel((Line("perf/tokens_per_s", "tokens/s", "s1"),), height=1.6),
-                Panel((Line("perf/peak_mem_gib", "peak GiB", "s5"),)),
-            ),
+            (Panel((Line("perf/tokens_per_s", "s1"),), height=1.6), Panel((Line("perf/peak_mem_gib", "s5"),))),
         ),
     )
 
@@ -100,33 +126,34 @@ def charts(run: RunData) -> tuple[Chart, ...]:
 def _reward(graded: bool) -> Chart:
     if not graded:
         caption = "Share of sampled responses that earn the reward, before groups are rejected."
-        return Chart("Reward", caption, (Panel((Line("reward/mean", "mean reward", "s1"),), top=1.0),))
+        return Chart("Reward", caption, (Panel((Line("reward/mean", "s1", "mean reward"),), top=1.0),))
     caption = (
         "Mean reward of the sampled responses, before groups are rejected. One response in ten earns less than "
         "p10, one in ten more than p90."
     )
-    lines = (Line("reward/p90", "p90", "s2"), Line("reward/mean", "mean reward", "s1"), Line("reward/p10", "p10", "s8"))
+    lines = (Line("reward/p90", "s2"), Line("reward/mean", "s1", "mean reward"), Line("reward/p10", "s8"))
     return Chart("Reward", caption, (Panel(lines),))
 
 
 def _groups(graded: bool) -> Chart:
     solved, failed, equal = "group/solved", "group/failed", "group/frac_zero_std"
-    kept = Line(KEPT_SHARE, "kept for training", "s1", 100)
+    kept = Line(KEPT_SHARE, "s1", "kept for training")
+    lines: tuple[Line, ...]
     if not graded:
         caption = "Groups whose answers are all right or all wrong teach nothing and are left out."
-        lines = (Line(solved, "all right", "s2", 100), Line(failed, "all wrong", "s6", 100), kept)
+        lines = (Line(solved, "s2", "all right"), Line(failed, "s6", "all wrong"), kept)
     else:
         caption = "Groups whose rewards are all equal teach nothing and are left out, whatever the rewards are."
         lines = (
-            Line(solved, "all equal, solved", "s2", 100),
-            Line(failed, "all equal, at most 0", "s6", 100),
-            Line(equal, "all equal", "s3", 100),
+            Line(solved, "s2", "all equal, solved"),
+            Line(failed, "s6", "all equal, at most 0"),
+            Line(equal, "s3"),
             kept,
         )
-    return Chart("Groups", caption, (Panel(lines, unit="%", top=100.0),))
+    return Chart("Groups", caption, (Panel(lines, top=100.0),))
 
 
-def _entropy_target(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
+def _entropy_target(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:
     if run.config is None or run.config.loss.entropy.control != "adaptive":
         return None
     target = run.config.loss.entropy.target
@@ -134,7 +161,7 @@ def _entropy_target(run: RunData) -> tuple[str, Sequence[float], Sequence[float]
     return (f"target {target:g}", [steps[0] - 0.5, steps[-1] + 0.5], [target, target]) if steps else None
 
 
-def _limits(run: RunData) -> tuple[str, Sequence[float], Sequence[float]] | None:
+def _limits(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:
     found = [(r["step"], stage.max_response_tokens) for r in run.records if r["step"] and (stage := run.stage_of(r))]
     if not found:
         return None

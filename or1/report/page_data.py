@@ -1,7 +1,7 @@
-"""A run directory, read back: metrics by step, config, evaluations before and after.
+"""A run directory, read back for the report: metrics by step, and the config.
 
-Reading is tolerant, because a run may be alive, killed in the middle of a line, or resumed. What is left out is counted
-in `RunData.notes`.
+Reading is tolerant, because a run may be alive, killed in the middle of a line, or resumed. `RecordedRun.notes` counts
+what is left out.
 """
 
 from __future__ import annotations
@@ -12,26 +12,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
 from or1.config import Config, StageConfig
 from or1.core.errors import ReportError
 from or1.core.records import Record, number
-from or1.report.records import PHASES, other_seconds, sampled, step_seconds
+from or1.report.records import sampled, step_seconds
 from or1.reward.terms import NO_THINK_CLOSE, graded_run, no_think_close
 from or1.run.marks import read_marks
 from or1.run.metrics_log import read_lines
 
 _LARGEST = 1e100
-"""A number beyond this is none that a run measures, and sums of such numbers overflow."""
-KEPT_SHARE = "group/kept_share"  # of the step's groups; not in the file
+"""Larger numbers are not metrics of a run, and their sums overflow."""
+KEPT_SHARE = "group/kept_share"  # derived here, not in metrics.jsonl
 
 
-@dataclass(frozen=True)
-class RunData:
-    """What a run recorded: `records` holds one mapping per step, ascending."""
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """The records of a run.
+
+    config      None if config.resolved.json is missing or does not fit this version of or1
+    raw_config  config.resolved.json as it is; empty if missing
+    records     one mapping a step, ascending, at least one
+    notes       what was left out, for a person
+    """
 
     path: Path
     config: Config | None
@@ -46,24 +52,24 @@ class RunData:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps the config asks for, or None without a readable config."""
+        """The number of steps in the config, or None without a readable config."""
         return None if self.config is None else self.config.total_steps
 
     def series(self, key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric where it is recorded and finite."""
+        """Return steps and values of one metric, without steps in which the value is missing or not finite."""
         pairs = [(record["step"], number(record.get(key)) * scale) for record in self.records]
         pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def stage_of(self, record: Record) -> StageConfig | None:
-        """The stage a record belongs to, or None if the config does not tell."""
+        """Return the stage of a record, or None if it is unknown."""
         index = record.get("stage")
         if self.config is None or not _is_count(index) or index >= len(self.config.stage):
             return None
         return self.config.stage[index]
 
     def stage_starts(self) -> list[tuple[int, int]]:
-        """(first recorded training step, stage index) of each stage that has begun."""
+        """Return (first recorded training step, stage index) of each stage that has begun."""
         starts: list[tuple[int, int]] = []
         for record in self.records:
             index = record.get("stage")
@@ -73,24 +79,24 @@ class RunData:
 
     @cached_property
     def graded(self) -> bool:
-        """Whether any reward was neither 0 nor 1; see `or1.reward.terms`."""
+        """Whether any reward is neither 0 nor 1; see `or1.reward.terms`."""
         return graded_run(self.records)
 
     def responses(self, record: Record) -> int:
-        """Responses sampled for training in a step; 0 if neither the record nor the config tells."""
+        """Return the number of responses sampled for training in a step; 0 if unknown."""
         return sampled(record, () if self.config is None else self.config.stage)
 
     def count(self, shares: Sequence[float]) -> int:
-        """Training responses behind a share of every record, over the whole run."""
+        """Return the number of training responses in a share of each record."""
         pairs = zip(self.records, shares, strict=True)
         return round(math.fsum(number(share, 0.0) * self.responses(record) for record, share in pairs))
 
     def total(self, key: str) -> float:
-        """Sum of a metric over the steps that recorded a finite value."""
+        """Return the sum of a metric over the steps that recorded a finite value."""
         return math.fsum(self.series(key)[1])
 
     def health_counts(self) -> dict[str, int]:
-        """What went wrong over the whole run, by name, as far as it was recorded."""
+        """Return counts of problems over the whole run, by name; counts that were not recorded are left out."""
         shares = {"truncated responses": "completion/truncated", "without an answer": "reward/status/no_answer"}
         shares |= {"verifier timeouts": "reward/status/timeout", "verifier crashes": "reward/status/crash"}
         shares |= {"rewards that were None": "reward/status/skipped"}
@@ -107,18 +113,12 @@ class RunData:
             counts["empty steps"] = self.series("group/kept")[1].count(0.0)
         return counts
 
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds per phase over the whole run, and `other` for what no phase claims."""
-        seconds = {phase: self.total(f"time/{phase}") for phase in PHASES}
-        seconds["other"] = math.fsum(map(other_seconds, self.records))
-        return {phase: value for phase, value in seconds.items() if value > 0}
-
     def wall_seconds(self) -> float:
-        """Time spent in steps. The clock would count the hours between a crash and its resume too."""
+        """Return the time spent in steps; clock times would include the hours between a crash and its resume."""
         return math.fsum(map(step_seconds, self.records))
 
 
-def load_run(run_dir: Path) -> RunData:
+def load_run(run_dir: Path) -> RecordedRun:
     """Read metrics and config of a run directory. Raises ReportError if it is not one or has no step yet."""
     run_dir = Path(run_dir)
     metrics = run_dir / "metrics.jsonl"
@@ -140,26 +140,28 @@ def load_run(run_dir: Path) -> RunData:
         notes.append(f"metrics.jsonl has no line of {len(missing)} steps that the run did (first: step {missing[0]}).")
     if not records and read_marks(run_dir).get("committed"):
         raise ReportError(
-            f"{metrics} holds no step, though the run did some: the file was damaged; put it back, or go "
-            "on with the run, whose later steps can be reported"
+            f"{metrics} holds no step, though the run did some: the file was damaged; restore the file, or "
+            "resume the run, whose later steps can be reported"
         )
     if not records:
         raise ReportError(f"{metrics} holds no complete step yet; try again after the first evaluation or step")
     raw, config, config_notes = _load_config(run_dir / "config.resolved.json")
-    run = RunData(run_dir, config, raw, tuple(records), tuple(notes + config_notes))
+    run = RecordedRun(
+        path=run_dir, config=config, raw_config=raw, records=tuple(records), notes=tuple(notes + config_notes)
+    )
     return replace(run, records=tuple(_with_kept_share(run, record) for record in records))
 
 
-def _with_kept_share(run: RunData, record: Record) -> Record:
-    """The record with group/kept, a count, as a fraction too: the prompts per step may differ between stages."""
+def _with_kept_share(run: RecordedRun, record: Record) -> Record:
+    """Return the record with group/kept divided by the stage's prompts per step, which differ between stages."""
     stage = run.stage_of(record)
     if stage is None:
         return record
     return {**record, KEPT_SHARE: number(record.get("group/kept")) / stage.prompts_per_step}
 
 
-def _parse(lines: list[bytes]) -> tuple[list[Record], list[str]]:
-    """Complete records by step, and notes on what was left out."""
+def _parse(lines: list[bytes]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the complete records by step, and notes on what was left out."""
     records: list[dict[str, Any]] = []
     bad: list[int] = []
     notes: list[str] = []
@@ -172,7 +174,7 @@ def _parse(lines: list[bytes]) -> tuple[list[Record], list[str]]:
         elif records and records[-1]["step"] == record["step"]:
             records[-1].update(record)
         else:
-            # A resume continues from a checkpoint: the steps after it in the file are from a lost future.
+            # A resume continues from a checkpoint and repeats the later steps: drop their earlier records.
             if records and record["step"] < records[-1]["step"]:
                 notes.append(f"The run went back from step {records[-1]['step']} to {record['step']} (a resume).")
                 records = [old for old in records if old["step"] < record["step"]]
@@ -195,8 +197,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return {key: value for key, value in record.items() if not abs(number(value, 0.0)) > _LARGEST}
 
 
-def _is_count(value: object) -> bool:
-    """Whether this may be a step or the index of a stage; plots cannot place numbers without bounds."""
+def _is_count(value: object) -> TypeGuard[int]:
+    """Return whether a value can be a step or a stage index; the upper bound protects the plots."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**9
 
 

@@ -1,4 +1,4 @@
-"""The plots of the report: matplotlib SVG whose colours are CSS variables, so that one file serves light and dark."""
+"""The plots of the report: SVG from matplotlib, with CSS variables as colours for light and dark mode."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from or1.core.records import number
 from or1.core.types import Status
 from or1.report.page_charts import Chart, Panel, charts
-from or1.report.page_data import RunData
+from or1.report.page_data import RecordedRun
 from or1.report.records import PHASES, EvalHistory, eval_histories, other_seconds
 from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib must be given real colours; these stand for CSS variables and are swapped in the finished SVG.
+# matplotlib needs real colours. `_svg` replaces these placeholders by CSS variables.
 COLORS = {"s0": "#0a0000", "s1": "#0a0001", "s2": "#0a0002", "s3": "#0a0003", "s4": "#0a0004", "s5": "#0a0005"}
 COLORS |= {"s6": "#0a0006", "s7": "#0a0007", "s8": "#0a0008", "ink": "#0b0001", "muted": "#0b0002", "grid": "#0b0003"}
 COLORS |= {"card": "#0b0004"}
@@ -34,7 +35,7 @@ _MAX_STEPS_DRAWN_AS_STEPS = 100
 _BINS = 150
 _WIDTH_IN = 5.8
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "font.family": "DejaVu Sans",
@@ -62,7 +63,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Legend:
-    """One entry of the legend, which the page draws: `mark` is line, dash or fill."""
+    """One entry of the legend, which the page draws. `mark` is "line", "dash" or "fill"."""
 
     label: str
     color: str
@@ -71,7 +72,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Plot:
-    """A finished plot with the words around it."""
+    """A finished plot with title, caption and legend."""
 
     title: str
     caption: str
@@ -80,8 +81,8 @@ class Plot:
     wide: bool = False
 
 
-def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
-    """All plots the run has values for, and the titles of those it has none for."""
+def render_plots(run: RecordedRun) -> tuple[list[Plot], list[str]]:
+    """Return the plots that the run has values for, and the titles of the other plots."""
     import matplotlib
 
     plots, missing = [], []
@@ -95,19 +96,19 @@ def render_plots(run: RunData) -> tuple[list[Plot], list[str]]:
     return plots, missing
 
 
-def _catalogue(run: RunData) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
+def _catalogue(run: RecordedRun) -> Iterator[tuple[str, Callable[[], Plot | None]]]:
     if run.graded:
-        yield "Held-out reward", lambda: _mean_rewards(run)
-    yield "Held-out accuracy", lambda: _evaluations(run)
+        yield "Held-out reward", partial(_mean_rewards, run)
+    yield "Held-out accuracy", partial(_evaluations, run)
     reward, *rest = charts(run)
-    yield reward.title, lambda: _lines(run, reward)
-    yield "Outcomes", lambda: _outcomes(run)
+    yield reward.title, partial(_lines, run, reward)
+    yield "Outcomes", partial(_outcomes, run)
     for chart in rest:
-        yield chart.title, lambda chart=chart: _lines(run, chart)
-    yield "Time per step", lambda: _time(run)
+        yield chart.title, partial(_lines, run, chart)
+    yield "Time per step", partial(_time, run)
 
 
-def _lines(run: RunData, chart: Chart) -> Plot | None:
+def _lines(run: RecordedRun, chart: Chart) -> Plot | None:
     panels = [panel for panel in chart.panels if any(run.series(line.key)[0] for line in panel.lines)]
     if not panels:
         return None
@@ -118,14 +119,14 @@ def _lines(run: RunData, chart: Chart) -> Plot | None:
     return Plot(chart.title, chart.caption, _svg(figure, chart.title), tuple(legend))
 
 
-def _draw_panel(run: RunData, ax: Axes, panel: Panel) -> list[Legend]:
+def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
     legend, highest, lowest = [], 0.0, math.inf
     for line in panel.lines:
         steps, values = run.series(line.key, line.scale)
         if steps:
             draw = _draw_steps if panel.exact else _draw_line
             draw(ax, steps, values, COLORS[line.color], run.stage_starts())
-            legend.append(Legend(line.label, line.color))
+            legend.append(Legend(line.legend, line.color))
             highest, lowest = max(highest, *values), min(lowest, *values)
     if panel.reference is not None:
         label, xs, ys = panel.reference
@@ -141,7 +142,7 @@ def _draw_panel(run: RunData, ax: Axes, panel: Panel) -> list[Legend]:
 
 
 def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, _: object) -> None:
-    """A value that was set, not sampled. Many are dots: a line through a gate that toggles would fill the panel."""
+    """Draw values as steps, or as dots if there are many: a line through an on-off value would fill the panel."""
     if len(steps) > _MAX_STEPS_DRAWN_AS_STEPS:
         _draw_dots(ax, steps, values, color, 0.7)
         return
@@ -151,7 +152,7 @@ def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: 
 def _draw_line(
     ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, stages: Sequence[tuple[int, int]]
 ) -> None:
-    """A line through few points; through many, a smoothed line over the raw points."""
+    """Draw a line through the points; through many points, a smoothed line over dots."""
     if len(steps) < _SMOOTH_FROM:
         ax.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3.2 if len(steps) > 1 else 5)
         return
@@ -164,7 +165,7 @@ def _draw_dots(ax: Axes, steps: Sequence[int], values: Sequence[float], color: s
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    # One path of zero-length strokes with round caps: a marker per point would make the page megabytes long.
+    # One path of zero-length strokes with round caps. A marker for each point would make the page megabytes long.
     stride = math.ceil(len(steps) / _MAX_DOTS)
     dots = [point for point in zip(steps[::stride], values[::stride], strict=True) for _ in range(2)]
     path = Path(dots, [Path.MOVETO, Path.LINETO] * (len(dots) // 2))
@@ -173,7 +174,7 @@ def _draw_dots(ax: Axes, steps: Sequence[int], values: Sequence[float], color: s
 
 
 def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
-    """Centred moving average over about a fortieth of the run, never across the indices in `breaks`."""
+    """Return the centred moving average over about 1/40 of the values, never across the indices in `breaks`."""
     half = max(2, len(values) // 80)
     edges = [0, *breaks, len(values)]
     means = []
@@ -184,13 +185,15 @@ def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
     return means
 
 
-def _figure(run: RunData, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of stacked panels on one step axis, with stage boundaries."""
+def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of stacked panels on one axis of steps, with the boundaries of stages."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(2 * _WIDTH_IN + 0.5 if wide else _WIDTH_IN, 2.9), layout="constrained")
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
+    axes: list[Axes] = list(
+        figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
+    )
     last = run.last_step
     for ax in axes:
         ax.grid(axis="y")
@@ -199,10 +202,10 @@ def _figure(run: RunData, heights: Sequence[float], wide: bool = False) -> tuple
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     _mark_stages(run, axes)
-    return figure, list(axes)
+    return figure, axes
 
 
-def _mark_stages(run: RunData, axes: Sequence[Axes]) -> None:
+def _mark_stages(run: RecordedRun, axes: Sequence[Axes]) -> None:
     starts = run.stage_starts()
     if len(starts) < 2:
         return
@@ -227,13 +230,14 @@ def _format_y(ax: Axes, unit: str) -> None:
         ax.yaxis.set_major_locator(LogLocator(numticks=5))
         ax.yaxis.set_minor_locator(LogLocator(numticks=1))
     else:
-        small = ax.get_gridspec().nrows > 1 and not ax.get_subplotspec().is_first_row()
+        place = ax.get_subplotspec()
+        small = place is not None and place.get_gridspec().nrows > 1 and not place.is_first_row()
         ax.yaxis.set_major_locator(MaxNLocator(2 if small else 5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value) + (" %" if unit == "%" else "")))
 
 
 def tick_label(value: float) -> str:
-    """A number short enough for an axis: 16384 -> 16.4k."""
+    """Return a number as short text for an axis: 16384 -> 16.4k."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
@@ -242,7 +246,7 @@ def tick_label(value: float) -> str:
     return f"{value:.0e}" if 0 < size < 1e-4 else f"{value:.4g}"
 
 
-def _evaluations(run: RunData) -> Plot | None:
+def _evaluations(run: RecordedRun) -> Plot | None:
     histories = eval_histories(run.records)
     if not histories:
         return None
@@ -269,29 +273,30 @@ def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
 
 
 def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
-    """Measured (step, value, half width of its interval)."""
-    steps, values, errors = zip(*points, strict=True)
+    """Draw points of (step, value, half width of the interval of the value)."""
+    steps, values, widths = zip(*points, strict=True)
     size = 5 if len(steps) <= 40 else 2.5
-    # matplotlib refuses a negative width, which only a file written by hand has.
-    errors = [max(error, 0.0) for error in errors]
+    # matplotlib refuses a negative width, which only an edited file has.
+    errors = [max(width, 0.0) for width in widths]
     ax.errorbar(steps, values, yerr=errors, color=color, linewidth=2, elinewidth=1.1, marker="o", markersize=size)
 
 
-def _mean_rewards(run: RunData) -> Plot | None:
+def _mean_rewards(run: RecordedRun) -> Plot | None:
     histories = [history for history in eval_histories(run.records) if history.mean_reward is not None][:8]
     if not histories:
         return None
     figure, (ax,) = _figure(run, [1], wide=True)
+    legend = []
     for order, history in enumerate(histories):
         points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
         _draw_points(ax, points, COLORS[f"s{order + 1}"])
+        legend.append(Legend(f"{history.name} reward", f"s{order + 1}"))
     _format_y(ax, "")
-    legend = tuple(Legend(history.mean_reward.label, f"s{order + 1}") for order, history in enumerate(histories))
     caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
-    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), legend, wide=True)
+    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), tuple(legend), wide=True)
 
 
-def _outcomes(run: RunData) -> Plot | None:
+def _outcomes(run: RecordedRun) -> Plot | None:
     names = {
         "ok": "s2",
         "wrong": "s0",
@@ -303,7 +308,7 @@ def _outcomes(run: RunData) -> Plot | None:
         "skipped": "s7",
     }
     layers = {name: [number(r.get(f"reward/status/{name}"), 0.0) * 100 for r in run.records] for name in names}
-    # On disk one status holds both.
+    # metrics.jsonl has one status for both kinds: split it.
     layers[NO_THINK_CLOSE] = [100 * no_think_close(record) for record in run.records]
     pairs = zip(layers[Status.TRUNCATED], layers[NO_THINK_CLOSE], strict=True)
     layers[Status.TRUNCATED] = [max(both - unclosed, 0.0) for both, unclosed in pairs]
@@ -314,7 +319,7 @@ def _outcomes(run: RunData) -> Plot | None:
     return _stack(run, ("Outcomes", caption, "%"), layers, names, labels)
 
 
-def _time(run: RunData) -> Plot | None:
+def _time(run: RecordedRun) -> Plot | None:
     names = dict(zip((*PHASES, "other"), ("s1", "s8", "s2", "s5", "s3", "s7", "s0"), strict=True))
     layers = {name: [number(r.get(f"time/{name}"), 0.0) for r in run.records] for name in PHASES}
     layers["other"] = [other_seconds(r) for r in run.records]
@@ -325,13 +330,13 @@ def _time(run: RunData) -> Plot | None:
 
 
 def _stack(
-    run: RunData,
+    run: RecordedRun,
     words: tuple[str, str, str],
     layers: dict[str, list[float]],
     colors: dict[str, str],
     labels: dict[str, str],
 ) -> Plot | None:
-    """Stacked bars; with many steps, stacked areas of binned means."""
+    """Draw stacked bars, or stacked areas of binned means if there are many steps. `words`: title, caption, unit."""
     layers = {name: values for name, values in layers.items() if any(value > 0 for value in values)}
     if not layers:
         return None
@@ -350,7 +355,7 @@ def _stack(
         size = math.ceil(len(steps) / _BINS)
         fills = [COLORS[colors[name]] for name in stacks]
         xs = _binned(steps, size)
-        # Each bin is a step of its own: a slope would spread the time of one evaluation over its neighbours.
+        # Each bin is drawn flat: a slope would spread the time of one evaluation over the neighbouring bins.
         xs = [steps[0] - 0.5, *xs, steps[-1] + 0.5]
         ys = [[means[0], *means, means[-1]] for means in (_binned(v, size) for v in stacks.values())]
         ax.stackplot(xs, *ys, colors=fills, linewidth=0, step="mid")
@@ -358,7 +363,7 @@ def _stack(
         ax.set_ylim(0, 100)
     _format_y(ax, unit)
     legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
-    return Plot(title, caption, _svg(figure, title), legend, wide)
+    return Plot(title, caption, _svg(figure, title), legend, wide=wide)
 
 
 def _binned(values: Sequence[float], size: int) -> list[float]:
@@ -366,7 +371,7 @@ def _binned(values: Sequence[float], size: int) -> list[float]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an <svg> element for inlining: themed, with its own id space and no reference to any address."""
+    """Return the figure as an inline <svg> element: CSS variables as colours, unique ids, no external references."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()

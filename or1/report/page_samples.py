@@ -1,4 +1,4 @@
-"""Example transcripts for the report: a solved, a partial, a failed and a truncated response of a saved rollout."""
+"""Example transcripts for the report: a solved, a partial, a failed and a truncated response of saved rollouts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from or1.core.records import number
-from or1.report.page_data import RunData
+from or1.report.page_data import RecordedRun
 from or1.reward.terms import RIGHT
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-_COLUMNS = ("step", "stage", "prompt_id", "prompt", "golds", "response", "token_ids", "logp", "reward", "status")
-_COLUMNS += ("finish", "version", "advantage", "kept")
+_COLUMNS = (
+    "step",
+    "stage",
+    "prompt_id",
+    "prompt",
+    "golds",
+    "response",
+    "token_ids",
+    "logp",
+    "reward",
+    "status",
+    "finish",
+    "version",
+    "advantage",
+    "kept",
+)
 
 _KINDS = ("solved", "partial", "failed", "truncated")
-# What a column may hold, and what a list in it.
+# Allowed types of the values of a column, and of the items of its lists.
 _TYPES: dict[str, tuple[type, ...]] = {
     "status": (str,),
     "finish": (str,),
@@ -39,7 +53,7 @@ _ITEM_TYPES: dict[str, tuple[type, ...]] = {"golds": (str,), "token_ids": (int,)
 
 
 def _kind(row: dict[str, Any]) -> str:
-    """The tag of a response, by reward and finish, not status; see `or1.reward.terms`. No reward counts as failed."""
+    """Return the tag of a response by its reward and finish reason (not its status); no reward counts as failed."""
     reward = number(row["reward"])
     if reward >= RIGHT:
         return "solved"
@@ -50,7 +64,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One saved response: `row` holds its columns; `pieces` its text by token with log-probs, if they can be had."""
+    """One saved response: its columns, and its text by token with log-probs (None if the tokens cannot be decoded)."""
 
     kind: str
     row: dict[str, Any]
@@ -65,8 +79,8 @@ class SampleStep:
     samples: tuple[Sample, ...]
 
 
-def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
-    """Transcripts of the first, middle and last readable rollout, and notes on files left out."""
+def load_samples(run: RecordedRun) -> tuple[list[SampleStep], list[str]]:
+    """Return transcripts of the first, middle and last readable rollout, and notes on unreadable files."""
     from pyarrow import ArrowException
 
     tokenizer = _tokenizer(run)
@@ -90,7 +104,7 @@ def load_samples(run: RunData) -> tuple[list[SampleStep], list[str]]:
 
 
 def _spread(files: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """First, middle and last, without repeats."""
+    """Return the first, middle and last file, without repeats."""
     indices = sorted({0, len(files) // 2, len(files) - 1}) if files else []
     return [files[index] for index in indices]
 
@@ -127,7 +141,7 @@ def _check(row: dict[str, Any]) -> None:
 
 
 def _rows(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
-    """The wanted rows, streamed: a rollout of long responses does not fit comfortably in memory."""
+    """Return the wanted rows by index. The file is streamed: a rollout of long responses may not fit into memory."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     found, start = {}, 0
     for batch in file.iter_batches(batch_size=64, columns=columns):
@@ -140,8 +154,8 @@ def _rows(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _tokenizer(run: RunData) -> Tokenizer | None:
-    """The run's tokenizer from a local tokenizer.json; never from the network, and never remote code."""
+def _tokenizer(run: RecordedRun) -> Tokenizer | None:
+    """Load the run's tokenizer from a local tokenizer.json: no network access, no remote code. None if not found."""
     folders = [Path(run.config.model.path)] if run.config is not None else []
     folders += sorted((run.path / "weights").glob("step_*"))
     for file in (folder / "tokenizer.json" for folder in folders):
@@ -163,7 +177,7 @@ def _is_json(file: Path) -> bool:
 
 
 def _pieces(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[tuple[str, float], ...] | None:
-    """The response split at its tokens, or None where the split does not give back the saved text."""
+    """Return the response split into tokens, or None if the tokens do not decode to the saved text."""
     ids, logp, response = row.get("token_ids") or [], row.get("logp") or [], row["response"] or ""
     if tokenizer is None or not ids or len(ids) != len(logp) or not 0 <= min(ids) <= max(ids) < 2**32:
         return None
@@ -176,10 +190,10 @@ def _pieces(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[tuple[str
 
 
 def _split(ids: Sequence[int], logp: Sequence[float], tokenizer: Tokenizer) -> Iterator[tuple[str, float]]:
-    """Text and log-prob by token. Tokens that are parts of one character come together, with the lowest log-prob."""
+    """Yield text and log-prob of each token. Tokens that share a character are merged, with the lowest log-prob."""
     before, start = 0, 0
     for end in range(1, len(ids) + 1):
-        # Decoded behind the token before it: sentencepiece drops the space of a token that stands first.
+        # Decoded after the previous token: sentencepiece drops the leading space of the first token.
         shown = tokenizer.decode(ids[before:start], skip_special_tokens=False)
         text = tokenizer.decode(ids[before:end], skip_special_tokens=False)[len(shown) :]
         if text.endswith("\ufffd") and end < len(ids):

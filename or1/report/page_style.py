@@ -1,4 +1,4 @@
-"""The style sheet of the report, inlined into the page. Colours are roles, so that dark mode only redefines them."""
+"""The style sheet of the report, inlined into the page. Colours are variables, which dark mode redefines."""
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -1,4 +1,4 @@
-"""The live panel of a run: a header that fits every terminal, and a table of the latest values."""
+"""The live panel of a run: a header that fits into any terminal, and a table of the latest values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from or1.core.metric_names import metric
 from or1.core.text import clock, sparkline, value_text
 from or1.report.console import safe
 from or1.report.records import Course
@@ -15,38 +16,29 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-TREND = 5  # steps averaged on either side of a trend
-_WIDE = 100  # columns from which the stage stands beside the times
+TREND = 5  # steps averaged before and after, for a trend
+_WIDE = 100  # columns from which the stage is on the line of the times
 _HISTORY_FROM = 76  # columns from which there is a history column
 _BAR, _LEAST_BAR, _LEAST_NAME, _GAP = 28, 4, 10, 2
-_NAMES = 20  # columns of a name, so that the two bars begin alike
+_NAMES = 20  # columns of a name, so that the two bars are aligned
 _LEGEND = f"over last {TREND}: against the {TREND} before; = unchanged; evaluations: since the first"
 
-
-class Row(NamedTuple):
-    """A metric of the live table; `good` is +1 if more is better, -1 if less is, 0 if neither."""
-
-    key: str
-    label: str
-    kind: str
-    good: int
-
-
-ROWS = (
-    Row("reward/mean", "reward", "fixed3", 1),
-    Row("policy/entropy", "entropy", "fixed3", 0),
-    Row("policy/entropy_coef", "entropy coefficient", "fixed4", 0),
-    Row("completion/len_mean", "length", "count", 0),
-    Row("completion/truncated", "truncated", "percent", -1),
-    Row("group/kept_share", "groups kept", "percent", 0),
-    Row("perf/tokens_per_s", "tokens/s", "count", 0),
-    Row("optim/grad_norm", "grad norm", "short", 0),
-    Row("reward/failed", "crash or timeout", "percent", -1),
-)
+ROWS = {
+    "reward/mean": 1,
+    "policy/entropy": 0,
+    "policy/entropy_coef": 0,
+    "completion/len_mean": 0,
+    "completion/truncated": -1,
+    "group/kept_share": 0,
+    "perf/tokens_per_s": 0,
+    "optim/grad_norm": 0,
+    "reward/failed": -1,
+}
+"""Metrics of the live table: +1 if larger values are better, -1 if smaller ones are, 0 if neither."""
 
 
 class Phase(NamedTuple):
-    """What a run is doing: `done` of `total`, None if that is not known; `since` a time in seconds."""
+    """The current phase of a run: `done` of `total` (None if unknown), begun at `since` of a monotonic clock."""
 
     name: str
     done: int
@@ -56,7 +48,7 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header shows. Seconds; `left_s` is None while it cannot be estimated."""
+    """The values of the header. Times are in seconds; `left_s` is None while there is no estimate."""
 
     step: int
     total: int
@@ -68,7 +60,10 @@ class Header:
 
 
 def header(shown: Header, console: Console) -> RenderableType:
-    """The run's bar over that of the current phase; the last line is always there, so that nothing jumps."""
+    """Return the bar of the run above the bar of the current phase.
+
+    The last line exists without a phase too, so that the height of the panel is constant.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -77,10 +72,10 @@ def header(shown: Header, console: Console) -> RenderableType:
     times = [Text(f"elapsed {clock(shown.elapsed_s)}"), Text(f"left {left}")]
     stage = Text(shown.stage, style="dim")
     needed = _NAMES + _BAR + sum(_GAP + len(text) for text in (*times, stage)) + _GAP
-    beside = width >= _WIDE and needed <= width
-    step, progress = Text(f"step {shown.step}/{shown.total}", style="bold"), (shown.step, shown.total)
-    lines = [_line(step, "", progress, [*times, stage] if beside and stage else times, width)]
-    if stage and not beside:
+    one_line = width >= _WIDE and needed <= width
+    step = Text(f"step {shown.step}/{shown.total}", style="bold")
+    lines = [_line(step, "", (shown.step, shown.total), [*times, stage] if one_line and stage else times, width)]
+    if stage and not one_line:
         lines.append(stage)
     if phase is None:
         return Group(*lines, Text(""))
@@ -93,7 +88,7 @@ def header(shown: Header, console: Console) -> RenderableType:
 def _line(
     name: Text, count: str, progress: tuple[int, int] | None, cells: Sequence[Text], width: int
 ) -> RenderableType:
-    """name and count, a bar as wide as there is room for, and cells, on one line where they can fit at all."""
+    """Return name, count, a bar of the remaining width, and cells on one line. A narrow terminal gets plain text."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -113,8 +108,10 @@ def _line(
     if progress is not None and bar >= _LEAST_BAR:
         done, total = progress
         grid.add_column(width=_GAP + bar)
-        style = {"complete_style": "cyan", "finished_style": "green"}
-        row.append(_padded(ProgressBar(total=max(total, 1), completed=done, width=bar, **style)))
+        shown = ProgressBar(
+            total=max(total, 1), completed=done, width=bar, complete_style="cyan", finished_style="green"
+        )
+        row.append(_padded(shown))
     elif bar >= _LEAST_BAR:
         grid.add_column(width=_GAP + bar)
         row.append(Text(""))
@@ -132,7 +129,10 @@ def _padded(item: RenderableType) -> RenderableType:
 
 
 def values_table(history: Mapping[str, Sequence[float]], courses: Sequence[Course], console: Console) -> RenderableType:
-    """The latest value of every metric in `history` and of every course, with how it has changed."""
+    """Return a table with the latest value of every metric in `history` and of every course, and its change.
+
+    history  past values by metric, one list for each of ROWS
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -140,15 +140,18 @@ def values_table(history: Mapping[str, Sequence[float]], courses: Sequence[Cours
 
     ascii_only, wide = console.options.ascii_only, console.width >= _HISTORY_FROM
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, header_style="dim")
-    titles = (("", "left"), ("now", "right"), (f"over last {TREND}", "right"), *([("history", "left")] * wide))
-    for title, side in titles:
-        table.add_column(title, justify=side, no_wrap=True)
-    for row in ROWS:
-        if values := list(history[row.key]):
-            trend, style = _trend(values, row)
-            now = Text(value_text(values[-1], row.kind), style="bold")
+    table.add_column("", justify="left", no_wrap=True)
+    table.add_column("now", justify="right", no_wrap=True)
+    table.add_column(f"over last {TREND}", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("history", justify="left", no_wrap=True)
+    for name, good in ROWS.items():
+        if values := list(history[name]):
+            shown = metric(name)
+            trend, style = _trend(values, shown.kind, good)
+            now = Text(value_text(values[-1], shown.kind), style="bold")
             line = Text(sparkline(values, 32, ascii_only), style="blue")
-            table.add_row(Text(row.label), now, Text(trend, style=style), *[line] * wide)
+            table.add_row(Text(shown.label), now, Text(trend, style=style), *[line] * wide)
     for course in courses:
         style = {1: "green", 0: "dim", -1: "red"}[_sign(course.change or 0.0)]
         was = course.start if course.change is None else f"from {course.first}"
@@ -164,15 +167,14 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _trend(values: Sequence[float], row: Row) -> tuple[str, str]:
-    """Change of the mean of the last few steps against the few before, and its style."""
+def _trend(values: Sequence[float], kind: str, good: int) -> tuple[str, str]:
+    """Return the mean of the last TREND values minus the mean of the TREND values before, as text, and its style."""
     span = min(TREND, len(values) // 2)
     if span == 0:
         return "", "dim"
     recent, earlier = values[-span:], values[-2 * span : -span]
     change = math.fsum(recent) / len(recent) - math.fsum(earlier) / len(earlier)
-    text = value_text(abs(change), row.kind).replace("%", "pts")
-    if text == value_text(0.0, row.kind).replace("%", "pts"):
+    text = value_text(abs(change), kind).replace("%", "pts")
+    if text == value_text(0.0, kind).replace("%", "pts"):
         return "=", "dim"
-    good = row.good * _sign(change)
-    return ("+" if change > 0 else "-") + text, {1: "green", 0: "", -1: "red"}[good]
+    return ("+" if change > 0 else "-") + text, {1: "green", 0: "", -1: "red"}[good * _sign(change)]

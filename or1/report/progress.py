@@ -1,8 +1,10 @@
-"""Progress of long sampling: a bar on a terminal, elsewhere a line now and then."""
+"""The progress of long sampling: a bar on a terminal, otherwise a line every 15 seconds."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from or1.core.text import duration, visible
@@ -10,17 +12,23 @@ from or1.report.console import default_console
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 _LINE_EVERY_S = 15.0
 
 
 class Bar:
-    """with Bar() as bar: bar.show("aime24", 40, 960)"""
+    """A display (see `or1.core.display.Display`) that shows several named progresses.
+
+    with Bar() as bar:
+        show = bar.progress("aime24")
+        show(40, 960)
+    """
 
     def __init__(self, console: Console | None = None):
         self._console = console or default_console()
-        self._progress = None
-        self._tasks: dict[str, int] = {}
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._said = 0.0
         self._last: tuple[str, int] | None = None
@@ -48,18 +56,21 @@ class Bar:
             self._progress.stop()
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         from rich.text import Text
 
         self._console.print(Text(visible(text)), soft_wrap=True)
 
-    def show(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` responses of `name` are there."""
+    def progress(self, name: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total) that shows how many responses of `name` exist."""
+        return partial(self._show, name)
+
+    def _show(self, name: str, done: int, total: int) -> None:
         if self._progress is not None:
             from rich.markup import escape
 
             if name not in self._tasks:
-                # Or rich would read a name such as "[/b]" as markup.
+                # Without escape, rich reads a name such as "[/b]" as markup.
                 self._tasks[name] = self._progress.add_task(escape(visible(name)), total=total, completed=done)
             self._progress.update(self._tasks[name], completed=done)
             return

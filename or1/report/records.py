@@ -1,4 +1,4 @@
-"""Reading one record of metrics.jsonl: values that may be missing, and the evaluations in it."""
+"""What the records of metrics.jsonl say: phases of a step, evaluations, and the plain line of a step."""
 
 from __future__ import annotations
 
@@ -7,48 +7,54 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from or1.config import StageConfig
+from or1.core.metric_names import metric
 from or1.core.records import AVG_KEY, Record, number
 from or1.core.text import duration, value_text
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
+# Words, metric, columns of the value, and a shorter style than the metric's own.
 _LINE = (
-    (" reward {}", "reward/mean", "fixed3", 5),
-    (" entropy {}", "policy/entropy", "fixed3", 5),
-    ("coef {}", "policy/entropy_coef", "fixed4", 6),
-    (" len {}", "completion/len_mean", "tokens", 3),
-    ("cut {}", "completion/truncated", "percent0", 3),
-    (" kept {}", "group/kept_share", "percent0", 3),
-    (" grad {}", "optim/grad_norm", "short", 5),
-    (" {} tok/s", "perf/tokens_per_s", "count", 5),
+    (" reward {}", "reward/mean", 5, ""),
+    (" entropy {}", "policy/entropy", 5, ""),
+    ("coef {}", "policy/entropy_coef", 6, ""),
+    (" len {}", "completion/len_mean", 3, "tokens"),
+    ("cut {}", "completion/truncated", 3, "percent0"),
+    (" kept {}", "group/kept_share", 3, "percent0"),
+    (" grad {}", "optim/grad_norm", 5, ""),
+    (" {} tok/s", "perf/tokens_per_s", 5, ""),
 )
 
 _FAILURES = ((" crash {}", "reward/status/crash"), (" timeout {}", "reward/status/timeout"))
 
 
 def sampled(record: Record, stages: Sequence[StageConfig]) -> int:
-    """Return how many responses a training step sampled; 0 if neither the record nor its stage tells."""
+    """Return the number of responses that a training step sampled; 0 if neither record nor stage is known."""
     if (count := number(record.get("completion/count"), -1.0)) >= 0:
         return round(count)
     index = record.get("stage")
-    # Runs from before that metric: what the stage asks for, which refills and carried groups may differ from.
-    known = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(stages)
-    return stages[index].prompts_per_step * stages[index].group_size if known and record.get("step") != 0 else 0
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(stages) or record.get("step") == 0:
+        return 0
+    # Runs older than completion/count: the number that the stage asks for. Refills and carried groups may change it.
+    return stages[index].prompts_per_step * stages[index].group_size
 
 
 def step_seconds(record: Record) -> float:
-    """Wall time of a step: time/step covers every phase but the checkpoint, which is written after the record."""
+    """Return the wall time of a step. time/step excludes the checkpoint, which is written after the record."""
     phases = [number(record.get(f"time/{phase}"), 0.0) for phase in PHASES]
     return max(number(record.get("time/step"), 0.0), math.fsum(phases[:-1])) + phases[-1]
 
 
 def other_seconds(record: Record) -> float:
-    """The part of a step's wall time that no phase claims."""
+    """Return the wall time of a step minus the time of its phases."""
     return max(0.0, step_seconds(record) - math.fsum(number(record.get(f"time/{phase}"), 0.0) for phase in PHASES))
 
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """One evaluation of one set, all values fractions; NaN where the run did not record one."""
+    """One evaluation of one set. A value that the run did not record is NaN.
+
+    avg, pass_at_k, truncated  shares; ci95, reward_ci95 half widths of 95 % intervals; len_mean in tokens
+    """
 
     step: int
     avg: float
@@ -62,10 +68,10 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Course:
-    """One number of an evaluation set from the first evaluation to the last; never empty.
+    """The values of one number over a run, with at least one value.
 
-    kind  how a value is written, see `or1.core.text.value_text`: percent for accuracy, fixed3 for a mean reward
-    ci95  half width of the interval of the last value; NaN if it is not known
+    kind  style of a value, see `or1.core.text.value_text`: percent for accuracy, fixed3 for a mean reward
+    ci95  half width of the interval of the last value; NaN if unknown
     """
 
     label: str
@@ -86,14 +92,14 @@ class Course:
 
     @property
     def change(self) -> float | None:
-        """Last value less the first, percentages in points; None while there is only one."""
+        """The last value minus the first, in points if `kind` is percent; None for a single value."""
         if len(self.values) == 1:
             return None
         return (self.values[-1] - self.values[0]) * (100 if self.kind == "percent" else 1)
 
     @property
     def change_text(self) -> str:
-        """The change with its sign; empty while there is only one value."""
+        """The change with its sign; empty for a single value."""
         if self.change is None:
             return ""
         sign = "-" if self.change < 0 else "+"
@@ -103,7 +109,7 @@ class Course:
 
     @property
     def start(self) -> str:
-        """When the first value was taken: before training only if that was step 0."""
+        """When the first value was taken: "before training" for step 0."""
         return "before training" if self.steps[0] == 0 else f"at step {self.steps[0]}"
 
 
@@ -116,54 +122,42 @@ class EvalHistory:
     points: tuple[EvalPoint, ...]
 
     @property
-    def before(self) -> EvalPoint:
-        """The first evaluation."""
-        return self.points[0]
-
-    @property
-    def after(self) -> EvalPoint | None:
-        """The last evaluation, or None while there is only one."""
-        return self.points[-1] if len(self.points) > 1 else None
-
-    @property
-    def change_points(self) -> float | None:
-        """Accuracy gained, in percentage points."""
-        return self.accuracy.change
-
-    @property
     def accuracy(self) -> Course:
         """The share of responses that are solved."""
         last = self.points[-1]
         return Course(
-            f"{self.name} avg@{self.k}",
-            "percent",
-            tuple(point.step for point in self.points),
-            tuple(point.avg for point in self.points),
-            last.ci95,
+            label=f"{self.name} avg@{self.k}",
+            kind="percent",
+            steps=tuple(point.step for point in self.points),
+            values=tuple(point.avg for point in self.points),
+            ci95=last.ci95,
         )
 
     @property
     def mean_reward(self) -> Course | None:
-        """The mean reward; None where no evaluation recorded one."""
+        """The mean reward; None if no evaluation recorded a mean reward."""
         given = [point for point in self.points if math.isfinite(point.reward)]
         if not given:
             return None
         return Course(
-            f"{self.name} reward",
-            "fixed3",
-            tuple(point.step for point in given),
-            tuple(point.reward for point in given),
-            given[-1].reward_ci95,
+            label=f"{self.name} reward",
+            kind="fixed3",
+            steps=tuple(point.step for point in given),
+            values=tuple(point.reward for point in given),
+            ci95=given[-1].reward_ci95,
         )
 
     def courses(self, graded: bool) -> list[Course]:
-        """What a person sees of this set, the leading number first; `graded` is `or1.reward.terms.graded_run`."""
+        """Return the numbers to show, the most important first. A graded run shows the mean reward before accuracy.
+
+        graded  see `or1.reward.terms.graded_run`
+        """
         reward = self.mean_reward if graded else None
         return [self.accuracy] if reward is None else [reward, self.accuracy]
 
 
 def eval_histories(records: Iterable[Record]) -> tuple[EvalHistory, ...]:
-    """Every evaluation found in the records, by set, in order of first appearance."""
+    """Return all evaluations in the records, by set, in order of first appearance."""
     points: dict[tuple[str, int], list[EvalPoint]] = {}
     for record in records:
         for key in record:
@@ -171,30 +165,33 @@ def eval_histories(records: Iterable[Record]) -> tuple[EvalHistory, ...]:
             if match is None or not math.isfinite(number(record[key])):
                 continue
             name, k = match[1], int(match[2])
-            names = (
-                key,
-                f"{key}_ci95",
-                f"eval/{name}/pass@{k}",
-                f"eval/{name}/len_mean",
-                f"eval/{name}/truncated",
-                f"eval/{name}/reward_mean",
-                f"eval/{name}/reward_mean_ci95",
+            point = EvalPoint(
+                step=record["step"],
+                avg=number(record[key]),
+                ci95=number(record.get(f"{key}_ci95")),
+                pass_at_k=number(record.get(f"eval/{name}/pass@{k}")),
+                len_mean=number(record.get(f"eval/{name}/len_mean")),
+                truncated=number(record.get(f"eval/{name}/truncated")),
+                reward=number(record.get(f"eval/{name}/reward_mean")),
+                reward_ci95=number(record.get(f"eval/{name}/reward_mean_ci95")),
             )
-            values = [number(record.get(n)) for n in names]
-            points.setdefault((name, k), []).append(EvalPoint(record["step"], *values))
+            points.setdefault((name, k), []).append(point)
     return tuple(EvalHistory(name, k, tuple(found)) for (name, k), found in points.items())
 
 
 def plain_line(record: Record, step: int, total: int, left: float | None) -> str:
-    """One step as one line of at most about 120 columns; values the record lacks are left out."""
+    """Return one step as one line of at most about 120 columns. Missing values are left out.
+
+    left  estimated seconds to the end of the run; None if unknown
+    """
     cells = [f"step {step:>{len(str(total))}}/{total}"]
-    for words, key, kind, width in _LINE:
+    for words, key, width, shorter in _LINE:
         value = number(record.get(key))
         if math.isfinite(value):
-            cells.append(words.format(value_text(value, kind).rjust(width)))
+            cells.append(words.format(value_text(value, shorter or metric(key).kind).rjust(width)))
     for words, key in _FAILURES:
         if (share := number(record.get(key), 0.0)) > 0:
-            cells.append(words.format(value_text(share, "percent")))
+            cells.append(words.format(value_text(share, metric(key).kind)))
     if left is not None and step < total:
         cells.append(f" left {duration(left).replace(' ', '')}")
     return " ".join(cells)

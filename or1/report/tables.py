@@ -26,9 +26,9 @@ def print_evaluation(
     lines: Sequence[str],
     console: Console | None = None,
 ) -> None:
-    """Accuracy of every set and its sources, pass@k, and where the results are; graded rewards lead with their mean.
+    """Print accuracy of every set and its sources, pass@k, and `lines`. Graded rewards show the mean reward first.
 
-    sources  the results of each source of a set by the set's name; shown where there is more than one
+    sources  results of each source of a set, by the name of the set; shown if a set has several sources
     """
     from rich.text import Text
 
@@ -70,7 +70,11 @@ def print_evaluation(
 def print_difficulty(
     counts: Sequence[int], keep: tuple[int, int] | None, lines: Sequence[str], console: Console | None = None
 ) -> None:
-    """counts[c]: prompts solved c times of len(counts) - 1. keep: data.keep_difficulty, whose bounds are marked."""
+    """Print how many prompts were solved how often, and `lines`.
+
+    counts  counts[c] is the number of prompts solved c times of len(counts) - 1
+    keep    data.keep_difficulty; prompts outside these bounds are marked
+    """
     from rich.text import Text
 
     console = console or default_console()

@@ -11,7 +11,7 @@ import numpy as np
 
 from or1.config import Config
 from or1.core import faults
-from or1.core.display import Display
+from or1.core.display import StepDisplay
 from or1.core.errors import DiskError
 from or1.core.memory import peak_memory_gib
 from or1.core.types import Group
@@ -41,7 +41,7 @@ class Session:
         config: Config,
         state: TrainState,
         parts: Checkpointed,
-        display: Display,
+        display: StepDisplay,
         world: World = SINGLE,
         *,
         stop: Callable[[], bool],

@@ -11,7 +11,7 @@ from itertools import chain
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from or1.config import Config
-from or1.core.display import Display
+from or1.core.display import StepDisplay
 from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import RowBudget
@@ -60,7 +60,7 @@ class Parts:
 
 def build(
     config: Config,
-    display: Display,
+    display: StepDisplay,
     world: World = SINGLE,
     *,
     stop: Callable[[], bool] = bool,
@@ -110,7 +110,7 @@ def build(
         )
 
 
-def _state(saved: Checkpointed, data: Problems, engine: Engine, display: Display, resume: int | None) -> TrainState:
+def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:
     """Return the state to start from, with its weights in the model and the engine. Collective."""
     state = saved.restore(resume, display.message)
     if state.step:
@@ -122,7 +122,7 @@ def _state(saved: Checkpointed, data: Problems, engine: Engine, display: Display
     return state
 
 
-def _policy(config: Config, model: PreTrainedModel, display: Display, world: World) -> Policy:
+def _policy(config: Config, model: PreTrainedModel, display: StepDisplay, world: World) -> Policy:
     loss = config.loss
     budget = RowBudget(
         config.optim.max_tokens_per_rank, message=display.message, cap=partial(cap_rows, config.run_path)

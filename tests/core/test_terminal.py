@@ -17,6 +17,7 @@ from or1 import cli
 from or1.commands import doctor
 from or1.commands.ckpt import list_checkpoints
 from or1.commands.doctor import Line
+from or1.commands.exit import fail
 from or1.core.terminal import tell_traceback
 from or1.core.text import visible
 from or1.dist import watchdog
@@ -43,12 +44,12 @@ def test_every_control_character_is_spelt_out() -> None:
 def test_an_error_is_shown_without_its_escapes_and_with_its_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli._fail(ValueError(f"first {HOSTILE}\nsecond"), 70) == 70
+    assert fail(ValueError(f"first {HOSTILE}\nsecond"), 70) == 70
     assert capsys.readouterr().err == f"or1: first {SEEN}\nsecond\n"
     monkeypatch.setenv("RANK", "1")
-    assert cli._fail(f"first {HOSTILE}\nsecond", 70) == 70
+    assert fail(f"first {HOSTILE}\nsecond", 70) == 70
     assert capsys.readouterr().err == f"or1: rank 1: first {SEEN}\n"
-    assert cli._fail(ValueError(), 70) == 70, "an error without a text"
+    assert fail(ValueError(), 70) == 70, "an error without a text"
     assert capsys.readouterr().err == "or1: rank 1: \n"
 
 
@@ -78,13 +79,14 @@ def test_what_libraries_print_is_shown_without_escapes(action: str) -> None:
     program = f"""
 import logging, sys, threading, warnings
 from or1 import cli
+from or1.commands import report
 class Raw(str):
     __repr__ = str.__str__
 text = Raw({HOSTILE!r})
 def action(_):
     {action}
     return 0
-cli._report = action
+report.run = action
 sys.argv = ["or1", "report", "x"]
 cli.main()
 """
@@ -125,13 +127,13 @@ def test_tables_show_names_as_they_are(tmp_path: Path) -> None:
     print_evaluation([result(name)], {name: [result(name), result(name)]}, [name], shown)
     with Bar(shown) as bar:
         bar.message(name)
-        bar.show(name, 2, 2)
+        bar.progress(name)(2, 2)
     text = shown.file.getvalue()
     assert text.count(f"[/b]{SEEN}") == 7 and not STEERS.search(text)
 
     live = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None, _environ={})
     with Bar(live) as bar:
-        bar.show(name, 1, 2)
+        bar.progress(name)(1, 2)
     assert f"[/b]{SEEN}" in live.file.getvalue() and "owned\x07" not in live.file.getvalue()
 
     manifest = tmp_path / "checkpoints" / "step_1" / "manifest.json"

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from or1.commands.eval import _measured, run_evaluation
+from or1.commands.eval import run_evaluation
 from or1.commands.filter import run_filter
 from or1.config import Config, EndpointConfig
 from or1.config.load import load_config
 from or1.core.errors import ConfigError, EndpointError, StoreError
 from or1.core.types import Prompt
+from or1.eval.evaluation import weights_lines
 from or1.eval.source import Source
 from or1.eval.store import PartStore
 from or1.eval.target import Target, resolve_target
@@ -327,10 +328,10 @@ def test_a_config_for_measuring_needs_no_stage() -> None:
 def test_an_evaluation_says_which_weights_it_measures(adder: Path, tmp_path: Path) -> None:
     config = Config.model_validate({"run_dir": str(tmp_path), "model": {"path": str(adder)}})
     here, there = Source(None, None, {"path": str(adder)}), Source(None, None, {"url": "http://x", "model": "m"})
-    assert list(_measured(config, here)) == [f"model: {adder}"]
-    assert list(_measured(config, there)) == ["model: m of http://x"]
+    assert list(weights_lines(config, here)) == [f"model: {adder}"]
+    assert list(weights_lines(config, there)) == ["model: m of http://x"]
     (tmp_path / "checkpoints" / "step_7").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_7" / "manifest.json").touch()
-    assert f"for 7 steps; `or1 eval {tmp_path}` measures that" in list(_measured(config, here))[1]
+    assert f"for 7 steps; `or1 eval {tmp_path}` measures that" in list(weights_lines(config, here))[1]
     result = {"model": {"path": str(tmp_path / "weights" / "step_7")}}
-    assert len(list(_measured(config.model_validate(config.model_dump() | result), here))) == 1
+    assert len(list(weights_lines(config.model_validate(config.model_dump() | result), here))) == 1

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from or1.config import Config, StageConfig
 from or1.report.records import EvalHistory, EvalPoint
-from or1.report.summary_text import Summary
+from or1.report.summary import Summary
 
 STAGES = (
     StageConfig(steps=2, max_response_tokens=96, prompts_per_step=16, group_size=8),

@@ -36,7 +36,7 @@ NARROW = {"integrations": {"magic"}, "core": set()}
 ANNEXES = {"plan": {"cli", "commands"}, "integrations": set()}
 HEAVY = {"torch", "transformers", "pyarrow", "matplotlib", "or1_kernels"}
 # Libraries that a room's modules may import at their top, of HEAVY; a room that is not named may import all of them.
-LIGHT = {"core": set(), "config": set(), "cli": set(), "reward": set(), "data": {"pyarrow"}}
+LIGHT = {"core": set(), "config": set(), "cli": set(), "commands": set(), "reward": set(), "data": {"pyarrow"}}
 ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
 MAX_ARROWS, MAX_FLOORS = 100, 12
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from or1.cli import _parser
+from or1.cli import make_parser
 from or1.reward import custom
 
 
@@ -54,13 +54,13 @@ def test_commands_parse_and_examples_exist(readme: str, root: Path) -> None:
     commands = re.findall(r"^    .*?\bor1 (train [\w./]+)", readme, flags=re.M)
     assert commands
     for command in commands:
-        arguments = _parser().parse_args(command.split())
+        arguments = make_parser().parse_args(command.split())
         assert (root / arguments.config).is_file()
     verbs = set(re.findall(r"`or1 (\w+)", readme))
     assert {"train", "eval", "filter", "report", "export"} <= verbs
     for verb in verbs:
         with pytest.raises(SystemExit) as done:
-            _parser().parse_args([verb, "--help"])
+            make_parser().parse_args([verb, "--help"])
         assert done.value.code == 0, verb
 
 

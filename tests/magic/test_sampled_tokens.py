@@ -10,7 +10,7 @@ import pytest
 from or1.config import Config
 from or1.config.rules import contradictions
 from or1.core.types import Group
-from or1.report.page_data import RunData
+from or1.report.page_data import RecordedRun
 from or1.report.page_plots import render_plots
 from tests.helpers.hand_run import EOS, ONE, ZERO, config_of, group, learn, response, trainer_of
 
@@ -110,6 +110,6 @@ def test_mismatch_is_that_of_engine_and_trainer_and_not_the_policys_movement(
 def test_the_report_draws_the_entropy_of_all_sampled_tokens(recorded: bool, tmp_path: Path) -> None:
     """A run from before that metric has the one line that it recorded."""
     record = {"step": 1, "stage": 0, "policy/entropy": 0.3} | ({"policy/entropy_all": 0.1} if recorded else {})
-    plots, _ = render_plots(RunData(tmp_path, None, {}, (record,), ()))
+    plots, _ = render_plots(RecordedRun(path=tmp_path, config=None, raw_config={}, records=(record,), notes=()))
     (entropy,) = [plot for plot in plots if plot.title == "Entropy"]
     assert [entry.label for entry in entropy.legend] == ["entropy", *["all sampled"] * recorded]

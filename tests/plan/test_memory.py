@@ -168,7 +168,7 @@ def test_known_models_have_their_published_sizes(hub_id: str, parameters: int, m
 def test_known_models_are_what_transformers_builds(hub_id: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from or1.plan.known import KNOWN
+    from or1.plan.known_models import KNOWN
 
     fields = dict(KNOWN[hub_id])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from or1.core.text import clock, sparkline
-from or1.report.live import RunDisplay, print_plan
-from or1.report.summary_text import print_summary
+from or1.report.live import RunDisplay
+from or1.report.run_plan import print_plan
+from or1.report.summary import print_summary
 from tests.helpers.displays import STAGES, make_config, make_summary, output, plain_console
 
 RECORDS = (

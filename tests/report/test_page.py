@@ -39,9 +39,9 @@ def test_every_plot_is_there_with_its_stage_boundaries(full):
 def test_accuracy_before_and_after_is_shown_as_recorded(full):
     _, page = full
     for history in eval_histories(load_run(Path(_run_dir(page))).records):
-        assert f"{100 * history.before.avg:.1f} %" in page.text
-        assert f"{100 * history.after.avg:.1f} %" in page.text
-        assert f"{history.change_points:+.1f} points" in page.text
+        assert f"{100 * history.points[0].avg:.1f} %" in page.text
+        assert f"{100 * history.points[-1].avg:.1f} %" in page.text
+        assert f"{history.accuracy.change:+.1f} points" in page.text
     assert page.text.count("± 3.0") == 12
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from or1.config import OptimConfig, RewardConfig
-from or1.report.live import print_plan
 from or1.report.records import Course, EvalHistory, EvalPoint
-from or1.report.summary_text import Summary, print_summary
+from or1.report.run_plan import print_plan
+from or1.report.summary import Summary, print_summary
 from tests.helpers.displays import STAGES, make_config, make_summary, output, plain_console
 
 

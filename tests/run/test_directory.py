@@ -319,11 +319,12 @@ def test_a_missing_hub_model_is_one_try_and_one_line(
         require_tokenizer(str(tmp_path))
 
 
-def test_a_place_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from or1.cli import _guarded
-
-    def closed() -> None:
+def test_a_place_that_may_not_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(_: object) -> int:
         raise PermissionError(13, "Permission denied", "/closed/run")
 
-    assert _guarded(closed) == 70
+    monkeypatch.setattr("or1.commands.report.run", closed)
+    assert main(["report", "/closed/run"]) == 70
     assert "'/closed/run' cannot be used (Permission denied)" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Published shapes of models by hub id, for planning where the hub cannot be reached.
+"""Published shapes of models by hub id, for machines that cannot reach the hub, and for gated models.
 
-Each entry holds the fields of the model's config.json that decide tensor shapes.
+Each entry has the fields of the model's config.json that determine tensor shapes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,21 @@
+"""`or1 export`: a checkpoint of a run as a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `or1 export`."""
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/weights/step_N)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the folder and print its path. Raises RunError, CheckpointError, ModelError."""
+    from or1.run.export import export_run
+
+    print(export_run(arguments.run_dir, arguments.step, arguments.out))
+    return 0
