@@ -34,6 +34,7 @@ from transformers.masking_utils import sdpa_mask
 
 from or1.core.errors import AttentionError
 from or1.dist.ulysses import to_all_heads, to_all_tokens
+from or1.model.rows import Microbatch
 from or1.model.soft_attention import PLAIN, Scores, soft_attention, soft_bucket
 
 # No name may contain "flash": transformers would use its own flash attention.
@@ -59,6 +60,13 @@ class Layout:
     max_q: int
     max_k: int
     kv_rows_U: Tensor | None = None
+
+    @classmethod
+    def of(cls, row: Microbatch) -> Layout:
+        """Return the layout of a packed row."""
+        return cls(
+            cu_q=row.cu_seqlens, cu_k=row.cu_keys, max_q=row.max_seqlen, max_k=row.max_keys, kv_rows_U=row.kv_rows_U
+        )
 
     def as_kwargs(self) -> dict[str, object]:
         """Return keyword arguments for a transformers decoder, which passes them to its attention."""

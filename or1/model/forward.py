@@ -22,13 +22,7 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
 
     With a `sequence_group`, `batch` is this rank's slice of the row (`or1.model.slices.my_slice`) and T its length.
     """
-    layout = attention.Layout(
-        cu_q=batch.cu_seqlens,
-        cu_k=batch.cu_keys,
-        max_q=batch.max_seqlen,
-        max_k=batch.max_keys,
-        kv_rows_U=batch.kv_rows_U,
-    )
+    layout = attention.Layout.of(batch)
     decode: Any = model.decode if is_sharded(model) else model.get_decoder()
     with attention.packed_forward():
         output = decode(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from or1.config import OptimConfig
 from or1.core.errors import OptimizerError
 from or1.dist.fsdp import local_shard
+from or1.dist.world import SINGLE, World
 from or1.train.adam import FLAT_KEYS, State, make_rule
 
 # Longest first: "exp_avg." is a prefix of "exp_avg.codes." too.
@@ -30,8 +31,18 @@ class MasterWeights:
     updates  optimizer steps taken
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimConfig, world: World = SINGLE):
+        if world.size > 1 and config.optimizer == "adamw8bit":
+            raise OptimizerError(
+                'optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
+                'several ranks the moments are sharded anyway: use "adamw" or "offload"'
+            )
+        if world.size > 1 and config.weights == "stochastic":
+            raise OptimizerError(
+                'optim.weights = "stochastic" saves fp32 masters, but the shards of several ranks are '
+                'fp32 and their own masters: use "master"'
+            )
+        self.config, self.world = config, world
         self.updates = 0
         self.rule = make_rule(config)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
-from or1.core.errors import OptimizerError
 from or1.dist.fsdp import local_shard
 from or1.dist.world import SINGLE, World
 from or1.train.adam import round_stochastically
@@ -35,18 +34,7 @@ class MasterAdamW(MasterWeights):
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, world: World = SINGLE):
-        if world.size > 1 and config.optimizer == "adamw8bit":
-            raise OptimizerError(
-                'optim.optimizer = "adamw8bit" quantises blocks that do not end where shards do; with '
-                'several ranks the moments are sharded anyway: use "adamw" or "offload"'
-            )
-        if world.size > 1 and config.weights == "stochastic":
-            raise OptimizerError(
-                'optim.weights = "stochastic" saves fp32 masters, but the shards of several ranks are '
-                'fp32 and their own masters: use "master"'
-            )
-        super().__init__(model, config)
-        self.world = world
+        super().__init__(model, config, world)
         self._sums: dict[int, Tensor] = {}
         if config.grad_dtype == "float32":
             for i, param in enumerate(self.params):
