@@ -84,7 +84,7 @@ def problems(path: str) -> list[str]:
     return [problem.message for problem in contradictions(config, "filter") if problem.path.startswith("data.train")]
 
 
-def test_a_folder_or_a_pattern_in_a_config_is_named_with_the_files_it_means(tmp_path: Path) -> None:
+def test_a_folder_or_a_pattern_in_a_config_is_named_with_its_files(tmp_path: Path) -> None:
     assert problems(str(tmp_path)) == [f"{str(tmp_path)!r} is a folder; name the files in it, one by one"]
     pattern = str(tmp_path / "*.jsonl")
     assert "is a pattern, which or1 does not expand; " in problems(pattern)[0]

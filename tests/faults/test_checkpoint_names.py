@@ -100,7 +100,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_manifest_of_another_shape_is_one_line_and_the_checkpoint_before_is_used(
+def test_a_manifest_of_another_shape_falls_back_to_the_checkpoint_before(
     kind: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_dir / "checkpoints"

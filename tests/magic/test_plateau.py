@@ -83,7 +83,7 @@ def test_a_run_notes_the_evaluation_before_its_first_step(tmp_path: Path) -> Non
     assert [step for step, _, _ in trainer.state.stages.former.history] == [0, 1, 2]
 
 
-def test_the_next_stage_begins_with_the_evaluation_that_ended_the_one_before(tmp_path: Path) -> None:
+def test_the_next_stage_begins_with_the_evaluation_that_ended_the_last(tmp_path: Path) -> None:
     config = config_of(tmp_path, [{"steps": 2}, {"steps": 3}])
     progress = StageProgress()
     for step in (1, 2):

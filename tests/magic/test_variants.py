@@ -44,7 +44,7 @@ def test_truncation_masks(mask: str, expected: list[float]) -> None:
     assert found[0] == pytest.approx(expected, rel=1e-12)
 
 
-def test_mask_before_leaves_nothing_to_compare_when_only_truncated_answers_are_wrong() -> None:
+def test_mask_before_leaves_no_contrast_when_only_truncated_answers_fail() -> None:
     rewards, cut = np.array([[1.0, 1, 0]]), np.array([[False, False, True]])
     assert (group_advantages(rewards, truncated_PM=cut, mask="before") == 0).all()
     assert (group_advantages(rewards, truncated_PM=cut, mask="after")[0, :2] > 0).all()

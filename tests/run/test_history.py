@@ -125,7 +125,7 @@ def test_a_newest_checkpoint_that_is_gone_or_has_no_manifest_is_named(
         {"tensors": {}},
     ],
 )
-def test_an_edited_manifest_does_not_verify_and_the_checkpoint_before_is_used(
+def test_an_edited_manifest_falls_back_to_the_checkpoint_before(
     change: dict[str, Any], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(run_dir / "checkpoints" / "step_3" / "manifest.json", change)

@@ -41,7 +41,7 @@ def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Pa
     assert (step, accuracy) == (1, 0.5) and math.isnan(truncated)
 
 
-def test_a_minibatch_without_rewards_is_left_out_and_the_others_are_trained(tmp_path: Path) -> None:
+def test_a_minibatch_without_rewards_is_left_out_and_the_others_train(tmp_path: Path) -> None:
     config = config_of(
         tmp_path, [{"minibatch_prompts": 1}], loss={"reject_zero_advantage": False, "old_logp": "rollout"}
     )
