@@ -21,13 +21,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def children(pid: int) -> list[int]:
-    """Processes that `pid` started and that still run."""
+    """Return the running processes that `pid` started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def ranks_of(pid: int) -> list[int]:
-    """The children of a launcher that run or1."""
+    """Return the children of a launcher that run or1."""
     return [c for c in children(pid) if b"or1" in Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0")]
 
 

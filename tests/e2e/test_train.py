@@ -117,7 +117,7 @@ def test_ten_steps_equal_five_killed_and_five_resumed(name: str, root: Path, qui
 
 @pytest.fixture(scope="module")
 def finished(quick_or1: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of three steps."""
+    """Return the directory of a finished run of three steps."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     settings = ("stage.0.steps=2", "stage.1.steps=1", "log.tensorboard=true")
     done = quick_or1(*arguments(run_dir, *settings))

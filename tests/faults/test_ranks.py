@@ -1,4 +1,4 @@
-"""What two ranks do when one of them fails, is told to stop, or finds something that the other does not see."""
+"""Two ranks of which one fails, is signalled, or finds a problem that the other cannot see."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wait_for_step(run_dir: Path, step: int, timeout: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks and six steps, a checkpoint after each."""
+    """Return a finished run of two ranks and six steps, with a checkpoint of each step."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
     assert or1_ranks(2, arguments(run_dir), run_dir.with_name("log")) == [0, 0]
     return run_dir

@@ -1,4 +1,4 @@
-"""Memory, imports and prints of the user's own functions: limits, logs, and what a worker may take."""
+"""Memory, imports and prints of user reward functions: limits, logs, and the resources of a worker."""
 
 from __future__ import annotations
 

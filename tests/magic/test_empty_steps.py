@@ -17,7 +17,7 @@ from tests.helpers.hand_run import EOS, ONE, ZERO, config_of, group, learn, resp
 
 
 def of_statuses(*statuses: Status, rewards: float = 0.0) -> Group:
-    """A group whose responses have these statuses and all the same reward."""
+    """Return a group whose responses have these statuses and equal rewards."""
     scores = tuple(Score(rewards, status) for status in statuses)
     return replace(group([0.0] * len(statuses), [response(ZERO)] * len(statuses)), scores=scores)
 

@@ -22,7 +22,7 @@ NOISE = 0.015
 
 
 def ends_at(accuracies: np.ndarray, truncated: float = 0.1) -> int | None:
-    """The step at which a stage with these evaluations ends, one every 20 steps from step 0 on; None: it does not."""
+    """Return the step at which a stage with these evaluations, one every 20 steps, ends, or None."""
     history = [(k * EVERY, float(a), truncated) for k, a in enumerate(accuracies)]
     return next((p[0] for k, p in enumerate(history) if has_plateaued(history[: k + 1], STAGE)), None)
 

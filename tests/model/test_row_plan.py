@@ -20,7 +20,7 @@ MAX_TOKENS = 34_816
 
 
 def long_tailed(count: int, seed: int = 0, median: float = 6000, limit: int = 32_768) -> list[int]:
-    """Lengths of chain-of-thought responses: log-normal, cut at the response limit, which some reach."""
+    """Return log-normal lengths of chain-of-thought responses, cut at the response limit."""
     rng = np.random.default_rng(seed)
     return np.clip(rng.lognormal(np.log(median), 0.8, count), 32, limit).astype(int).tolist()
 

@@ -1,4 +1,4 @@
-"""Reward functions of the user's own: recognised by their parameters, called as their libraries call them."""
+"""User reward functions: recognised by their parameters, called as their libraries call them."""
 
 from __future__ import annotations
 

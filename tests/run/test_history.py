@@ -26,7 +26,7 @@ LONGER = TINY | {"stage__1__steps": 2}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps with a checkpoint of each."""
+    """Return the directory of a run of three steps with a checkpoint of each."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     assert main(arguments(run_dir, **TINY)) == 0
     return run_dir

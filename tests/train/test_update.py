@@ -52,7 +52,7 @@ def sequences_of(seed: int, off_policy: bool) -> list[TrainSequence]:
 def gradient_of_update(
     path: Path, sequences: list[TrainSequence], settings: UpdateSettings
 ) -> tuple[dict, UpdateStats]:
-    """What `update_policy` hands to the optimizer."""
+    """Return the gradients that `update_policy` passes to the optimizer."""
     model, seen, stats = load(path), {}, UpdateStats()
     optimizer = MasterAdamW(model, OptimConfig(grad_clip=1e30))
     step = optimizer.step_if_finite
