@@ -19,13 +19,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """Return the root of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def adder(root: Path) -> Path:
-    """The example checkpoint."""
+    """Return the folder of the example checkpoint."""
     return root / "examples" / "tiny-adder"
 
 

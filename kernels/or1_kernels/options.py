@@ -33,7 +33,7 @@ class HeadOptionsDict(TypedDict, total=False):
     group: torch.distributed.ProcessGroup | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HeadOptions:
     """Options of linear_logprob_entropy, linear_policy_loss and LMHead's scoring forms.
 

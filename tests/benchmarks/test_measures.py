@@ -45,7 +45,7 @@ def test_work_is_that_of_the_bare_gemms_over_live_rows(masked: float) -> None:
 
 
 @pytest.mark.parametrize(("width", "vocab"), [(256, 4096), (64, 16384), (1536, 2048)])
-def test_peaked_logits_have_a_trained_policys_entropy_and_targets_their_frequency(width: int, vocab: int) -> None:
+def test_peaked_logits_have_a_trained_policys_entropy_and_frequencies(width: int, vocab: int) -> None:
     problem = make_problem(Shape("", width, vocab), 1024)
     with torch.no_grad():
         exact = SimpleNamespace(

@@ -18,7 +18,7 @@ from or1.config import Config
 
 
 def records_of(**accuracies: list[float]) -> dict:
-    """Runs whose only content is a final test accuracy, in percent."""
+    """Return runs whose only content is a final test accuracy, in percent."""
     return {
         (arm, seed): {"arm": arm, "evals": [(0, 0.3), (1, a / 100), (2, a / 100)]}
         for arm, values in accuracies.items()

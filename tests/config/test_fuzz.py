@@ -101,7 +101,7 @@ def _flipped(text: bytes, rng: random.Random) -> bytes:
 
 
 def base(folder: Path, adder: Path, number: int) -> dict[str, Any]:
-    """A run of one tiny step."""
+    """Return a run of one tiny step."""
     return {
         "run_dir": str(folder / f"run-{number}"),
         "model": {"path": str(adder), "dtype": "float32", "device": "cpu"},
@@ -116,7 +116,7 @@ def base(folder: Path, adder: Path, number: int) -> dict[str, Any]:
 
 
 def schema_of(path: str) -> dict[str, Any]:
-    """The JSON schema of one setting."""
+    """Return the JSON schema of one setting."""
     whole = Config.model_json_schema()
     node: Any = whole
     for part in path.split("."):
@@ -127,7 +127,7 @@ def schema_of(path: str) -> dict[str, Any]:
 
 
 def valid(schema: dict[str, Any], rng: random.Random) -> Any:
-    """A value that the schema allows: often one at a bound."""
+    """Return a value that the schema allows, often at a bound."""
     if "anyOf" in schema:
         return valid(rng.choice(schema["anyOf"]), rng)
     if "enum" in schema:
@@ -204,7 +204,7 @@ def _put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def toml(table: dict[str, Any]) -> str:
-    """A config as TOML; what TOML has no word for is left out."""
+    """Return a config as TOML, without the values that TOML cannot write."""
     return "".join(f"{name} = {_toml(value)}\n" for name, value in table.items() if value is not None)
 
 
@@ -247,7 +247,7 @@ def _undo_deterministic() -> None:
 
 
 def lowered(config: Config) -> Iterator[str]:
-    """Overrides that make a step of an accepted config tiny."""
+    """Return overrides that make a step of an accepted config tiny."""
     for i, stage in enumerate(config.stage):
         for name, limit in TINY.items():
             if (getattr(stage, name) or 0) > limit:
@@ -265,7 +265,7 @@ def lowered(config: Config) -> Iterator[str]:
 
 
 def tried(folder: Path, adder: Path, number: int, rng: random.Random) -> tuple[str, str]:
-    """What became of one random config, and the report if that is a failure."""
+    """Run one random config; return the outcome, and the report of a failure."""
     config = base(folder, adder, number)
     overrides = mutated(config, list(settings(Config)), rng)
     text = toml(config).encode("utf-8", errors="surrogatepass")

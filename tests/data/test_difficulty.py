@@ -23,7 +23,7 @@ def rated(name: str, **counts: int | str | None) -> dict:
     }
 
 
-def test_difficulty_of_a_named_model_is_kept_counted_and_its_absence_explained(tmp_path: Path) -> None:
+def test_difficulty_of_a_named_model_is_counted_and_its_absence_explained(tmp_path: Path) -> None:
     rows = [rated(f"q{n}", small=n, large=16) for n in (0, 1, 15, 16)]
     path = write(tmp_path / "x.jsonl", *rows, rated("q", large=3))
     found = load(path, difficulty=DifficultyFilter(1, 15, model="small"))
@@ -57,7 +57,7 @@ def test_difficulty_of_a_file_goes_by_the_whole_prompt(tmp_path: Path) -> None:
         load_problems(config(tmp_path, **settings, keep_difficulty=(1, 7)), None)
 
 
-def test_a_model_with_nothing_but_null_counts_is_not_listed_as_one_that_has_some(tmp_path: Path) -> None:
+def test_a_model_with_only_null_counts_is_not_listed(tmp_path: Path) -> None:
     rows = [rated(f"q{n}", **{"32B": None, "7B": n}) for n in range(3)]
     path = write(tmp_path / "x.jsonl", *rows)
     with pytest.raises(DataError, match=r"No row has a count for data.difficulty_model = '32B'; they have: 7B$"):

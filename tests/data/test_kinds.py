@@ -31,8 +31,8 @@ JSONL = b'{"question": "1+1=", "answer": "2"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl.gz", gzip.compress(JSONL), "is compressed with gzip; unpack it with gunzip"),
-        ("x.jsonl", gzip.compress(JSONL * 5000), "is compressed with gzip; unpack it with gunzip"),
+        ("x.jsonl.gz", gzip.compress(JSONL, mtime=0), "is compressed with gzip; unpack it with gunzip"),
+        ("x.jsonl", gzip.compress(JSONL * 5000, mtime=0), "is compressed with gzip; unpack it with gunzip"),
         ("x.jsonl.bz2", bz2.compress(JSONL), "is compressed with bzip2; unpack it with bunzip2"),
         ("x.jsonl.xz", lzma.compress(JSONL), "is compressed with xz; unpack it with unxz"),
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(99), "is compressed with zstd; unpack it with unzstd"),
@@ -84,7 +84,7 @@ def problems(path: str) -> list[str]:
     return [problem.message for problem in contradictions(config, "filter") if problem.path.startswith("data.train")]
 
 
-def test_a_folder_or_a_pattern_in_a_config_is_named_with_the_files_it_means(tmp_path: Path) -> None:
+def test_a_folder_or_a_pattern_in_a_config_is_named_with_its_files(tmp_path: Path) -> None:
     assert problems(str(tmp_path)) == [f"{str(tmp_path)!r} is a folder; name the files in it, one by one"]
     pattern = str(tmp_path / "*.jsonl")
     assert "is a pattern, which or1 does not expand; " in problems(pattern)[0]

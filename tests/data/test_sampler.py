@@ -52,7 +52,7 @@ def test_a_sampler_of_nothing_is_refused() -> None:
 POOLS = (Pool(0, 5, 1.0), Pool(5, 20, 1.0), Pool(25, 75, 3.0))
 
 
-def test_a_mixture_has_its_shares_in_every_epoch_and_no_prompt_comes_twice_before_all_came_once() -> None:
+def test_a_mixture_keeps_its_shares_and_repeats_no_prompt_before_all_came() -> None:
     sampler = Sampler(100, seed=4, pools=POOLS)
     order = sampler.take(SamplerState(), 500)[0].reshape(5, 100)
     for epoch in order:
@@ -118,7 +118,7 @@ def test_a_stage_drops_what_the_one_before_solved_every_time_it_came() -> None:
     assert solved.enter(2) == 1 and solved.dropped == {"a", "b"}
 
 
-def test_a_prompt_that_is_right_by_now_is_dropped_where_the_last_visit_counts() -> None:
+def test_a_prompt_solved_by_now_is_dropped_where_the_last_visit_counts() -> None:
     for visits, dropped in (("all", {"b"}), ("last", {"a", "b"})):
         solved = SolvedPrompts()
         solved.note([group("a", 1, 0), group("b", 1, 1), group("c", 1, 1)], visits)

@@ -119,7 +119,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(adder: Path) -> None:
     assert budget.out_of_memory == 0
 
 
-def test_a_run_that_cannot_go_on_in_shorter_rows_says_whether_a_resumed_one_would() -> None:
+def test_a_run_that_cannot_use_shorter_rows_reports_if_a_resume_could() -> None:
     caps: list[int] = []
 
     def fail(budget: RowBudget) -> None:

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 whose head is a weight of its own."""
+    """Save a Qwen3 whose head is not tied to the embedding."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=19,

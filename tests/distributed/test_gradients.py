@@ -28,14 +28,14 @@ def relative(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[st
 
 
 def relative_whole(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
-    """As if all parameters were one vector."""
+    """Return the relative error of all parameters as one vector."""
     error = sum(np.square(got[name] - grad).sum() for name, grad in want.items())
     return float(np.sqrt(error / sum(np.square(grad).sum() for grad in want.values())))
 
 
 @pytest.fixture(scope="module")
 def alone(adder: Path) -> dict[str, list[dict]]:
-    """One process, by whether equal prompts share their rows."""
+    """Return the update of one process, with and without shared prompts."""
     sharings = ("off", "on")
     return {s: run_ranks(dist_work.one_update, 1, adder, "float32", 1, COUNTS, False, s)[0] for s in sharings}
 

@@ -21,13 +21,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def children(pid: int) -> list[int]:
-    """Processes that `pid` started and that still run."""
+    """Return the running processes that `pid` started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def ranks_of(pid: int) -> list[int]:
-    """The children of a launcher that run or1."""
+    """Return the children of a launcher that run or1."""
     return [c for c in children(pid) if b"or1" in Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0")]
 
 
@@ -40,7 +40,7 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_nproc_passes_signals_and_exit_codes_on_and_torchrun_resumes_the_run(tmp_path: Path) -> None:
+def test_nproc_forwards_signals_and_exit_codes_and_torchrun_resumes(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     settings = {"stage__0__steps": 30, "stage__1__steps": 1}
     command = [sys.executable, "-m", "or1", *arguments(run_dir, "--nproc", "2", **settings)]
@@ -122,7 +122,7 @@ def test_restarts_are_for_what_may_pass_and_end_when_nothing_is_gained(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_with_restarts_survives_sigkill_by_itself_and_its_launcher_passes_sigterm_on(tmp_path: Path) -> None:
+def test_a_run_with_restarts_survives_sigkill_and_forwards_sigterm(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     settings = {"stage__0__steps": 60, "stage__1__steps": 1}
     command = [sys.executable, "-m", "or1", *arguments(run_dir, "--restarts", "1", **settings)]

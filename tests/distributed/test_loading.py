@@ -40,9 +40,7 @@ def test_every_rank_has_the_bits_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("fault", ["tensor", "architecture"])
-def test_a_model_that_only_the_main_rank_sees_to_be_wrong_is_one_line_of_all(
-    fault: str, adder: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_only_the_main_rank_rejects_is_one_line_of_all(fault: str, adder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adder, tmp_path / "model"))
     if fault == "tensor":
         weights = load_file(folder / "model.safetensors")

@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 
 
 @pytest.mark.timeout(100)
-def test_f15_a_push_that_finds_the_server_dead_restarts_it_and_every_rank_goes_on(untied: Path, tmp_path: Path) -> None:
+def test_f15_a_push_to_a_dead_server_restarts_it_and_every_rank_continues(untied: Path, tmp_path: Path) -> None:
     ranks = run_ranks(pushed_to_a_dead_server, 2, untied, tmp_path)
     assert ranks[0]["fresh"]
     for rank in ranks:
@@ -27,7 +27,7 @@ def test_f15_a_push_that_finds_the_server_dead_restarts_it_and_every_rank_goes_o
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_a_broadcast_gathers_one_weight_at_a_time_and_all_of_them_whatever_fails(untied: Path, tmp_path: Path) -> None:
+def test_a_broadcast_gathers_one_weight_at_a_time_and_all_despite_failures(untied: Path, tmp_path: Path) -> None:
     main, other = run_ranks(broadcast_to_a_failing_server, 2, untied, tmp_path, timeout=140)
     assert main["fresh"] == [True, True]
     # The one before lives until the next is there, and one more while it is still being sent.

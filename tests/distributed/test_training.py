@@ -30,7 +30,7 @@ def compare(run_dir: Path, other: Path, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_responses_that_go_on_under_later_policies_are_the_same_on_two_ranks(tmp_path: Path) -> None:
+def test_responses_continued_under_later_policies_are_equal_on_two_ranks(tmp_path: Path) -> None:
     settings = {"stage__0__steps": 3, "stage__1__steps": 2, "rollout__partial_tokens": 16, "loss__is_cap": 2.0}
     for size in (1, 2):
         assert or1_ranks(size, arguments(tmp_path / str(size), **settings), tmp_path / "log") == [0] * size

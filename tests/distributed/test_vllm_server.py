@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 @pytest.mark.timeout(500)
-def test_f15_a_server_shared_by_two_ranks_dies_which_ends_the_run_and_the_same_command_resumes(tmp_path: Path) -> None:
+def test_f15_the_death_of_a_shared_server_ends_a_run_that_then_resumes(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     # So many responses that the rollout after the first step is not over before the server is dead.
     more = {"stage__0__prompts_per_step": 8, "stage__0__group_size": 32, "rollout__verify_every": 1}

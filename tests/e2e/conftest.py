@@ -13,7 +13,7 @@ from tests.helpers.ranks import start_or1
 
 @pytest.fixture(scope="module")
 def quick_or1(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The fixture `or1` without the seconds that importing torch takes."""
+    """Run `or1 ARGS...` in a process that starts with torch loaded."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         log = tmp_path_factory.mktemp("or1") / "log"

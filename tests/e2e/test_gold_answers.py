@@ -21,7 +21,7 @@ def data(root: Path, name: str) -> Path:
 
 
 def scores(pairs: list[tuple[str, str]]) -> list[Score]:
-    """Of each (answer, gold)."""
+    """Return the score of each (answer, gold)."""
     with MathScorer(workers=2, timeout_s=10) as scorer:
         futures = []
         for answer, gold in pairs:

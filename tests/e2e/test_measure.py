@@ -39,7 +39,7 @@ max_response_tokens = {limit}
 
 
 def write_recipe(folder: Path, name: str, model: Path, files: Sequence[Path], *, batch: int, limit: int) -> Path:
-    """A recipe that evaluates and filters with the same files, four samples each."""
+    """Write a recipe that evaluates and filters with the same files, four samples each."""
     sets = "".join(f'[[eval.sets]]\nname = "{f.stem}"\npath = "{f}"\nsamples = 4\n' for f in files)
     path = folder / f"{name}.toml"
     train = json.dumps([str(f) for f in files])
@@ -63,7 +63,7 @@ def kill_when_half_done(root: Path, arguments: Sequence[str], parts: Path, at_le
 
 
 def check_eval(root: Path, straight: Path, killed: Path, files: Sequence[Path], samples: int) -> None:
-    """A killed and resumed evaluation has the transcripts of one that was not killed."""
+    """Compare the transcripts of a killed and resumed evaluation with those of an undisturbed one."""
     parts = killed.with_suffix("") / "eval" / killed.stem / "parts"
     stood = kill_when_half_done(root, ["eval", str(killed)], parts, 2)
     assert not (parts.parent / "eval.json").exists(), "it was done before it was killed"
@@ -81,7 +81,7 @@ def check_eval(root: Path, straight: Path, killed: Path, files: Sequence[Path], 
 
 
 def check_filter(root: Path, straight: Path, killed: Path, prompts: int) -> list[dict]:
-    """The same for the difficulty file."""
+    """Compare the difficulty file of a killed and resumed filter with that of an undisturbed one."""
     parts = killed.with_suffix("") / "difficulty.parquet.parts"
     kill_when_half_done(root, ["filter", str(killed)], parts, 2)
     assert not (killed.with_suffix("") / "difficulty.parquet").exists(), "it was done before it was killed"
@@ -95,7 +95,7 @@ def check_filter(root: Path, straight: Path, killed: Path, prompts: int) -> list
 
 @pytest.fixture
 def sums(adder: Path, tmp_path: Path) -> Path:
-    """The first problems of the example."""
+    """Return the first problems of the example."""
     path = tmp_path / "sums.jsonl"
     path.write_bytes(b"".join((adder / "heldout.jsonl").read_bytes().splitlines(keepends=True)[:96]))
     return path
@@ -145,7 +145,7 @@ def test_a_killed_filter_goes_on_and_its_file_chooses_prompts(
 
 
 def make_random_model(folder: Path) -> Path:
-    """A Qwen2 of random weights with one token per byte and a chat template."""
+    """Save a Qwen2 of random weights with one token per byte and a chat template."""
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))

@@ -140,7 +140,7 @@ def test_solved_means_the_same_everywhere(reward: float, solved: bool) -> None:
     assert found == (solved,) * 6
 
 
-def test_crashes_and_timeouts_of_an_evaluation_are_recorded_where_there_are_some() -> None:
+def test_crashes_and_timeouts_of_an_evaluation_are_recorded() -> None:
     failing = replace(outcome(2), statuses={"ok": 2, "crash": 1, "timeout": 1})
     metrics = summarise_set("x", [failing, replace(outcome(3), statuses={"ok": 3, "crash": 1})], [1]).metrics()
     assert (metrics["eval/x/crash"], metrics["eval/x/timeout"]) == (0.25, 0.125)

@@ -45,7 +45,7 @@ def function(tmp_path: Path) -> str:
 
 @pytest.fixture
 def obeying(function: str, tmp_path: Path) -> Iterator[Callable[..., CustomScorer]]:
-    """Makes scorers with one worker that obey orders."""
+    """Return a function that makes scorers with one worker that obey orders."""
     made = []
 
     def make(**options) -> CustomScorer:

@@ -43,7 +43,7 @@ def test_f02_a_rank_killed_before_the_commit_leaves_no_step(point: str, tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Mount a file system of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -67,7 +67,7 @@ def test_f03_a_full_disk_keeps_the_old_checkpoint(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_save_that_fails_for_any_other_cause_is_told_on_all_ranks_and_is_no_commit(rank: int, tmp_path: Path) -> None:
+def test_a_failed_save_is_reported_on_all_ranks_and_is_no_commit(rank: int, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, small_checkpoint(1), keep=2)
     fault = f"ckpt.before_shard:rank{rank}:step5:oom"
     for said, steps in run_ranks(fault_work.save_shards, 2, tmp_path, 2, timeout=30, OR1_FAULT=fault):
@@ -77,7 +77,7 @@ def test_a_save_that_fails_for_any_other_cause_is_told_on_all_ranks_and_is_no_co
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_f03_a_run_goes_on_without_a_checkpoint_and_only_the_last_must_be_written(tmp_path: Path) -> None:
+def test_f03_a_failed_checkpoint_is_skipped_and_only_the_last_is_required(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     settings = {"stage__0__steps": 2, "stage__1__steps": 1}
     fault = "ckpt.before_shard:rank1:step2:enospc"

@@ -23,7 +23,7 @@ SHARD = "shard_0.safetensors"
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run with two checkpoints, and beside it a file of tensors under the names of the second."""
+    """Write a run with two checkpoints, and a file of tensors with the names of the second."""
     folder = tmp_path / "run" / "checkpoints"
     for step in (1, 2):
         save_checkpoint(folder, Checkpoint(step, {}, {"master.w": torch.full((4, 2), float(step))}), keep=3)
@@ -100,7 +100,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_manifest_of_another_shape_is_one_line_and_the_checkpoint_before_is_used(
+def test_a_manifest_of_another_shape_falls_back_to_the_checkpoint_before(
     kind: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_dir / "checkpoints"

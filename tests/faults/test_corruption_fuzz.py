@@ -102,20 +102,20 @@ class Shell:
 
 
 def plain(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """The records of a run, as far as they are the same each time."""
+    """Return the records of a run without the values that differ each time."""
     records = read_metrics(run_dir / "metrics.jsonl")
     return {r["step"]: {k: v for k, v in r.items() if not k.startswith(SKIPPED)} for r in records}
 
 
 def replayed(text: str) -> dict[str, str]:
-    """The third column of the table that `or1 replay` prints."""
+    """Return the third column of the table that `or1 replay` prints."""
     rows = (line.split() for line in text.splitlines())
     return {row[0]: row[2] for row in rows if len(row) > 3 and "/" in row[0]}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished and evaluated run, and what it needs to be damaged."""
+    """Make a finished and evaluated run, ready to be damaged."""
     run_dir = tmp_path_factory.mktemp("fuzz") / "run"
     assert main([*arguments(run_dir, **TINY), "--set", HELDOUT]) == 0
     assert main(["eval", str(run_dir)]) == 0
@@ -189,7 +189,7 @@ def damage(run_dir: Path, dice: random.Random) -> str:
 
 
 def intact(run_dir: Path, truth: Truth) -> bool:
-    """Whether all checkpoints hold what they held. One of the older ones may be gone: they are pruned by and by."""
+    """Return True if all checkpoints are unchanged; older ones may be pruned."""
     newest = max(truth.manifests)
     for name, manifest in truth.manifests.items():
         if name != newest and not (run_dir / name).parent.exists():
@@ -249,7 +249,7 @@ def check_train(run_dir: Path, said: Said, truth: Truth, before: dict[int, Any])
 
 
 def trial(run_dir: Path, shell: Shell, truth: Truth) -> list[str]:
-    """Every command on a damaged run; returns what went wrong."""
+    """Run every command on a damaged run, and return the failures."""
     problems = []
     before = plain(run_dir) if (run_dir / "metrics.jsonl").is_file() else {}
     commands: list[tuple[list[str], Callable[[Path, Said, Truth], str]]] = [

@@ -57,7 +57,7 @@ def test_32_hanging_answers_among_1000_cost_only_their_own_slots() -> None:
 
 
 def others_work() -> float:
-    """How many times longer work takes because the machine has more of it than two cores can do."""
+    """Return the factor by which other work on the machine slows this process down."""
     return max(1.0, os.getloadavg()[0] / 2)
 
 

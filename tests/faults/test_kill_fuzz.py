@@ -38,7 +38,7 @@ EARLY = 0.25
 
 
 def children(pid: int) -> list[int]:
-    """All descendants of a process."""
+    """Return all descendants of a process."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -50,7 +50,7 @@ def children(pid: int) -> list[int]:
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether none of the processes runs; zombies do not."""
+    """Return True if none of the processes runs; a zombie does not run."""
     for pid in pids:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
@@ -62,7 +62,7 @@ def gone(pids: list[int]) -> bool:
 
 @contextmanager
 def all_end(pids: list[int], limit_s: float = 15) -> Iterator[None]:
-    """What a killed process has started ends soon after it."""
+    """Check that the descendants of a killed process end soon after it."""
     yield
     deadline = time.monotonic() + limit_s
     while not gone(pids):
@@ -85,7 +85,7 @@ def await_moment(run_dir: Path, dice: random.Random, over: Callable[[], bool]) -
 
 
 def step_of(run_dir: Path) -> int:
-    """Lines of metrics.jsonl; a number that grows with the run."""
+    """Return the number of lines in metrics.jsonl, which grows with the run."""
     try:
         return (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
@@ -148,7 +148,7 @@ def kill_launcher(run_dir: Path, log: Path, dice: random.Random) -> tuple[bool, 
 
 
 def finished(code: int, log: Path) -> tuple[bool, int]:
-    """A run that nobody killed ends with 0."""
+    """Run a command undisturbed and check that it exits with 0."""
     said = "".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
     assert code == 0, f"exit code {code}\n{said}"
     return True, 0
@@ -164,12 +164,12 @@ ATTEMPTS: dict[str, tuple[int, Attempt]] = {
 
 
 def kept(line: dict) -> dict:
-    """A record without what depends on the clock and the machine."""
+    """Return a record without the values that depend on the clock and the machine."""
     return {key: value for key, value in line.items() if key != "time" and not key.startswith(("time/", "perf/"))}
 
 
 def assert_same(straight: Path, killed: Path) -> None:
-    """Metrics, samples, state and tensors are the same to the last bit."""
+    """Compare metrics, samples, state and tensors bit for bit."""
     ours, theirs = lines(straight), lines(killed)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(STEPS + 1))
     for one, other in zip(ours, theirs, strict=True):
@@ -185,7 +185,7 @@ def assert_same(straight: Path, killed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs that nobody kills, on one and on two ranks."""
+    """Return undisturbed runs on one and on two ranks."""
     folder = tmp_path_factory.mktemp("straight")
     for size in (1, 2):
         with started(or1_command, size, arguments(folder / str(size), **SETTINGS), str(folder / f"log{size}")) as ranks:

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def folder(adder: Path, tmp_path: Path) -> Path:
-    """The example checkpoint in two shards, with an index."""
+    """Write the example checkpoint in two shards, with an index."""
     made = tmp_path / "model"
     shutil.copytree(adder, made)
     weights = load_file(made / "model.safetensors")
@@ -39,7 +39,7 @@ def folder(adder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole(adder: Path, tmp_path: Path) -> Path:
-    """The example checkpoint in one file."""
+    """Write the example checkpoint in one file."""
     return Path(shutil.copytree(adder, tmp_path / "whole"))
 
 

@@ -19,7 +19,7 @@ def when_told(path: Path) -> Path:
     return Path(path.read_text())
 
 
-def test_weights_of_a_killed_run_go_at_the_next_start_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+def test_weights_of_a_killed_run_are_removed_and_those_of_a_live_run_stay(tmp_path: Path) -> None:
     with started(fault_work.hold_pushed_weights, 1, tmp_path / "living"):
         living = when_told(tmp_path / "living")
         with started(fault_work.hold_pushed_weights, 1, tmp_path / "killed"):

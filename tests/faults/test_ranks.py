@@ -1,4 +1,4 @@
-"""What two ranks do when one of them fails, is told to stop, or finds something that the other does not see."""
+"""Two ranks of which one fails, is signalled, or finds a problem that the other cannot see."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wait_for_step(run_dir: Path, step: int, timeout: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks and six steps, a checkpoint after each."""
+    """Return a finished run of two ranks and six steps, with a checkpoint of each step."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
     assert or1_ranks(2, arguments(run_dir), run_dir.with_name("log")) == [0, 0]
     return run_dir
@@ -66,7 +66,7 @@ def test_a_rank_that_hangs_ends_the_run_at_the_time_limit(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_f10_an_infinity_on_one_rank_skips_on_both_and_repeats_stop_the_run(tmp_path: Path) -> None:
+def test_f10_an_infinity_on_one_rank_skips_on_both_and_repeats_stop(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     fault = "train.gradient:rank1:step3+:inf"
     codes = or1_ranks(2, arguments(run_dir, optim__max_nonfinite_steps=2), log, OR1_FAULT=fault)
@@ -146,7 +146,7 @@ def test_f11_steps_without_any_mixed_group_change_nothing_on_either_rank(tmp_pat
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_ANCHOR, reason="before torch 2.13 such a run ends, and resumes in shorter rows")
 @pytest.mark.timeout(400)
-def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(two_ranks: Path, tmp_path: Path) -> None:
+def test_f25_a_rank_out_of_memory_halves_the_rows_of_both(two_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     assert or1_ranks(2, arguments(run_dir), log, OR1_FAULT="train.backward:rank1:step2:oom") == [0, 0]
     assert "out of memory with packed rows of 96 tokens; the update is retried with 48" in output(log, 0)
@@ -162,7 +162,7 @@ def test_f25_a_rank_out_of_memory_halves_the_rows_of_both_and_the_run_goes_on(tw
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_f25_a_rank_that_cannot_even_stand_in_ends_both_and_the_next_start_has_half_the_rows(tmp_path: Path) -> None:
+def test_f25_a_failed_peer_ends_both_ranks_and_the_next_start_halves_rows(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     settings = {"stage__0__steps": 2, "stage__1__steps": 1}
     with started(

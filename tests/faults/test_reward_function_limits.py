@@ -1,4 +1,4 @@
-"""Memory, imports and prints of the user's own functions: limits, logs, and what a worker may take."""
+"""Memory, imports and prints of user reward functions: limits, logs, and the resources of a worker."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_maths_verifier_gets_no_tokens_and_own_functions_keep_all(
         assert results(scorer, "x") == [1.0]
 
 
-def test_more_workers_than_the_machine_can_hold_are_refused_with_a_number_that_fits(monkeypatch) -> None:
+def test_too_many_workers_are_refused_with_a_number_that_fits(monkeypatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     check_workers(2, cores=1, free_mib=2 * WORKER_MIB)
     check_workers(1, cores=1, free_mib=0)

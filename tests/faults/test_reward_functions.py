@@ -1,4 +1,4 @@
-"""Functions of the user's own that fork, forge, print, fill the memory or refuse to end: what each costs, and whom."""
+"""User reward functions that fork, forge, print, fill the memory or hang: each costs its own job."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def zombies(parent: int) -> int:
 
 
 def gone(pids: set[int], seconds: float) -> bool:
-    """Whether none of the processes lives after at most `seconds`."""
+    """Return True if none of the processes lives after at most `seconds`."""
     end = time.monotonic() + seconds
     while living := [pid for pid in pids if Path(f"/proc/{pid}").exists() and state_of(pid) not in "ZX"]:
         if time.monotonic() > end:

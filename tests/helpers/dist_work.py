@@ -70,7 +70,7 @@ def one_update(
     checkpointing: bool = False,
     sharing: Sharing = "off",
 ) -> list[dict]:
-    """For every count an update on that many sequences, each from the checkpoint's weights: gradients and numbers."""
+    """Return gradients and metrics of an update for each count of sequences, from the checkpoint's weights."""
     with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=60), torch.device("cpu")) as world:
         results = []
         for count in counts:
@@ -94,7 +94,7 @@ def one_update(
 
 
 def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray]:
-    """Gradients of an update after only the main rank has generated something."""
+    """Return the gradients of an update after only the main rank has generated responses."""
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         model = load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world).train()
         optimizer = Probe(model, OptimConfig(), world)
@@ -106,7 +106,7 @@ def update_after_generation(path: Path, tokenizer: Path) -> dict[str, np.ndarray
 
 
 def loaded(path: Path, dtype: str) -> dict[str, np.ndarray]:
-    """Parameters and buffers of a model as the ranks have loaded it."""
+    """Return parameters and buffers of a model as the ranks have loaded it."""
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         model = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"), world)
         tied = model.lm_head.weight is model.get_input_embeddings().weight
@@ -120,7 +120,7 @@ def loaded(path: Path, dtype: str) -> dict[str, np.ndarray]:
 
 
 def memory_of_loading(path: Path) -> int:
-    """Bytes by which the most memory that this rank ever had grows while it loads a model."""
+    """Return the growth of this rank's peak memory, in bytes, while it loads a model."""
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         load_model(ModelConfig(path=str(path), dtype="float32", device="cpu"), world)

@@ -17,7 +17,7 @@ from or1.run.checkpoint_writer import save_checkpoint
 
 
 def write_shards(folder: Path, size: int) -> None:
-    """A checkpoint of rows 0 to 6 and a scalar, each rank its rows."""
+    """Write a checkpoint of rows 0 to 6 and a scalar; each rank writes its rows."""
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         whole = torch.arange(21.0).reshape(7, 3)
         mine = split_evenly(7, size)[world.rank]
@@ -26,7 +26,7 @@ def write_shards(folder: Path, size: int) -> None:
 
 
 def save_shards(folder: Path, size: int) -> tuple[str, list[int]]:
-    """As `write_shards`; what the error said, if there was one, and the steps that are there then."""
+    """Write shards; return the text of the error, if any, and the committed steps."""
     try:
         write_shards(folder, size)
     except DiskError as error:
@@ -42,7 +42,7 @@ def read_shards(folder: Path) -> tuple:
 
 
 def read_shards_of_own_folder(parent: Path) -> tuple:
-    """As `read_shards`, of the folder named by this rank's number."""
+    """Read shards from the folder named by this rank's number."""
     return read_shards(parent / os.environ["RANK"])
 
 

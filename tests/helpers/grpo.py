@@ -12,7 +12,7 @@ WORDS = 997
 
 
 def word_tokenizer() -> Any:
-    """One token a word: w0, w1, ..."""
+    """Return a tokenizer with one token a word: w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -49,7 +49,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_training(got: Record, want: Record, rel: float = 1e-5) -> None:
-    """Losses, gradient norms, entropies and parameters agree, and the run was one that learns something.
+    """Check that losses, gradient norms, entropies and parameters agree, and that the run learns.
 
     A loss is compared on the scale of the advantages, which are about 1: on-policy its value is near 0.
     """

@@ -37,7 +37,7 @@ STAGE = {"steps": 1, "max_response_tokens": 6, "prompts_per_step": 2, "group_siz
 
 
 def save_policy(folder: Path, odds: dict[int, float] = HALVES) -> Path:
-    """A checkpoint that gives these tokens these probabilities after any context, and all others none."""
+    """Save a checkpoint that gives these tokens these probabilities after any context, and no others."""
     config = Qwen2Config(
         vocab_size=19,
         hidden_size=8,
@@ -66,7 +66,7 @@ def save_policy(folder: Path, odds: dict[int, float] = HALVES) -> Path:
 
 
 def config_of(folder: Path, stages: Sequence[dict[str, Any]] = ({},), **sections: dict[str, Any]) -> Config:
-    """A run in `folder` on HALVES; stages and sections as in TOML, what is absent as in STAGE."""
+    """Return the config of a run in `folder` on HALVES; stages and sections as in TOML, default STAGE."""
     model = folder / "model"
     if not model.exists():
         save_policy(model)
@@ -104,18 +104,18 @@ def run_of(config: Config, display: RankDisplay | None = None) -> Parts:
 
 
 def response(*tokens: int, entropy: float = 1.0, finish: str = "stop", text: str = "") -> Response:
-    """A response whose every token has the log-probability -entropy in the engine's eyes."""
+    """Return a response whose every token has the log-probability -entropy according to the engine."""
     return Response(np.array(tokens, np.int32), np.full(len(tokens), -entropy, np.float32), finish, 0, text)
 
 
 def group(rewards: Sequence[float], responses: Sequence[Response], name: str = "p") -> Group:
-    """Responses to one prompt with their rewards."""
+    """Return responses to one prompt with their rewards."""
     scores = tuple(Score(r, Status.OK if r else Status.WRONG) for r in rewards)
     return Group(Prompt(name, "s", "1+1", np.array([7, 8], np.int32), ("0",)), tuple(responses), scores)
 
 
 def learn(trainer: Trainer, *groups: Group, step: int = 1) -> dict[str, float]:
-    """The metrics of a step of stage 1 that trains on these groups."""
+    """Train one step of stage 1 on these groups and return its metrics."""
     chosen = Step(number=step, stage_index=0, stage=trainer.config.stage[0], seed=0)
     return trainer.learn(chosen, Rollout(list(groups), 0.0, 0.0), replayed=True)
 
@@ -129,7 +129,6 @@ class Unsolved:
         self.seen: list[Response] = []
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `or1.reward.scorer.Scorer`."""
         self.seen.append(response)
         future: Future[Score] = Future()
         future.set_result(Score(0.0, Status.WRONG))
@@ -146,7 +145,7 @@ def uneven_groups() -> list[Group]:
 
 
 def entropies_on_two_ranks() -> dict[str, float]:
-    """In each of two ranks: e_k as the trainer and as `or1.magic.tensors` measure it, and over its own groups alone."""
+    """Return e_k on each of two ranks: the trainer's, `or1.magic.tensors`', and that of the rank alone."""
     groups = uneven_groups()
     with join(DistConfig(timeout_s=60), torch.device("cpu")) as world:
         mine = [groups[i] for i in world.share(len(groups))]

@@ -35,7 +35,7 @@ def close(got, want, tolerance, name):
 
 
 def vocab_parallel(rank):
-    """Each rank holds half of the vocabulary; results and gradients equal the whole one's."""
+    """Compare results and gradients of a vocabulary in two halves with those of the whole one."""
     size = V // WORLD
     part = slice(rank * size, (rank + 1) * size)
     for dtype, impl, tolerance in ((torch.float64, "torch", 1e-11), (torch.float32, "auto", 1e-5)):
@@ -126,7 +126,7 @@ def fsdp(rank, tied=False):
 
 
 def fsdp_tied(rank):
-    """The same with the embedding's weight as the head's."""
+    """Check FSDP2 with the embedding's weight as the head's."""
     fsdp(rank, tied=True)
 
 

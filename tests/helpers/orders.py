@@ -116,11 +116,11 @@ def response(text: str) -> Response:
 
 
 def scores(scorer: CustomScorer, *orders: str, place: Path | None = None) -> list[Score]:
-    """What orders are worth that wait together."""
+    """Return the scores of orders that wait together."""
     prompt = Prompt("t:1", "t", "?", np.array([1], np.int32), row={"place": str(place)})
     return [f.result(timeout=90) for f in [scorer.submit(prompt, response(order)) for order in orders]]
 
 
 def results(scorer: CustomScorer, *orders: str) -> list[float | str]:
-    """The reward of each order that was obeyed, the status of the others."""
+    """Return the reward of each order that was obeyed, and the status of the others."""
     return [s.status.value if math.isnan(s.reward) else s.reward for s in scores(scorer, *orders)]

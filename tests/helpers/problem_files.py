@@ -19,7 +19,7 @@ VOCAB = {token: i for i, token in enumerate(["<eos>", "<bos>", "<unk>", "\n"] + 
 
 
 def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """Return a tokenizer with one token per character."""
     core = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()

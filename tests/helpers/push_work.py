@@ -119,7 +119,7 @@ def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> b
 
 
 def pushed_to_a_dead_server(path: Path, run_path: Path) -> dict[str, Any]:
-    """A push that finds its server dead, then a rollout that does."""
+    """Push to a dead server, then generate with a dead server."""
     with join(DistConfig(timeout_s=30), torch.device("cpu")) as world:
         engine = engine_of(world, path, "file", run_path)
         expected, before = disturb(engine), engine.url
@@ -142,7 +142,7 @@ def pushed_to_a_dead_server(path: Path, run_path: Path) -> dict[str, Any]:
 
 
 def broadcast_to_a_failing_server(path: Path, run_path: Path) -> dict[str, Any]:
-    """Pushes by broadcast: a good one, one that the worker refuses midway, a good one, one to a dead server."""
+    """Push by broadcast: a good push, one that the worker refuses midway, a good one, one to a dead server."""
     # What a refusal leaves blocked on one rank must end before the other rank gives that one up.
     vllm_push.GROUP_TIMEOUT_S = vllm_worker.GROUP_TIMEOUT_S = 10
     alive: list[weakref.ref] = []

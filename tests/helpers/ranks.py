@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would set."""
+    """Return the variables that torchrun sets."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -58,7 +58,7 @@ def _main(pipe: Connection, variables: dict[str, str], function: Callable[..., A
 
 @contextlib.contextmanager
 def started(function: Callable[..., Any], size: int, *arguments: Any, **variables: str) -> Iterator[list]:
-    """The processes and pipes of `size` ranks that run `function(*arguments)`; all are dead afterwards."""
+    """Yield the processes and pipes of `size` ranks that run `function(*arguments)`; kill all afterwards."""
     port, ranks = free_port(), []
     try:
         for rank in range(size):
@@ -76,7 +76,10 @@ def started(function: Callable[..., Any], size: int, *arguments: Any, **variable
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 100, **variables: str) -> list:
-    """What `function(*arguments)` returned on each rank. Raises AssertionError with the traceback of a failed one."""
+    """Return the result of `function(*arguments)` on each rank.
+
+    Raises AssertionError with the traceback of a failed rank.
+    """
     with started(function, size, *arguments, **variables) as ranks:
         deadline, results = time.monotonic() + timeout, {}
         while len(results) < size:
@@ -108,7 +111,7 @@ def or1_command(arguments: list[str], log: str) -> int:
 
 
 def _write_to(out: str, err: str) -> None:
-    """What this process prints from here on goes into files."""
+    """Redirect the output of this process into files."""
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "ab", buffering=0) as file:
             os.dup2(file.fileno(), descriptor)

@@ -38,7 +38,7 @@ def make_config(run_dir: Path, stages=STAGES, sets=("heldout", "hard")) -> Confi
 
 
 def make_record(config: Config, step: int, rng: random.Random) -> dict:
-    """One plausible line: reward rises along a logistic curve, length grows, entropy settles at its target."""
+    """Return one plausible line: reward rises on a logistic curve, length grows, entropy settles at its target."""
     total = config.total_steps
     stage = 0 if step <= config.stage[0].steps else len(config.stage) - 1
     skill = 0.3 + 0.5 / (1 + math.exp(-8 * (step / max(total, 1) - 0.4)))
@@ -150,7 +150,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_run(run_dir: Path, steps: int = 60, attack: str = "", stages=STAGES, rollouts=(1, 30, 60)) -> Path:
-    """A run directory as the trainer leaves it."""
+    """Write a run directory as the trainer leaves it."""
     run_dir.mkdir()
     config = make_config(run_dir, stages)
     (run_dir / "config.resolved.json").write_text(config.model_dump_json())
@@ -200,7 +200,7 @@ def read(run_dir: Path) -> tuple[str, Page]:
 
 
 def make_graded(run_dir: Path, steps: int = 24) -> Path:
-    """A run whose rewards lie between -0.1 and 0.6, so that hardly any response is solved."""
+    """Write a run whose rewards lie between -0.1 and 0.6; hardly any response is solved."""
     make_run(run_dir, steps=steps, rollouts=(1,))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

@@ -22,7 +22,7 @@ MEMORY_MIB = 512
 
 
 def kind_or_skip(choice: str) -> str:
-    """A kind of sandbox that works here."""
+    """Return a kind of sandbox that works here, or skip the test."""
     try:
         return find_sandbox(choice)
     except ScorerError as error:
@@ -30,14 +30,14 @@ def kind_or_skip(choice: str) -> str:
 
 
 def score(program: str, truth: Any, sandbox: str, **changes: Any) -> Score:
-    """What a program earns."""
+    """Return the score of a program."""
     settings = CodeSettings(sandbox, 2.0, 10.0, MEMORY_MIB, 16, 4, False)
     job = {"program": program, "tests": asdict(parse_ground_truth(truth)), "settings": asdict(settings) | changes}
     return grade_job(job)
 
 
 def output(program: str, sandbox: str) -> str:
-    """What a program prints; its last error if it prints nothing."""
+    """Return the output of a program, or its last error if there is no output."""
     limits = Limits(2.0, 10.0, MEMORY_MIB << 20, 16, 4 << 20)
     with Inside(sandbox, "runner", {"program": program, "setup": ""}, limits) as runner:
         answer = runner.ask({"stdin": ""}, 2.0)

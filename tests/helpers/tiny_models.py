@@ -52,7 +52,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def from_logits(model: nn.Module, inputs: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, entropy, loss) as anyone would compute them."""
+    """Return (log-probs, entropy, loss), computed from full logits."""
     out = model(**inputs)
     labels = inputs["labels"][:, 1:]
     table = (out.logits[:, :-1].float() / temperature).log_softmax(-1)

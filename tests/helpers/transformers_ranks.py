@@ -62,7 +62,7 @@ def same(loss: torch.Tensor, grads: dict[str, torch.Tensor], expected: tuple) ->
 
 
 def fsdp2(rank: int) -> None:
-    """The head in the root's unit, in a unit of its own, and tied to the embedding."""
+    """Check the head in the root's unit, in a unit of its own, and tied to the embedding."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for tied, own_unit in ((False, False), (False, True), (True, False)):
         model = patch_model(tiny(tied))
@@ -78,7 +78,7 @@ def fsdp2(rank: int) -> None:
 
 
 def fsdp1(rank: int) -> None:
-    """The wrapper that accelerate uses by default; gradients are read through summon_full_params."""
+    """Check accelerate's default wrapper; summon_full_params reads the gradients."""
     for own_unit in (False, True):
         model = patch_model(tiny(False))
         options = {"device_id": torch.device("cpu"), "use_orig_params": True}

@@ -43,7 +43,7 @@ MAX_ARROWS, MAX_FLOORS = 100, 12
 
 @cache
 def modules(root: Path) -> dict[str, Path]:
-    """Every module of or1 by its dotted name."""
+    """Return every module of or1 by its dotted name."""
     found = {}
     for path in sorted((root / "or1").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -52,7 +52,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Names that a file imports; those under TYPE_CHECKING and in functions too, unless `top_level_only`."""
+    """Return the names that a file imports; `top_level_only` leaves out functions and TYPE_CHECKING."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names: set[str] = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -65,7 +65,7 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
 
 @cache
 def file_arrows(root: Path) -> dict[str, set[str]]:
-    """For every module the modules of or1 that it imports."""
+    """Return the modules of or1 that each module imports."""
     known = modules(root)
     arrows: dict[str, set[str]] = {}
     for module, path in known.items():
@@ -81,7 +81,7 @@ def room_of(module: str) -> str:
 
 @cache
 def room_arrows(root: Path) -> dict[str, set[str]]:
-    """For every room the rooms that its modules import."""
+    """Return the rooms that the modules of each room import."""
     rooms: dict[str, set[str]] = defaultdict(set)
     for module, targets in file_arrows(root).items():
         rooms[room_of(module)] |= {room_of(target) for target in targets} - {room_of(module)}
@@ -89,7 +89,10 @@ def room_arrows(root: Path) -> dict[str, set[str]]:
 
 
 def floors(arrows: dict[str, set[str]]) -> dict[str, int]:
-    """The floor of each: one above the highest that it imports. Fails where there is a circle."""
+    """Return the floor of each room: one above the highest floor that it imports.
+
+    Fails where imports form a circle.
+    """
     floor: dict[str, int] = {}
 
     def of(name: str, path: tuple[str, ...] = ()) -> int:

@@ -16,7 +16,7 @@ from tests.helpers.grpo import WORDS, Record, even_ids, parameters, word_tokeniz
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 of two layers with random weights, saved: TRL loads its reference model by path."""
+    """Save a Qwen2 of two layers with random weights; TRL loads its reference model by path."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ def tiny_model(vocab: int, hidden: int = 128) -> Any:
 
 
 def unfused(model: Any, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """verl's own way without fused kernels."""
+    """Return verl's result without fused kernels."""
     logits = model(ids_BT).logits / TEMPERATURE
     return verl_F.logprobs_from_logits(logits, labels_BT), verl_F.entropy_from_logits(logits)
 
@@ -179,7 +179,7 @@ def nested(parts: list[Tensor]) -> Tensor:
 
 
 def batch_of(model: Any, responses: list[tuple[int, float, float]]) -> Any:
-    """Sequences as verl's engines get them, each with its response's length, entropy and advantage; prompts of 3."""
+    """Return sequences as verl's engines get them: response length, entropy and advantage each; prompts of 3."""
     torch.manual_seed(3)
     sequences = [torch.randint(model.config.vocab_size, (3 + n,)) for n, _, _ in responses]
     tensors = {
@@ -205,7 +205,7 @@ def one_rank() -> Iterator[None]:
 
 
 def worker_of(engine_class: type, model: Any) -> Any:
-    """verl's training worker around an engine without a GPU, with the settings that its own __init__ would make."""
+    """Return verl's training worker around an engine without a GPU, with the settings of its __init__."""
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 

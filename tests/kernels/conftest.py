@@ -33,7 +33,7 @@ class Case:
     options: dict
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """The same values with hidden, weight and bias in dtype; constants in fp64 for fp64, else as they are."""
+        """Return hidden, weight and bias in dtype; constants are fp64 for fp64, otherwise unchanged."""
         constants = torch.float64 if dtype == torch.float64 else torch.float32
         options = {
             k: v.to(dtype if k == "bias" else constants) if isinstance(v, Tensor) else v
@@ -45,7 +45,7 @@ class Case:
         return replace(self, options=self.options | options)
 
     def rows(self, index) -> "Case":
-        """The rows picked by an index tensor or slice."""
+        """Return the rows picked by an index tensor or slice."""
         n = self.targets.shape[0]
         options = {
             k: v[index] if isinstance(v, Tensor) and v.shape == (n,) and k != "bias" else v
@@ -91,7 +91,7 @@ def policy(case: Case, needs=(True, True), **options) -> SimpleNamespace:
 
 
 def plain(case: Case) -> SimpleNamespace:
-    """What a user writes in plain torch: full logits in the inputs' dtype, autograd."""
+    """Return the results of plain torch: full logits in the inputs' dtype, autograd."""
     o = dict(case.options)
     hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
     z = reference.logits(
@@ -144,7 +144,7 @@ def assert_as_exact(mine, peer, truth, names=("logp", "entropy", "dhidden", "dwe
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
-    """The helpers above; importlib mode has no importable test package."""
+    """Return the helpers above."""
     return SimpleNamespace(
         make_case=make_case,
         policy=policy,
@@ -157,5 +157,5 @@ def kit() -> SimpleNamespace:
 
 @pytest.fixture(params=["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "native"])
 def impl(request) -> str:
-    """Every implementation of this machine; Triton's under its interpreter, which test_triton starts."""
+    """Return each implementation of this machine; test_triton starts Triton's under its interpreter."""
     return request.param

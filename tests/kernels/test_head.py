@@ -100,7 +100,7 @@ def test_gradcheck_of_the_policy_loss(kit, objective):
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_only_wanted_gradients_are_made_and_they_do_not_depend_on_the_others(kit, impl, needs):
+def test_only_wanted_gradients_are_made_and_each_is_independent(kit, impl, needs):
     case = kit.make_case(40, 8, 50)
     full, part = kit.policy(case, impl=impl), kit.policy(case, needs, impl=impl)
     assert (part.dhidden is not None, part.dweight is not None) == needs

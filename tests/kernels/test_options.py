@@ -222,7 +222,7 @@ def test_an_objective_may_be_the_name_of_its_kind(kit):
         linear_policy_loss(*rest, **given, objective=3)
 
 
-def test_a_product_with_a_view_of_wider_rows_takes_nothing_from_behind_them():
+def test_a_product_with_a_view_of_wider_rows_reads_nothing_behind_them():
     wide = torch.full((64, 2 * 1031 + 2), float("nan"), dtype=torch.bfloat16)
     narrow, weight = wide[:, :1031], torch.randn(1031, 64).to(torch.bfloat16)
     narrow.copy_(torch.randn(64, 1031))

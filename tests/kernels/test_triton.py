@@ -104,7 +104,7 @@ def compiled(kernel, out, capped, target):
 
 
 def spilled_bytes(binary, folder: Path) -> int:
-    """Bytes of registers spilled to memory, by the assembler's own account."""
+    """Return the bytes of registers that the assembler spills to memory."""
     if "amdgcn" in binary.asm:
         counts = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"])
         assert counts

@@ -16,7 +16,7 @@ from tests.helpers.hand_run import EOS, ONE, ZERO, config_of, group, learn, resp
 
 
 def of_statuses(*statuses: Status, rewards: float = 0.0) -> Group:
-    """A group whose responses have these statuses and all the same reward."""
+    """Return a group whose responses have these statuses and equal rewards."""
     scores = tuple(Score(rewards, status) for status in statuses)
     return replace(group([0.0] * len(statuses), [response(ZERO)] * len(statuses)), scores=scores)
 
@@ -36,7 +36,7 @@ def test_empty_steps_are_told_at_the_third_the_tenth_and_the_hundredth(tmp_path:
     assert [step for step in range(1, 12) if note_step(totals, groups, False, config)] == [3, 10]
 
 
-def test_a_step_without_a_complete_group_counts_but_says_nothing_of_rewards(tmp_path: Path) -> None:
+def test_a_step_without_a_complete_group_counts_without_a_reward_message(tmp_path: Path) -> None:
     totals, config, groups = Counter(), config_of(tmp_path), [group([1, 1], [response(ZERO)] * 2)]
     said = [note_step(totals, some, False, config) for some in (groups, [], groups, [], groups)]
     assert [bool(text) for text in said] == [False] * 4 + [True] and totals["empty_steps"] == 5

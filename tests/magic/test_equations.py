@@ -40,7 +40,7 @@ def test_equation_2_5_advantages_use_the_sample_standard_deviation() -> None:
 
 
 def with_ratios(ratios: Sequence[float], *tokens: int) -> Response:
-    """A response whose tokens the trained policy finds so many times as likely as the one that sampled it."""
+    """Return a response whose tokens have these probability ratios of the trained to the sampling policy."""
     p = np.array([{ZERO: 0.5, ONE: 0.25, EOS: 0.25}[t] for t in tokens])
     return replace(response(*tokens), logp=np.log(p / np.array(ratios)).astype(np.float32))
 

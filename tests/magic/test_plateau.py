@@ -22,7 +22,7 @@ NOISE = 0.015
 
 
 def ends_at(accuracies: np.ndarray, truncated: float = 0.1) -> int | None:
-    """The step at which a stage with these evaluations ends, one every 20 steps from step 0 on; None: it does not."""
+    """Return the step at which a stage with these evaluations, one every 20 steps, ends, or None."""
     history = [(k * EVERY, float(a), truncated) for k, a in enumerate(accuracies)]
     return next((p[0] for k, p in enumerate(history) if has_plateaued(history[: k + 1], STAGE)), None)
 
@@ -82,7 +82,7 @@ def test_a_run_notes_the_evaluation_before_its_first_step(tmp_path: Path) -> Non
     assert [step for step, _, _ in former.history] == [0, 1, 2]
 
 
-def test_the_next_stage_begins_with_the_evaluation_that_ended_the_one_before(tmp_path: Path) -> None:
+def test_the_next_stage_begins_with_the_evaluation_that_ended_the_last(tmp_path: Path) -> None:
     config = config_of(tmp_path, [{"steps": 2}, {"steps": 3}])
     progress = Stages(config)
     for step in (1, 2):

@@ -61,7 +61,7 @@ def close(value: float) -> object:
 
 
 def uneven_pair() -> Group:
-    """A right response of one token and a wrong one of three: the token losses on-policy are -A and three times A."""
+    """Return a right response of one token and a wrong one of three; its token losses are -A and three times A."""
     return group([1, 0], [response(ZERO), response(ZERO, ONE, EOS)])
 
 

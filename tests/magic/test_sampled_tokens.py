@@ -92,9 +92,7 @@ def test_a_step_without_a_complete_group_has_no_entropy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("loss", "moves"), [({}, False), ({"old_logp": "rollout"}, True)])
-def test_mismatch_is_that_of_engine_and_trainer_and_not_the_policys_movement(
-    loss: dict, moves: bool, tmp_path: Path
-) -> None:
+def test_mismatch_is_of_engine_and_trainer_not_of_the_policys_movement(loss: dict, moves: bool, tmp_path: Path) -> None:
     """The engine's log-probs are the policy's own. The second update of a rollout compares with those before the first,
 
     where they are known; what the engine said is all that is known with old_logp = "rollout".

@@ -44,7 +44,7 @@ def test_truncation_masks(mask: str, expected: list[float]) -> None:
     assert found[0] == pytest.approx(expected, rel=1e-12)
 
 
-def test_mask_before_leaves_nothing_to_compare_when_only_truncated_answers_are_wrong() -> None:
+def test_mask_before_leaves_no_contrast_when_only_truncated_answers_fail() -> None:
     rewards, cut = np.array([[1.0, 1, 0]]), np.array([[False, False, True]])
     assert (group_advantages(rewards, truncated_PM=cut, mask="before") == 0).all()
     assert (group_advantages(rewards, truncated_PM=cut, mask="after")[0, :2] > 0).all()
@@ -100,7 +100,7 @@ def test_normalisers(normaliser: Normaliser, loss: float) -> None:
 
 
 def parts_of(kept: int, sampled: int, d_r: int, d_t: int | None, denominator: str) -> list[tuple[int, float]]:
-    """Groups of each minibatch, and the factor by which its step shrinks, where `kept` of `sampled` groups are kept."""
+    """Return the groups of each minibatch and its step's factor where `kept` of `sampled` groups are kept."""
     loss = LossConfig(denominator=denominator)
     stage = StageConfig(**STAGE | {"prompts_per_step": d_r, "minibatch_prompts": d_t})
     groups = [group([1, 0], [response(ZERO)] * 2) for _ in range(kept)]
@@ -162,7 +162,7 @@ def test_a_plateau_is_flat_in_accuracy_and_in_truncation(
 
 
 def note(progress: Stages, step: int, accuracy: float) -> None:
-    """A step without truncation, and an evaluation after it."""
+    """Record a step without truncation and an evaluation after the step."""
     progress.cut.append(0.0)
     progress.note_evaluation(step, accuracy)
 
@@ -191,7 +191,7 @@ def test_stages_hand_over_by_steps_or_by_plateau_and_survive_a_checkpoint() -> N
 
 
 def resumed(before: list[dict], after: list[dict], steps: int, accuracy: float = 0.5) -> tuple[Stages, str]:
-    """Where a run of `steps` steps under the stages `before` goes on under `after`, and what it says."""
+    """Return where a run of `steps` steps under the stages `before` resumes under `after`, and its messages."""
     old, new = (config_of().model_copy(update={"stage": tuple(StageConfig(**s) for s in s)}) for s in (before, after))
     before, after = Stages(old), Stages(new)
     for step in range(1, steps + 1):
@@ -247,7 +247,7 @@ def test_an_explosion_is_named_and_noise_is_not() -> None:
 
 
 def test_entropy_that_a_controller_was_asked_to_raise_is_no_explosion() -> None:
-    """From 0.06 to the target 0.2, which is more than three times the start; a rise beyond that is told as ever."""
+    """From 0.06 to the target 0.2, which is more than three times the start; a rise beyond that is reported."""
     asked = config_of(loss={"entropy": {"control": "adaptive", "target": 0.2}})
     assert not heard([0.06] * BASELINE_STEPS + [0.2, 0.25] * PATIENCE, asked)
     said = heard([0.06] * BASELINE_STEPS + [0.7] * PATIENCE, asked)

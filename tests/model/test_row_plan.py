@@ -31,7 +31,7 @@ def imbalance(plan: list[list[Row]], lengths: list[int], cost: SequenceCost) -> 
 
 
 def long_tailed(count: int, seed: int = 0, median: float = 6000, limit: int = 32_768) -> list[int]:
-    """Lengths of chain-of-thought responses: log-normal, cut at the response limit, which some reach."""
+    """Return log-normal lengths of chain-of-thought responses, cut at the response limit."""
     rng = np.random.default_rng(seed)
     return np.clip(rng.lognormal(np.log(median), 0.8, count), 32, limit).astype(int).tolist()
 

@@ -80,7 +80,7 @@ TINY = {
 
 
 def build(kind: str, tmp_path: Path, **settings: str) -> PreTrainedModel:
-    """A random model of a real architecture, written as a checkpoint and loaded as or1 loads it, in fp64."""
+    """Save a random model of a real architecture and load it as or1 does, in fp64."""
     from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
     torch.manual_seed(3)

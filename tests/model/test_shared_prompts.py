@@ -26,7 +26,7 @@ from or1.train.update import update
 
 
 def group_sequences(shapes: list[tuple[int, list[int]]], seed: int = 0, vocab: int = 19) -> list[TrainSequence]:
-    """Groups of (prompt tokens, response lengths), their sequences shuffled among each other."""
+    """Return the shuffled sequences of groups of (prompt tokens, response lengths)."""
     rng = np.random.default_rng(seed)
     made = []
     for prompt_tokens, responses in shapes:
@@ -38,7 +38,7 @@ def group_sequences(shapes: list[tuple[int, list[int]]], seed: int = 0, vocab: i
 
 
 def fp64_model(adder: Path, **options: str) -> PreTrainedModel:
-    """transformers' RMSNorm computes in fp32 whatever the model's type, which would hide everything below 1e-7."""
+    """Return a model that is fp64 throughout: transformers' RMSNorm computes in fp32, which hides 1e-7."""
     model = load_model(ModelConfig(path=str(adder), dtype="float64", device="cpu", **options)).train()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -148,7 +148,7 @@ def test_the_recipes_are_the_reports_tables(name: str, root: Path) -> None:
     assert (loss.entropy.control, loss.entropy.target, config.data.max_prompt_tokens) == ("adaptive", 0.2, 2048)
 
 
-def test_more_tokens_need_more_memory_and_the_largest_row_is_the_last_that_fits(root: Path) -> None:
+def test_memory_grows_with_tokens_and_the_largest_row_is_the_last_to_fit(root: Path) -> None:
     config = recipe(root, "or1-7b")
     shape, choices = shape_of(config.model.path), choices_of(config, H200, 8)
     work = workload_of(config, config.stage[1], H200, 8, None)

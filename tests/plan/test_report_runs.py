@@ -112,7 +112,7 @@ def test_a_rollout_is_bound_by_its_longest_response() -> None:
     assert 1.9 < more / many < 2.1
 
 
-def test_reuse_repeats_the_update_and_off_policy_steps_score_the_rollout_first() -> None:
+def test_reuse_repeats_the_update_and_off_policy_steps_score_first() -> None:
     once, twice = (plan("or1-7b", 32, (f"stage.0.reuse={n}",)).stages[0] for n in (1, 2))
     assert twice.time.split["update"] == pytest.approx(2 * once.time.split["update"])
     assert "old log-probs" not in once.time.parts and twice.time.parts["old log-probs"] > 0

@@ -172,7 +172,7 @@ def test_summary_and_report_count_truncated_responses_alike(tmp_path, old):
     assert "reward 0 · no </think>" in page.text and "no </think>truncated" not in page.text
 
 
-def test_the_summary_has_the_training_reward_and_says_whether_rewards_are_graded(tmp_path):
+def test_the_summary_has_the_training_reward_and_marks_graded_rewards(tmp_path):
     run_dir = make_graded(tmp_path / "r")
     config = load_run(run_dir).config
     summary = summarise(config, TrainState.start(config), 0)

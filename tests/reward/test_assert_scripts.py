@@ -73,7 +73,7 @@ def test_what_is_tested_is_the_programs_own(program: str, truth: dict, reward: i
     assert score(program, truth, settings).reward == reward
 
 
-def test_a_program_with_none_of_the_names_earns_nothing_whatever_the_tests_catch(settings: CodeSettings) -> None:
+def test_a_program_with_none_of_the_names_earns_nothing(settings: CodeSettings) -> None:
     script = "try:\n    solve(1)\n    ok = False\nexcept Exception:\n    ok = True\nassert ok"
     assert score("x = 1", {"functional": script}, settings) == Score(0.0, Status.WRONG)
     assert score("def solve(x): raise ValueError", {"functional": script}, settings) == Score(1.0, Status.OK)

@@ -61,7 +61,7 @@ def test_the_last_closed_block_counts(text: str, program: str | None) -> None:
 
 
 @pytest.mark.parametrize("program", [DOCSTRING, SPANS, "```x``` = 1\n", "x = 1 # ```\n"])
-def test_a_fence_that_does_not_stand_at_its_lines_start_does_not_cut_the_program(program: str) -> None:
+def test_a_fence_inside_a_line_does_not_cut_the_program(program: str) -> None:
     assert last_python_block(f"```python\n{program}```\nIt prints 1.") == program
     assert last_python_block(f"```\n{program}```\nIt prints 1.") == program
 

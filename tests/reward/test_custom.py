@@ -1,4 +1,4 @@
-"""Reward functions of the user's own: recognised by their parameters, called as their libraries call them."""
+"""User reward functions: recognised by their parameters, called as their libraries call them."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_a_column_that_some_rows_lack_is_a_warning_with_their_count(functions: P
         assert scorer.remarks == [], "nothing is known of the rows"
 
 
-def test_a_dry_run_warns_of_rows_without_a_column_and_never_calls_the_function(
+def test_a_dry_run_warns_of_rows_without_a_column_and_calls_no_function(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text(f"def reward(completions, level):\n    open({str(tmp_path / 'called')!r}, 'w')\n")

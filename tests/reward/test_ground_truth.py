@@ -16,7 +16,7 @@ CHECK = "def check(candidate):\n    assert candidate(1) == 2\n"
 
 
 def packed(text: str) -> str:
-    """As LiveCodeBench packs its private tests: protocol 4 of one str."""
+    """Pack tests as LiveCodeBench packs its private tests: protocol 4 of one str."""
     body = text.encode()
     return base64.b64encode(
         zlib.compress(b"\x80\x04\x95" + bytes(8) + b"X" + len(body).to_bytes(4, "little") + body + b"\x94.")

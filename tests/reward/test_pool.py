@@ -115,7 +115,7 @@ def scorer() -> Iterator[MathScorer]:
 
 @pytest.fixture
 def obeying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MathScorer]]:
-    """Makes scorers that run GRADER in their workers."""
+    """Return a function that makes scorers that run GRADER in their workers."""
     (tmp_path / "grader_for_tests.py").write_text(GRADER)
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []

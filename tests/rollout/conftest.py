@@ -62,7 +62,7 @@ class Side:
         self.engine.update_weights(self.engine.version + 1)
 
     def disturb(self, seed: int, scale: float = 0.05) -> None:
-        """An update large enough that stale weights cannot hide."""
+        """Change the weights enough that stale weights cannot hide."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.model.parameters():

@@ -45,7 +45,7 @@ def side(start: Callable[..., Side], checkpoint: Callable[..., Path]) -> Side:
     return start(checkpoint(True), engine="hf", max_response=40)
 
 
-def test_open_groups_close_under_later_policies_and_every_token_keeps_its_version(side: Side) -> None:
+def test_open_groups_close_under_later_policies_and_tokens_keep_versions(side: Side) -> None:
     prompts, scorer = prompts_of(6), LengthScorer()
     carried, closed, calls = [], [], 0
     while carried or not calls:

@@ -21,7 +21,7 @@ KEY = "sk-secret"
 
 @contextmanager
 def server(answer: Callable[[str], tuple[int, dict[str, str], Any]]) -> Iterator[tuple[str, list]]:
-    """A server that gives `answer(path)`: status, headers, body. Yields its address and the (path, key) it was sent."""
+    """Start a server that gives `answer(path)`; yield its address and the (path, key) of each request."""
     seen: list[tuple[str, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):

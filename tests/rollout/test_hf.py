@@ -82,7 +82,7 @@ def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(parts: tuple)
     assert any(f.response.text != other[k].response.text for k, f in first.items())
 
 
-def test_samples_follow_the_policy_and_ignore_the_checkpoints_own_sampling_settings(parts: tuple) -> None:
+def test_samples_follow_the_policy_and_ignore_the_checkpoints_settings(parts: tuple) -> None:
     model, tokenizer = parts
     own = model.generation_config
     model.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.5, eos_token_id=1)

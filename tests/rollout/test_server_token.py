@@ -34,7 +34,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(scope: dict[str, Any], *parts: bytes) -> tuple[list[dict], bytes | None]:
-    """What a server answers, and the body that reached the application behind the token; None if nothing did."""
+    """Return a server's answer, and the body that the application behind the token received, or None."""
     sent: list[dict] = []
     reached: list[bytes] = []
     incoming = [{"type": "http.request", "body": p, "more_body": i + 1 < len(parts)} for i, p in enumerate(parts)]

@@ -1,4 +1,4 @@
-"""Runs whose engine goes on with old weights or an old prefix cache: the first check of log-probs stops them."""
+"""Runs whose engine keeps old weights or an old prefix cache: the first check of log-probs stops them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def arguments(root: Path, tmp_path: Path) -> list[str]:
 
 
 def drifts(tmp_path: Path) -> list[float]:
-    """What the check after each step has found, the largest difference."""
+    """Return the largest difference that the check after each step found."""
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     return [line["mismatch/check_max"] for line in lines if line["step"]]
 

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
 @pytest.fixture(scope="module")
 def side(start: Callable[..., Side], checkpoint: Callable[..., Path]) -> Side:
-    """A tied model: its lm_head is the weight that a server forgets most easily."""
+    """Start an engine for a tied model: its lm_head is the weight that servers most easily miss."""
     made = start(checkpoint(True), engine="vllm", vllm={"placement": "server"}, max_response=2000)
     assert isinstance(made.engine, ServerEngine) and isinstance(made.engine._push, FilePush)
     return made
@@ -140,7 +140,7 @@ def test_nobody_without_the_token_is_served(side: Side) -> None:
 
 
 def core_of(process: ServerProcess) -> int:
-    """The process in vLLM's group that computes: the one deepest below the server."""
+    """Return the process in vLLM's group that computes: the deepest below the server."""
     children = subprocess.run(["ps", "-eo", "pid,pgid,comm"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in children.splitlines()[1:]]
     group = {int(pid): name for pid, pgid, name in rows if int(pgid) == process.pid}

@@ -75,7 +75,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "bit", "gone", "manifest", "format"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name_for_the_one_before(kind: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(1), keep=2)
     newest = save_checkpoint(tmp_path, checkpoint(2), keep=2)
     damage(newest, kind)

@@ -25,7 +25,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int, int], None]:
-    """A disk on which a folder has room for so many shards."""
+    """Simulate a disk on which a folder has room for so many shards."""
     plain = writing.save_file
 
     def limit(folder: Path, room: int, error: int = errno.ENOSPC) -> None:
@@ -124,7 +124,6 @@ class Racing:
     error: str | None = None
 
     def is_alive(self) -> bool:
-        """See Thread."""
         self.error = "the disk is gone"
         return False
 

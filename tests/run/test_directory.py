@@ -28,7 +28,7 @@ def config_of(run_dir: Path, *overrides: str) -> Config:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """What is written beyond `size` bytes fails, as on a disk that fills up midway."""
+    """Make writes beyond `size` bytes fail, as on a disk that fills up midway."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -64,7 +64,7 @@ def test_a_record_that_cannot_be_read_is_told_with_a_remedy(
 
 
 def commit(run_dir: Path, step: int, *stages: int) -> None:
-    """A checkpoint of `step`, as far as the folder of a run is checked: `stages` is (index, began)."""
+    """Write a checkpoint of `step` that suffices for the checks of a run directory; `stages` is (index, began)."""
     folder = run_dir / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
     state = {"step": step, "stages": {"index": stages[0], "began": stages[1], "history": []}}

@@ -26,7 +26,7 @@ DEEP, DIGITS = "[" * 100_000, '{"x": ' + "9" * 5000 + "}"
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A file that no run may touch."""
+    """Write a file that no run may touch."""
     path = tmp_path / "thesis.tex"
     path.write_text("mine")
     return path
@@ -34,7 +34,7 @@ def mine(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of another user, as far as this one can tell."""
+    """Simulate a folder of another user."""
     folder = tmp_path / "run"
     folder.mkdir()
     if os.geteuid() == 0:

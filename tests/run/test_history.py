@@ -26,7 +26,7 @@ LONGER = TINY | {"stage__1__steps": 2}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps with a checkpoint of each."""
+    """Return the directory of a run of three steps with a checkpoint of each."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     assert main(arguments(run_dir, **TINY)) == 0
     return run_dir
@@ -125,7 +125,7 @@ def test_a_newest_checkpoint_that_is_gone_or_has_no_manifest_is_named(
         {"tensors": {}},
     ],
 )
-def test_an_edited_manifest_does_not_verify_and_the_checkpoint_before_is_used(
+def test_an_edited_manifest_falls_back_to_the_checkpoint_before(
     change: dict[str, Any], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(run_dir / "checkpoints" / "step_3" / "manifest.json", change)

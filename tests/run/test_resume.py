@@ -1,4 +1,4 @@
-"""Data that changed, state that does not fit, open responses: the run resumes, or names what is wrong."""
+"""Data that changed, state that does not fit, open responses: the run resumes, or names the problem."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SHORT = {"stage__0__steps": 1, "stage__1__steps": 1, "stage__0__prompts_per_step
 
 
 def noisy(model: PreTrainedModel) -> None:
-    """What dropout does, where no config and no module of that name shows it."""
+    """Add the noise of dropout without a config or a module that shows it."""
     layer = model.get_decoder().layers[1].mlp
     layer.register_forward_hook(lambda m, _, x: torch.nn.functional.dropout(x, 0.1, m.training))
 

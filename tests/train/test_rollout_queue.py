@@ -23,7 +23,6 @@ class OneSolved:
         self.seen: list[tuple[str, int]] = []
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Score]:
-        """See `or1.reward.scorer.Scorer`."""
         self.seen.append((prompt.id, len(response.token_ids)))
         right = prompt.id == self.first
         future: Future[Score] = Future()
@@ -32,7 +31,7 @@ class OneSolved:
 
 
 def steps(config: Config, count: int, evaluation: dict[str, float] | None = None) -> tuple[Trainer, list[bool]]:
-    """A trainer after so many steps, and whether each had made the rollout of the next one."""
+    """Return a trainer after so many steps, and for each step whether the next rollout was made."""
     config.run_path.mkdir(parents=True, exist_ok=True)
     scorer = OneSolved()
     trainer = trainer_of(config, scorer)

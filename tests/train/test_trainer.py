@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from or1.config import EvalSet, ModelConfig, OptimConfig
-from or1.core.errors import ModelSourceError, ScorerError
+from or1.core.errors import ModelSourceError, OptimizerError, ScorerError
 from or1.core.types import Score, Status
 from or1.data.fingerprint import inputs_of
 from or1.dist.watchdog import Watchdog
@@ -28,7 +28,7 @@ from or1.reward import make_scorer
 from or1.run.message_log import RunLog
 from or1.run.metrics_log import read_metrics
 from or1.run.state import TrainState
-from or1.train.optim import MasterAdamW, OptimizerError
+from or1.train.optim import MasterAdamW
 from tests.helpers.hand_run import EOS, ONE, ZERO, config_of, group, learn, response, run_of, trainer_of
 
 
@@ -40,7 +40,7 @@ def test_an_evaluation_after_a_step_without_a_complete_group_counts(tmp_path: Pa
     assert (step, accuracy) == (1, 0.5) and math.isnan(truncated)
 
 
-def test_a_minibatch_without_rewards_is_left_out_and_the_others_are_trained(tmp_path: Path) -> None:
+def test_a_minibatch_without_rewards_is_left_out_and_the_others_train(tmp_path: Path) -> None:
     config = config_of(
         tmp_path, [{"minibatch_prompts": 1}], loss={"reject_zero_advantage": False, "old_logp": "rollout"}
     )

@@ -173,7 +173,7 @@ def test_old_logp_is_the_policys_own_and_makes_the_ratio_one(adder: Path) -> Non
 
 
 @pytest.mark.parametrize("tokens", [[0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
-def test_f09_tokens_without_a_finite_engine_logp_leave_loss_and_denominator(adder: Path, tokens: list[int]) -> None:
+def test_f09_tokens_without_a_finite_engine_logp_leave_the_loss(adder: Path, tokens: list[int]) -> None:
     sequences = sequences_of(3, False)
     lost = sequences[2]
     logp = lost.rollout_logp.copy()
