@@ -6,20 +6,21 @@ Nothing is generated and nothing is written. On the machine that ran the step, t
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1.commands.arguments import positive
 from or1.core.errors import RunError
 from or1.core.quiet import quiet_libraries
-from or1.core.types import Prompt, Response, Score
 from or1.report.console import default_console
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from rich.console import Console
     from rich.table import Table
 
+    from or1.core.types import Prompt, Response, Score
     from or1.train.build import Parts
 
 COMPARED = (
