@@ -134,7 +134,7 @@ class OutOfMemoryOnce:
     """Raises at the given pass of a place, as a failed allocation would, and never again."""
 
     def __init__(self, model: PreTrainedModel, place: str | None):
-        """`place` is "layer 1 forward 2", or the head's, or of their gradients: the second pass there. None: never."""
+        """Watch `place`, such as "layer 1 forward 2" or "head backward 1", the second or first pass; None: never."""
         if place is None:
             return
         name, self.kind, passes = place.rsplit(" ", 2)

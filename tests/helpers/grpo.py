@@ -64,5 +64,5 @@ def assert_same_training(got: Record, want: Record, rel: float = 1e-5) -> None:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in the 2-norm; |got - want| where want is 0."""
+    """Return |got - want| / |want| in the 2-norm; |got - want| where want is 0."""
     return float((got - want).norm() / want.norm().clamp(min=1e-30)) if bool(want.any()) else float(got.norm())

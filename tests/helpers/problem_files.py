@@ -33,7 +33,7 @@ def load(*paths: Path, chat_template: str | None = None, max_prompt_tokens: int 
 
 
 def write(path: Path, *rows: object) -> Path:
-    """JSONL; bytes are written as they are."""
+    """Write rows as JSONL; bytes as they are."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path

@@ -101,7 +101,7 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout:
 
 
 def or1_command(arguments: list[str], log: str) -> int:
-    """`or1 ARGUMENTS` in this process, its output in the file `log` with the rank added; returns the exit code."""
+    """Run `or1 ARGUMENTS` in this process, with the output in `log`.RANK, and return the exit code."""
     from or1.cli import main
 
     _write_to(f"{log}.{os.environ['RANK']}", f"{log}.{os.environ['RANK']}")
@@ -120,7 +120,7 @@ def _write_to(out: str, err: str) -> None:
 
 
 def start_or1(arguments: Sequence[str], folder: Path, log: Path) -> BaseProcess:
-    """`or1 ARGUMENTS` in a process that starts with torch loaded already, from `folder`; it writes log.out, log.err."""
+    """Start `or1 ARGUMENTS` in `folder`, in a process with torch already loaded that writes log.out and log.err."""
     process = FORKS.Process(target=_or1, args=([*arguments], str(folder), f"{log}.out", f"{log}.err"))
     process.start()
     return process
@@ -154,7 +154,7 @@ def exit_codes(ranks: list, timeout: float) -> list[int]:
 
 
 def or1_ranks(size: int, arguments: list[str], log: Path, timeout: float = 150, **variables: str) -> list[int]:
-    """`or1 ARGUMENTS` in `size` ranks; their exit codes."""
+    """Run `or1 ARGUMENTS` in `size` ranks and return their exit codes."""
     with started(or1_command, size, arguments, str(log), **variables) as ranks:
         return exit_codes(ranks, timeout)
 

@@ -27,12 +27,12 @@ SMALL = {
 
 
 def arguments(run_dir: Path, *flags: str, **settings: object) -> list[str]:
-    """`or1` arguments of a small run; settings with `__` for the dot."""
+    """Return the `or1` arguments of a small run; settings have `__` for the dot."""
     merged = SMALL | {"run_dir": run_dir} | {key.replace("__", "."): value for key, value in settings.items()}
     overrides = [part for key, value in merged.items() for part in ("--set", f"{key}={value}")]
     return ["train", str(ROOT / "examples/quickstart.toml"), *overrides, *flags]
 
 
 def lines(run_dir: Path) -> list[dict]:
-    """metrics.jsonl"""
+    """Return the records of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

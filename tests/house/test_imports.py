@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sources import nodes_of, tree_of
+
 # From the top down. A room imports rooms below it, never one above.
 ROOMS = (
     "cli",
@@ -53,9 +55,8 @@ def modules(root: Path) -> dict[str, Path]:
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
     """Return the names that a file imports; `top_level_only` leaves out functions and TYPE_CHECKING."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     names: set[str] = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in tree_of(path).body if top_level_only else nodes_of(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

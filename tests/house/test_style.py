@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import sources as files
+from tests.helpers.sources import nodes_of, text_of, tree_of
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 400, 60, 6
 # Sources that are sent into sandboxes, where running what they are given is their work.
 SANDBOXED = ("or1/reward/code/inside/runner.py", "or1/reward/code/inside/checker.py")
 FORBIDDEN = ("pickle", "torch.load", "eval(", "exec(", "trust_remote_code=True", "weights_only=False")
 
 
-def sources(root: Path) -> Iterator[Path]:
-    for folder in ("or1", "kernels", "benchmarks", "examples"):
-        yield from sorted((root / folder).rglob("*.py"))
+def sources(root: Path) -> tuple[Path, ...]:
+    return files.sources(root, "or1", "kernels", "benchmarks", "examples")
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -30,7 +32,7 @@ def is_triton_kernel(node: ast.AST) -> bool:
 
 
 def test_files_and_functions_are_short(root: Path) -> None:
-    long = [f"{p.name}: {n} lines" for p in sources(root) if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES]
+    long = [f"{p.name}: {n} lines" for p in sources(root) if (n := len(text_of(p).splitlines())) > MAX_FILE_LINES]
     for path in sources(root):
         for f in functions(path):
             lines = f.end_lineno - f.lineno + 1
@@ -45,21 +47,23 @@ def test_files_and_functions_are_short(root: Path) -> None:
 def test_nothing_unpickles_or_runs_what_it_reads(root: Path) -> None:
     def code_of(path: Path) -> str:
         # Strings and comments may speak of what the code must not do.
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(text_of(path))
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 node.value = ""
         return ast.unparse(tree).replace(".eval(", "")
 
     trusted = [p for p in sources(root) if p.relative_to(root).as_posix() not in SANDBOXED]
-    found = [f"{p.name}: {word}" for p in trusted for word in FORBIDDEN if word in code_of(p)]
+    # Most files hold none of the words even in their strings, so their syntax need not be looked at.
+    suspects = [(p, word) for p in trusted for word in FORBIDDEN if word in text_of(p)]
+    found = [f"{p.name}: {word}" for p, word in suspects if word in code_of(p)]
     assert not found
 
 
 def test_public_names_have_docstrings(root: Path) -> None:
     missing = []
     for path in sources(root):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         if path.name != "__init__.py" and not ast.get_docstring(tree):
             missing.append(f"{path.name}: module")
         public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
@@ -71,10 +75,10 @@ def test_public_names_have_docstrings(root: Path) -> None:
 @pytest.mark.parametrize("pattern", ["bare except", "ascii comments"])
 def test_catching_is_narrow_and_comments_are_ascii(pattern: str, root: Path) -> None:
     for path in sources(root):
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         if pattern == "ascii comments":
             assert text.isascii(), f"{path.name} has characters beyond ASCII"
             continue
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
