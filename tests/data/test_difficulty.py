@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from or1.commands import filter as filter_run
 from or1.config import Config
 from or1.data import DataError, DifficultyFilter, load_problems, load_prompts, times_solved
+from or1.eval.difficulty import _counts
+from or1.report.tables import print_difficulty
 from tests.helpers.problem_rows import load, write
 
 
@@ -108,7 +109,7 @@ def test_filter_and_train_keep_the_same_of_prompts_with_equal_text(
     for keep in ((1, 5), (1, 7), (0, 5), (6, 8)):
         base = config(tmp_path, train=str(path), difficulty_file=str(rates), keep_difficulty=keep)
         settings = base.model_copy(update={"filter": base.filter.model_copy(update={"samples": 8})})
-        filter_run._summarise(settings, Counted(), rates)
+        print_difficulty(_counts(Counted(), 8).solved, settings.data.keep_difficulty, [])
         kept = [p.text for p in load_problems(settings, None).prompts]
         assert f"keeps {len(kept)} of 6 prompts" in capsys.readouterr().out
         assert kept.count("1+2") in (0, 3)
