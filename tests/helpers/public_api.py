@@ -35,7 +35,7 @@ INTEGRATIONS = ("or1.integrations.transformers", "or1.integrations.trl", "or1.in
 DIRECTORY = "# Files of a run directory"
 OUT_OF_DATE = (
     "the public interface differs from tests/house/public_api.txt: other people's programs, commands, configs or runs "
-    f"may break. If the change is wanted, run `{COMMAND}`, and name it in the changelog"
+    f"may break. If the change is wanted, run `{COMMAND}`, and say so in the commit"
 )
 
 

@@ -11,15 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from or1_kernels import PolicyObjective, linear_logprob_entropy, linear_policy_loss, reference
-
-OBJECTIVES = {
-    "ppo": PolicyObjective(),
-    "clip_higher": PolicyObjective(clip_low=0.2, clip_high=0.28),
-    "ppo_kl_is": PolicyObjective(kl_coef=0.05, is_cap=2.0),
-    "cispo": PolicyObjective(kind="cispo", clip_low=1.0, clip_high=0.3),
-    "cispo_kl": PolicyObjective(kind="cispo", kl_coef=0.1),
-}
+from or1_kernels import linear_logprob_entropy, linear_policy_loss, reference
+from tests.helpers.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from or1_kernels import linear_policy_loss
+from tests.helpers.objectives import OBJECTIVES
 
-OBJECTIVES = ("ppo", "clip_higher", "ppo_kl_is", "cispo", "cispo_kl")
 # (V, N, objective, dtype): every vocabulary, row count and objective, in two dtypes.
 GRID = [
     (7, 0, "ppo", torch.float32),
