@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from or1_kernels import linear_logprob_entropy, linear_policy_loss, reference
+from or1_kernels import PolicyObjective, linear_logprob_entropy, linear_policy_loss, reference
 from tests.helpers.objectives import OBJECTIVES
 
 
