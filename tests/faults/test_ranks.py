@@ -88,7 +88,7 @@ def test_f14_sigterm_to_one_rank_finishes_the_step_and_commits_on_both(two_ranks
     fault = "train.forward:rank1:step2:term"
     assert or1_ranks(2, arguments(run_dir, **settings), log, OR1_FAULT=fault) == [0, 0]
     assert committed_steps(run_dir / "checkpoints") == [2]
-    assert "stopped after step 2" in output(log, 0) and "is finished and committed" in output(log, 1)
+    assert "stopped after step 2" in output(log, 0) and "after the current step is committed" in output(log, 1)
     assert or1_ranks(2, arguments(run_dir, **settings), log) == [0, 0]
     ours, theirs = (load_checkpoint(d / "checkpoints" / "step_6") for d in (run_dir, two_ranks))
     assert ours.state == theirs.state
