@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,3 @@ def or1(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_server_left() -> Iterator[None]:
-    """End the process that forks ranks with the module, where one was started."""
-    yield
-    if ranks := sys.modules.get("tests.helpers.ranks"):
-        ranks.stop_server()
