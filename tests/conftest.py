@@ -1,4 +1,4 @@
-"""Shared fixtures: the repository's root, tiny models made on the spot, and the or1 command as a subprocess."""
+"""Fixtures of all tests: the repository, the example checkpoint, the or1 command. Two workers for the whole suite."""
 
 from __future__ import annotations
 
@@ -12,9 +12,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+WORKERS = 2
+
 # As `or1` itself does: spinning threads would make every test that shares its cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Give the whole suite two workers, a file at a time; files that are named run in this process.
+
+    -n overrides both, and so does what needs this process: --pdb, -s and --collect-only. benchmarks/ is not affected.
+    """
+    option = config.option
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    alone = option.usepdb or option.capture == "no" or option.collectonly
+    # None: xdist is there, and no -n was given.
+    if whole and not alone and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
 
 
 @pytest.fixture(scope="session")

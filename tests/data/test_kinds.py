@@ -31,8 +31,8 @@ JSONL = b'{"question": "1+1=", "answer": "2"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl.gz", gzip.compress(JSONL), "is compressed with gzip; unpack it with gunzip"),
-        ("x.jsonl", gzip.compress(JSONL * 5000), "is compressed with gzip; unpack it with gunzip"),
+        ("x.jsonl.gz", gzip.compress(JSONL, mtime=0), "is compressed with gzip; unpack it with gunzip"),
+        ("x.jsonl", gzip.compress(JSONL * 5000, mtime=0), "is compressed with gzip; unpack it with gunzip"),
         ("x.jsonl.bz2", bz2.compress(JSONL), "is compressed with bzip2; unpack it with bunzip2"),
         ("x.jsonl.xz", lzma.compress(JSONL), "is compressed with xz; unpack it with unxz"),
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(99), "is compressed with zstd; unpack it with unzstd"),
