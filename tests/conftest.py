@@ -1,20 +1,36 @@
-"""Shared fixtures: the repository's root, tiny models made on the spot, and the or1 command as a subprocess."""
+"""Fixtures of all tests: the repository, the example checkpoint, the or1 command. Two workers for the whole suite."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+WORKERS = 2
+
 # As `or1` itself does: spinning threads would make every test that shares its cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Give the whole suite two workers, a file at a time; files that are named run in this process.
+
+    -n overrides both, and so does what needs this process: --pdb, -s and --collect-only. benchmarks/ is not affected.
+    """
+    option = config.option
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    alone = option.usepdb or option.capture == "no" or option.collectonly
+    # None: xdist is there, and no -n was given.
+    if whole and not alone and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +55,3 @@ def or1(root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_server_left() -> Iterator[None]:
-    """End the process that forks ranks with the module, where one was started."""
-    yield
-    if ranks := sys.modules.get("tests.helpers.ranks"):
-        ranks.stop_server()

@@ -39,7 +39,7 @@ def test_every_rank_has_the_bits_of_the_checkpoint(
         assert all(np.array_equal(found[n], value) for n, value in want.items())
 
 
-@pytest.mark.parametrize("fault", ["tensor", "architecture"])
+@pytest.mark.parametrize("fault", ["tensor", pytest.param("architecture", marks=pytest.mark.slow)])
 def test_a_model_that_only_the_main_rank_rejects_is_one_line_of_all(fault: str, adder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adder, tmp_path / "model"))
     if fault == "tensor":
@@ -55,7 +55,9 @@ def test_a_model_that_only_the_main_rank_rejects_is_one_line_of_all(fault: str, 
     assert ("lacks tensors of the model: model.layers.0.mlp.up_proj" if fault == "tensor" else "see each other") in said
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))]
+)
 def test_layers_of_another_name_sinks_and_soft_caps_are_sharded(name: str, adder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_checkpoint(next(case for case in CASES if case.name == name), folder)

@@ -250,7 +250,7 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process, which, 
 for _ in range(5):
     score("print(1)", {"inputs": ["1\\n"], "outputs": ["1\\n"]}, sys.argv[1])
     score("def f(x): return x", {"test_list": ["assert f(1) == 1"]}, sys.argv[1])
-time.sleep(0.2)
+time.sleep(1.0)
 sandbox._reap()
 left = 0
 try:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +23,24 @@ from or1.core import faults
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["or1.trainer", "or1.commands.train"])
+
+
+_AT_START = dict(os.environ)
+
+
+def _start_server() -> None:
+    """Start the process that forks ranks, once, with the environment that the test run began with.
+
+    The server stays until the test run ends, since loading torch takes seconds.
+    """
+    now = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(_AT_START)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(now)
 
 
 def free_port() -> int:
@@ -59,6 +77,7 @@ def _main(pipe: Connection, variables: dict[str, str], function: Callable[..., A
 @contextlib.contextmanager
 def started(function: Callable[..., Any], size: int, *arguments: Any, **variables: str) -> Iterator[list]:
     """Yield the processes and pipes of `size` ranks that run `function(*arguments)`; kill all afterwards."""
+    _start_server()
     port, ranks = free_port(), []
     try:
         for rank in range(size):
@@ -121,6 +140,7 @@ def _write_to(out: str, err: str) -> None:
 
 def start_or1(arguments: Sequence[str], folder: Path, log: Path) -> BaseProcess:
     """Start `or1 ARGUMENTS` in `folder`, in a process with torch already loaded that writes log.out and log.err."""
+    _start_server()
     process = FORKS.Process(target=_or1, args=([*arguments], str(folder), f"{log}.out", f"{log}.err"))
     process.start()
     return process
@@ -157,10 +177,3 @@ def or1_ranks(size: int, arguments: list[str], log: Path, timeout: float = 150, 
     """Run `or1 ARGUMENTS` in `size` ranks and return their exit codes."""
     with started(or1_command, size, arguments, str(log), **variables) as ranks:
         return exit_codes(ranks, timeout)
-
-
-def stop_server() -> None:
-    """End the process that forks ranks; the next test that needs it starts another."""
-    # Other tests watch that nothing the test run started outlives them.
-    forkserver._forkserver._stop()
-    resource_tracker._resource_tracker._stop()

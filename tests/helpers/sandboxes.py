@@ -45,11 +45,14 @@ def output(program: str, sandbox: str) -> str:
 
 
 class Census:
-    """Every descendant seen, and the most memory they held together."""
+    """Every descendant that was seen and was not there at the start, and the most memory that they held together."""
 
-    def __init__(self):
+    def __init__(self, root: int):
         self.seen: dict[int, str] = {}
         self.peak_bytes = 0
+        self._before: set[int] = set()
+        self.look(root)
+        self._before, self.seen, self.peak_bytes = set(self.seen), {}, 0
 
     def look(self, root: int) -> None:
         parents, started, pages = {}, {}, {}
@@ -63,7 +66,7 @@ class Census:
         found = {root}
         while more := {child for child, parent in parents.items() if parent in found} - found:
             found |= more
-        found.discard(root)
+        found -= {root, *self._before}
         self.seen |= {pid: started[pid] for pid in found}
         self.peak_bytes = max(self.peak_bytes, sum(pages[pid] for pid in found) * 4096)
 
@@ -82,7 +85,7 @@ class Census:
 @contextmanager
 def census(root: int) -> Iterator[Census]:
     """Watch the descendants of `root`; afterwards all of them must be gone within a second."""
-    census, stop = Census(), threading.Event()
+    census, stop = Census(root), threading.Event()
 
     def watch() -> None:
         while not stop.is_set():

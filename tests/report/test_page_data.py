@@ -13,6 +13,12 @@ from or1.report.page_data import load_run
 from tests.helpers.report_runs import make_run, read
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Leave out the plots, which take most of the time of a page and have tests of their own."""
+    monkeypatch.setattr("or1.report.page.render_plots", lambda run: ((), ()))
+
+
 def test_cut_last_line_and_broken_lines_are_left_out_and_named(tmp_path):
     run_dir = make_run(tmp_path / "r", steps=5, rollouts=())
     metrics = run_dir / "metrics.jsonl"
@@ -121,7 +127,7 @@ def test_hostile_metrics_are_left_out(tmp_path, line):
     ],
     ids=["too deep to parse", "deep"],
 )
-def test_a_deep_config_is_a_note(tmp_path, text, said):
+def test_a_deep_config_is_a_note(tmp_path, no_plots, text, said):
     run_dir = make_run(tmp_path / "r", steps=1, rollouts=())
     (run_dir / "config.resolved.json").write_text(text)
     _, page = read(run_dir)
@@ -141,7 +147,7 @@ def test_a_deep_config_is_a_note(tmp_path, text, said):
         ("response", pa.array([{"a": 1}] * 4)),
     ],
 )
-def test_columns_of_other_types_are_a_note(tmp_path, column, values):
+def test_columns_of_other_types_are_a_note(tmp_path, no_plots, column, values):
     run_dir = make_run(tmp_path / "r", steps=1, rollouts=(1,))
     path = run_dir / "rollouts" / "step_1.parquet"
     table = pq.read_table(path)
@@ -151,7 +157,7 @@ def test_columns_of_other_types_are_a_note(tmp_path, column, values):
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', f'{{"a": {DEEP}}}'], ids=["no tokenizer", "deep"])
-def test_a_hostile_tokenizer_leaves_transcripts_plain(tmp_path, text):
+def test_a_hostile_tokenizer_leaves_transcripts_plain(tmp_path, no_plots, text):
     run_dir = make_run(tmp_path / "r", steps=1, rollouts=(1,))
     (run_dir / "model" / "tokenizer.json").write_text(text)
     _, page = read(run_dir)

@@ -224,13 +224,13 @@ def test_metrics_taken_from_under_a_run_end_it(how: str, tmp_path: Path) -> None
     writer.close()
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"null\n\n"])
 def test_a_run_goes_on_with_damaged_metrics_and_replays(
-    damage: bytes, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = run_dir / "metrics.jsonl"
     before = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(before[0] + damage + b"".join(before[1:]))
+    # Lines that hold no record, and bytes that are no text at the start of the line of step 1.
+    path.write_bytes(before[0] + b"null\n\n\xff\xfe" + b"".join(before[1:]))
     assert main(["replay", str(run_dir), "3"]) == 0
     assert main(arguments(run_dir, **LONGER)) == 0
     assert {line["step"] for line in lines(run_dir)} >= {0, 2, 3, 4}
