@@ -321,8 +321,9 @@ def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
     else:
         parts = module.split(".")
         for end in range(1, len(parts) + 1):
-            made: Any = types.ModuleType(".".join(parts[:end]))
+            path = ".".join(parts[:end])
+            made: Any = sys.modules.get(path) or types.ModuleType(path)
             made.__path__ = []
-            monkeypatch.setitem(sys.modules, made.__name__, made)
+            monkeypatch.setitem(sys.modules, path, made)
         made.flash_attn_varlen_func = function
     return calls
