@@ -259,14 +259,15 @@ def _not_imported(name: str, why: str) -> Refusal:
 
 
 def _blocked_varlen() -> Refusal | None:
-    """Return a refusal if another implementation has replaced torch's varlen attention by one that cannot train.
+    """Return a refusal if flash-attn 4 has replaced the kernels of torch's varlen attention, which cannot train then.
 
-    torch 2.11 hands windows of -1 to flash-attn 4, whose backward there refuses any window that is not None.
+    torch 2.11 hands windows of -1 to a backward that refuses any window but None. torch 2.13 expects two results of the
+    forward, and flash-attn-4 4.0.0b36 returns five.
     """
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    if active == "FA4" and torch.__version__ < "2.13":
+    if active == "FA4":
         return Refusal(
-            f'cannot run: activate_flash_attention_impl("FA4") of torch {torch.__version__} has a backward that raises',
+            'cannot run after activate_flash_attention_impl("FA4"), with which torch raises an error',
             'call torch.nn.attention.restore_flash_attention_impl(), or use "flash4"',
         )
     return None

@@ -29,6 +29,7 @@ from or1.core.errors import AttentionError
 from or1.model.attention_backends import function_of
 from or1.model.attention_layout import Layout
 from or1.model.boundaries import on_host
+from or1.model.flash4_operator import backward_function, flash_attention_4, sides
 from or1.model.sdpa_attention import sdpa
 from or1.model.soft_attention import Scores
 
@@ -71,21 +72,25 @@ def flash3(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: 
 
 
 def flash4(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: Scores) -> Tensor:
-    """Call flash-attn 4."""
-    # Without a window both sides are None: (-1, 0) would be taken for a window.
-    window = (None, None) if scores.window is None else (scores.window - 1, 0)
+    """Call flash-attn 4, as an operator whose output a checkpointed layer can keep if this release allows that."""
+    bounds = _boundaries(q_TQD, layout)
+    softcap, deterministic = scores.softcap or 0.0, torch.are_deterministic_algorithms_enabled()
+    if backward_function() is not None:
+        numbers = (*bounds.values(), scores.scale, scores.window, softcap)
+        out_TQD: Tensor = flash_attention_4(q_TQD, k_UGD, v_UGD, *numbers, scores.sinks_Q, deterministic)[0]
+        return out_TQD
     return _output(
         function_of("flash4")(
             q_TQD,
             k_UGD,
             v_UGD,
-            **_boundaries(q_TQD, layout),
+            **bounds,
             softmax_scale=scores.scale,
             causal=True,
-            window_size=window,
+            window_size=sides(scores.window),
             learnable_sink=scores.sinks_Q,
-            softcap=scores.softcap or 0.0,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            softcap=softcap,
+            deterministic=deterministic,
         )
     )
 

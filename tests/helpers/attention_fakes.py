@@ -3,7 +3,7 @@
 Sources of the signatures:
   flash-attn 2   2.8.4, flash_attn/flash_attn_interface.py, flash_attn_varlen_func
   flash-attn 3   3.0.0, hopper/flash_attn_interface.py at commit 0251105a, flash_attn_varlen_func
-  flash-attn 4   4.0.0b36, the wheel's flash_attn/cute/interface.py, flash_attn_varlen_func
+  flash-attn 4   4.0.0b36, the wheel's flash_attn/cute/interface.py, flash_attn_varlen_func and _flash_attn_bwd
   torch 2.11     the wheel's torch/nn/attention/varlen.py, varlen_attn
   torch 2.13     the installed torch/nn/attention/varlen.py; a test compares the two
 An unknown keyword is a TypeError, as in the libraries. What a library ignores or forbids in packed training is an
@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from or1.model import attention_backends
+from or1.model import attention_backends, flash4_operator
 
 
 @dataclass
@@ -242,9 +242,82 @@ def fake_flash4(calls: Calls) -> Callable[..., Any]:
             softcap=softcap or 0.0,
             sink=learnable_sink,
         )
-        return out, None
+        return out, _lse(q) if return_lse else None
 
     return flash_attn_varlen_func
+
+
+def _lse(q: Tensor) -> Tensor:
+    """Return values that stand for the log-sum-exp: the backward must get those of its own forward."""
+    return q.detach().float().sum(-1).T.contiguous()
+
+
+def fake_flash4_backward(calls: Calls) -> Callable[..., Any]:
+    def _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale=None,
+        causal=False,
+        softcap=0.0,
+        window_size_left=None,
+        window_size_right=None,
+        m_block_size=64,
+        n_block_size=128,
+        num_threads=256,
+        pack_gqa=False,
+        num_stages_Q=2,
+        num_stages_dO=2,
+        SdP_swapAB=False,
+        dKV_swapAB=False,
+        dQ_swapAB=False,
+        AtomLayoutMSdP=2,
+        AtomLayoutNdKV=2,
+        AtomLayoutMdQ=2,
+        V_in_regs=False,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        deterministic=False,
+        dq=None,
+        dk=None,
+        dv=None,
+        score_mod=None,
+        score_mod_bwd=None,
+        mask_mod=None,
+        aux_tensors=None,
+        aux_scalars=None,
+        block_sparse_tensors=None,
+        dlse=None,
+        learnable_sink=None,
+    ):
+        calls.note(locals())
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        assert dout.dtype == out.dtype == q.dtype
+        assert torch.equal(lse, _lse(q))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, learnable_sink) if x is not None]
+        with torch.enable_grad():
+            again = attend(
+                *leaves[:3],
+                cu_seqlens_q,
+                cu_seqlens_k,
+                left=window_size_left,
+                right=0 if causal else window_size_right,
+                scale=softmax_scale,
+                softcap=softcap,
+                sink=None if learnable_sink is None else leaves[3],
+            )
+        assert torch.equal(again, out)
+        # Without a sink three gradients, with one four.
+        return torch.autograd.grad(again, leaves, dout)
+
+    return _flash_attn_bwd
 
 
 def _torch_varlen(calls: Calls, arguments: dict[str, Any]) -> Tensor:
@@ -299,6 +372,7 @@ FAKES: dict[str, tuple[str, Callable[[Calls], Callable[..., Any]]]] = {
     "flash3": ("flash_attn_interface", fake_flash3),
     "flash3 with log-sum-exp": ("flash_attn_interface", lambda calls: fake_flash3(calls, with_lse=True)),
     "flash4": ("flash_attn.cute", fake_flash4),
+    "flash4 without its backward": ("flash_attn.cute", fake_flash4),
     "varlen": ("torch.nn.attention.varlen", fake_varlen_2_13),
     "varlen of torch 2.11": ("torch.nn.attention.varlen", fake_varlen_2_11),
 }
@@ -309,6 +383,7 @@ def forget() -> None:
     attention_backends._imported.cache_clear()
     attention_backends._serving.cache_clear()
     attention_backends._capability.cache_clear()
+    flash4_operator.backward_function.cache_clear()
 
 
 def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
@@ -326,4 +401,8 @@ def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
             made.__path__ = []
             monkeypatch.setitem(sys.modules, path, made)
         made.flash_attn_varlen_func = function
+        if name == "flash4":
+            inner: Any = types.ModuleType(f"{module}.interface")
+            inner._flash_attn_bwd = fake_flash4_backward(Calls())
+            monkeypatch.setitem(sys.modules, inner.__name__, inner)
     return calls

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from or1.core.errors import AttentionError
 from or1.model import soft_attention
-from or1.model.attention import _interface, packed_attention
+from or1.model.attention import Layout, _interface, packed_attention
 from or1.model.attention_backends import Features, candidates
 from or1.model.soft_attention import Scores
-from tests.helpers.packed_attention import KEYS, Q_LENS, layout_of, naive, soft_naive
+from tests.helpers.packed_attention import KEYS, Q_LENS, boundaries, layout_of, naive, soft_naive
 
 GPU = torch.cuda.is_available()
 
@@ -56,6 +56,26 @@ def test_each_backend_is_attention_per_document(backend: str, window: int | None
         else:
             allowed = 2 * (same_dtype - exact).abs().max() + 1e-6
             assert (our - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu("cudnn"), reason="cuDNN's attention needs a GPU")
+def test_long_documents_run_in_cudnn() -> None:
+    torch.manual_seed(0)
+    lengths = [300, 2100, 40, 3000]
+    cu = boundaries(lengths).cuda()
+    layout = Layout(cu_q=cu, cu_k=cu, max_q=max(lengths), max_k=max(lengths))
+    inputs = [torch.randn(sum(lengths), h, 64, dtype=torch.bfloat16, device="cuda") for h in (4, 2, 2)]
+    weight = torch.randn_like(inputs[0])
+
+    def run(backend: str, cast: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(cast).requires_grad_() for x in inputs)
+        out = packed_attention(q, k, v, layout, backend=backend)
+        return [out, *torch.autograd.grad((out * weight.to(cast)).sum(), (q, k, v))]
+
+    results = run("cudnn", torch.bfloat16), run("sdpa", torch.float64), run("sdpa", torch.bfloat16)
+    for our, exact, plain in zip(*results, strict=True):
+        assert (our - exact).norm() <= 2 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from or1.core.errors import AttentionError
 from or1.core.types import TrainSequence
@@ -17,13 +18,15 @@ from or1.model import attention_calls
 from or1.model.attention import Layout, packed_attention
 from or1.model.boundaries import boundaries as with_host_copy
 from or1.model.boundaries import on_host
+from or1.model.flash4_operator import flash_attention_4
 from or1.model.rows import pack_indexed
 from or1.model.slices import my_slice
 from or1.model.soft_attention import Scores
 from tests.helpers.attention_fakes import FAKES, Calls, fake_varlen_2_11, fake_varlen_2_13, forget, install
 from tests.helpers.packed_attention import KEYS, Q_LENS, layout_of, naive, soft_naive
 
-SOFT = ["flash", "flash3", "flash3 with log-sum-exp", "flash4"]
+FLASH4 = ["flash4", "flash4 without its backward"]
+SOFT = ["flash", "flash3", "flash3 with log-sum-exp", *FLASH4]
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +117,13 @@ def test_soft_caps_are_computed_by_the_library(
     assert [call["softcap"] for call in calls.made] == [1.5]
 
 
+@pytest.mark.parametrize("fake", FLASH4)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_sinks_are_computed_by_flash_attn_4_with_their_gradient(
-    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    fake: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, layout = install("flash4", monkeypatch), layout_of(True)
+    calls, layout = install(fake, monkeypatch), layout_of(True)
     inputs, weight = drawn()
     agree(
         lambda q, k, v, sinks: packed_attention(
@@ -143,6 +147,35 @@ def test_a_call_that_a_kernel_lacks_is_computed_by_another(fake: str, monkeypatc
         weight,
     )
     assert not calls.made
+
+
+def test_a_checkpointed_layer_can_keep_the_output_of_flash_attn_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, layout = install("flash4", monkeypatch), layout_of(True)
+    inputs, weight = drawn()
+
+    def contexts():
+        return create_selective_checkpoint_contexts([torch.ops.or1.flash_attention_4.default])
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q.sin(), k.sin(), v.sin(), layout, backend="flash4").cos()
+
+    def kept(*leaves: Tensor) -> Tensor:
+        return checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+
+    for ours, plain in zip(
+        gradients(kept, inputs, weight, torch.bfloat16), gradients(layer, inputs, weight, torch.bfloat16), strict=True
+    ):
+        assert torch.equal(ours, plain)
+    # One forward in each of the two, none in the backward of the checkpoint.
+    assert len(calls.made) == 2
+
+
+def test_flash_attn_4_has_the_shapes_of_its_results_without_a_gpu() -> None:
+    q, k, v = (torch.empty(7, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    out, lse = flash_attention_4(q, k, v, bounds, bounds, 4, 4, None, None, 0.0, None, False)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((4, 7), torch.float32)
 
 
 def test_windows_are_written_as_each_library_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
