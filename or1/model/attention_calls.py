@@ -76,8 +76,20 @@ def flash4(q_TQD: Tensor, k_UGD: Tensor, v_UGD: Tensor, layout: Layout, scores: 
     bounds = _boundaries(q_TQD, layout)
     softcap, deterministic = scores.softcap or 0.0, torch.are_deterministic_algorithms_enabled()
     if backward_function() is not None:
-        numbers = (*bounds.values(), scores.scale, scores.window, softcap)
-        out_TQD: Tensor = flash_attention_4(q_TQD, k_UGD, v_UGD, *numbers, scores.sinks_Q, deterministic)[0]
+        out_TQD: Tensor = flash_attention_4(
+            q_TQD,
+            k_UGD,
+            v_UGD,
+            scores.sinks_Q,
+            bounds["cu_seqlens_q"],
+            bounds["cu_seqlens_k"],
+            max_q=bounds["max_seqlen_q"],
+            max_k=bounds["max_seqlen_k"],
+            scale=scores.scale,
+            window=scores.window,
+            softcap=softcap,
+            deterministic=deterministic,
+        )[0]
         return out_TQD
     return _output(
         function_of("flash4")(

@@ -1,11 +1,13 @@
 """Fakes of the attention libraries, which need a GPU: the real signatures and conventions, computed in fp64.
 
 Sources of the signatures:
-  flash-attn 2   2.8.4, flash_attn/flash_attn_interface.py, flash_attn_varlen_func
-  flash-attn 3   3.0.0, hopper/flash_attn_interface.py at commit 0251105a, flash_attn_varlen_func
-  flash-attn 4   4.0.0b36, the wheel's flash_attn/cute/interface.py, flash_attn_varlen_func and _flash_attn_bwd
-  torch 2.11     the wheel's torch/nn/attention/varlen.py, varlen_attn
-  torch 2.13     the installed torch/nn/attention/varlen.py; a test compares the two
+
+  flash        flash-attn 2.8.4, flash_attn/flash_attn_interface.py, flash_attn_varlen_func
+  flash3       flash-attn 3.0.0, hopper/flash_attn_interface.py at commit 0251105a, flash_attn_varlen_func
+  flash4       flash-attn-4 4.0.0b36, flash_attn/cute/interface.py of the wheel, flash_attn_varlen_func, _flash_attn_bwd
+  varlen_2_11  torch/nn/attention/varlen.py of the wheel, varlen_attn
+  varlen_2_13  the same file as installed; a test compares the two
+
 An unknown keyword is a TypeError, as in the libraries. What a library ignores or forbids in packed training is an
 assertion.
 """

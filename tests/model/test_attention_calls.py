@@ -173,7 +173,9 @@ def test_a_checkpointed_layer_can_keep_the_output_of_flash_attn_4(monkeypatch: p
 def test_flash_attn_4_has_the_shapes_of_its_results_without_a_gpu() -> None:
     q, k, v = (torch.empty(7, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     bounds = torch.empty(3, dtype=torch.int32, device="meta")
-    out, lse = flash_attention_4(q, k, v, bounds, bounds, 4, 4, None, None, 0.0, None, False)
+    out, lse = flash_attention_4(
+        q, k, v, None, bounds, bounds, max_q=4, max_k=4, scale=None, window=None, softcap=0.0, deterministic=False
+    )
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((4, 7), torch.float32)
 
