@@ -60,14 +60,15 @@ def gradients(attend, inputs: list[Tensor], weight: Tensor, dtype: torch.dtype) 
 def agree(attend, equation, inputs: list[Tensor], weight: Tensor) -> None:
     """Assert that the error against fp64 is at most twice that of the equation in bfloat16, as a root mean square.
 
-    One token with a wrong key is an error many times as large.
+    A rounding of the result is allowed besides: the four gradients of sinks are few, and the equation may hit them by
+    chance. One token with a wrong key is an error many times as large.
     """
     ours = gradients(attend, inputs, weight, torch.bfloat16)
     truth = gradients(equation, inputs, weight, torch.float64)
     plain = gradients(equation, inputs, weight, torch.bfloat16)
     for our, exact, same_dtype in zip(ours, truth, plain, strict=True):
         assert our.isfinite().all()
-        assert (our - exact).norm() <= 2 * (same_dtype - exact).norm() + 1e-6
+        assert (our - exact).norm() <= 2 * (same_dtype - exact).norm() + exact.norm() / 256 + 1e-6
 
 
 def soft_rows(keys: list, window: int | None, softcap: float | None):
