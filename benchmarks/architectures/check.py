@@ -58,8 +58,8 @@ Dropout, left-out layers and noise on routers are set to 0 when a model is loade
 |---|---|---|
 {trained}
 
-Soft caps run in flash-attn where it is installed. Elsewhere soft caps, and sinks everywhere, are computed in plain
-torch, a block of queries at a time: exact, but slower than a kernel.
+Soft caps run in flash-attn 2, 3 or 4 and sinks in flash-attn 4, where these are installed. Elsewhere both are computed
+in plain torch, a block of queries at a time: exact, but slower than a kernel.
 
 ## Does not train ({bad})
 

@@ -63,6 +63,7 @@ def diagnose(config: Config | None, console: Console | None = None) -> bool:
 def _sections(config: Config | None) -> Iterator[tuple[str, Sequence[Line]]]:
     yield "Machine", [*machine_lines(), *_gpu_lines()]
     yield "Packages", [*package_lines(), _vllm_line(config)]
+    yield "Attention in training", attention_lines(config)
     yield "Sandbox of the code reward", _sandbox_lines()
     if config is None:
         yield "Engine", [Line("canary", "absent", "not run; `or1 doctor CONFIG` compares its engine with its trainer")]
@@ -81,6 +82,36 @@ def _gpu_lines() -> list[Line]:
         Line(f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
         for i, p in enumerate(found)
     ]
+
+
+def attention_lines(config: Config | None) -> list[Line]:
+    """Return the backend that `model.attention` means here, and for each other one why it is not taken."""
+    import torch
+
+    from or1.core.errors import AttentionError, ModelError
+    from or1.model.attention_backends import BACKENDS, Features, choose_backend, features_of, refusal_of
+    from or1.model.folder import read_config
+    from or1.model.load import resolve_device
+
+    wanted, dtype, features = "auto", torch.bfloat16, Features()
+    device = resolve_device("auto")
+    try:
+        if config is not None:
+            wanted, dtype = config.model.attention, getattr(torch, config.model.dtype)
+            device = resolve_device(config.model.device)
+            features = features_of(read_config(config.model.path, "sdpa")[0])
+        chosen = choose_backend(wanted, device, dtype, features)
+    except (ModelError, AttentionError) as error:
+        return [Line("attention", "problem", str(error))]
+    lines = [
+        Line("attention", "ok", f"{wanted} is {chosen} ({BACKENDS[chosen].title})".replace("auto is", "auto takes"))
+    ]
+    for name in BACKENDS:
+        if name != chosen:
+            refusal = refusal_of(name, device, dtype, features)
+            why = "can run too" if refusal is None else f"{refusal.reason}; {refusal.remedy}"
+            lines.append(Line(name, "ok" if refusal is None else "absent", why))
+    return lines
 
 
 def _sandbox_lines() -> list[Line]:
@@ -180,6 +211,7 @@ _OPTIONAL = {
     "triton": "GPU kernels of the head",
     "liger-kernel": "fused norms",
     "flash-attn": "faster attention",
+    "flash-attn-4": "attention for Hopper and Blackwell",
     "torchao": "8-bit moments",
     "trl": "or1's loss inside TRL",
     "verl": "or1's loss inside verl",

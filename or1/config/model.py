@@ -37,9 +37,10 @@ class ModelConfig(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_device)] = "auto"
     """Training device; auto: the GPU if there is one. gpu and cuda:0 mean cuda. To use another GPU, set the environment
     variable CUDA_VISIBLE_DEVICES."""
-    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Attention over packed rows. flash: the flash-attn package; varlen: torch's own; both need a GPU and 16-bit
-    weights. sdpa: exact on any device and type, slow on a GPU. auto: the first of these that can run."""
+    attention: Literal["auto", "flash3", "flash4", "cudnn", "flash", "varlen", "sdpa"] = "auto"
+    """Attention over packed rows. flash3, flash4, flash: flash-attn 3, 4 and 2, if installed; cudnn: cuDNN in torch,
+    document by document; varlen: torch's own. These need a GPU and 16-bit weights. sdpa: exact on any device and type,
+    slow on a GPU. auto: the fastest that can run. docs/attention.md lists what each can do."""
     gradient_checkpointing: Annotated[Literal["none", "layer", "offload"], BeforeValidator(_from_bool)] = "none"
     """layer: keep each layer's input and recompute the rest in backward. offload: keep these inputs in host memory (on
     the CPU, same as layer). true and false mean layer and none."""

@@ -29,6 +29,7 @@ from or1.config import ModelConfig
 from or1.core.errors import ModelError, PackingError
 from or1.core.types import TrainSequence
 from or1.model import attention
+from or1.model.attention_backends import require_features
 from or1.model.folder import making, read_config, silence_dropout
 from or1.model.forward import eval_mode, hidden_states, lm_head, trained_rows
 from or1.model.prepare import prepare_model
@@ -86,6 +87,7 @@ def rehearse_model(config: ModelConfig) -> list[str]:
     Raises ModelError, AttentionError, MemoryOptionError.
     """
     settings, remarks = read_config(config.path, attention.register("sdpa"))
+    require_features(config.attention, settings, torch.device("cpu"))
     dtype = getattr(torch, config.dtype)
     plain = config.model_copy(update={"device": "cpu", "liger": "off"})
     with making(config.path, settings), torch.device("meta"):

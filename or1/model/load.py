@@ -23,10 +23,11 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from or1.config import ModelConfig
-from or1.core.errors import ModelError, Or1Error
+from or1.core.errors import AttentionError, ModelError, Or1Error
 from or1.dist.fsdp import fill_shards
 from or1.dist.world import SINGLE, World
 from or1.model import attention
+from or1.model.attention_backends import require_features
 from or1.model.folder import (
     UNREADABLE,
     making,
@@ -82,6 +83,7 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     name = attention.register(attention.choose_backend(config.attention, device, dtype))
     settings, remarks = read_config(config.path, name)
+    require_features(config.attention, settings, device)
     _require_safetensors(config.path)
     options = {"config": settings, "dtype": dtype, "attn_implementation": name, "trust_remote_code": False}
     # Before minutes of reading weights: errors that architecture and config.json alone reveal.
@@ -112,7 +114,7 @@ def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool)
             whole = _read(path, options)
             if packs:
                 require_isolation(put_head(whole, path), path)
-        except (ModelError, attention.AttentionError) as error:
+        except (ModelError, AttentionError) as error:
             problem = error
     found = world.gather(str(problem or "").encode())[0].decode()
     if problem is not None:

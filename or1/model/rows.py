@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from or1.core.types import TrainSequence
+from or1.model.boundaries import boundaries
 from or1.model.row_plan import plan_rows
 from or1.model.shared_prompts import Sharing, Unit, make_units, unit_rows
 
@@ -146,13 +147,13 @@ def _to_microbatch(
 
     k_lens = [len(k) for k in key_rows]
     shared = k_lens != q_lens
-    cu_seqlens = to_device(np.cumsum([0, *q_lens]), torch.int32)
+    cu_seqlens = boundaries(q_lens, device)
     return Microbatch(
         ids_T=to_device(np.concatenate(ids), torch.int64),
         positions_T=to_device(np.concatenate(positions), torch.int64),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(q_lens),
-        cu_keys=to_device(np.cumsum([0, *k_lens]), torch.int32) if shared else cu_seqlens,
+        cu_keys=boundaries(k_lens, device) if shared else cu_seqlens,
         max_keys=max(k_lens),
         rows_N=to_device(np.concatenate(rows), torch.int64),
         targets_N=to_device(np.concatenate([s.response_ids for s in sequences]), torch.int64),

@@ -1,7 +1,7 @@
 """Attention with a soft cap on the scores (Gemma 2) or sinks (GPT-OSS), which no attention kernel of torch supports.
 
-Scores are materialized for a block of queries at a time, so memory is bounded. flash-attn supports a soft cap itself
-and is faster.
+Scores are materialized for a block of queries at a time, so memory is bounded. flash-attn computes soft caps itself,
+and flash-attn 4 sinks too; both are faster.
 """
 
 # S documents of a bucket, L longest of them, K keys, Q query heads, G key-value heads, D head dimension

@@ -2,58 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import Tensor
 
 from or1.core.errors import AttentionError
 from or1.model import soft_attention
-from or1.model.attention import Layout, _interface, choose_backend, packed_attention
+from or1.model.attention import Layout, _interface, packed_attention
+from or1.model.attention_backends import Features, candidates
 from or1.model.soft_attention import Scores
+from tests.helpers.packed_attention import KEYS, Q_LENS, boundaries, layout_of, naive, soft_naive
 
 GPU = torch.cuda.is_available()
+
+
+def on_gpu(name: str) -> bool:
+    return GPU and name in candidates(torch.device("cuda"), torch.bfloat16, Features(head_dim=32))
+
+
 BACKENDS = [
     "sdpa",
-    pytest.param("varlen", marks=pytest.mark.skipif(not GPU, reason="torch's varlen attention needs a GPU")),
-    pytest.param(
-        "flash",
-        marks=pytest.mark.skipif(
-            not (GPU and importlib.util.find_spec("flash_attn")), reason="flash-attn needs a GPU and the package"
-        ),
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(not on_gpu(name), reason=f"{name} cannot run on this machine"))
+        for name in ("varlen", "cudnn", "flash", "flash3", "flash4")
     ),
 ]
-
-# Documents of one token, of very unlike lengths, and two that borrow the keys of the third's first five tokens.
-Q_LENS = [1, 3, 9, 4, 2, 40]
-KEYS = [[0], [1, 2, 3], list(range(4, 13)), [*range(4, 9), *range(13, 17)], [*range(4, 9), 17, 18], list(range(19, 59))]
-
-
-def boundaries(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def layout_of(shared: bool, device: str = "cpu") -> Layout:
-    keys = KEYS if shared else list(torch.arange(sum(Q_LENS)).split(Q_LENS))
-    rows = torch.tensor([row for k in keys for row in k], device=device) if shared else None
-    k_lens = [len(k) for k in keys]
-    cu_q, cu_k = boundaries(Q_LENS).to(device), boundaries(k_lens).to(device)
-    return Layout(cu_q=cu_q, cu_k=cu_k, max_q=max(Q_LENS), max_k=max(k_lens), kv_rows_U=rows)
-
-
-def naive(q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, keys: list[list[int]], window: int | None) -> Tensor:
-    repeat, parts, start = q_TQD.shape[1] // k_TGD.shape[1], [], 0
-    for length, rows in zip(Q_LENS, keys, strict=True):
-        q_LQD = q_TQD[start : start + length]
-        k_KQD, v_KQD = (x[torch.as_tensor(rows)].repeat_interleave(repeat, dim=1) for x in (k_TGD, v_TGD))
-        scores_QLK = torch.einsum("iqd,jqd->qij", q_LQD, k_KQD) / q_TQD.shape[2] ** 0.5
-        at_L, at_K = torch.arange(length)[:, None] + len(rows) - length, torch.arange(len(rows))
-        seen_LK = (at_K <= at_L) & (at_K > at_L - (window or len(rows)))
-        weights = scores_QLK.masked_fill(~seen_LK.to(q_TQD.device), -torch.inf).softmax(-1)
-        parts.append(torch.einsum("qij,jqd->iqd", weights, v_KQD))
-        start += length
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,18 +58,24 @@ def test_each_backend_is_attention_per_document(backend: str, window: int | None
             assert (our - exact).abs().max() <= allowed
 
 
-def test_the_choice_of_backend() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_backend("auto", cpu, torch.bfloat16) == "sdpa"
-    assert choose_backend("auto", gpu, torch.float32) == "sdpa"
-    assert choose_backend("auto", gpu, torch.bfloat16) in ("flash", "varlen")
-    assert choose_backend("sdpa", gpu, torch.bfloat16) == "sdpa"
-    for wanted in ("flash", "varlen"):
-        with pytest.raises(AttentionError, match=rf'"{wanted}" needs a GPU.*"sdpa"'):
-            choose_backend(wanted, cpu, torch.bfloat16)
-    if importlib.util.find_spec("flash_attn") is None:
-        with pytest.raises(AttentionError, match="flash-attn is not installed"):
-            choose_backend("flash", gpu, torch.bfloat16)
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu("cudnn"), reason="cuDNN's attention needs a GPU")
+def test_long_documents_run_in_cudnn() -> None:
+    torch.manual_seed(0)
+    lengths = [300, 2100, 40, 3000]
+    cu = boundaries(lengths).cuda()
+    layout = Layout(cu_q=cu, cu_k=cu, max_q=max(lengths), max_k=max(lengths))
+    inputs = [torch.randn(sum(lengths), h, 64, dtype=torch.bfloat16, device="cuda") for h in (4, 2, 2)]
+    weight = torch.randn_like(inputs[0])
+
+    def run(backend: str, cast: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(cast).requires_grad_() for x in inputs)
+        out = packed_attention(q, k, v, layout, backend=backend)
+        return [out, *torch.autograd.grad((out * weight.to(cast)).sum(), (q, k, v))]
+
+    results = run("cudnn", torch.bfloat16), run("sdpa", torch.float64), run("sdpa", torch.bfloat16)
+    for our, exact, plain in zip(*results, strict=True):
+        assert (our - exact).norm() <= 2 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize(
@@ -107,21 +86,6 @@ def test_what_packed_attention_cannot_do_is_refused(extra: dict) -> None:
     x = torch.zeros(1, 4, 59, 8)
     with pytest.raises(AttentionError, match=next(iter(extra))):
         _interface("sdpa")(torch.nn.Identity(), x, x, x, None, **layout_of(False).as_kwargs(), **extra)
-
-
-def soft_naive(q_LQD: Tensor, k_KGD: Tensor, v_KGD: Tensor, window: int | None, extras: Scores) -> Tensor:
-    repeat = q_LQD.shape[1] // k_KGD.shape[1]
-    k_KQD, v_KQD = (x.repeat_interleave(repeat, dim=1) for x in (k_KGD, v_KGD))
-    scores_QLK = torch.einsum("iqd,jqd->qij", q_LQD, k_KQD) / q_LQD.shape[2] ** 0.5
-    if extras.softcap:
-        scores_QLK = extras.softcap * torch.tanh(scores_QLK / extras.softcap)
-    at_L, at_K = torch.arange(len(q_LQD))[:, None] + len(k_KGD) - len(q_LQD), torch.arange(len(k_KGD))
-    seen_LK = (at_K <= at_L) & (at_K > at_L - (window or len(k_KGD)))
-    weights = scores_QLK.masked_fill(~seen_LK, -torch.inf).exp()
-    total = weights.sum(-1, keepdim=True)
-    if extras.sinks_Q is not None:
-        total = total + extras.sinks_Q.exp()[:, None, None]
-    return torch.einsum("qij,jqd->iqd", weights / total, v_KQD)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
