@@ -15,8 +15,8 @@ from or1.config import ModelConfig
 from or1.core.errors import MemoryOptionError
 from or1.core.types import TrainSequence
 from or1.model.forward import hidden_states
-from or1.model.load import load_model
 from or1.model.host_copies import Shelf
+from or1.model.load import load_model
 from or1.model.memory import apply_liger, checkpointing_mode, tile_mlps, tiled_forward
 from or1.model.rows import pack_indexed
 
