@@ -102,6 +102,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     quiet_libraries()
     if config.deterministic:
         _only_deterministic_algorithms()
+    _set_allocator(config)
     from or1.dist.watchdog import watched
     from or1.dist.world import join
     from or1.model.load import remarks_of, resolve_device
@@ -254,6 +255,19 @@ def _finish(parts: Parts, weights: Path) -> None:
     report = write_report(parts.config.run_path)
     bad_rows = sum(len(r.bad) for r in parts.data.reports)
     print_summary(summarise(parts.config, parts.state, bad_rows, report=str(report), weights=str(weights)))
+
+
+def _set_allocator(config: Config) -> None:
+    """Let the GPU allocator's segments grow. Call before the first use of the GPU."""
+    from or1.core.allocator import expand_segments
+    from or1.rollout.vllm.setup import installed_vllm, is_tested
+
+    rollout = config.rollout
+    vllm = rollout.engine == "vllm" or (rollout.engine == "auto" and is_tested(installed_vllm()))
+    # vLLM's sleep mode does not bear growing segments. It turns them off for its own memory, but it looks for them only
+    # under the variable's old name, about which torch warns.
+    if config.model.device != "cpu" and not (vllm and rollout.vllm.placement == "colocate"):
+        expand_segments()
 
 
 def _only_deterministic_algorithms() -> None:
