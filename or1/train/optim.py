@@ -11,7 +11,7 @@ from or1.config import OptimConfig
 from or1.dist.fsdp import local_shard
 from or1.dist.world import SINGLE, World
 from or1.train.adam import round_stochastically
-from or1.train.host_steps import HostSteps
+from or1.train.host_steps import Gradients, HostSteps
 from or1.train.masters import MasterWeights, arithmetic_dtype
 
 
@@ -61,8 +61,7 @@ class MasterAdamW(MasterWeights):
         grad = self._sums.get(i, self.params[i].grad)
         return None if grad is None else local_shard(grad)
 
-    def drop_gradient(self, i: int) -> None:
-        """Free the gradient of a parameter, which its update has read."""
+    def _drop(self, i: int) -> None:
         self._sums.pop(i, None)
         self.params[i].grad = None
 
@@ -82,7 +81,7 @@ class MasterAdamW(MasterWeights):
             # As in torch's clip_grad_norm_: the small constant avoids a division by 0.
             scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             if self.on_host:
-                self.on_host.step(self, self._gradient, scale, lr)
+                self.on_host.step(self, Gradients(self._gradient, self._drop), scale, lr)
             else:
                 for i in range(len(self.params)):
                     self._step_one(i, scale, lr)
@@ -99,7 +98,7 @@ class MasterAdamW(MasterWeights):
         weight = param.to(device, dtype) if master is None else master
         grad = grad.to(device, dtype).mul_(scale.to(device))
         # One parameter at a time, and its gradient freed after use: copies of all would be the memory peak of the step.
-        self.drop_gradient(i)
+        self._drop(i)
         self.rule.update(weight.detach(), grad, self.state_of(i), lr, self.decay_of(i))
         if master is None:
             weight = round_stochastically(weight, seed=self.updates * len(self.params) + i)

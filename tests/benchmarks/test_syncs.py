@@ -34,7 +34,7 @@ def test_waits_fail_the_part_and_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_only_torchs_own_warnings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's mode played by a stand-in: a wait inside a row is found, one before the mode is on is not."""
+    """With a fake of torch's mode: a wait inside a row is found, one before the mode is on is not."""
     state = {"mode": "default"}
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: state.update(mode=mode))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -60,11 +60,8 @@ def server_environment(setup: VllmSetup, token: str, weights: Path | None = None
     weights  folder below which the server may read weights; None: it may read none
     """
     # vLLM's own collectives share memory between processes, which growing segments do not allow.
-    inherited = {
-        k: v
-        for k, v in users_environment(os.environ).items()
-        if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"
-    }
+    users = users_environment(os.environ)
+    inherited = {k: v for k, v in users.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     # The development mode enables /collective_rpc and /reset_prefix_cache; `RequireToken` protects both.
     own = {"VLLM_SERVER_DEV_MODE": "1", TOKEN_VARIABLE: token, "PYTHONPATH": path}
