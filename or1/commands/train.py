@@ -95,6 +95,8 @@ def launch(config: Config, fresh: bool = False) -> None:
     Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; an error of one rank
     ends all ranks.
     """
+    # Before torch is imported, which reads the variable once.
+    _set_allocator(config)
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before the model libraries are imported, so that a folder that cannot be used is reported at once.
@@ -102,7 +104,6 @@ def launch(config: Config, fresh: bool = False) -> None:
     quiet_libraries()
     if config.deterministic:
         _only_deterministic_algorithms()
-    _set_allocator(config)
     from or1.dist.watchdog import watched
     from or1.dist.world import join
     from or1.model.load import remarks_of, resolve_device
@@ -278,4 +279,6 @@ def _only_deterministic_algorithms() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
+    # Else every new buffer, the head's logits and vLLM's cache included, would be filled with nan first.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

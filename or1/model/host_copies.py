@@ -109,7 +109,7 @@ class _Kept:
     """A saved tensor in host memory, the one that was saved before, and the copy on the device once started."""
 
     def __init__(self, tensor: Tensor, buffer: Tensor, before: weakref.ref[_Kept] | None):
-        self.like = torch.empty(0, dtype=tensor.dtype, device=tensor.device), tensor.shape
+        self.device = tensor.device
         self.host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self.before = before
         self.fetched: tuple[Tensor, Mark] | None = None
@@ -154,8 +154,7 @@ class Shelf:
         return tensor
 
     def _fetch(self, kept: _Kept) -> tuple[Tensor, Mark]:
-        sample, shape = kept.like
-        tensor = sample.new_empty(shape)
+        tensor = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
         return tensor, self.lane.copy(tensor, kept.host)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from or1.config import Config
 from or1.core.errors import EngineError, OptimizerError
+from or1.dist.oom_retry import free_memory
 from or1.rollout.make import engine_kind
 from or1.train.masters import MasterWeights
 
@@ -56,6 +57,8 @@ def require_room(
     if gpu is None:
         if device.type != "cuda" or not _shares_gpu(config, device):
             return
+        # vLLM counts as taken what this process has freed but keeps for itself.
+        free_memory()
         gpu = GpuMemory.of(device)
     held = optimizer.resident_bytes() | {"weights": _bytes_of(model), "CUDA and other processes": gpu.foreign}
     if reference is not None:

@@ -6,8 +6,9 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from or1.commands.train import _set_allocator
+from or1.commands.train import _only_deterministic_algorithms, _set_allocator
 from or1.core import allocator
 from or1.rollout.vllm import setup
 
@@ -55,3 +56,18 @@ def test_not_beside_a_vllm_that_sleeps_in_this_process(
     rollout = SimpleNamespace(engine=engine, vllm=SimpleNamespace(placement=placement))
     _set_allocator(SimpleNamespace(model=SimpleNamespace(device=device), rollout=rollout))
     assert (NAME in os.environ) == expected
+
+
+def test_deterministic_runs_do_not_fill_new_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, os.environ.get(name, "x"))
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        _only_deterministic_algorithms()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.backends.cudnn.benchmark = benchmark
