@@ -280,5 +280,5 @@ def _only_deterministic_algorithms() -> None:
 
     torch.use_deterministic_algorithms(True)
     # Else every new buffer, the head's logits and vLLM's cache included, would be filled with nan first.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in torch's stub
     torch.backends.cudnn.benchmark = False
