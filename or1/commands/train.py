@@ -95,6 +95,8 @@ def launch(config: Config, fresh: bool = False) -> None:
     Raises RunError, DataError, ModelError, ScorerError, CheckpointError, DistError, DiskError; an error of one rank
     ends all ranks.
     """
+    # Before torch is imported, which reads the variable once.
+    _set_allocator(config)
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before the model libraries are imported, so that a folder that cannot be used is reported at once.
@@ -256,6 +258,19 @@ def _finish(parts: Parts, weights: Path) -> None:
     print_summary(summarise(parts.config, parts.state, bad_rows, report=str(report), weights=str(weights)))
 
 
+def _set_allocator(config: Config) -> None:
+    """Let the GPU allocator's segments grow. Call before the first use of the GPU."""
+    from or1.core.allocator import expand_segments
+    from or1.rollout.vllm.setup import installed_vllm, is_tested
+
+    rollout = config.rollout
+    vllm = rollout.engine == "vllm" or (rollout.engine == "auto" and is_tested(installed_vllm()))
+    # vLLM's sleep mode does not bear growing segments. It turns them off for its own memory, but it looks for them only
+    # under the variable's old name, about which torch warns.
+    if config.model.device != "cpu" and not (vllm and rollout.vllm.placement == "colocate"):
+        expand_segments()
+
+
 def _only_deterministic_algorithms() -> None:
     """Make equal seeds and ranks give equal bits on the same kind of GPU. Call before the first use of the GPU."""
     # cuBLAS and NCCL read these variables once: a fixed workspace, and one order of summation.
@@ -264,4 +279,6 @@ def _only_deterministic_algorithms() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
+    # Else every new buffer, the head's logits and vLLM's cache included, would be filled with nan first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in torch's stub
     torch.backends.cudnn.benchmark = False

@@ -9,12 +9,14 @@ from typing import Any
 
 from or1.config import Config
 
-# Settings of logging and evaluation, of the engine's process, of the division of work, and of the graders' resources.
+# Settings of logging and evaluation, of the engine's process, of the division of work, and of memory and the graders'
+# resources.
 _FREE = (
     "log",
     "checkpoint",
     "eval",
     "dist",
+    "model.gradient_checkpointing",
     "rollout.vllm",
     "rollout.verify_every",
     "reward.workers",

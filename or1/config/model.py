@@ -41,9 +41,12 @@ class ModelConfig(Section):
     """Attention over packed rows. flash3, flash4, flash: flash-attn 3, 4 and 2, if installed; cudnn: cuDNN in torch,
     document by document; varlen: torch's own. These need a GPU and 16-bit weights. sdpa: exact on any device and type,
     slow on a GPU. auto: the fastest that can run. docs/attention.md lists what each can do."""
-    gradient_checkpointing: Annotated[Literal["none", "layer", "offload"], BeforeValidator(_from_bool)] = "none"
-    """layer: keep each layer's input and recompute the rest in backward. offload: keep these inputs in host memory (on
-    the CPU, same as layer). true and false mean layer and none."""
+    gradient_checkpointing: Annotated[
+        Literal["auto", "none", "layer", "selective", "offload"], BeforeValidator(_from_bool)
+    ] = "auto"
+    """layer: keep each layer's input and recompute the rest in backward. selective: keep the output of attention too,
+    so that attention is not recomputed. offload: keep the inputs in host memory (on the CPU, same as layer). auto:
+    selective on a GPU, none on a CPU. true and false mean layer and none."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, if Liger is installed and supports the
     architecture; never on the CPU."""

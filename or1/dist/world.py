@@ -112,6 +112,7 @@ class World:
 
 
 SINGLE = World()
+_SPLITS = "VLLM_DISTRIBUTED_USE_SPLIT_GROUP"
 
 
 def launched_ranks() -> int:
@@ -135,10 +136,17 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
     if size == 1:
         yield SINGLE
         return
+    bound: torch.device | None = None
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+        # With a bound device torch splits communicators for every new group, and every rank must take part in a split.
+        # vLLM asks for it by this variable. Without it, groups of some ranks only stay possible.
+        bound = own if os.environ.get(_SPLITS) == "1" else None
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_s)
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.timeout_s),
+        device_id=bound,
     )
     try:
         yield world_of(device.type, config.sequence_parallel)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from or1.dist.fsdp import is_sharded
 from or1.model import attention
+from or1.model.mask_check import without_mask_check
 from or1.model.rows import Microbatch
 from or1_kernels.lm_head import LMHead
 
@@ -24,7 +25,7 @@ def hidden_states(model: PreTrainedModel, batch: Microbatch, sequence_group: Pro
     """
     layout = attention.Layout.of(batch)
     decode: Any = model.decode if is_sharded(model) else model.get_decoder()
-    with attention.packed_forward():
+    with attention.packed_forward(), without_mask_check():
         output = decode(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],

@@ -16,15 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from or1.core.errors import MemoryOptionError
+from or1.model.host_copies import Shelf, shelf_of
+from or1.model.selective import selective_checkpoint
 
-# Offloading a smaller tensor costs more time than its memory is worth.
-_MIN_OFFLOAD_BYTES = 1 << 20
+
+def checkpointing_mode(wanted: str, device: torch.device) -> str:
+    """Return "none", "layer", "selective" or "offload" for the setting `model.gradient_checkpointing`."""
+    if wanted != "auto":
+        return wanted
+    return "selective" if device.type == "cuda" else "none"
 
 
-def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
+def checkpoint_layers(model: PreTrainedModel, mode: str, shelf: Shelf | None = None) -> None:
     """Save only the input of each layer and recompute its activations in backward.
 
-    offload  keep the saved inputs in host memory
+    mode   "layer"; "selective" also keeps the outputs of attention; "offload" keeps the inputs in host memory
+    shelf  where "offload" keeps them; None: the shelf of the GPU, and no copies on a CPU
 
     Raises MemoryOptionError for a model that transformers cannot checkpoint.
     """
@@ -38,50 +45,28 @@ def checkpoint_layers(model: PreTrainedModel, offload: bool) -> None:
         enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if offload:
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                # Not by assignment: torch's types allow only tensors and modules as attributes of a module.
-                vars(module)["_gradient_checkpointing_func"] = _offloaded_checkpoint
+    if mode == "layer":
+        return
+    function = selective_checkpoint if mode == "selective" else functools.partial(_offloaded_checkpoint, shelf)
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            # Not by assignment: torch's types allow only tensors and modules as attributes of a module.
+            vars(module)["_gradient_checkpointing_func"] = function
 
 
-def _offloaded_checkpoint(function: Callable, *args: object) -> object:
+def _offloaded_checkpoint(shelf: Shelf | None, function: Callable, *args: object) -> object:
     # torch saves the inputs of a checkpoint as saved tensors of the outer graph, so the hooks apply to the inputs only.
-    with host_copies():
+    with _host_copies(shelf, args):
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def host_copies() -> AbstractContextManager:
-    """Return a context in which autograd saves large GPU tensors in pinned host memory; a no-op without a GPU."""
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _to_host(tensor: Tensor) -> Tensor | tuple[Tensor, torch.cuda.Event, torch.device]:
-    if not tensor.is_cuda or tensor.nbytes < _MIN_OFFLOAD_BYTES:
-        return tensor
-    stream = _copy_stream(tensor.device)
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    with torch.cuda.stream(stream):
-        buffer.copy_(tensor, non_blocking=True)
-    # Keeps the allocator from reusing the memory while the copy still reads it.
-    tensor.record_stream(stream)
-    return buffer, stream.record_event(), tensor.device
-
-
-def _from_host(packed: Tensor | tuple[Tensor, torch.cuda.Event, torch.device]) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    buffer, event, device = packed
-    torch.cuda.current_stream(device).wait_event(event)
-    return buffer.to(device, non_blocking=True)
+def _host_copies(shelf: Shelf | None, args: tuple[object, ...]) -> AbstractContextManager:
+    if shelf is None:
+        device = next((a.device for a in args if isinstance(a, Tensor) and a.is_cuda), None)
+        if device is None:
+            return nullcontext()
+        shelf = shelf_of(device)
+    return torch.autograd.graph.saved_tensors_hooks(shelf.put, shelf.take)
 
 
 def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:

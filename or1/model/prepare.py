@@ -11,7 +11,7 @@ from or1.core.errors import ModelError
 from or1.dist.fsdp import shard_model
 from or1.dist.ulysses import check_heads
 from or1.dist.world import SINGLE, World
-from or1.model.memory import apply_liger, checkpoint_layers, tile_mlps
+from or1.model.memory import apply_liger, checkpoint_layers, checkpointing_mode, tile_mlps
 from or1_kernels.lm_head import LMHead
 
 
@@ -42,6 +42,8 @@ def prepare_model(
     # After Liger, since Liger replaces the forward of the MLPs.
     if config.mlp_tile_tokens:
         tile_mlps(model, config.mlp_tile_tokens)
-    if config.gradient_checkpointing != "none":
-        checkpoint_layers(model, offload=config.gradient_checkpointing == "offload")
+    mode = checkpointing_mode(config.gradient_checkpointing, device)
+    # "auto" leaves a model alone that transformers cannot checkpoint; an explicit wish is refused with a reason.
+    if mode != "none" and (config.gradient_checkpointing != "auto" or model.supports_gradient_checkpointing):
+        checkpoint_layers(model, mode)
     return shard_model(model, world, device)

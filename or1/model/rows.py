@@ -38,6 +38,7 @@ class Microbatch:
     lengths_N           float[N], number of trained tokens in the sequence of each token
     old_logp_N          float[N], nats, or None when on-policy
     ref_logp_N          float[N], nats, or None without a reference model
+    all_known           whether every `rollout_logp_N` is known to be finite, so that nobody has to ask the device
     """
 
     ids_T: Tensor
@@ -54,6 +55,7 @@ class Microbatch:
     old_logp_N: Tensor | None = None
     ref_logp_N: Tensor | None = None
     kv_rows_U: Tensor | None = None
+    all_known: bool = False
 
 
 def pack_indexed(
@@ -163,11 +165,14 @@ def _to_microbatch(
         old_logp_N=optional("old_logp"),
         ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
+        all_known=all(np.isfinite(s.rollout_logp).all() for s in sequences),
     )
 
 
 def keep_known(batch: Microbatch) -> Microbatch:
     """Return the row without training on tokens whose `rollout_logp_N` is not finite; such tokens stay as context."""
+    if batch.all_known:
+        return batch
     known_N = batch.rollout_logp_N.isfinite()
     if known_N.all():
         return batch

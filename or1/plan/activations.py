@@ -49,6 +49,11 @@ def activations(shape: ModelShape, choices: Choices, tokens: int) -> Activations
     if choices.checkpointing == "none":
         saved = shape.layers * layer + outside
         return Activations(saved=saved, host=0, layer=0, transient=transient, final=inputs)
+    if choices.checkpointing == "selective":
+        # The outputs of attention are there from the first forward on, so a layer that runs again saves the rest.
+        kept = tokens * _attention_output(shape, choices)
+        saved = shape.layers * (inputs + kept) + outside
+        return Activations(saved=saved, host=0, layer=layer - kept, transient=transient, final=inputs)
     if choices.checkpointing == "offload" and choices.attention != "sdpa":
         # Two layer inputs are on the device: the current one, and the next one in transfer.
         saved, host = 2 * inputs + outside, shape.layers * inputs
@@ -78,9 +83,14 @@ def _norm(width: int, groups: int, choices: Choices) -> int:
 def _attention(shape: ModelShape, choices: Choices) -> int:
     """Return the bytes per token of queries, keys, values, output and its log-sum-exp."""
     e, q, k = choices.weight, shape.q_width, shape.kv_width
-    kernel = e * (2 * q + 2 * k) + 4 * shape.heads
+    kernel = e * (q + 2 * k) + _attention_output(shape, choices)
     # SDPA's output is padded by document. Unpadding saves a second copy and an index.
     return kernel if choices.attention != "sdpa" else kernel + 2 * e * q + _INDEX
+
+
+def _attention_output(shape: ModelShape, choices: Choices) -> int:
+    """Return the bytes per token of attention's output and its log-sum-exp."""
+    return choices.weight * shape.q_width + 4 * shape.heads
 
 
 def _mlp(shape: ModelShape, choices: Choices, tokens: int) -> int:

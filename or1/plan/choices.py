@@ -22,7 +22,7 @@ class Choices:
     weight, grad     bytes of a parameter in forward and backward, and of a gradient summed over packed rows
     masters          whether the optimizer keeps fp32 copies of 16-bit weights
     optimizer        "adamw", "adamw8bit" or "offload"
-    checkpointing    "none", "layer" or "offload"
+    checkpointing    "none", "layer", "selective" or "offload"
     attention        "sdpa" (padded copies) or "varlen"
     liger            whether Liger's RMSNorm, RoPE and SwiGLU are used, which save less than plain torch
     mlp_tile_tokens  rows longer than this pass the MLP in tiles; 0: never
@@ -85,7 +85,7 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
         grad=_BYTES[optim.grad_dtype] if weight == 2 else weight,
         masters=weight == 2 and optim.weights == "master",
         optimizer=optim.optimizer,
-        checkpointing=_checkpointing(model.gradient_checkpointing),
+        checkpointing=_checkpointing(model.gradient_checkpointing, device),
         attention="varlen" if device.is_gpu and weight == 2 and model.attention != "sdpa" else "sdpa",
         liger=device.is_gpu and weight < 8 and model.liger != "off",
         mlp_tile_tokens=model.mlp_tile_tokens,
@@ -94,8 +94,10 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
     )
 
 
-def _checkpointing(value: bool | str) -> str:
-    return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+def _checkpointing(value: str, device: Device) -> str:
+    if value == "auto":
+        return "selective" if device.is_gpu else "none"
+    return value
 
 
 def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, mean_response: int | None) -> Workload:
@@ -156,7 +158,9 @@ def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[t
         yield "optim.weights=stochastic", replace(choices, masters=False), work
     if choices.weight == 2 < choices.grad:
         yield "optim.grad_dtype=bfloat16", replace(choices, grad=2), work
-    if choices.checkpointing == "layer" and not isinstance(config.model.gradient_checkpointing, bool):
+    if choices.checkpointing == "selective":
+        yield "model.gradient_checkpointing=layer", replace(choices, checkpointing="layer"), work
+    if choices.checkpointing == "layer":
         yield "model.gradient_checkpointing=offload", replace(choices, checkpointing="offload"), work
     if choices.optimizer != "offload":
         yield "optim.optimizer=offload", replace(choices, optimizer="offload"), work

@@ -148,7 +148,7 @@ def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> 
     if choices.weight == 2 and not choices.masters:
         copies += 3  # the weight in fp32, random bits, the rounded sum
     if choices.optimizer == "offload" and device.is_gpu:
-        copies = 1
+        copies = 2  # a weight in fp32 that arrives while the one before is rounded
     return _shard(max(shape.tensor_sizes()), choices) * choices.arithmetic * copies
 
 

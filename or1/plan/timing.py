@@ -95,7 +95,11 @@ def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
     """Return the seconds of forward, backward and optimizer steps of all minibatches, with their reuse."""
     bandwidth = device.bandwidth * 1e9 * device.efficiency.memory
     # Gradient checkpointing runs the forward of the layers, but not of the head, a second time.
-    parts = _pass_seconds(shape, choices, device, work, forwards=1 + (choices.checkpointing != "none"), backwards=1)
+    forwards = 1 + (choices.checkpointing != "none")
+    parts = _pass_seconds(shape, choices, device, work, forwards=forwards, backwards=1)
+    if choices.checkpointing == "selective":
+        # 3.5 forwards of attention instead of 4.5: backward costs 2.5, and the first output is kept.
+        parts["attention"] *= 3.5 / 4.5
     gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + choices.arithmetic)
     exposed = max(0.0, gathered - sum(parts.values()))
     states = optimizer_bytes(shape, choices) / choices.gpus

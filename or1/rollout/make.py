@@ -32,10 +32,7 @@ def make_engine(
 
     Raises EngineError if vLLM is selected and is missing, outside the tested range, or does not start.
     """
-    choice = config.rollout.engine
-    if choice == "auto":
-        choice = "vllm" if model.device.type == "cuda" and is_tested(installed_vllm()) else "hf"
-    if choice == "hf":
+    if engine_kind(config, model.device) == "hf":
         return HfEngine(model, tokenizer, config.rollout.batch_size)
     require_vllm(config.rollout.vllm.allow_untested)
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -54,6 +51,13 @@ def make_engine(
     from or1.rollout.vllm.local import LocalEngine
 
     return LocalEngine(setup, model, tokenizer)
+
+
+def engine_kind(config: Config, device: torch.device) -> str:
+    """Return "hf" or "vllm": the engine of `rollout.engine` for a model on `device`."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine
+    return "vllm" if device.type == "cuda" and is_tested(installed_vllm()) else "hf"
 
 
 def serve(config: Config, host: str, port: int) -> None:

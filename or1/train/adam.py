@@ -18,6 +18,7 @@ from or1.core.errors import OptimizerError
 _BLOCK, _MIN_QUANTIZED = 256, 4096
 
 State = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # Keys that the `flatten` of a rule may return.
 FLAT_KEYS = ("step", "exp_avg", "exp_avg_sq", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale")
 
@@ -34,8 +35,11 @@ class Rule(Protocol):
     def flatten(self, state: State) -> dict[str, Tensor]:
         """Return plain tensors that hold the state exactly."""
 
-    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        """Return the state that `flatten` was given. Raises OptimizerError for tensors of another kind of state."""
+    def restore(self, state: State, tensors: dict[str, Tensor]) -> State:
+        """Return `state` with the values of the state that `flatten` was given, in place.
+
+        Raises OptimizerError for tensors of another kind of state.
+        """
 
 
 def make_rule(config: OptimConfig) -> Rule:
@@ -83,10 +87,8 @@ class FullAdamW:
     def flatten(self, state: State) -> dict[str, Tensor]:
         return dict(state)
 
-    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        state = self.new_state(weight)
-        _require(state.keys(), tensors)
-        return {key: tensors[key].to(value.device, copy=True) for key, value in state.items()}
+    def restore(self, state: State, tensors: dict[str, Tensor]) -> State:
+        return _fill(state, self.flatten(state), tensors)
 
     def _fused(self, weight: Tensor) -> bool:
         return weight.is_cuda or self.config.optimizer == "offload"
@@ -129,7 +131,7 @@ class AdamW8bit:
 
     def flatten(self, state: State) -> dict[str, Tensor]:
         flat = {"step": state["step"]}
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in MOMENTS:
             moment = state[key]
             # The third part, the map from code to value, is constant.
             parts = (
@@ -140,13 +142,8 @@ class AdamW8bit:
             flat |= {key + part: tensor for part, tensor in parts.items()}
         return flat
 
-    def restore(self, weight: Tensor, tensors: dict[str, Tensor]) -> State:
-        state = self.new_state(weight)
-        flat = self.flatten(state)
-        _require(flat.keys(), tensors)
-        for key, value in flat.items():
-            value.copy_(tensors[key])
-        return state
+    def restore(self, state: State, tensors: dict[str, Tensor]) -> State:
+        return _fill(state, self.flatten(state), tensors)
 
 
 def _quantized(moment: Tensor) -> bool:
@@ -183,6 +180,13 @@ def _adam_of(compiled: bool) -> Callable[..., None]:
             fast(*args, **kwargs)
 
     return update
+
+
+def _fill(state: State, flat: dict[str, Tensor], tensors: dict[str, Tensor]) -> State:
+    _require(flat.keys(), tensors)
+    for key, value in flat.items():
+        value.copy_(tensors[key])
+    return state
 
 
 def _require(keys: Iterable[str], tensors: dict[str, Tensor]) -> None:

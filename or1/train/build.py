@@ -27,6 +27,7 @@ from or1.run.directory import cap_rows
 from or1.run.resume import Checkpointed
 from or1.run.session import Session
 from or1.run.state import TrainState
+from or1.train.device_room import require_room, states_fit
 from or1.train.optim import MasterAdamW
 from or1.train.rank_rows import Policy
 from or1.train.rollout_queue import RolloutQueue
@@ -85,7 +86,12 @@ def build(
                 display.message(remark)
         model = load_model(config.model, world).train()
         policy = _policy(config, model, display, world)
-        optimizer = MasterAdamW(model, config.optim, world)
+        # Everything that stays on the device comes before the engine, which takes a share of what is left.
+        with states_fit(model.device):
+            optimizer = MasterAdamW(model, config.optim, world)
+            optimizer.reserve()
+        reference = _reference(config, policy)
+        require_room(config, model, optimizer, reference.model if reference else None)
         engine = make_engine(config, model, tokenizer, world)
         stack.callback(engine.close)
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
@@ -100,7 +106,7 @@ def build(
             tokenizer=tokenizer,
             state=state,
             policy=policy,
-            reference=_reference(config, policy),
+            reference=reference,
             optimizer=optimizer,
             engine=engine,
             rollouts=rollouts,

@@ -11,6 +11,7 @@ from or1.config import OptimConfig
 from or1.dist.fsdp import local_shard
 from or1.dist.world import SINGLE, World
 from or1.train.adam import round_stochastically
+from or1.train.host_steps import Gradients, HostSteps
 from or1.train.masters import MasterWeights, arithmetic_dtype
 
 
@@ -35,6 +36,7 @@ class MasterAdamW(MasterWeights):
 
     def __init__(self, model: nn.Module, config: OptimConfig, world: World = SINGLE):
         super().__init__(model, config, world)
+        self.on_host = HostSteps.of(self)
         self._sums: dict[int, Tensor] = {}
         if config.grad_dtype == "float32":
             for i, param in enumerate(self.params):
@@ -59,6 +61,10 @@ class MasterAdamW(MasterWeights):
         grad = self._sums.get(i, self.params[i].grad)
         return None if grad is None else local_shard(grad)
 
+    def _drop(self, i: int) -> None:
+        self._sums.pop(i, None)
+        self.params[i].grad = None
+
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self._sums.clear()
@@ -74,8 +80,11 @@ class MasterAdamW(MasterWeights):
         if took:
             # As in torch's clip_grad_norm_: the small constant avoids a division by 0.
             scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            for i in range(len(self.params)):
-                self._step_one(i, scale, lr)
+            if self.on_host:
+                self.on_host.step(self, Gradients(self._gradient, self._drop), scale, lr)
+            else:
+                for i in range(len(self.params)):
+                    self._step_one(i, scale, lr)
             self.updates += 1
         self.zero_grad()
         return UpdateResult(float(norm), lr, took)
@@ -87,15 +96,10 @@ class MasterAdamW(MasterWeights):
             return
         dtype, device = arithmetic_dtype(param), self.home(param)
         weight = param.to(device, dtype) if master is None else master
-        state = self.states[i] or self.rule.new_state(weight)
-        self.states[i] = state
         grad = grad.to(device, dtype).mul_(scale.to(device))
         # One parameter at a time, and its gradient freed after use: copies of all would be the memory peak of the step.
-        self._sums.pop(i, None)
-        self.params[i].grad = None
-        # Biases and norm gains are vectors; decaying them pulls activations towards zero.
-        decay = self.config.weight_decay if param.ndim >= 2 else 0.0
-        self.rule.update(weight.detach(), grad, state, lr, decay)
+        self._drop(i)
+        self.rule.update(weight.detach(), grad, self.state_of(i), lr, self.decay_of(i))
         if master is None:
             weight = round_stochastically(weight, seed=self.updates * len(self.params) + i)
         if master is not param:

@@ -15,8 +15,9 @@ from or1.config import ModelConfig
 from or1.core.errors import MemoryOptionError
 from or1.core.types import TrainSequence
 from or1.model.forward import hidden_states
+from or1.model.host_copies import Shelf
 from or1.model.load import load_model
-from or1.model.memory import _from_host, _to_host, apply_liger, tile_mlps, tiled_forward
+from or1.model.memory import apply_liger, checkpointing_mode, tile_mlps, tiled_forward
 from or1.model.rows import pack_indexed
 
 
@@ -45,7 +46,7 @@ def states_and_gradients(model: PreTrainedModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("tile", [0, 16, 33])
-@pytest.mark.parametrize("checkpointing", ["none", "layer", "offload"])
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "selective", "offload"])
 def test_checkpointing_and_tiles_change_nothing(checkpointing: str, tile: int, adder: Path) -> None:
     plain = states_and_gradients(load(adder, mlp_tile_tokens=0))
     model = load(adder, gradient_checkpointing=checkpointing, mlp_tile_tokens=tile)
@@ -60,10 +61,17 @@ def test_checkpointing_and_tiles_change_nothing(checkpointing: str, tile: int, a
 
 
 def test_true_and_false_still_mean_layer_and_none() -> None:
-    for value, expected in ((True, "layer"), (False, "none"), ("offload", "offload")):
+    for value, expected in ((True, "layer"), (False, "none"), ("offload", "offload"), ("auto", "auto")):
         assert ModelConfig(path="x", gradient_checkpointing=value).gradient_checkpointing == expected
     with pytest.raises(ValidationError):
         ModelConfig(path="x", gradient_checkpointing="sometimes")
+
+
+def test_auto_recomputes_on_a_gpu_and_nothing_on_a_cpu() -> None:
+    assert ModelConfig(path="x").gradient_checkpointing == "auto"
+    assert checkpointing_mode("auto", torch.device("cpu")) == "none"
+    assert checkpointing_mode("auto", torch.device("cuda")) == "selective"
+    assert checkpointing_mode("offload", torch.device("cuda")) == "offload"
 
 
 def test_checkpointing_keeps_one_input_a_layer(adder: Path) -> None:
@@ -118,16 +126,12 @@ def test_liger_says_why_not(adder: Path) -> None:
         load(adder, liger="on")
 
 
-def test_a_tensor_on_the_cpu_is_not_copied() -> None:
-    x = torch.randn(1 << 20)
-    assert _to_host(x) is x and _from_host(x) is x
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_offload_is_exact_and_liger_is_close(adder: Path) -> None:
-    big = torch.randn(1 << 20, device="cuda")
-    assert torch.equal(_from_host(_to_host(big)), big) and not _to_host(big)[0].is_cuda
+    big, shelf = torch.randn(1 << 20, device="cuda"), Shelf(torch.device("cuda"))
+    kept = shelf.put(big)
+    assert torch.equal(shelf.take(kept), big) and kept.host.is_pinned()
 
     def run(**options: object) -> list[Tensor]:
         model = load_model(ModelConfig(path=str(adder), dtype="float32", device="cuda", **options)).train()

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from or1.config import ModelConfig
 from or1.core.types import TrainSequence
+from or1.model import mask_check
 from or1.model.attention import packed_forward
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
-from or1.model.rows import pack_indexed
+from or1.model.rows import keep_known, pack_indexed
 from or1_kernels import _native
 
 
@@ -141,3 +142,29 @@ def test_boundaries_isolate_even_with_a_cache_and_a_mask(tmp_path: Path) -> None
         assert (theirs[4:] - alone).abs().max() > 1e-3, (
             "this leak is gone from transformers: simplify or1.model.attention"
         )
+
+
+def test_a_row_knows_from_packing_whether_every_log_prob_is_known() -> None:
+    rng = np.random.default_rng(0)
+    whole, holed = sequence(rng, 3, 5), sequence(rng, 3, 5)
+    holed.rollout_logp[1] = np.nan
+    ((_, row),) = pack_indexed([whole], 64)
+    assert row.all_known and keep_known(row) is row
+    ((_, row),) = pack_indexed([whole, holed], 64)
+    assert not row.all_known and len(keep_known(row).rows_N) == 9
+
+
+def test_the_search_for_packed_sequences_is_left_out_of_packed_rows_alone(adder: Path) -> None:
+    from transformers import masking_utils
+
+    model = load_model(ModelConfig(path=str(adder), dtype="float64", device="cpu"))
+    asked: list[bool] = []
+    real = mask_check._search
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_check, "_search", lambda ids: asked.append(True) or real(ids))
+        ((_, row),) = pack_indexed([sequence(np.random.default_rng(0), 3, 5, vocab=19)], 64)
+        hidden_states(model, row)
+        assert not asked
+        model(input_ids=row.ids_T[None], position_ids=row.positions_T[None], use_cache=False)
+        assert asked
+    assert masking_utils.find_packed_sequence_indices is mask_check._find

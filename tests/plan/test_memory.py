@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
+from or1.model import selective
 from or1.model.load import load_model
 from or1.model.rows import Microbatch, pack_indexed
 from or1.plan.activations import activations, layer_saved
@@ -177,3 +179,32 @@ def test_known_models_are_what_transformers_builds(hub_id: str) -> None:
     model.tie_weights()
     shape: ModelShape = parse_shape(KNOWN[hub_id], hub_id)
     assert sorted(shape.tensor_sizes()) == sorted(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_selective_checkpoints_keep_attention_outputs_too(folder: str, dtype: str) -> None:
+    shape, batch = shape_of(folder), row(384)
+    layer = activations(shape, choices(dtype, gradient_checkpointing=True), 384)
+    plan = activations(shape, choices(dtype, gradient_checkpointing="selective"), 384)
+    kept: dict[int, Tensor] = {}
+    append = selective._alias
+
+    def note(value: object) -> object:
+        if isinstance(value, Tensor):
+            kept[value.untyped_storage().data_ptr()] = value
+        return append(value)
+
+    model = load(folder, dtype, gradient_checkpointing="selective")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selective, "_alias", note)
+        saved_bytes(model, batch)
+    real = sum(t.untyped_storage().nbytes() for t in kept.values())
+    # The kernel of the CPU keeps the log-sum-exp in fp32 for every dtype, as the GPU's do.
+    assert plan.saved - layer.saved == real == layer.layer * shape.layers - plan.layer * shape.layers
+
+
+def test_auto_is_planned_for_the_device(folder: str) -> None:
+    gpu = find_device("H200", "auto")[0]
+    assert choices("bfloat16", device=gpu).checkpointing == "selective"
+    assert choices("bfloat16").checkpointing == "none"
+    assert choices("bfloat16", device=gpu, gradient_checkpointing="offload").checkpointing == "offload"

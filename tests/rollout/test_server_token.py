@@ -174,7 +174,9 @@ def test_a_push_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.Monke
     mine = tmp_path / "thesis.tex"
     mine.write_text("mine")
     (tmp_path / "pushed" / ".weights.safetensors.partial").symlink_to(mine)
-    monkeypatch.setattr("or1.rollout.vllm.push.named_weights", lambda _: [("w", torch.ones(2))])
+    weights = torch.ones(2)
+    monkeypatch.setattr("or1.rollout.vllm.weight_file.named_weights", lambda _: [("w", weights)])
+    monkeypatch.setattr("or1.rollout.vllm.weight_file.weight_forms", lambda _: [("w", weights.dtype, weights.shape)])
     push = FilePush(tmp_path / "pushed")
     push.send(lambda *_, **__: [], None, 1)
     assert mine.read_text() == "mine" and push.path.is_file() and not push.path.is_symlink()

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from or1.core.allocator import users_environment
 from or1.core.errors import EngineError
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 from or1.rollout.vllm.worker import TOKEN_VARIABLE, WEIGHTS_VARIABLE
@@ -58,7 +59,9 @@ def server_environment(setup: VllmSetup, token: str, weights: Path | None = None
 
     weights  folder below which the server may read weights; None: it may read none
     """
-    inherited = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    # vLLM's own collectives share memory between processes, which growing segments do not allow.
+    users = users_environment(os.environ)
+    inherited = {k: v for k, v in users.items() if k not in _TORCHRUN and k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     # The development mode enables /collective_rpc and /reset_prefix_cache; `RequireToken` protects both.
     own = {"VLLM_SERVER_DEV_MODE": "1", TOKEN_VARIABLE: token, "PYTHONPATH": path}

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from or1.core.errors import EngineError
@@ -19,6 +18,7 @@ from or1.core.files import replacing
 from or1.dist.world import open_store
 from or1.model.export import named_weights, weight_forms
 from or1.rollout.vllm.memory_folder import MemoryFolder
+from or1.rollout.vllm.weight_file import write_weights
 from or1.rollout.vllm.worker import GROUP_TIMEOUT_S, address_towards, broadcast, make_group
 
 Rpc = Callable[..., list[dict[str, Any]]]
@@ -50,13 +50,15 @@ class FilePush:
     """A transport by one safetensors file, which is kept until the next push for a restarted server.
 
     folder  where to write the file; None: a folder in memory
+    needs   bytes of the file, for the choice of a place with room for it
+    spare   a folder on a disk for want of room in memory
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, *, needs: int = 0, spare: Path | None = None):
         self._own: MemoryFolder | None = None
         if folder is None:
             # In memory: the file is read once and need not survive a crash.
-            self._own = MemoryFolder("or1-pushed-")
+            self._own = MemoryFolder("or1-pushed-", needs, spare)
             folder = self._own.path
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
@@ -64,10 +66,11 @@ class FilePush:
 
     def send(self, rpc: Rpc, model: PreTrainedModel, version: int) -> list[dict[str, Any]]:
         """Write the weights to the file, and let every worker read it, as `Push.send`."""
-        # clone: safetensors refuses tensors that share memory, as tied embeddings do.
-        tensors = {name: t.to("cpu").contiguous().clone() for name, t in named_weights(model)}
+        if self._own is not None:
+            # The old and the new weights together might not fit. From here on only the new ones can be sent again.
+            self.path.unlink(missing_ok=True)
         with replacing(self.path, durable=False) as partial:
-            save_file(tensors, partial)
+            write_weights(partial, model)
         return rpc("or1_load_file", path=str(self.path.resolve()), version=version)
 
     def repeat(self, rpc: Rpc, version: int) -> bool:

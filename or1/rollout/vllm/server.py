@@ -13,6 +13,7 @@ from or1.rollout.vllm.client import Address, ServerClient
 from or1.rollout.vllm.process import ServerProcess, shared_folder
 from or1.rollout.vllm.push import BroadcastPush, FilePush, Push
 from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.weight_file import file_bytes
 from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ServerEngine(ServerClient):
         tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
     ):
-        self._push = _make_push(setup, config, run_path)
+        self._push = _make_push(setup, config, model, run_path)
         if config.url is None:
             self.process = ServerProcess(setup, config.devices, run_path / "vllm_server.log", self._push.folder)
             address = Address(self.process.url, self.process.token, own=True)
@@ -127,9 +128,10 @@ def _token_of_another_server(url: str) -> str:
     return os.environ[TOKEN_VARIABLE]
 
 
-def _make_push(setup: VllmSetup, config: VllmConfig, run_path: Path) -> Push:
+def _make_push(setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, run_path: Path) -> Push:
     own = config.url is None
     if config.transport == "file" or (own and config.transport == "auto"):
-        return FilePush(None if own else shared_folder(run_path))
+        folder = shared_folder(run_path)
+        return FilePush(needs=file_bytes(model), spare=folder) if own else FilePush(folder)
     url = "http://127.0.0.1" if config.url is None else config.url
     return BroadcastPush(url, setup.tensor_parallel, "nccl" if setup.on_gpu else "gloo")
