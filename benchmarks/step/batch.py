@@ -44,6 +44,9 @@ ARCHITECTURES = {
     },
 }
 
+# Every layer is the same, so a rehearsal needs only some of them.
+ARCHITECTURES["qwen2.5-7b, four layers"] = ARCHITECTURES["qwen2.5-7b"] | {"num_hidden_layers": 4}
+
 # Dense 16-bit peak in FLOP/s, by a substring of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
