@@ -101,6 +101,19 @@ def one_long_sequence(context: int, vocab: int) -> list[TrainSequence]:
     return [TrainSequence(ids[:256], ids[256:], np.zeros(context - 256, np.float32), 1.0)]
 
 
+def equal_documents(tokens: int, documents: int, vocab: int) -> list[TrainSequence]:
+    """Return responses of equal length that fill one row of `tokens` tokens."""
+    rng = np.random.default_rng(0)
+    length = tokens // documents
+    made = []
+    for i in range(documents):
+        ids = rng.integers(0, vocab, length).astype(np.int32)
+        prompt = min(256, length // 2)
+        advantage = 1.0 if i % 2 == 0 else -1.0
+        made.append(TrainSequence(ids[:prompt], ids[prompt:], np.zeros(length - prompt, np.float32), advantage))
+    return made
+
+
 def useful_flops(name: str, sequences: Sequence[TrainSequence]) -> float:
     """Return model FLOPs of forward and backward of the batch, without padding or recomputation.
 

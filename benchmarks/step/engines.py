@@ -85,7 +85,9 @@ class Or1Engine:
         model = make_model(architecture, dtype, device, register(choose_backend("auto", device, dtype)))
         config = ModelConfig(path=architecture, gradient_checkpointing=checkpointing)
         self.model = prepare_model(model, config, device)
-        self.optimizer = MasterAdamW(self.model, OptimConfig(lr=LR, optimizer=optimizer, weights=weights, grad_dtype=grad_dtype))
+        self.optimizer = MasterAdamW(
+            self.model, OptimConfig(lr=LR, optimizer=optimizer, weights=weights, grad_dtype=grad_dtype)
+        )
         self.sequences = sequences
         budget = RowBudget(max(row_tokens, *(s.packed_tokens for s in sequences)))
         self.policy = Policy(self.model, budget, sharing=sharing)

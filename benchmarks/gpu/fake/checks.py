@@ -177,7 +177,7 @@ def _states(optimizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     home = "cpu" if options.get("optimizer") == "offload" else "cuda"
     tensors = {k: t for k, t in optimizer.state_tensors().items() if not k.startswith(("master.", "step."))}
     if {t.device.type for t in tensors.values()} != {home} or {t.dtype for t in tensors.values()} != {torch.float32}:
-        raise AssertionError(f"moments are on {({t.device.type for t in tensors.values()})}, not on {home}")
+        raise AssertionError(f"moments are on { ({t.device.type for t in tensors.values()}) }, not on {home}")
     masters = {m.device.type for m in optimizer.masters if m is not None}
     if masters != (set() if options.get("weights") == "stochastic" else {home}):
         raise AssertionError(f"masters are on {masters}, not on {home}")

@@ -46,7 +46,7 @@ def _as_tuple(x: Any) -> tuple:
 
 
 def _run(outputs: tuple, grads: tuple, wanted: _Pending) -> None:
-    """Run the nodes below `outputs`, users before producers. Fill `wanted`, or the leaves' `.grad` if `wanted` is {}."""
+    """Run the nodes below `outputs`, users before producers. Fill `wanted`, or the `.grad` of leaves if it is {}."""
     pending: _Pending = {}
     for i, output in enumerate(outputs):
         upstream = grads[i] if i < len(grads) and grads[i] is not None else torch.ones_like(output)
