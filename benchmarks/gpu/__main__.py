@@ -112,12 +112,15 @@ def _lacks(context: Context, why: str) -> int:
     return _LACKS
 
 
+def _command(name: str, arguments: argparse.Namespace, limit: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--parts", name, "--in-process", str(limit)]
+    return command + [flag for flag in ("--rehearse", "--quick") if getattr(arguments, flag[2:])]
+
+
 def _spawn(name: str, arguments: argparse.Namespace, environment: dict[str, str], limit: float) -> dict:
     """Run one part in a child process for at most `limit` seconds. Failures of the child never raise."""
     path = arguments.out / f"{name}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--parts", name, "--in-process", str(limit)]
-    command += [flag for flag in ("--rehearse", "--quick") if getattr(arguments, flag[2:])]
     if arguments.rehearse and name in _INTERPRETED:
         environment = environment | {"TRITON_INTERPRET": "1"}
     print(f"== {name}", flush=True)
@@ -125,7 +128,9 @@ def _spawn(name: str, arguments: argparse.Namespace, environment: dict[str, str]
     log = arguments.out / f"{name}.log"
     with log.open("w", encoding="utf-8") as stderr:
         # A session of its own: the part's own children must end with it.
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr, start_new_session=True)
+        child = subprocess.Popen(
+            _command(name, arguments, limit), cwd=ROOT, env=environment, stderr=stderr, start_new_session=True
+        )
         try:
             code = child.wait(limit)
             ended = {_PASSED: "passed", _LACKS: "not run"}.get(code, f"failed (exit code {code})")

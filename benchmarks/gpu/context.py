@@ -28,11 +28,11 @@ _TRAINER = ("triton", "pydantic", "transformers", "or1_kernels._native")
 
 # In the order of a first hour on a GPU: what answers most, soonest. A new part is one line here.
 PARTS: dict[str, Part] = {
-    "rows": Part("benchmarks.gpu.rows", "run", _GPU, quick_s=40),
-    "kernels": Part("benchmarks.gpu.kernels", "run", _GPU, quick_s=40),
-    "attention": Part("benchmarks.gpu.attention", "run", quick_s=40),
-    "head-7b": Part("benchmarks.gpu.head", "run_7b", _GPU, quick_s=80),
-    "head-8b": Part("benchmarks.gpu.head", "run_8b", _GPU, quick_s=40),
+    "rows": Part("benchmarks.gpu.rows", "run", _GPU, quick_s=30),
+    "kernels": Part("benchmarks.gpu.kernels", "run", _GPU, quick_s=35),
+    "attention": Part("benchmarks.gpu.attention", "run", quick_s=35),
+    "head-7b": Part("benchmarks.gpu.head", "run_7b", _GPU, quick_s=75),
+    "head-8b": Part("benchmarks.gpu.head", "run_8b", _GPU, quick_s=35),
     "step-7b": Part("benchmarks.gpu.step", "run_7b", _TRAINER, quick_s=90),
     "head-1.5b": Part("benchmarks.gpu.head", "run_1_5b", _GPU),
     "step-1.5b": Part("benchmarks.gpu.step", "run_1_5b", _TRAINER),

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Sequence
 
 WHEELS = "benchmarks/gpu/wheels.txt"
+# Some messages of torch are one line of 2000 characters.
+_LONGEST = 200
 _REMEDIES = {
     "or1_kernels._native": "the C++ module is not built here (python setup.py build_ext --inplace, with a compiler)",
     "triton": "a GPU build of torch brings triton",
@@ -31,4 +33,4 @@ def remedy(module: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__

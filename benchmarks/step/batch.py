@@ -104,7 +104,8 @@ def one_long_sequence(context: int, vocab: int) -> list[TrainSequence]:
 def equal_documents(tokens: int, documents: int, vocab: int) -> list[TrainSequence]:
     """Return responses of equal length that fill one row of `tokens` tokens."""
     rng = np.random.default_rng(0)
-    length = tokens // documents
+    # The last token of a response is predicted and not read, so a response has one more than its row part.
+    length = tokens // documents + 1
     made = []
     for i in range(documents):
         ids = rng.integers(0, vocab, length).astype(np.int32)
