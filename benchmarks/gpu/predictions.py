@@ -1,7 +1,7 @@
 """What was predicted before any GPU was used, to be printed beside what is measured.
 
-The predictions are arithmetic on memory bandwidth, instruction counts and GEMM rates, made in November 2026 for the
-code of that time ("now") and for the plan ("after"). None of them is a measurement.
+The predictions are arithmetic on memory bandwidth, instruction counts and GEMM rates, of November 2026. "now" is the
+code of that time, "after" the plan. None of them is a measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Prediction:
 
     part, where  rows that it is for: their part, and the values that their columns must have
     figure       the column
-    low, high    by a word of the device's name
+    by_device    lowest and highest value, by text that the device's name contains
     note         what the range assumes
     """
 

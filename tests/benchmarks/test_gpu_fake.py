@@ -86,7 +86,7 @@ def test_a_cpu_build_of_torch_is_one_line_and_a_code_of_its_own(root: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cuda_paths_run_on_fake_tensors(root: Path, tmp_path: Path) -> None:
-    """An environment with torch 2.11 for CUDA, which is large; OR1_CUDA_PYTHON names one that is there already."""
+    """Run it in an environment with torch 2.11 for CUDA, which is large. OR1_CUDA_PYTHON names one that is there."""
     python = os.environ.get("OR1_CUDA_PYTHON") or make_environment(tmp_path / "venv")
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
     command = [python, "-m", "benchmarks.gpu", str(tmp_path), "--fake"]
