@@ -20,7 +20,8 @@ def environment(wheels: Path | None, out: Path) -> dict[str, str]:
     if importlib.util.find_spec("or1_kernels") is None:
         extra.append(ROOT / "kernels")
     if wheels is not None:
-        extra.append(install(wheels, out / "site"))
+        site = install(wheels, out / "site")
+        extra += [site, *_beside(site)]
     path = os.pathsep.join([*map(str, extra), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,18 +30,30 @@ def environment(wheels: Path | None, out: Path) -> dict[str, str]:
 
 
 def install(wheels: Path, site: Path) -> Path:
-    """Install every wheel of the folder into `site`, one at a time, so that one bad wheel affects no other."""
+    """Install every wheel of the folder into `site`: all at once, and one by one if a bad wheel stops the others."""
     found = sorted(wheels.glob("*.whl"))
     if not found:
         print(f"no wheels in {wheels}; benchmarks/gpu/wheels.txt lists what to bring", file=sys.stderr)
     options = ["-q", "--no-deps", "--no-index", "--target", str(site), "--upgrade"]
+    command = [sys.executable, "-m", "pip", "install", *options]
+    if not found or subprocess.run([*command, *map(str, found)], capture_output=True).returncode == 0:
+        return site
     for wheel in found:
-        command = [sys.executable, "-m", "pip", "install", *options, str(wheel)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"not installed: {wheel.name}: {last}", file=sys.stderr)
     return site
+
+
+def _beside(site: Path) -> list[Path]:
+    """Return the folders that .pth files of a site add, by path or by code: Python reads them in its own site only."""
+    code = (
+        "import site, sys; before = set(sys.path); site.addsitedir(sys.argv[1])\n"
+        "print(*[p for p in sys.path if p not in before and p != sys.argv[1]], sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(site)], capture_output=True, text=True)
+    return [Path(line) for line in done.stdout.splitlines() if line]
 
 
 def build_native(environment: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,35 @@ def test_a_machine_without_compiler_or_build_tools_says_so(monkeypatch: pytest.M
     assert bootstrap.build_native({}) == "not built: no C++ compiler (g++, clang++ or $CXX)"
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: "/usr/bin/g++")
     assert "pybind11" in bootstrap.build_native({})
+
+
+def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    """Write a wheel of these files."""
+    info = f"{name}-1.0.dist-info"
+    meta = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        for path, text in (files | meta).items():
+            file.writestr(path, text)
+
+
+def test_wheels_are_installed_beside_the_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"not a wheel")
+    line = "import sys, os, or1_deep; sys.path.insert(0, os.path.join(or1_deep.__path__[0], 'packages'))\n"
+    files = {"or1_deep/__init__.py": "", "or1_deep/packages/or1_deep_inner.py": "", "or1_deep.pth": line}
+    wheel(wheels, "or1_deep", files)
+    environment = bootstrap.environment(wheels, tmp_path)
+    # The .pth file of a wheel is read too: nvidia-cutlass-dsl keeps its package behind one.
+    assert bootstrap._imports("or1_deep_inner", environment)
+    assert "not installed: broken-1.0" in capsys.readouterr().err
 
 
 def test_every_needed_wheel_is_listed(root: Path) -> None:
