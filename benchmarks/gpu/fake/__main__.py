@@ -1,11 +1,13 @@
 """The rehearsal in a process of its own, which `python -m benchmarks.gpu OUT_DIR --fake` starts."""
 
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import bootstrap
 from benchmarks.gpu.__main__ import NO_FAKE
 from benchmarks.gpu.context import Context
 
@@ -21,6 +23,7 @@ def main(out: str) -> int:
         return NO_FAKE
     from benchmarks.gpu.fake import checks
 
+    print(f"C++ module: {bootstrap.build_native(dict(os.environ))}", flush=True)
     context = Context("fake", Path(out), True, time.monotonic() + 3600, [])
     checks.run(context)
     passed = all(r.get("ok", True) and "skipped" not in r for r in context.rows)

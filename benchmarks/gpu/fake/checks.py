@@ -89,7 +89,7 @@ def _launched(log: Log, rows: int) -> dict[str, Any]:
         covered[kernel] = covered.get(kernel, 0) + grid[0]
     if not covered or max(covered.values()) < rows:
         raise AssertionError(f"no Triton kernel covers {rows} rows; launched: {covered}")
-    return {"launches": len(log.launches), "kernels": ", ".join(sorted(covered))}
+    return {"launches": len(log.launches), "kernels": ", ".join(sorted(covered)), "matrices": sorted(log.matrices)}
 
 
 HEAD_CALLS: dict[str, dict[str, Any]] = {

@@ -34,6 +34,8 @@ class Log:
 
     launches: list[tuple[str, tuple, set[str]]] = field(default_factory=list)
     host_reads: list[str] = field(default_factory=list)
+    # Dtype and strides of the matrices that kernels were given.
+    matrices: set[str] = field(default_factory=set)
 
 
 class _Stream:
@@ -176,6 +178,7 @@ def _triton(log: Log) -> Iterator[tuple[Any, str, Any]]:
 
     def run(kernel: Any, *positional: Any, grid: Any, **named: Any) -> None:
         tensors = [x for x in (*positional, *named.values()) if isinstance(x, Tensor)]
+        log.matrices |= {f"{str(t.dtype)[6:]} {tuple(t.stride())}" for t in tensors if t.ndim == 2}
         sizes = tuple(grid) if isinstance(grid, list | tuple) else ()
         log.launches.append((kernel.fn.__name__, sizes, {t.device.type for t in tensors}))
 
