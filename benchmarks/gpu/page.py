@@ -59,11 +59,13 @@ def keep(out: Path, folder: Path) -> Path:
     """
     found = {name: out / f"{name}.json" for name in PARTS if (out / f"{name}.json").exists()}
     runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items()}
-    if not any("device" in run for run in runs.values()):
+    # A part that never started has no stamp, and nothing to say about a machine.
+    stamped = {name: run for name, run in runs.items() if "device" in run}
+    if not stamped:
         raise ValueError(f"{out} has no results of benchmarks.gpu; run python -m benchmarks.gpu {out}")
-    if rehearsed := sorted(name for name, run in runs.items() if run.get("rehearsal") or run.get("cuda") is None):
-        raise ValueError(f"{out}: {', '.join(rehearsed)} did not run on a GPU; the page takes GPU runs alone")
-    stamp = next(run for run in runs.values() if "device" in run)
+    if other := sorted(name for name, run in stamped.items() if run.get("rehearsal") or run.get("cuda") is None):
+        raise ValueError(f"{out}: {', '.join(other)} did not run on a GPU; the page takes GPU runs alone")
+    stamp = next(iter(stamped.values()))
     name = re.sub(r"[^a-z0-9]+", "-", stamp["device"].lower()).strip("-")
     kept = folder / f"{stamp['time'][:10]}-{name}"
     kept.mkdir(parents=True, exist_ok=True)

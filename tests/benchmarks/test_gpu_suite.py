@@ -61,6 +61,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_part_keeps_its_rows_and_leaves_no_child(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_stopped_part_keeps_its_rows_and_leaves_no_child(
     pytest.fail("the part's child still runs")
 
 
+@pytest.mark.slow
 def test_a_part_without_its_library_says_so_in_one_line(root: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     for name in ("pydantic", "torchao"):
@@ -104,6 +106,7 @@ def test_a_part_without_its_library_says_so_in_one_line(root: Path, tmp_path: Pa
     assert json.loads((tmp_path / "rows.json").read_text())["ended"] == "passed"
 
 
+@pytest.mark.slow
 def test_only_parts_that_need_the_trainer_import_pydantic(root: Path) -> None:
     code = (
         "import sys; sys.modules['pydantic'] = None; sys.modules['torchao'] = None\n"
@@ -136,6 +139,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
             file.writestr(path, text)
 
 
+@pytest.mark.slow
 def test_wheels_are_installed_beside_the_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +273,7 @@ def gpu_run(out: Path) -> None:
     checks = [{"check": "bit for bit", "ok": False}, {"check": "same", "ok": True}]
     ended = {"part": "kernels", "ended": "stopped after 420 s", "rows": checks}
     (out / "kernels.json").write_text(json.dumps(stamp | ended))
+    suite._not_run("train", out)
 
 
 def test_the_page_is_written_from_json(tmp_path: Path) -> None:
@@ -282,7 +287,7 @@ def test_the_page_is_written_from_json(tmp_path: Path) -> None:
     assert "No GPU run" not in text and "## NVIDIA H200, 2027-01-02" in text and "driver 580.1" in text
     assert "| row_sums | triton | 4096 | 0.9 | 2000 | ms: 0.75 to 0.88 (H200, predicted, not measured" in text
     assert "1 of 2 checks hold" in text and "- failed: bit for bit" in text and "stopped after 420 s" in text
-    assert "- skipped: CCE: not installed" in text
+    assert "- skipped: CCE: not installed" in text and "### train: not run: out of time, 0 s" in text
 
 
 def test_the_page_takes_no_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
