@@ -8,6 +8,7 @@ part passed; 1: a part failed, was stopped or lacks a library; 2: no GPU; 4: --f
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             "torch sees no GPU here; these are GPU checks. --rehearse runs them scaled down on a CPU.", file=sys.stderr
         )
         return NO_GPU
+    # As an interrupt, so that the part that runs is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     native = bootstrap.build_native(environment)
     print(f"C++ module: {native}", flush=True)
     results = []
@@ -135,9 +138,12 @@ def _spawn(name: str, arguments: argparse.Namespace, environment: dict[str, str]
             code = child.wait(limit)
             ended = {_PASSED: "passed", _LACKS: "not run"}.get(code, f"failed (exit code {code})")
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
             ended = f"stopped after {limit:.0f} s"
+        finally:
+            # After an interrupt too. A part that ended may have left children, and its group lives as long as they do.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if ended.startswith("failed"):
         print("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:]), file=sys.stderr, flush=True)
     return _close(path, name, ended, time.monotonic() - began)

@@ -117,6 +117,21 @@ def test_only_parts_that_need_the_trainer_import_pydantic(root: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=200)
 
 
+@pytest.mark.slow
+def test_an_interrupted_suite_leaves_no_part_behind(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "--rehearse", "--parts", "kernels"]
+    suite_process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{suite_process.pid}/task/{suite_process.pid}/children")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "kernels.json").exists():
+        assert time.monotonic() < deadline and suite_process.poll() is None
+        time.sleep(0.2)
+    (part,) = children.read_text().split()
+    suite_process.terminate()
+    assert suite_process.wait(60) == 128 + 15
+    assert not Path(f"/proc/{part}").exists()
+
+
 def test_a_machine_without_compiler_or_build_tools_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "_imports", lambda module, environment: False)
     monkeypatch.delenv("CXX", raising=False)
