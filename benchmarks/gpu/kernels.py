@@ -105,6 +105,8 @@ def excess(mine: Tensor, peer: Tensor, truth: Tensor) -> float:
 def _exactness(context: Context) -> None:
     small = context.rehearse
     vocabs, counts = ((7, 5003), (0, 1, 17)) if small else ((7, 50257, 129920, 151936, 152064), (0, 1, 127, 4097))
+    if context.quick and not small:
+        vocabs, counts = (50257, 152064), (127, 4097)
     kinds, wants = cycle(OBJECTIVES.items()), cycle(NEEDS)
     for vocab in vocabs:
         for rows in counts:
@@ -190,7 +192,8 @@ def _strided_upstream(context: Context) -> None:
 
 
 def _bitwise(context: Context) -> None:
-    shape, rows = (Shape("", 16, 1031), 48) if context.rehearse else (Shape("", 1536, 151936), 4097)
+    # Rows that fill whole chunks: cuBLAS may choose another kernel for a chunk of another length.
+    shape, rows = (Shape("", 16, 1031), 48) if context.rehearse else (Shape("", 1536, 151936), 8192)
     problem = make_problem(shape, rows, dtype=torch.bfloat16, device=context.device)
     first, second = (fused(problem, PolicyObjective()) for _ in range(2))
     same = all(torch.equal(getattr(first, f), getattr(second, f)) for f in _FIELDS)

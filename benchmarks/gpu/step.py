@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.gpu.context import SOFT_LIMIT_S, Context
+from benchmarks.gpu.context import Context
 from benchmarks.step import suite
 
 _CASE_S = 150
@@ -10,14 +10,19 @@ _CASE_S = 150
 
 def _part(name: str) -> Callable[[Context], None]:
     def run(context: Context) -> None:
-        parts = ["cpu"] if context.rehearse else [name]
-        for entry in suite.run_parts(parts, context.out / f"step-{name}.json", _CASE_S, SOFT_LIMIT_S):
+        def add(entry: dict) -> None:
             case, result = entry["case"], entry["result"]
             where = {"architecture": case["architecture"], "context": case["context"]}
+            if case.get("documents"):
+                where |= {"documents": case["documents"], "row": case["context"]}
             for engine in case["engines"]:
                 found = result.get("engines", {}).get(engine["label"], {"error": result.get("error", "absent")})
                 failed = {"ok": False} if "error" in found and _must_run(engine["name"], case["context"]) else {}
                 context.add({**where, "engine": engine["label"], **found, **failed})
+
+        # A row is added after each case, so a part that is stopped keeps what it measured.
+        parts, out = ["cpu"] if context.rehearse else [name], context.out / f"step-{name}-cases.json"
+        suite.run_parts(parts, out, _CASE_S, context.left(), quick=context.quick, done=add)
 
     return run
 

@@ -1,7 +1,6 @@
 """GPU part: `or1 train` end to end on the device, the quickstart with fewer steps."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,8 +25,6 @@ def run(context: Context) -> None:
     config = _config(context.out / "train.toml", steps, small=context.rehearse)
     command = [sys.executable, "-m", "or1", "train", str(config), "--fresh"]
     command += [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
-    if not _native_built():
-        _build_native()
     began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S)
@@ -69,13 +66,3 @@ def _config(path, steps, small):
         parts.append("\n".join(lines) + "\n")
     path.write_text("[[stage]]\n".join(parts), encoding="utf-8")
     return path
-
-
-def _native_built():
-    code = "from or1_kernels import _native"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
-
-
-def _build_native():
-    # Needed on a bare machine. Requires a C++ compiler and pybind11, which may be one of the wheels.
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=os.environ, timeout=200)

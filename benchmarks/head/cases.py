@@ -94,15 +94,43 @@ def bare_gemms(problem: Problem):
     return measure.bare_gemms(hidden, problem.weight)
 
 
-def row(
-    setting: Setting, variant: Variant, task: str, problem: Problem, *, times_s: list[float], gemm_times_s: list[float]
-) -> dict:
-    """Return a table row: best time, peak extra memory, errors on a sample of rows, TFLOP/s of three GEMMs."""
-    device = problem.hidden.device
-    run = variant.runner(problem, task)
-    peak = measure.peak_extra_bytes(run, device)
+def error_of(variant: Variant, task: str, problem: Problem) -> dict[str, float | None]:
+    """Return the variant's errors against fp64 on a sample of the problem's rows."""
     sample = problem.sample(_SAMPLE_ROWS)
-    error = errors(variant.runner(sample, task)(), truth(sample, task))
+    return errors(variant.runner(sample, task)(), truth(sample, task))
+
+
+def why_wrong(variant: Variant, error: dict[str, float | None], plain: dict[str, float | None], eps: float) -> str:
+    """Return why a variant must not be timed: an error beyond its factor times plain torch's; "" if there is none.
+
+    plain  errors of naive torch in the same dtype, whose unit of rounding is `eps`
+    """
+    for name, value in error.items():
+        peer = plain[name]
+        if value is None or peer is None:
+            continue
+        floor = max(variant.floor, 2 * eps) if name.startswith("d") else 1e-4
+        # A nan is beyond every limit.
+        if not value <= variant.factor * peer + floor:
+            return f"{name} is off by {value:.1e} against fp64; plain torch is off by {peer:.1e}"
+    return ""
+
+
+def row(
+    setting: Setting,
+    variant: Variant,
+    task: str,
+    problem: Problem,
+    *,
+    times_s: list[float],
+    gemm_times_s: list[float],
+    error: dict[str, float | None] | None = None,
+) -> dict:
+    """Return a table row: best time, peak extra memory, errors on a sample of rows, TFLOP/s of three GEMMs.
+
+    error  from `error_of`, computed here if None
+    """
+    peak = measure.peak_extra_bytes(variant.runner(problem, task), problem.hidden.device)
     best, floor = min(times_s), min(gemm_times_s)
     return describe(setting) | {
         "variant": variant.name,
@@ -113,7 +141,7 @@ def row(
         "tflops": problem.flops / best / 1e12,
         "gemms_ms": 1e3 * floor,
         "to_gemms": best / floor,
-        "error": error,
+        "error": error_of(variant, task, problem) if error is None else error,
     }
 
 

@@ -37,6 +37,14 @@ def test_head(setting, variant, task, benchmark, record, skip_variant):
     if why is not None:
         skip_variant(variant.name, why)
     problem = problem_of(setting)
+    error = head.error_of(variant, task, problem)
+    why = head.why_wrong(
+        variant, error, head.error_of(VARIANTS["naive torch"], task, problem), torch.finfo(setting.dtype).eps
+    )
+    # A peer that is wrong here is a result. or1 must never be.
+    assert not (why and variant.name.startswith("or1")), why
+    if why:
+        skip_variant(variant.name, why)
     with measure.tf32(setting.tf32):
         run, gemms = variant.runner(problem, task), head.bare_gemms(problem)
         gemm_times = []
@@ -53,7 +61,7 @@ def test_head(setting, variant, task, benchmark, record, skip_variant):
             iterations=1,
         )
         times = list(benchmark.stats.stats.data)
-        row = head.row(setting, variant, task, problem, times_s=times, gemm_times_s=gemm_times[1:])
+        row = head.row(setting, variant, task, problem, times_s=times, gemm_times_s=gemm_times[1:], error=error)
     benchmark.group = str(setting)
     benchmark.extra_info.update({k: row[k] for k in ("task", "peak_extra_gib", "tflops", "to_gemms", "error")})
     record("head", row)

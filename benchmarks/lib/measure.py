@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.lib.paths import ROOT
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "cut-cross-entropy", "numpy")
+PACKAGES += ("quack-kernels", "flash-attn", "flash-attn-4", "torchao")
 # Bytes of logits that the bare GEMMs write at once: all on a GPU, a size that is cheap to allocate on a CPU.
 _GEMM_BYTES = {"cuda": 12 << 30, "cpu": 128 << 20}
 
@@ -125,6 +126,8 @@ def stamp() -> dict[str, object]:
     return {
         "commit": _commit(),
         "device": device_name(),
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -142,6 +145,18 @@ def device_name() -> str:
     flags = next((x for x in lines if x.startswith("flags")), "").split()
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return f"{model}, {os.cpu_count()} CPUs, {' '.join(sets)}"
+
+
+@cache
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, None without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
 
 
 @cache

@@ -29,6 +29,8 @@ class Shape:
 
 
 MODELS = (Shape("1.5B", 1536, 151936), Shape("7B", 3584, 152064), Shape("32B", 5120, 152064))
+# The shape in which peers give their own figures: 8192 tokens of it.
+PUBLISHED = Shape("8B", 4096, 151936)
 SMALL = Shape("small", 256, 16384)
 
 

@@ -44,6 +44,9 @@ ARCHITECTURES = {
     },
 }
 
+# Every layer is the same, so a rehearsal needs only some of them.
+ARCHITECTURES["qwen2.5-7b, four layers"] = ARCHITECTURES["qwen2.5-7b"] | {"num_hidden_layers": 4}
+
 # Dense 16-bit peak in FLOP/s, by a substring of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -96,6 +99,20 @@ def one_long_sequence(context: int, vocab: int) -> list[TrainSequence]:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab, context).astype(np.int32)
     return [TrainSequence(ids[:256], ids[256:], np.zeros(context - 256, np.float32), 1.0)]
+
+
+def equal_documents(tokens: int, documents: int, vocab: int) -> list[TrainSequence]:
+    """Return responses of equal length that fill one row of `tokens` tokens."""
+    rng = np.random.default_rng(0)
+    # The last token of a response is predicted and not read, so a response has one more than its row part.
+    length = tokens // documents + 1
+    made = []
+    for i in range(documents):
+        ids = rng.integers(0, vocab, length).astype(np.int32)
+        prompt = min(256, length // 2)
+        advantage = 1.0 if i % 2 == 0 else -1.0
+        made.append(TrainSequence(ids[:prompt], ids[prompt:], np.zeros(length - prompt, np.float32), advantage))
+    return made
 
 
 def useful_flops(name: str, sequences: Sequence[TrainSequence]) -> float:

@@ -17,9 +17,19 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.needs import why_not
 from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp
-from benchmarks.step.batch import ARCHITECTURES, PEAK_FLOPS, one_long_sequence, ragged_batch, useful_flops
+from benchmarks.step.batch import (
+    ARCHITECTURES,
+    PEAK_FLOPS,
+    equal_documents,
+    one_long_sequence,
+    ragged_batch,
+    useful_flops,
+)
 from benchmarks.step.engines import make_engine
+from benchmarks.step.suite import fitted
+from or1.core.errors import MemoryLimitError, OptimizerError
 from or1.core.types import TrainSequence
 
 
@@ -28,13 +38,12 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences = _batch_of(spec)
     result: dict[str, Any] = {"tokens": sum(s.packed_tokens for s in sequences), "engines": {}}
-    engines = {}
+    engines, used = {}, {}
     for engine in spec["engines"]:
+        used[engine["label"]] = options = _options(engine, spec, device)
         try:
-            engines[engine["label"]] = make_engine(
-                engine["name"], spec["architecture"], sequences, device, **engine["options"]
-            )
-        except ImportError as error:
+            engines[engine["label"]] = make_engine(engine["name"], spec["architecture"], sequences, device, **options)
+        except (ImportError, OptimizerError) as error:
             result["engines"][engine["label"]] = {"error": f"not installed: {error}"}
     first, peaks = {}, {}
     for label, engine in engines.items():
@@ -53,12 +62,24 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
             _numbers(spec, sequences, seconds)
             | first[label]
             | {"all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None}
+            | {"options": used[label]}
         )
     return result | {"stamp": stamp()}
 
 
+def _options(engine: dict[str, Any], spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    if engine["name"] != "or1" or device.type != "cuda":
+        return engine["options"]
+    card = torch.cuda.get_device_properties(device).total_memory
+    return fitted(engine["options"], card, why_not(("torchao",)) is None) | (
+        {"row_tokens": spec["context"]} if spec.get("documents") else {}
+    )
+
+
 def _batch_of(spec: dict[str, Any]) -> list[TrainSequence]:
     vocab = ARCHITECTURES[spec["architecture"]]["vocab_size"]
+    if spec.get("documents"):
+        return equal_documents(spec["context"], spec["documents"], vocab)
     if spec["groups"] == 0:
         return one_long_sequence(spec["context"], vocab)
     return ragged_batch(spec["context"], spec["groups"], spec["prompt"], vocab)
@@ -81,7 +102,7 @@ def main(spec: str, result_file: str) -> int:
     logging.disable(logging.WARNING)
     try:
         result = run_case(json.loads(spec))
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryLimitError) as error:
         result = {"error": "out of memory", "detail": str(error).split("\n")[0], "stamp": stamp()}
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
     return 0

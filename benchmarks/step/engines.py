@@ -76,6 +76,8 @@ class Or1Engine:
         *,
         checkpointing: str = "none",
         optimizer: str = "adamw",
+        weights: Literal["master", "stochastic"] = "master",
+        grad_dtype: Literal["float32", "bfloat16"] = "float32",
         row_tokens: int = 0,
         sharing: Literal["auto", "on", "off"] = "auto",
     ):
@@ -83,7 +85,9 @@ class Or1Engine:
         model = make_model(architecture, dtype, device, register(choose_backend("auto", device, dtype)))
         config = ModelConfig(path=architecture, gradient_checkpointing=checkpointing)
         self.model = prepare_model(model, config, device)
-        self.optimizer = MasterAdamW(self.model, OptimConfig(lr=LR, optimizer=optimizer))
+        self.optimizer = MasterAdamW(
+            self.model, OptimConfig(lr=LR, optimizer=optimizer, weights=weights, grad_dtype=grad_dtype)
+        )
         self.sequences = sequences
         budget = RowBudget(max(row_tokens, *(s.packed_tokens for s in sequences)))
         self.policy = Policy(self.model, budget, sharing=sharing)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A measurement in one process. groups 0: one response of the whole context. rounds 0: time the first step."""
+    """A measurement in one process.
+
+    groups     prompts with several responses each; 0: one response of the whole context
+    documents  above 0: this many responses of equal length in one row of `context` tokens, instead of groups
+    rounds     steps that are timed after the first; 0: the first is
+    """
 
     part: str
     architecture: str
@@ -43,6 +48,7 @@ class Case:
     prompt: int
     rounds: int
     engines: tuple[EngineSpec, ...]
+    documents: int = 0
 
 
 def cpu_cases() -> list[Case]:
@@ -59,28 +65,72 @@ def cpu_cases() -> list[Case]:
     ]
 
 
-def gpu_engines(architecture: str) -> tuple[EngineSpec, ...]:
-    """Return the engines of a GPU case. Peers take one padded response at a time, as 32K tokens need."""
+# A smaller card has no room for the 7B model's fp32 masters and gradient sums beside its moments: 92 GB.
+_ROOMY_BYTES = 100 << 30
+
+
+def or1_options(architecture: str, longest: bool = False) -> dict[str, Any]:
+    """Return or1's options for a model on any card. `fitted` completes them where the card is known."""
     large = architecture == "qwen2.5-7b"
-    or1 = {"checkpointing": "offload" if large else "layer", "optimizer": "adamw8bit" if large else "adamw"}
+    return {"checkpointing": "offload" if longest else "layer", "optimizer": "adamw8bit" if large else "adamw"}
+
+
+def fitted(options: dict[str, Any], card_bytes: int, torchao: bool) -> dict[str, Any]:
+    """Return or1's options for a card of this size.
+
+    8-bit moments stand for a large model. Without torchao its moments are in host memory. A card below 100 GiB has no
+    fp32 masters and sums gradients in bf16: 46 GB for 7B instead of 92.
+    """
+    if options.get("optimizer") != "adamw8bit":
+        return options
+    options = options | ({} if torchao else {"optimizer": "offload"})
+    return options | ({} if card_bytes >= _ROOMY_BYTES else {"weights": "stochastic", "grad_dtype": "bfloat16"})
+
+
+def gpu_engines(architecture: str, longest: bool = False) -> tuple[EngineSpec, ...]:
+    """Return the engines of a GPU case. Peers take one padded response at a time, as 32K tokens need."""
     peer = {"micro_batch": 1, "checkpointing": "layer"}
     return (
-        EngineSpec("or1", "or1", or1),
+        EngineSpec("or1", "or1", or1_options(architecture, longest)),
         EngineSpec("TRL", "trl", peer),
         EngineSpec("TRL with Liger", "trl-liger", peer),
         EngineSpec("plain transformers", "plain", peer),
     )
 
 
-def cases_of(part: str) -> Iterator[list[Case]]:
-    """Yield chains of cases. A failure ends its chain, because the next case needs more memory."""
+def row_cases(part: str, architecture: str) -> Iterator[list[Case]]:
+    """Yield or1's headline: one row of 32768 tokens, of one document and of four."""
+    for documents in (1, 4):
+        yield [
+            Case(
+                part=part,
+                architecture=architecture,
+                context=32768,
+                groups=0,
+                prompt=256,
+                rounds=1,
+                engines=gpu_engines(architecture)[:1],
+                documents=documents,
+            )
+        ]
+
+
+def cases_of(part: str, quick: bool = False) -> Iterator[list[Case]]:
+    """Yield chains of cases. A failure ends its chain, because the next case needs more memory.
+
+    quick  on a GPU only or1's rows of 32768 tokens
+    """
     if part == "cpu":
         yield from ([case] for case in cpu_cases())
         return
     architecture = "qwen2.5-" + part.removeprefix("longest-")
     longest = part.startswith("longest-")
     sizes = {"groups": 0, "prompt": 256, "rounds": 0} if longest else {"groups": 2, "prompt": 512, "rounds": 1}
-    for engine in gpu_engines(architecture):
+    if not longest:
+        yield from row_cases(part, architecture)
+        if quick:
+            return
+    for engine in gpu_engines(architecture, longest):
         yield [
             Case(part=part, architecture=architecture, context=context, engines=(engine,), **sizes)
             for context in (LONGEST if longest else CONTEXTS)
@@ -104,16 +154,28 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
         return {"error": f"exit status {done.returncode}: {last}"}
 
 
-def run_parts(parts: list[str], out: Path, case_s: float, total_s: float) -> list[dict[str, Any]]:
-    """Run all cases of `parts` in order, for at most `total_s` seconds. Rewrite `out` after every case."""
+def run_parts(
+    parts: list[str],
+    out: Path,
+    case_s: float,
+    total_s: float,
+    *,
+    quick: bool = False,
+    done: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> list[dict[str, Any]]:
+    """Run all cases of `parts` in order, for at most `total_s` seconds. Rewrite `out` after every case.
+
+    done  called with each finished case and its result
+    """
     results: list[dict[str, Any]] = []
     began = time.monotonic()
-    for chain in (chain for part in parts for chain in cases_of(part)):
+    for chain in (chain for part in parts for chain in (cases_of(part, quick=True) if quick else cases_of(part))):
         for case in chain:
             left = total_s - (time.monotonic() - began)
             result = run(case, min(case_s, left)) if left > 10 else {"error": "not run: out of --seconds"}
             results.append({"case": asdict(case), "result": result})
             out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            done(results[-1])
             names = ", ".join(e.label for e in case.engines)
             print(f"{case.architecture} at {case.context}: {names}: {result.get('error', 'done')}", flush=True)
             if "error" in result:
@@ -130,7 +192,8 @@ def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [HEADER]
     for entry in results:
         case, result = entry["case"], entry["result"]
-        where = (case["architecture"], f"{case['context']:,}" + ("" if case["groups"] else " (one)"))
+        kind = f" (in {n})" if (n := case.get("documents", 0)) else ("" if case["groups"] else " (one)")
+        where = (case["architecture"], f"{case['context']:,}{kind}")
         for engine in case["engines"]:
             numbers = result.get("engines", {}).get(engine["label"], {"error": result.get("error", "absent")})
             if "error" in numbers:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.lib import interpreter
+
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
@@ -27,6 +29,8 @@ TARGETS = {
 
 def run_interpreted(*groups: list[str]) -> list[str]:
     """pytest in a child for each group of files, at once, with the interpreter on; fails the test unless all pass."""
+    if why := interpreter.why_not():
+        pytest.skip(why)
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     outputs = []
