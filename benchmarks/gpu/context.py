@@ -39,6 +39,7 @@ PARTS: dict[str, Part] = {
     "longest-7b": Part("benchmarks.gpu.step", "run_longest_7b", _TRAINER),
     "longest-1.5b": Part("benchmarks.gpu.step", "run_longest_1_5b", _TRAINER),
     "head-32b": Part("benchmarks.gpu.head", "run_32b", _GPU),
+    "syncs": Part("benchmarks.gpu.syncs", "run", _TRAINER),
     "train": Part("benchmarks.gpu.train", "run", (*_TRAINER, "math_verify")),
 }
 # The headline figures first, since --quick has one limit for all parts.

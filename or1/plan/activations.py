@@ -1,7 +1,7 @@
 """Bytes that autograd saves for a packed row, tensor by tensor, and the temporaries of a layer's backward.
 
 The counts follow transformers' Llama, Qwen2 and Qwen3 layers with or1's packed attention.
-tests/unit/test_plan_memory.py compares the counts with the tensors that such models save.
+tests/plan/test_memory.py compares the counts with the tensors that such models save.
 """
 
 # Per token: H hidden, I intermediate, Q width of all query heads, K width of all key heads, e bytes of a scalar

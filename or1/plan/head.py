@@ -1,7 +1,7 @@
 """Buffers of the fused LM head (or1_kernels.engine.chunked), in bytes.
 
 The chunk sizes repeat those of or1_kernels.chunked, because importing that module would load torch.
-tests/unit/test_plan_memory.py compares the two.
+tests/plan/test_memory.py compares the two.
 """
 
 # N trained tokens of a row, C rows of a chunk, H hidden, V vocab

@@ -24,6 +24,7 @@ UPDATES: dict[str, dict[str, Any]] = {
     "stochastic weights, bf16 sums": {"weights": "stochastic", "grad_dtype": "bfloat16"},
     "optimizer offload": {"optimizer": "offload"},
     "checkpointing layer": {"checkpointing": "layer"},
+    "checkpointing selective": {"checkpointing": "selective"},
     "checkpointing offload": {"checkpointing": "offload"},
     "shared prompts": {"checkpointing": "layer", "sharing": "on"},
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 
 from benchmarks.gpu.fake import engine
+from or1.model import attention_calls
 
 _BYTES = 80 << 30
 _PROPERTIES = SimpleNamespace(
@@ -113,6 +114,17 @@ def _cuda() -> Iterator[tuple[Any, str, Any]]:
         yield torch.cuda, name, lambda *_, **__: _Stream()
     for name in ("stream", "device", "device_of"):
         yield torch.cuda, name, lambda *_, **__: contextlib.nullcontext()
+    registration = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    yield torch.cuda, "cudart", lambda: registration
+    # The choice among SDPA's kernels asks the driver.
+    yield attention_calls, "scaled_dot_product_attention", _attention
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+    """Return what SDPA returns, by its equation; a mask would change no shape."""
+    heads = q.shape[-3] // k.shape[-3]
+    k, v = (x.repeat_interleave(heads, dim=-3) for x in (k, v))
+    return torch.softmax(q @ k.mT * (scale or q.shape[-1] ** -0.5), dim=-1) @ v
 
 
 def _tensors(log: Log) -> Iterator[tuple[Any, str, Any]]:
