@@ -230,16 +230,24 @@ class _Worker:
     def ask(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
         """Return status and reward of one job, and the cause of a crash. Never raise. Replace a dead process first."""
         try:
-            if self._process.has_ended():
-                self._replace()
-                self.await_ready()
-            return self._process.ask(message, limit_s)
+            try:
+                return self._ask_living(message, limit_s)
+            except BrokenPipeError:
+                # The process died before it took the job, and was not seen to be dead yet.
+                self.kill()
+                return self._ask_living(message, limit_s)
         except ScorerError as error:
             self.kill()
             return Status.CRASH, None, str(error)
         except (EOFError, OSError, ValueError, TypeError) as error:  # the last two: half a reply, or one to another job
             self.kill()
             return Status.CRASH, None, f"the worker died ({type(error).__name__})"
+
+    def _ask_living(self, message: bytes, limit_s: float) -> tuple[Status, float | None, str]:
+        if self._process.has_ended():
+            self._replace()
+            self.await_ready()
+        return self._process.ask(message, limit_s)
 
     def kill(self) -> None:
         """Kill the process and all its descendants. No-op if it has ended."""

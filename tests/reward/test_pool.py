@@ -388,3 +388,19 @@ def test_make_scorer_follows_the_config() -> None:
         future = scorer.submit(prompt("2"), response(f"<think></think>{HANGS}"))
         assert scorer.submit(prompt("2"), response(r"\boxed{2}")).result(0).status is Status.TRUNCATED
         assert future.result(timeout=30).status is Status.TIMEOUT
+
+
+def test_a_job_that_a_dying_process_did_not_take_is_given_to_another(obeying, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = obeying(workers=1)
+    assert status_of(scorer, "echo") is Status.OK
+    process = type(scorer._pool._workers[0]._process)
+    first = [True]
+    ask = process.ask
+
+    def broken(self, *arguments):
+        if first.pop() if first else False:
+            raise BrokenPipeError
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(process, "ask", broken)
+    assert status_of(scorer, "again") is Status.OK
