@@ -8,6 +8,10 @@ namespace OR1_ISA {
 typedef float Vec __attribute__((vector_size(4 * OR1_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * OR1_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * OR1_LANES), aligned(4), may_alias));
+typedef uint32_t WordVec __attribute__((vector_size(4 * OR1_LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * OR1_LANES)));
+typedef uint16_t LooseHalfVec __attribute__((vector_size(2 * OR1_LANES), aligned(2), may_alias));
+typedef uint16_t LooseHalf __attribute__((may_alias));
 
 constexpr int64_t kBlock = 1024;
 // exp underflows far above this floor. The floor keeps 0 * d at 0 where d would be -inf.
@@ -15,7 +19,15 @@ constexpr float kFloor = -1.0e4f;
 
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-static inline void store(float* p, Vec x) { *reinterpret_cast<LooseVec*>(p) = x; }
+
+// bf16 bits of x, rounded to nearest even; nan stays nan. Denormals are kept, unlike with AVX512_BF16's instruction.
+static inline HalfVec bf16_bits(Vec x) {
+  WordVec bits = (WordVec)x;
+  WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  IntVec is_nan = x != x;
+  rounded = (rounded & ~(WordVec)is_nan) | (0x7fc0u & (WordVec)is_nan);
+  return __builtin_convertvector(rounded, HalfVec);
+}
 
 // exp for x <= 88, within 1.1 ulp down to -87.3 and 0 below; nan stays nan.
 static inline Vec exp_lanes(Vec x) {
@@ -87,17 +99,20 @@ struct Sums {
   double rest = 0, moment = 0;
 };
 
-// Add exp d and d exp d of p[0, count), except at index `skip` (the target; -1: none).
+// Add exp d and d exp d of p[0, count), except at index `skip` (the target; -1: none). Whole: a block of kBlock
+// elements without the target, which needs no comparison of indices and has the same sum.
+template <bool Whole>
 static void add_block(const float* p, int32_t count, int32_t skip, float peak, float inv_tau, RowTransform t,
                       Sums* sums) {
   Vec rest = {}, moment = {};
   IntVec index;
   for (int i = 0; i < OR1_LANES; ++i) index[i] = i;
-  for (int32_t v = 0; v < count; v += OR1_LANES, index += OR1_LANES) {
-    Vec raw = v + OR1_LANES <= count ? load(p + v) : load_tail(p + v, count - v, 0.0f);
+  for (int32_t v = 0; v < (Whole ? int32_t(kBlock) : count); v += OR1_LANES, index += OR1_LANES) {
+    Vec raw = Whole || v + OR1_LANES <= count ? load(p + v) : load_tail(p + v, count - v, 0.0f);
     Vec d = (transformed(raw, t) - peak) * inv_tau;
     d = d < kFloor ? splat(kFloor) : d;
-    Vec e = (index == skip) | (index >= count) ? Vec{} : exp_lanes(d);
+    Vec e = exp_lanes(d);
+    if (!Whole) e = (index == skip) | (index >= count) ? Vec{} : e;
     rest += e;
     moment += e * d;
   }
@@ -115,7 +130,8 @@ void sums_of_row(const RowBlock& b, RowTransform t, int64_t row_index, float* ou
   for (int64_t v = 0; v < b.vocab; v += kBlock) {
     const int32_t count = int32_t(b.vocab - v < kBlock ? b.vocab - v : kBlock);
     const int32_t skip = y >= v && y < v + count ? int32_t(y - v) : -1;
-    add_block(row + v, count, skip, peak, inv_tau, t, &sums);
+    const auto add = count == kBlock && skip < 0 ? add_block<true> : add_block<false>;
+    add(row + v, count, skip, peak, inv_tau, t, &sums);
   }
   const double d = (double(target) - peak) * inv_tau;
   if (d > kFloor) sums.moment += d * __builtin_exp(d);
@@ -125,6 +141,27 @@ void sums_of_row(const RowBlock& b, RowTransform t, int64_t row_index, float* ou
   out[3 * b.rows + row_index] = float(sums.moment);
 }
 
+// Out is float, or LooseHalf for bf16. bf16 is written to the first half of the row's own memory: element v goes to
+// byte 2 v, which is read before it is overwritten because the loop ascends.
+template <typename Out>
+static inline void put(float* row, int64_t v, int64_t count, Vec x) {
+  constexpr bool kHalf = sizeof(Out) == 2;
+  Out* out = reinterpret_cast<Out*>(row) + v;
+  if (count < OR1_LANES) {
+    if (kHalf) {
+      HalfVec half = bf16_bits(x);
+      for (int64_t i = 0; i < count; ++i) out[i] = Out(half[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = Out(x[i]);
+    }
+  } else if (kHalf) {
+    *reinterpret_cast<LooseHalfVec*>(out) = bf16_bits(x);
+  } else {
+    *reinterpret_cast<LooseVec*>(out) = x;
+  }
+}
+
+template <typename Out>
 void grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const float* stats, const float* slopes) {
   float* row = b.logits + row_index * b.stride;
   const int64_t y = b.targets[row_index];
@@ -133,17 +170,13 @@ void grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const fl
   const float g = slopes[row_index], k = slopes[b.rows + row_index], out_scale = -inv_tau * t.scale;
   const float raw_target = y >= 0 ? row[y] : 0;
   for (int64_t v = 0; v < b.vocab; v += OR1_LANES) {
-    const bool whole = v + OR1_LANES <= b.vocab;
-    Vec z = transformed(whole ? load(row + v) : load_tail(row + v, b.vocab - v, 0.0f), t);
+    const int64_t count = b.vocab - v < OR1_LANES ? b.vocab - v : OR1_LANES;
+    Vec z = transformed(count == OR1_LANES ? load(row + v) : load_tail(row + v, count, 0.0f), t);
     Vec log_p = (z - peak) * inv_tau - log_norm;
     log_p = log_p < kFloor ? splat(kFloor) : log_p;
     Vec dz = exp_lanes(log_p) * (g + k * (log_p + entropy)) * out_scale;
     if (t.softcap != 0) dz *= 1.0f - (z / t.softcap) * (z / t.softcap);
-    if (whole) {
-      store(row + v, dz);
-    } else {
-      for (int64_t i = v; i < b.vocab; ++i) row[i] = dz[i - v];
-    }
+    put<Out>(row, v, count, dz);
   }
   if (y < 0) return;
   const double bonus = double(k) * __builtin_exp(double(logp)) * (double(logp) + entropy);
@@ -152,7 +185,7 @@ void grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const fl
     const double u = double(transformed(raw_target, t)) / t.softcap;
     own *= 1 - u * u;
   }
-  row[y] = float(own);
+  put<Out>(row, y, 1, splat(float(own)));
 }
 
 }  // namespace OR1_ISA
