@@ -58,13 +58,13 @@ std::vector<Passes> available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    out.push_back({"avx512", avx512::sums_of_row, avx512::grads_of_row<float>, avx512::grads_of_row<avx512::LooseHalf>});
+    out.push_back({"avx512", avx512::sums_of_row, avx512::grads_of_row, avx512::bf16_grads_of_row});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    out.push_back({"avx2", avx2::sums_of_row, avx2::grads_of_row<float>, avx2::grads_of_row<avx2::LooseHalf>});
+    out.push_back({"avx2", avx2::sums_of_row, avx2::grads_of_row, avx2::bf16_grads_of_row});
   }
 #endif
-  out.push_back({"generic", generic::sums_of_row, generic::grads_of_row<float>, generic::grads_of_row<generic::LooseHalf>});
+  out.push_back({"generic", generic::sums_of_row, generic::grads_of_row, generic::bf16_grads_of_row});
   return out;
 }
 

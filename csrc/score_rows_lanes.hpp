@@ -10,6 +10,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * OR1_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * OR1_LANES), aligned(4), may_alias));
 typedef uint32_t WordVec __attribute__((vector_size(4 * OR1_LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * OR1_LANES)));
+typedef uint16_t PairVec __attribute__((vector_size(4 * OR1_LANES)));
 typedef uint16_t LooseHalfVec __attribute__((vector_size(2 * OR1_LANES), aligned(2), may_alias));
 typedef uint16_t LooseHalf __attribute__((may_alias));
 
@@ -20,13 +21,20 @@ constexpr float kFloor = -1.0e4f;
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 
-// bf16 bits of x, rounded to nearest even; nan stays nan. Denormals are kept, unlike with AVX512_BF16's instruction.
-static inline HalfVec bf16_bits(Vec x) {
+// Store x as bf16, rounded to nearest even; nan stays nan. Denormals are kept, unlike with AVX512_BF16's instruction.
+static inline void store_bf16(LooseHalf* out, Vec x) {
   WordVec bits = (WordVec)x;
-  WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  IntVec is_nan = x != x;
-  rounded = (rounded & ~(WordVec)is_nan) | (0x7fc0u & (WordVec)is_nan);
-  return __builtin_convertvector(rounded, HalfVec);
+  WordVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  rounded = x == x ? rounded : (WordVec)splat(__builtin_nanf(""));
+#if defined(__clang__)
+  *reinterpret_cast<LooseHalfVec*>(out) = __builtin_convertvector(rounded >> 16, HalfVec);
+#else
+  // GCC 12 converts element by element; the odd halves of a shuffled vector are the same.
+  PairVec odd;
+  for (int i = 0; i < 2 * OR1_LANES; ++i) odd[i] = uint16_t(2 * i + 1);
+  const PairVec packed = __builtin_shuffle((PairVec)rounded, odd);
+  __builtin_memcpy(out, &packed, 2 * OR1_LANES);
+#endif
 }
 
 // exp for x <= 88, within 1.1 ulp down to -87.3 and 0 below; nan stays nan.
@@ -141,51 +149,78 @@ void sums_of_row(const RowBlock& b, RowTransform t, int64_t row_index, float* ou
   out[3 * b.rows + row_index] = float(sums.moment);
 }
 
-// Out is float, or LooseHalf for bf16. bf16 is written to the first half of the row's own memory: element v goes to
-// byte 2 v, which is read before it is overwritten because the loop ascends.
+static inline void put(float* out, Vec x) { *reinterpret_cast<LooseVec*>(out) = x; }
+static inline void put(LooseHalf* out, Vec x) { store_bf16(out, x); }
+
+// Constants of a row in pass 2.
+struct GradRow {
+  float inv_tau, peak, logp, entropy, log_norm, g, k, out_scale;
+};
+
+// Write dL/draw of p[0, count) to out, which may be p itself.
 template <typename Out>
-static inline void put(float* row, int64_t v, int64_t count, Vec x) {
-  constexpr bool kHalf = sizeof(Out) == 2;
-  Out* out = reinterpret_cast<Out*>(row) + v;
-  if (count < OR1_LANES) {
-    if (kHalf) {
-      HalfVec half = bf16_bits(x);
-      for (int64_t i = 0; i < count; ++i) out[i] = Out(half[i]);
+static void grads_of_block(const float* p, Out* out, int32_t count, GradRow r, RowTransform t) {
+  for (int32_t v = 0; v < count; v += OR1_LANES) {
+    const int32_t left = count - v;
+    Vec z = transformed(left >= OR1_LANES ? load(p + v) : load_tail(p + v, left, 0.0f), t);
+    Vec log_p = (z - r.peak) * r.inv_tau - r.log_norm;
+    log_p = log_p < kFloor ? splat(kFloor) : log_p;
+    Vec dz = exp_lanes(log_p) * (r.g + r.k * (log_p + r.entropy)) * r.out_scale;
+    if (t.softcap != 0) dz *= 1.0f - (z / t.softcap) * (z / t.softcap);
+    if (left >= OR1_LANES) {
+      put(out + v, dz);
     } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = Out(x[i]);
+      Out tail[OR1_LANES];
+      put(tail, dz);
+      for (int32_t i = 0; i < left; ++i) out[v + i] = tail[i];
     }
-  } else if (kHalf) {
-    *reinterpret_cast<LooseHalfVec*>(out) = bf16_bits(x);
-  } else {
-    *reinterpret_cast<LooseVec*>(out) = x;
   }
 }
 
-template <typename Out>
+// Return dL/draw of the target.
+static float grad_of_target(float raw, GradRow r, RowTransform t) {
+  const double logp = r.logp, bonus = double(r.k) * __builtin_exp(logp) * (logp + r.entropy);
+  double own = (double(r.g) * __builtin_expm1(logp) + bonus) * r.out_scale;
+  if (t.softcap != 0) {
+    const double u = double(transformed(raw, t)) / t.softcap;
+    own *= 1 - u * u;
+  }
+  return float(own);
+}
+
+static GradRow grad_row(const RowBlock& b, RowTransform t, int64_t i, const float* stats, const float* slopes) {
+  const float inv_tau = b.inv_tau[i];
+  return {inv_tau,   stats[2 * b.rows + i], stats[i],           stats[b.rows + i], stats[3 * b.rows + i],
+          slopes[i], slopes[b.rows + i],    -inv_tau * t.scale};
+}
+
 void grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const float* stats, const float* slopes) {
   float* row = b.logits + row_index * b.stride;
   const int64_t y = b.targets[row_index];
-  const float inv_tau = b.inv_tau[row_index], peak = stats[2 * b.rows + row_index];
-  const float logp = stats[row_index], entropy = stats[b.rows + row_index], log_norm = stats[3 * b.rows + row_index];
-  const float g = slopes[row_index], k = slopes[b.rows + row_index], out_scale = -inv_tau * t.scale;
-  const float raw_target = y >= 0 ? row[y] : 0;
-  for (int64_t v = 0; v < b.vocab; v += OR1_LANES) {
-    const int64_t count = b.vocab - v < OR1_LANES ? b.vocab - v : OR1_LANES;
-    Vec z = transformed(count == OR1_LANES ? load(row + v) : load_tail(row + v, count, 0.0f), t);
-    Vec log_p = (z - peak) * inv_tau - log_norm;
-    log_p = log_p < kFloor ? splat(kFloor) : log_p;
-    Vec dz = exp_lanes(log_p) * (g + k * (log_p + entropy)) * out_scale;
-    if (t.softcap != 0) dz *= 1.0f - (z / t.softcap) * (z / t.softcap);
-    put<Out>(row, v, count, dz);
+  const GradRow r = grad_row(b, t, row_index, stats, slopes);
+  const float own = y >= 0 ? grad_of_target(row[y], r, t) : 0;
+  for (int64_t v = 0; v < b.vocab; v += kBlock) {
+    grads_of_block(row + v, row + v, int32_t(b.vocab - v < kBlock ? b.vocab - v : kBlock), r, t);
   }
-  if (y < 0) return;
-  const double bonus = double(k) * __builtin_exp(double(logp)) * (double(logp) + entropy);
-  double own = (double(g) * __builtin_expm1(double(logp)) + bonus) * out_scale;
-  if (t.softcap != 0) {
-    const double u = double(transformed(raw_target, t)) / t.softcap;
-    own *= 1 - u * u;
+  if (y >= 0) row[y] = own;
+}
+
+// bf16 lies in the first half of the row's own memory: element v at byte 2 v, behind which every logit is still unread.
+// A block is written elsewhere first: stores whose addresses resemble those of later loads would delay these loads.
+void bf16_grads_of_row(const RowBlock& b, RowTransform t, int64_t row_index, const float* stats, const float* slopes) {
+  float* row = b.logits + row_index * b.stride;
+  LooseHalf* out = reinterpret_cast<LooseHalf*>(row);
+  const int64_t y = b.targets[row_index];
+  const GradRow r = grad_row(b, t, row_index, stats, slopes);
+  const float own = y >= 0 ? grad_of_target(row[y], r, t) : 0;
+  LooseHalf block[kBlock], own_bf16[OR1_LANES];
+  for (int64_t v = 0; v < b.vocab; v += kBlock) {
+    const int64_t count = b.vocab - v < kBlock ? b.vocab - v : kBlock;
+    grads_of_block(row + v, block, int32_t(count), r, t);
+    __builtin_memcpy(out + v, block, count * sizeof(LooseHalf));
   }
-  put<Out>(row, y, 1, splat(float(own)));
+  store_bf16(own_bf16, splat(own));
+  if (y >= 0) out[y] = own_bf16[0];
 }
 
 }  // namespace OR1_ISA

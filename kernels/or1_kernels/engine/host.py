@@ -33,7 +33,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """
     out = torch.empty(shape, dtype=dtype, device=device)
     size = out.numel() * out.element_size()
-    if out.device.type == "cpu" and size >= _OWN_MAPPING and not isinstance(out, torch._subclasses.FakeTensor):
+    if out.device.type == "cpu" and size >= _OWN_MAPPING and not _is_fake(out):
         _advise_huge_pages(out.data_ptr(), size)
     return out
 
@@ -41,6 +41,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return torch.zeros in the memory of `empty`."""
     return empty(shape, dtype, device).zero_()
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`, in the memory of `empty`; x itself if it has this dtype."""
+    return x if x.dtype == dtype else empty(x.shape, dtype, x.device).copy_(x)
+
+
+def is_one(factor: Tensor) -> bool:
+    """Return True for 1 on a CPU. False on other devices, where the host would wait for the value."""
+    return factor.device.type == "cpu" and not _is_fake(factor) and factor.item() == 1
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
 
 
 def _advise_huge_pages(address: int, size: int) -> None:
