@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Forbids the AMX path, for tests and for comparisons.
-NO_AMX = "OR1_NO_AMX"
+# Set to 1, this variable forbids the product, for tests and for comparisons.
+FORBID = "OR1_NO_WIDE_PRODUCT"
 # Above this size glibc always maps a block of its own, so advice on the block touches no other memory.
-_OWN_MAPPING = 64 << 20
+_OWN_MAPPING = 32 << 20
 _HUGE_PAGE = 2 << 20
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 # Sizes of a call are 32-bit integers.
@@ -106,8 +106,8 @@ def _factor(matrix: Tensor) -> tuple[Tensor, int, int]:
 
 
 def has_wide_product() -> bool:
-    """Return True if `add_product` runs on AMX here, and OR1_NO_AMX does not forbid AMX."""
-    if os.environ.get(NO_AMX, "") not in ("", "0"):
+    """Return True if `add_product` runs on AMX here, and OR1_NO_WIDE_PRODUCT does not forbid it."""
+    if os.environ.get(FORBID, "") not in ("", "0"):
         return False
     # A private name of torch. A version without it has no wide product.
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
