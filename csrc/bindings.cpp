@@ -83,7 +83,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_grads", &row_grads, py::arg("logits").noconvert(), py::arg("targets").noconvert(),
         py::arg("inv_tau").noconvert(), py::arg("scale"), py::arg("softcap"), py::arg("stats").noconvert(),
         py::arg("slopes").noconvert(), py::arg("threads"), py::arg("isa") = "", py::arg("bf16") = false,
-        "Pass 2: overwrites logits with their gradient; with bf16, the first half of each row's bytes. stats [4, rows] = logp, entropy, peak, log_norm; slopes [2, "
-        "rows] = dL/dlogp, dL/dentropy.");
+        "Pass 2: overwrites logits with their gradient; with bf16, the first half of each row's bytes. stats [4, rows] = "
+        "logp, entropy, peak, log_norm; slopes [2, rows] = dL/dlogp, dL/dentropy.");
   m.def("row_isas", &or1::row_isas, "Instruction sets of the row passes on this machine, best first.");
 }
