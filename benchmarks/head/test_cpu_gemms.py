@@ -39,7 +39,7 @@ def scoring(problem):
 
 @pytest.mark.parametrize(
     ("task", "dtype", "limit", "rounds"),
-    [(training, torch.float32, 1.05, 3), (training, torch.bfloat16, 1.6, 6), (scoring, torch.float32, 1.1, 5)],
+    [(training, torch.float32, 1.05, 6), (training, torch.bfloat16, 1.6, 6), (scoring, torch.float32, 1.1, 5)],
     ids=["fp32", "bf16", "scoring"],
 )
 def test_time_over_the_bare_gemms(task, dtype, limit, rounds, record):
