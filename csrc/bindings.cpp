@@ -51,14 +51,14 @@ Floats row_sums(const Floats& logits, const Ints& targets, const Floats& inv_tau
 }
 
 void row_grads(Floats& logits, const Ints& targets, const Floats& inv_tau, float scale, float softcap,
-               const Floats& stats, const Floats& slopes, int threads, const std::string& isa) {
+               const Floats& stats, const Floats& slopes, int threads, const std::string& isa, bool bf16) {
   const auto block = row_block(logits, targets, inv_tau);
   expect(logits.writeable(), "logits must be writeable: they are overwritten with their gradient");
   expect(stats.size() == 4 * block.rows && (stats.flags() & py::array::c_style), "stats must be contiguous [4, rows]");
   expect(slopes.size() == 2 * block.rows && (slopes.flags() & py::array::c_style),
          "slopes must be contiguous [2, rows]");
   py::gil_scoped_release unlocked;
-  or1::row_grads(block, {scale, softcap}, stats.data(), slopes.data(), threads, isa);
+  or1::row_grads(block, {scale, softcap}, stats.data(), slopes.data(), threads, bf16, isa);
 }
 
 }  // namespace
@@ -82,8 +82,8 @@ PYBIND11_MODULE(_native, m) {
         "Pass 1 over float32 logits [rows, vocab]: float32 [4, rows] = peak, target, rest, moment. softcap 0: none.");
   m.def("row_grads", &row_grads, py::arg("logits").noconvert(), py::arg("targets").noconvert(),
         py::arg("inv_tau").noconvert(), py::arg("scale"), py::arg("softcap"), py::arg("stats").noconvert(),
-        py::arg("slopes").noconvert(), py::arg("threads"), py::arg("isa") = "",
-        "Pass 2: overwrites logits with their gradient. stats [4, rows] = logp, entropy, peak, log_norm; slopes [2, "
-        "rows] = dL/dlogp, dL/dentropy.");
+        py::arg("slopes").noconvert(), py::arg("threads"), py::arg("isa") = "", py::arg("bf16") = false,
+        "Pass 2: overwrites logits with their gradient; with bf16, the first half of each row's bytes. stats [4, rows] = "
+        "logp, entropy, peak, log_norm; slopes [2, rows] = dL/dlogp, dL/dentropy.");
   m.def("row_isas", &or1::row_isas, "Instruction sets of the row passes on this machine, best first.");
 }

@@ -48,6 +48,7 @@ struct Passes {
   const char* isa;
   void (*sums)(const RowBlock&, RowTransform, int64_t, float*);
   void (*grads)(const RowBlock&, RowTransform, int64_t, const float*, const float*);
+  void (*bf16_grads)(const RowBlock&, RowTransform, int64_t, const float*, const float*);
 };
 
 // Instruction sets of this machine, best first.
@@ -57,13 +58,13 @@ std::vector<Passes> available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    out.push_back({"avx512", avx512::sums_of_row, avx512::grads_of_row});
+    out.push_back({"avx512", avx512::sums_of_row, avx512::grads_of_row, avx512::bf16_grads_of_row});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    out.push_back({"avx2", avx2::sums_of_row, avx2::grads_of_row});
+    out.push_back({"avx2", avx2::sums_of_row, avx2::grads_of_row, avx2::bf16_grads_of_row});
   }
 #endif
-  out.push_back({"generic", generic::sums_of_row, generic::grads_of_row});
+  out.push_back({"generic", generic::sums_of_row, generic::grads_of_row, generic::bf16_grads_of_row});
   return out;
 }
 
@@ -98,8 +99,8 @@ void row_sums(const RowBlock& block, RowTransform transform, float* out, int thr
 }
 
 void row_grads(const RowBlock& block, RowTransform transform, const float* stats, const float* slopes, int threads,
-               const std::string& isa) {
-  const auto pass = passes(isa).grads;
+               bool bf16, const std::string& isa) {
+  const auto pass = bf16 ? passes(isa).bf16_grads : passes(isa).grads;
   for_rows(block, threads, [&](int64_t row) { pass(block, transform, row, stats, slopes); });
 }
 

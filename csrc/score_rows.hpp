@@ -34,8 +34,9 @@ struct RowBlock {
 void row_sums(const RowBlock& block, RowTransform transform, float* out, int threads, const std::string& isa = "");
 
 // stats: [4, rows] = logp, entropy, peak, log_norm; slopes: [2, rows] = g, k. Overwrites logits.
+// bf16: the gradient is rounded to bf16 and lies in the first half of each row's memory.
 void row_grads(const RowBlock& block, RowTransform transform, const float* stats, const float* slopes, int threads,
-               const std::string& isa = "");
+               bool bf16 = false, const std::string& isa = "");
 
 // Instruction sets that this machine can run, best first, out of "avx512", "avx2" and "generic". The passes use the
 // first one unless `isa` names another; std::invalid_argument if it is not among them.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,21 @@ def cpu_seconds(fn: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - began
 
 
+def wall_and_cpu_seconds(fn: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return `seconds` and `cpu_seconds` of the same call."""
+    began = time.process_time()
+    wall = seconds(fn, device)
+    return wall, time.process_time() - began
+
+
 def interleaved(
     fns: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 1, *, timer=seconds
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     """Return `timer` of each function in every round. Functions alternate, so a load on the machine affects all."""
     for _ in range(warmup):
         for fn in fns.values():
             fn()
-    times: dict[str, list[float]] = {name: [] for name in fns}
+    times: dict[str, list[Any]] = {name: [] for name in fns}
     for _ in range(rounds):
         for name, fn in fns.items():
             times[name].append(timer(fn, device))
@@ -87,8 +95,11 @@ def peak_extra_bytes(fn: Callable[[], object], device: torch.device) -> int:
     return max(0, _status_bytes("VmHWM") - before)
 
 
-def bare_gemms(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
-    """Return a function that runs only the three GEMMs of a head, in the inputs' dtype, into existing buffers."""
+def bare_gemms(hidden_NH: Tensor, weight_VH: Tensor, only_logits: bool = False) -> Callable[[], None]:
+    """Return a function that runs only the three GEMMs of a head, in the inputs' dtype, into existing buffers.
+
+    only_logits: GEMM 1 alone, as for scoring.
+    """
     hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     num_rows, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     step = max(1, min(num_rows, _GEMM_BYTES[hidden_NH.device.type] // (vocab * hidden_NH.element_size())))
@@ -100,6 +111,8 @@ def bare_gemms(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
         for i, hidden_CH in enumerate(hidden_NH.split(step)):
             rows = len(hidden_CH)
             torch.mm(hidden_CH, weight_VH.T, out=logits_CV[:rows])
+            if only_logits:
+                continue
             torch.mm(logits_CV[:rows], weight_VH, out=dhidden_CH[:rows])
             torch.addmm(dweight_VH, logits_CV[:rows].T, hidden_CH, beta=int(i > 0), out=dweight_VH)
 

@@ -28,5 +28,6 @@ def row_grads(
     slopes: NDArray[np.float32],
     threads: int,
     isa: str = "",
+    bf16: bool = False,
 ) -> None: ...
 def row_isas() -> list[str]: ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, reference
-from .engine import chunked, compiled
+from .engine import chunked, compiled, host
 from .engine.policy import PolicyRows, policy_pass
 from .objective import PolicyObjective, as_objective, check_inputs
 from .options import HeadOptions, HeadOptionsDict, head_options
@@ -210,8 +210,10 @@ def _eager_logprob_entropy(inputs: chunked.RowInputs, weight_VH: Tensor, head: H
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * factor in `dtype`, in place if no second backward can read `grad`, which saves a [V, H]."""
-    if grad.dtype == dtype and not _graph_is_kept():
-        return grad.mul_(factor)
+    if grad.dtype == dtype or grad.device.type == "cpu":
+        if _graph_is_kept():
+            return host.converted(grad * factor, dtype)
+        return host.converted(grad if host.is_one(factor) else grad.mul_(factor), dtype)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 

@@ -57,6 +57,27 @@ def test_every_instruction_set_matches_fp64(isa, v, transform):
     torch.testing.assert_close(mine.double(), truth, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("transform", [rows.Transform(), rows.Transform(0.5, 4.0)], ids=str)
+@pytest.mark.parametrize("v", [1, 3, 16, 17, 1024, 2085])
+@pytest.mark.parametrize("isa", native.row_isas())
+def test_bf16_gradients_are_the_fp32_ones_rounded(isa, v, transform):
+    logits, targets, inv_tau = block(v=v)
+    logits[2, v // 2], logits[3, v // 3] = torch.nan, -torch.inf
+    stats = torch.stack(rows.finish(rows.row_sums(logits, targets, inv_tau, transform), inv_tau))
+    # Row 4 has denormal gradients, row 5 a target of probability 1.
+    slopes = torch.stack([torch.linspace(-1, 2, 9), torch.linspace(0.3, -0.1, 9)])
+    slopes[:, 4] *= 1e-38
+    stats[0, 5] = 0.0
+    wide, half = (torch.full((9, v + 7), 3.0)[:, :v].copy_(logits) for _ in range(2))
+    for x, bf16 in ((wide, False), (half, True)):
+        arrays = (x.numpy(), targets.numpy(), inv_tau.numpy(), transform.scale, transform.softcap or 0.0)
+        native.row_grads(*arrays, stats.numpy(), slopes.numpy(), threads=2, isa=isa, bf16=bf16)
+    got, want = half.view(torch.bfloat16)[:, :v], wide.to(torch.bfloat16)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0.0, torch.inf, -torch.inf), want.nan_to_num(0.0, torch.inf, -torch.inf))
+    assert (half.as_strided((9, 7), (v + 7, 1), v) == 3).all()
+
+
 @pytest.mark.parametrize("isa", native.row_isas())
 def test_exp_is_within_two_ulp_and_flushes_only_below_the_normal_range(isa):
     # Rows [0, x] with target 0: rest is exp(x).

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from or1_kernels import HeadOptions, PolicyObjective, linear_logprob_entropy, linear_policy_loss
-from or1_kernels.engine import gemms
+from or1_kernels.engine import gemms, host
 
 
 @pytest.mark.parametrize("budget", [0, 101 * 4 * 20, 10**9])
@@ -120,6 +120,7 @@ def test_bf16_instructions_with_a_residual_are_as_exact_as_fp32(kit, impl, monke
 
 def test_gemms_follow_dtype_and_size(monkeypatch):
     monkeypatch.setattr(gemms, "_has_bf16_cpu", lambda: True)
+    monkeypatch.setattr(host, "has_wide_product", lambda: False)
     big = torch.empty(1 << 15, 1 << 10, dtype=torch.bfloat16, device="meta")
     for dtype, want in (
         (torch.bfloat16, gemms.Residual()),
@@ -128,6 +129,9 @@ def test_gemms_follow_dtype_and_size(monkeypatch):
         (torch.float64, gemms.Upcast(torch.float64)),
     ):
         assert gemms.choose(big.to(dtype), 64) == want
+    assert gemms.choose(big, 63) == gemms.Upcast(torch.float32)
+    monkeypatch.setattr(host, "has_wide_product", lambda: True)
+    assert gemms.choose(big, 64) == gemms.HostWideOut()
     assert gemms.choose(big, 63) == gemms.Upcast(torch.float32)
     monkeypatch.setattr(gemms, "_has_bf16_cpu", lambda: False)
     assert gemms.choose(big, 64) == gemms.Upcast(torch.float32)

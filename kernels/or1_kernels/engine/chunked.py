@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..rows import Backend, RowStats, Transform, finish
-from . import gemms
+from . import gemms, host
 from .vocab_parallel import VocabShard
 
 # Target size of a chunk's logits buffer. Below _MIN_CHUNK rows the GEMMs are too small to be efficient.
@@ -104,18 +104,18 @@ class Engine:
         self.dweight_VH = main_grad_VH
         if main_grad_VH is None and needs[1]:
             dtype = self.param_dtype if self.settings.preset == "lean" else self.acc
-            self.dweight_VH = torch.zeros(vocab, width, dtype=dtype, device=device)
+            self.dweight_VH = host.zeros((vocab, width), dtype, device)
         self.dbias_V = torch.zeros(vocab, dtype=self.acc, device=device) if needs[2] else None
 
     def logits(self, hidden_CH: Tensor, keep: bool = False) -> Tensor:
         """Run GEMM 1: return raw logits [C, V]. Without `keep` they lie in a buffer that the next call overwrites."""
         num_rows, vocab = hidden_CH.shape[0], self.weight_VH.shape[0]
         if keep:
-            out_CV = torch.empty(num_rows, vocab, dtype=self.acc, device=hidden_CH.device)
+            out_CV = host.empty((num_rows, vocab), self.acc, hidden_CH.device)
         else:
             if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
                 self.buffer_CV = None  # Free the old buffer before the larger one is allocated.
-                self.buffer_CV = torch.empty(num_rows, vocab, dtype=self.acc, device=hidden_CH.device)
+                self.buffer_CV = host.empty((num_rows, vocab), self.acc, hidden_CH.device)
             out_CV = self.buffer_CV[:num_rows]
         self.gemms.logits(hidden_CH, self.weight_VH, out_CV)
         return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import host
+
 # Below this many multiplications a call, creating oneDNN's bf16 kernel for a new shape costs more than it saves.
 _BF16_CPU_WORK = 1 << 31
 
@@ -77,7 +79,25 @@ class Residual:
             dweight_VH += draw_CV.T @ hidden_CH
 
 
-Gemms = Upcast | WideOut | Residual
+@dataclass(frozen=True)
+class HostWideOut:
+    """GEMMs on AMX. GEMMs 1 and 3 have an fp32 result: exact products, fp32 sums, no second GEMM."""
+
+    operand: torch.dtype = torch.bfloat16
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> None:
+        """Run GEMM 1."""
+        host.add_product(out_CV, hidden_CH, weight_VH.T, beta=0.0)
+
+    def add_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """Run GEMM 3."""
+        if dweight_VH.dtype == torch.float32:
+            host.add_product(dweight_VH, draw_CV.T, hidden_CH, beta=1.0)
+        else:
+            torch.addmm(dweight_VH, draw_CV.T, hidden_CH, out=dweight_VH)
+
+
+Gemms = Upcast | WideOut | Residual | HostWideOut
 
 
 def zero_behind_rows(matrix_CV: Tensor) -> None:
@@ -99,7 +119,7 @@ def choose(weight_VH: Tensor, num_rows: int) -> Gemms:
         if weight_VH.is_cuda:
             return WideOut()
         if _has_bf16_cpu() and num_rows * weight_VH.numel() >= _BF16_CPU_WORK:
-            return Residual()
+            return HostWideOut() if host.has_wide_product() else Residual()
     return Upcast(torch.float64 if weight_VH.dtype == torch.float64 else torch.float32)
 
 

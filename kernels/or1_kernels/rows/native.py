@@ -34,7 +34,11 @@ def row_grads_(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Run plain.row_grads_ for f32 CPU logits with adjacent columns."""
+    """Run plain.row_grads_ for f32 CPU logits with adjacent columns.
+
+    bf16 gradients are a view of the logits' memory: element v of a row lies at byte 2 v of the row.
+    """
+    bf16 = out_dtype == torch.bfloat16
     scale, softcap, threads = _scalars(transform)
     _native.row_grads(
         *_arrays(logits_CV, targets_C, inv_tau_C),
@@ -43,7 +47,10 @@ def row_grads_(
         torch.stack(stats).numpy(),
         torch.stack(slopes).numpy(),
         threads,
+        bf16=bf16,
     )
+    if bf16:
+        return logits_CV.view(torch.bfloat16)[:, : logits_CV.shape[1]]
     return logits_CV if out_dtype is None else logits_CV.to(out_dtype)
 
 
