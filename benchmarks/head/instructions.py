@@ -122,12 +122,15 @@ def _loops(text: str) -> list[list[str]]:
 def passes() -> dict[str, tuple[Any, dict[str, Any], str]]:
     """Return kernel, constants and dtype of the result by the name of each pass."""
     from or1_kernels.rows import triton_kernel as t
+    from or1_kernels.rows import triton_policy as p
 
-    plain = {"CAPPED": False}
+    plain = {"CAPPED": False, "KIND": 0, "HAS_OLD": True, "HAS_CAP": False, "HAS_KL": False}
     return {
         "pass 1": (t.row_sums_kernel, plain, "*fp32"),
         "pass 2, fp32": (t.row_grads_kernel, plain, "*fp32"),
         "pass 2, bf16": (t.row_grads_kernel, plain, "*bf16"),
+        "two sweeps, bf16": (p.two_sweeps_kernel, plain, "*bf16"),
+        "one sweep, bf16": (p.one_sweep_kernel, plain, "*bf16"),
     }
 
 
