@@ -30,8 +30,8 @@ _TYPES = {
     "kl_coef": "fp32",
     "is_cap": "fp32",
 }
-# The launcher finds these divisible by 16: torch aligns memory, and the head pads its rows.
-_ALIGNED = ("stride", "out_stride")
+# The launcher finds these divisible by 16: the head pads its rows, and the vocabularies of Qwen2 are.
+_ALIGNED = ("stride", "out_stride", "vocab")
 
 
 class Code(NamedTuple):
@@ -69,11 +69,10 @@ def compile_pass(kernel: Any, capability: Any, constants: dict[str, Any], out: s
     pointers = [name for name in kernel.arg_names if name not in _TYPES and name not in constants]
     types = _TYPES | dict.fromkeys(constants, "constexpr") | dict.fromkeys(pointers, "*fp32") | {"out_CV": out}
     signature = {name: types[name] for name in kernel.arg_names}
-    vocab = () if constants.get("UNALIGNED") else ("vocab",)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in (*_ALIGNED, *vocab)
+        if signature[name].startswith("*") or name in _ALIGNED
     }
     options = {"num_warps": triton_kernel.NUM_WARPS, "enable_fp_fusion": True}
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=capability, options=options)

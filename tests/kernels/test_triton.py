@@ -54,7 +54,8 @@ def test_interpreter_runs_both_passes():
     assert "skipped" not in run_interpreted(["test_triton_rows.py"])[0]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_interpreter_runs_the_policy_loss_inside_the_kernel():
     assert "skipped" not in run_interpreted(["test_triton_policy.py"])[0]
 
