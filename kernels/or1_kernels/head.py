@@ -157,9 +157,9 @@ class _Score(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V, *stats = ctx.saved_tensors
         call = ctx.call
         engine = chunked.Engine(weight_VH, bias_V, call.settings, len(hidden_NH))
-        engine.want_grads(ctx.needs_input_grad[:3], call.main_grad_VH)
         inputs = chunked.RowInputs(hidden_NH, call.targets_N, call.inv_tau_N)
         slopes = chunked.Slopes(dlogp_N.contiguous(), dentropy_N.contiguous())
+        slopes = engine.want_score_grads(ctx.needs_input_grad[:3], slopes, call.main_grad_VH)
         grads = chunked.score_backward(engine, inputs, RowStats(*stats), slopes, ctx.stash)
         dhidden, dweight, dbias = (None if x is None else x.to(weight_VH.dtype) for x in grads)
         return dhidden, None if call.main_grad_VH is not None else dweight, dbias, None

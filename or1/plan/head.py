@@ -14,7 +14,7 @@ from or1.plan.choices import Choices
 from or1.plan.devices import Device
 from or1.plan.shapes import ModelShape
 
-_GPU_CHUNK = 4096
+_GPU_MOST_ROWS, _GPU_TILE_ROWS, _GPU_MEMORY_PART = 8192, 128, 16
 _CPU_BUFFER_BYTES, _CPU_MIN_CHUNK = 128 << 20, 256
 
 
@@ -32,16 +32,22 @@ class HeadBuffers:
     backward: int
 
 
-def chunk_rows(vocab: int, rows: int, arithmetic: int, on_gpu: bool) -> int:
-    """Return the rows of the largest chunk. The head splits a packed row into nearly equal chunks."""
-    aim = _GPU_CHUNK if on_gpu else max(_CPU_MIN_CHUNK, _CPU_BUFFER_BYTES // (vocab * arithmetic))
-    return -(-rows // -(-rows // aim))
+def chunk_rows(vocab: int, rows: int, arithmetic: int, gpu_memory: int | None) -> int:
+    """Return the rows of the largest chunk; gpu_memory: bytes of the GPU, None on a CPU.
+
+    On a GPU this is an upper bound: the head may choose fewer, to fill the waves of its GEMMs.
+    """
+    if gpu_memory is None:
+        aim = max(_CPU_MIN_CHUNK, _CPU_BUFFER_BYTES // (vocab * arithmetic))
+        return -(-rows // -(-rows // aim))
+    fitting = gpu_memory // _GPU_MEMORY_PART // (arithmetic * vocab) // _GPU_TILE_ROWS * _GPU_TILE_ROWS
+    return min(rows, max(_GPU_TILE_ROWS, min(_GPU_MOST_ROWS, fitting)))
 
 
 def head_buffers(shape: ModelShape, choices: Choices, device: Device, rows: int) -> HeadBuffers:
     """Return the buffers for `rows` trained tokens: one chunk of fp32 logits, the gradients of states and weight."""
     v, h, e, a = shape.vocab, shape.hidden, choices.weight, choices.arithmetic
-    logits = chunk_rows(v, rows, a, device.is_gpu) * v * a
+    logits = chunk_rows(v, rows, a, device.memory if device.is_gpu else None) * v * a
     wide = e == 2 and not device.is_gpu
     # The tensor cores of a GPU read bf16; a CPU may need an upcast copy of the weight.
     operand = a if wide else e

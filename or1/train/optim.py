@@ -52,6 +52,15 @@ class MasterAdamW(MasterWeights):
         else:
             self._sums[i] = grad.to(torch.float32)
 
+    def main_grad(self, param: Tensor) -> Tensor | None:
+        """Return the fp32 gradient sum of a parameter, tied or not, for a head that adds to the sum; None if none."""
+        i = next((i for i, p in enumerate(self.params) if p is param), None)
+        if i is None or self.world.size > 1 or self.config.grad_dtype != "float32" or param.dtype.itemsize > 2:
+            return None
+        if i not in self._sums:
+            self._sums[i] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        return self._sums[i]
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradient sums by parameter name, without parameters that the loss does not reach."""
         found = {name: self._gradient(i) for i, name in enumerate(self.names)}

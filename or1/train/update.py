@@ -44,7 +44,7 @@ def update(
     Raises MemoryLimitError if the longest sequence does not fit into memory.
     """
     denominator = sum(normaliser.units(s.known_tokens) for s in sequences if s.known_tokens)
-    train = partial(_train_row, policy, alpha, normaliser, denominator)
+    train = partial(_train_row, policy, optimizer, alpha, normaliser, denominator)
     for attempt in policy.budget.attempts(longest_of(sequences)):
         with attempt:
             # A failed backward has left part of its gradient.
@@ -66,7 +66,7 @@ def update(
 
 
 def _train_row(
-    policy: Policy, alpha: float, normaliser: Normaliser, denominator: float, batch: Microbatch
+    policy: Policy, optimizer: MasterAdamW, alpha: float, normaliser: Normaliser, denominator: float, batch: Microbatch
 ) -> tuple[Tensor, PolicyStats]:
     """Run forward and backward of a row. Return its part of the loss, f64[] without gradient, and token statistics."""
     faults.hit("train.forward")
@@ -82,6 +82,7 @@ def _train_row(
         objective=policy.objective,
         entropy_coef=alpha,
         temperature=policy.temperature,
+        main_grad=optimizer.main_grad(lm_head(policy.model).weight),
     )
     faults.hit("train.backward")
     loss.backward()

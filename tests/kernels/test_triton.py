@@ -60,6 +60,12 @@ def test_interpreter_runs_both_passes():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_interpreter_runs_the_policy_loss_inside_the_kernel():
+    assert "skipped" not in run_interpreted(["test_triton_policy.py"])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_interpreter_runs_the_whole_head():
     run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py"])
 
@@ -74,37 +80,12 @@ def test_explicit_triton_on_a_cpu_says_why_not():
 def compiled(kernel, out, capped, target):
     """Compile one pass as the launcher does at full vocabulary: BLOCK columns, NUM_WARPS warps, aligned pointers."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from or1_kernels.rows import triton_kernel as score_rows
+    from benchmarks.head.instructions import compile_pass
+    from or1_kernels.rows import triton_kernel
 
-    types = {
-        "logits_CV": "*fp32",
-        "out_CV": out,
-        "targets_C": "*i64",
-        "inv_tau_C": "*fp32",
-        "out_4C": "*fp32",
-        "stats_4C": "*fp32",
-        "slopes_2C": "*fp32",
-        "stride": "i32",
-        "out_stride": "i32",
-        "num_rows": "i32",
-        "vocab": "i32",
-        "scale": "fp32",
-        "softcap": "fp32",
-        "CAPPED": "constexpr",
-        "BLOCK": "constexpr",
-    }
-    fn = getattr(score_rows, kernel)
-    signature = {name: types[name] for name in fn.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(fn.arg_names)
-        if types[name].startswith("*") or name in ("stride", "out_stride", "vocab")
-    }
-    source = ASTSource(fn, signature, {"CAPPED": capped, "BLOCK": score_rows.BLOCK}, aligned)
-    options = {"num_warps": score_rows.NUM_WARPS, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    fn = getattr(triton_kernel, kernel)
+    return compile_pass(fn, GPUTarget(*TARGETS[target]), {"CAPPED": capped}, out or "*fp32")
 
 
 def spilled_bytes(binary, folder: Path) -> int:

@@ -24,7 +24,7 @@ from or1.plan.head import chunk_rows, head_buffers
 from or1.plan.memory import gradient_bytes, kv_cache_bytes, optimizer_bytes, weight_bytes
 from or1.plan.shapes import ModelShape, parse_shape, shape_of
 from or1.train.optim import MasterAdamW
-from or1_kernels.engine import chunked
+from or1_kernels.engine import chunked, wide
 from or1_kernels.rows import TORCH, Transform
 
 TINY = {
@@ -131,13 +131,20 @@ def test_the_head_keeps_what_the_plan_says(folder: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize(("vocab", "rows"), [(160, 7), (160, 300_000), (152_064, 5000), (152_064, 34_816)])
-def test_chunks_are_the_engines_own(vocab: int, rows: int, on_gpu: bool) -> None:
+def test_chunks_are_the_engines_own(vocab: int, rows: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # A weight on the meta device has a shape and no bytes; the engine asks it only for its shape and place.
     weight = torch.empty(vocab, 8, device="meta")
     engine = chunked.Engine(weight, None, chunked.Settings(Transform(), TORCH), rows)
-    if on_gpu:
-        engine.weight_VH = SimpleNamespace(is_cuda=True, shape=weight.shape)
-    assert chunk_rows(vocab, rows, 4, on_gpu) == max(c.stop - c.start for c in engine.chunks())
+    largest = max(c.stop - c.start for c in engine.chunks())
+    if not on_gpu:
+        assert chunk_rows(vocab, rows, 4, None) == largest
+        return
+    engine.weight_VH = SimpleNamespace(is_cuda=True, shape=weight.shape, device=torch.device("cuda", 0))
+    monkeypatch.setattr(wide, "_machine", lambda device: (132, 80 << 30))
+    chunks = list(engine.chunks())
+    largest = max(c.stop - c.start for c in chunks)
+    assert largest <= chunk_rows(vocab, rows, 4, 80 << 30) <= 8192
+    assert (chunks[0].start, chunks[-1].stop) == (0, rows) and all(c.start % 128 == 0 for c in chunks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -198,5 +198,46 @@ def test_f12_a_row_without_a_sequence_has_a_gradient_of_zeros(adder: Path, objec
     model = load(adder)
     (anchor,) = pack_rows([], [[]], dtype=torch.float64)
     policy = Policy(model, RowBudget(64), TEMPERATURE, objective)
-    loss, _ = _train_row(policy, ALPHA, TOKEN_MEAN, 7.0, anchor)
+    optimizer = MasterAdamW(model, OptimConfig())
+    loss, _ = _train_row(policy, optimizer, ALPHA, TOKEN_MEAN, 7.0, anchor)
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_fp32_gradient_survives_the_row(adder: Path, tied: bool) -> None:
+    """A bf16 weight: the head adds to the optimizer's fp32 sum. Tied, the embedding adds to the same sum."""
+    sequences, found = sequences_of(0, off_policy=False), []
+    for main_grad in (True, False):
+        model = load(adder).bfloat16()
+        head = model.get_output_embeddings()
+        head.weight = model.get_input_embeddings().weight if tied else torch.nn.Parameter(head.weight.detach().clone())
+        # Hooks take the gradients of a model, so each optimizer has its own.
+        optimizer = MasterAdamW(model, OptimConfig(grad_dtype="float32"))
+        assert optimizer.main_grad(head.weight) is not None
+        if not main_grad:
+            optimizer.zero_grad()
+            optimizer.main_grad = lambda param: None  # type: ignore[method-assign]
+        policy = Policy(model, RowBudget(64), TEMPERATURE, PolicyObjective())
+        for row in pack_rows(sequences, [[i] for i in range(len(sequences))], dtype=torch.float32):
+            _train_row(policy, optimizer, 0.01, TOKEN_MEAN, 100.0, row)
+        found.append(optimizer.gradients())
+        (name,) = (n for n, p in model.named_parameters() if p is head.weight)
+    ours, rounded = found
+    assert ours.keys() == rounded.keys()
+    for name, grad in ours.items():
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, rounded[name], rtol=0.05, atol=0.01 * float(grad.abs().max()))
+    # Not rounded to bf16 on the way.
+    assert not torch.equal(ours[name], ours[name].bfloat16().float())
+
+
+def test_a_weight_in_fp32_or_a_sum_in_bf16_has_no_main_grad(adder: Path) -> None:
+    model = load(adder)
+    weight = model.get_output_embeddings().weight
+    assert MasterAdamW(model, OptimConfig(grad_dtype="float32")).main_grad(weight) is None
+    model = model.bfloat16()
+    weight = model.get_output_embeddings().weight
+    assert MasterAdamW(model, OptimConfig(grad_dtype="bfloat16")).main_grad(weight) is None
+    assert MasterAdamW(model, OptimConfig(grad_dtype="float32")).main_grad(weight) is not None
+    frozen = weight.detach().clone()
+    assert MasterAdamW(model, OptimConfig(grad_dtype="float32")).main_grad(frozen) is None

@@ -140,9 +140,9 @@ def logprob_entropy_backward(
     """Run chunked.score_backward. Returns three gradients in the parameters' dtype, empty where not needed."""
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
     engine = chunked.Engine(weight_VH, bias_V, settings, len(hidden_NH))
-    engine.want_grads((needs[0], needs[1], needs[2]))
     inputs = chunked.RowInputs(hidden_NH, targets_N, inv_tau_N)
     stats, slopes = RowStats(*stats_and_slopes_6N[:4]), chunked.Slopes(*stats_and_slopes_6N[4:])
+    slopes = engine.want_score_grads((needs[0], needs[1], needs[2]), slopes)
     stash: list[Tensor | None] = [None] * len(list(engine.chunks()))
     grads = chunked.score_backward(engine, inputs, stats, slopes, stash)
     dhidden, dweight, dbias = (x.to(weight_VH.dtype) for x in _dense(grads, hidden_NH))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..objective import PolicyObjective, TokenLoss, token_loss
-from ..rows import RowStats
-from . import chunked
+from ..rows import RowStats, TokenConstants
+from . import chunked, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,20 @@ class PolicyRows:
             keep_C = ~negligible(weight_C, self.row_bound(slope_C, stats), self.grad_row_eps)
         return chunked.Slopes(weight_C * slope_C, -weight_C * self.entropy_coef, keep_C)
 
+    def constants(self, c: slice, one_sweep: bool) -> TokenConstants:
+        """Return what a backend needs to compute the objective of rows c itself."""
+        chunk = self.pick(c)
+        return TokenConstants(
+            self.objective,
+            one_sweep,
+            chunk.advantages,
+            chunk.token_weight,
+            -chunk.token_weight * self.entropy_coef,
+            chunk.old_logp,
+            chunk.rollout_logp,
+            chunk.ref_logp,
+        )
+
     def row_bound(self, slope_C: Tensor, stats: RowStats) -> Tensor:
         """Return an upper bound [C] on half the L1 norm of the gradient of a row's z, before token_weight.
 
@@ -99,9 +113,21 @@ def policy_pass(
 
     Costs three GEMMs a chunk, or one if no gradient is needed.
     """
-    if any(needs) or main_grad_VH is not None:
-        engine.want_grads(needs, main_grad_VH)
-        stats = chunked.score_and_grads(engine, inputs, rows.slopes)
+    wants_grads = any(needs) or main_grad_VH is not None
+    if wants_grads:
+        # fp16 alone needs a unit: slopes near 1 / tokens vanish in it.
+        unit = wide.unit_of(rows.token_weight) if engine.gemms.operand == torch.float16 else None
+        engine.want_grads(needs, main_grad_VH, unit)
+        in_unit = rows if unit is None else replace(rows, token_weight=rows.token_weight / unit)
+    if wants_grads and _in_one_call(engine, rows):
+        # Without a bonus, and without a gradient of the bias, a factor of the row need not be known while it is swept.
+        one_sweep = _is_zero(rows.entropy_coef) and not needs[2] and engine.gemms.operand != torch.float16
+        done = chunked.policy_and_grads(engine, inputs, lambda c: in_unit.constants(c, one_sweep))
+        loss = (rows.token_weight * (done.loss - rows.entropy_coef * done.entropy)).sum()
+        grads = _grads(engine, main_grad_VH)
+        return PolicyPass(loss, done.logp, done.entropy, done.ratio, done.clipped, None, grads)
+    if wants_grads:
+        stats = chunked.score_and_grads(engine, inputs, in_unit.slopes)
     else:
         stats, _ = chunked.score(engine, inputs)
     terms = rows.terms(stats.logp_C)
@@ -112,7 +138,6 @@ def policy_pass(
         scale_N = 2 * engine.settings.transform.scale * inputs.inv_tau * rows.token_weight.abs()
         dropped_N = negligible(rows.token_weight, bound_N, rows.grad_row_eps)
         left_out = torch.where(dropped_N & (rows.token_weight != 0), scale_N * bound_N, 0.0).sum()
-    dhidden, dweight, dbias = engine.grads()
     return PolicyPass(
         loss=loss,
         logp=stats.logp_C,
@@ -120,5 +145,21 @@ def policy_pass(
         ratio=terms.ratio_N,
         clipped=terms.clipped_N,
         left_out=left_out,
-        grads=(dhidden, None if main_grad_VH is not None else dweight, dbias),
+        grads=_grads(engine, main_grad_VH),
     )
+
+
+def _in_one_call(engine: chunked.Engine, rows: PolicyRows) -> bool:
+    """Return True if the backend computes the objective between its passes and nothing else must happen there."""
+    settings = engine.settings
+    return settings.backend.policy_rows_ is not None and settings.shard is None and rows.grad_row_eps is None
+
+
+def _is_zero(entropy_coef: float | Tensor) -> bool:
+    # A tensor may be on a GPU, and the host must not wait for its value.
+    return not isinstance(entropy_coef, Tensor) and entropy_coef == 0
+
+
+def _grads(engine: chunked.Engine, main_grad_VH: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dhidden, dweight, dbias = engine.grads()
+    return dhidden, None if main_grad_VH is not None else dweight, dbias

@@ -14,6 +14,7 @@ Statistics are fp32, or fp64 for fp64 inputs.
     plain           both passes in torch: the definition, exported here as row_sums and row_grads_
     native          the same in C++ on a CPU
     triton_kernel   the same in Triton on a GPU
+    triton_policy   both passes and the objective in one Triton program a row
     choose          which of them runs
 
 triton_kernel imports triton, so this module does not import it.
@@ -21,15 +22,17 @@ triton_kernel imports triton, so this module does not import it.
 
 from .choose import IMPLS, TORCH, Backend, resolve
 from .plain import row_grads_, row_sums
-from .stats import D_FLOOR, RowStats, RowSums, Transform, finish
+from .stats import D_FLOOR, PolicyDraw, RowStats, RowSums, TokenConstants, Transform, finish
 
 __all__ = [
     "D_FLOOR",
     "IMPLS",
     "TORCH",
     "Backend",
+    "PolicyDraw",
     "RowStats",
     "RowSums",
+    "TokenConstants",
     "Transform",
     "finish",
     "resolve",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native, plain
-from .stats import RowStats, RowSums, Transform
+from .stats import PolicyDraw, RowStats, RowSums, TokenConstants, Transform
 
 _HAS_TRITON = find_spec("triton") is not None
 IMPLS = ("auto", "triton", "native", "torch", "reference")
@@ -39,12 +39,32 @@ class GradsPass(Protocol):
     ) -> Tensor: ...
 
 
+class PolicyPass(Protocol):
+    """Both passes and the objective between them; see triton_policy.policy_rows_."""
+
+    def __call__(
+        self,
+        logits_CV: Tensor,
+        targets_C: Tensor,
+        inv_tau_C: Tensor,
+        transform: Transform,
+        constants: TokenConstants,
+        /,
+        *,
+        out_dtype: torch.dtype,
+    ) -> PolicyDraw: ...
+
+
 class Backend(NamedTuple):
-    """Both passes of one implementation, and the name that stats.impl reports."""
+    """Both passes of one implementation, and the name that stats.impl reports.
+
+    policy_rows_  the passes and the objective in one call; None: the engine computes the objective between the passes
+    """
 
     name: str
     row_sums: SumsPass
     row_grads_: GradsPass
+    policy_rows_: PolicyPass | None = None
 
 
 TORCH = Backend("torch", plain.row_sums, plain.row_grads_)
@@ -71,9 +91,9 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 def _triton() -> Backend:
-    from . import triton_kernel
+    from . import triton_kernel, triton_policy
 
-    return Backend("triton", triton_kernel.row_sums, triton_kernel.row_grads_)
+    return Backend("triton", triton_kernel.row_sums, triton_kernel.row_grads_, triton_policy.policy_rows_)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objective import PolicyObjective
+
 # exp(-1e4) is 0 in fp32 and fp64. The floor keeps d finite, so that 0 * d is 0 and not nan where d would be -inf.
 D_FLOOR = -1.0e4
 
@@ -45,6 +47,45 @@ class RowStats(NamedTuple):
     entropy_C: Tensor
     peak_C: Tensor
     log_norm_C: Tensor
+
+
+class TokenConstants(NamedTuple):
+    """What the policy loss of a chunk needs besides logits, each [C].
+
+    weight_C   token_weight
+    bonus_C    dL/dentropy, -token_weight * entropy_coef
+    one_sweep  bonus_C is 0 everywhere: entropy_coef is the number 0
+    """
+
+    objective: PolicyObjective
+    one_sweep: bool
+    advantages_C: Tensor
+    weight_C: Tensor
+    bonus_C: Tensor
+    old_C: Tensor | None = None
+    rollout_C: Tensor | None = None
+    ref_C: Tensor | None = None
+
+    def packed(self) -> Tensor:
+        """Return [6, C]: advantages, weight, bonus, old, rollout, ref. Those that are None repeat the advantages."""
+        first_C = self.advantages_C
+        return torch.stack([first_C if x is None else x for x in self[2:]])
+
+
+class PolicyDraw(NamedTuple):
+    """Result of a policy pass over a chunk: objective.TokenLoss without its slope, and dL/draw.
+
+    draw_CV    dL/draw, or dL/draw divided by factor_C
+    factor_C   factor of each row of draw_CV; None: 1
+    """
+
+    logp_C: Tensor
+    entropy_C: Tensor
+    loss_C: Tensor
+    ratio_C: Tensor
+    clipped_C: Tensor
+    draw_CV: Tensor
+    factor_C: Tensor | None
 
 
 def finish(sums: RowSums, inv_tau_C: Tensor) -> RowStats:
