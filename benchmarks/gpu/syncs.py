@@ -11,13 +11,14 @@ import torch
 
 from benchmarks.gpu.context import Context
 from benchmarks.step.batch import ARCHITECTURES, make_model, ragged_batch
-from or1.config import ModelConfig
+from or1.config import ModelConfig, OptimConfig
 from or1.dist.oom_retry import RowBudget
 from or1.magic.denominator import TOKEN_MEAN
 from or1.model.attention import choose_backend, register
 from or1.model.prepare import prepare_model
 from or1.model.rows import keep_known
 from or1.train.metrics import UpdateStats
+from or1.train.optim import MasterAdamW
 from or1.train.rank_rows import Policy, rank_rows
 from or1.train.update import _train_row
 
@@ -44,7 +45,7 @@ def waits_of(context: Context, mode: str) -> Counter:
     policy = Policy(model, RowBudget(1 << 20))
     long = 64 if context.rehearse else 8192
     rows = rank_rows(policy, ragged_batch(long, 2, long // 8, ARCHITECTURES["tiny"]["vocab_size"]), 2 * long)
-    train = partial(_train_row, policy, 0.001, TOKEN_MEAN, 1.0)
+    train = partial(_train_row, policy, MasterAdamW(model, OptimConfig()), 0.001, TOKEN_MEAN, 1.0)
 
     def all_rows() -> None:
         stats = UpdateStats()

@@ -107,11 +107,6 @@ def _sequences_of(chosen: Selection) -> list[list[TrainSequence]]:
     ]
 
 
-def unknown_tokens(groups: Sequence[Group]) -> int:
-    """Return the number of tokens whose log-probability the engine reported as NaN or infinite."""
-    return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)
-
-
 def is_known(group: Group) -> bool:
     """Return True if a group has a token with a known log-probability."""
     return any(np.isfinite(r.logp).any() for r in group.responses)

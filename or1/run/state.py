@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Group, Status
@@ -15,7 +17,6 @@ from or1.data import SamplerState, SolvedPrompts
 from or1.magic.alarms import EntropyWatch
 from or1.magic.empty_steps import note_step
 from or1.magic.entropy import EntropyController, rollout_entropy
-from or1.magic.selection import unknown_tokens
 from or1.magic.stages import Stages, Step
 from or1.run.in_flight import InFlight
 
@@ -129,3 +130,8 @@ class TrainState:
         self.totals["nonfinite_logp"] += unknown_tokens(groups)
         if config.data.drop_solved:
             self.solved.note(groups, config.data.solved_visits)
+
+
+def unknown_tokens(groups: Sequence[Group]) -> int:
+    """Return the number of tokens whose log-probability the engine reported as NaN or infinite."""
+    return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)

@@ -18,11 +18,10 @@ from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
 from or1.magic.advantage import has_advantage
 from or1.magic.entropy import rollout_entropy
-from or1.magic.selection import unknown_tokens
 from or1.model.rows import Microbatch
 from or1.reward.terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.collect import Rollout
-from or1.run.state import TrainState
+from or1.run.state import TrainState, unknown_tokens
 from or1.train.optim import UpdateResult
 from or1_kernels.head import PolicyStats
 
