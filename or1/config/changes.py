@@ -9,8 +9,10 @@ from typing import Any
 
 from or1.config import Config
 
+# The choice of a run is in its folder, so `tune` may change.
 # Settings of logging and evaluation, of the engine's process, of the division of work, and of the graders' resources.
 _FREE = (
+    "tune",
     "log",
     "checkpoint",
     "eval",

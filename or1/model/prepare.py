@@ -40,8 +40,8 @@ def prepare_model(
     check_heads(model.config, world.sequence_size)
     apply_liger(model, config.liger, device)
     # After Liger, since Liger replaces the forward of the MLPs.
-    if config.mlp_tile_tokens:
-        tile_mlps(model, config.mlp_tile_tokens)
+    if config.tile_tokens:
+        tile_mlps(model, config.tile_tokens)
     if config.gradient_checkpointing != "none":
         checkpoint_layers(model, offload=config.gradient_checkpointing == "offload")
     return shard_model(model, world, device)

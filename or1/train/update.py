@@ -82,6 +82,7 @@ def _train_row(
         objective=policy.objective,
         entropy_coef=alpha,
         temperature=policy.temperature,
+        **policy.head,
     )
     faults.hit("train.backward")
     loss.backward()
