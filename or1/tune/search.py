@@ -197,10 +197,7 @@ def _mark(trials: Sequence[Trial], alive: Sequence[Trial]) -> None:
     if not timed:
         return
     fastest = min(timed, key=lambda trial: trial.median)
-    if _failed(default):
-        winner = fastest
-    else:
-        winner = fastest if _clearly_faster(fastest, default) else default
+    winner = fastest if _failed(default) or _clearly_faster(fastest, default) else default
     winner.chosen, winner.why_out = True, ""
     for trial in timed:
         if not trial.chosen and not trial.why_out:
