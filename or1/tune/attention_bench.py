@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from or1.tune.accuracy import Outputs
 from or1.tune.bench import TorchBench
 from or1.tune.case import documents, dtype_of
 
-_QUERIES = 64
+# Many queries of few documents: a gradient of a key is then a sum of many terms, as in training.
+_DOCUMENTS, _QUERIES = 4, 64
 
 
 class AttentionBench(TorchBench):
@@ -38,7 +40,10 @@ class AttentionBench(TorchBench):
 
     @cached_property
     def _queries_K(self) -> Tensor:
-        return self.sample(self.case.attention_tokens, _QUERIES)
+        lengths = documents(self.case)
+        starts = [0, *accumulate(lengths)]
+        picked = self.sample(len(lengths), _DOCUMENTS).tolist()
+        return torch.cat([starts[s] + self.sample(lengths[s], _QUERIES) for s in picked])
 
     @cached_property
     def _upstream_TQD(self) -> Tensor:
