@@ -26,7 +26,7 @@ _DOCUMENTS, _QUERIES = 4, 64
 
 
 class AttentionBench(TorchBench):
-    """Runs a backend that `or1.model.attention.register` makes known to transformers, and its backward."""
+    """Runs a backend that `or1.model.attention.register` registers with transformers, and its backward."""
 
     @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 FORMAT = 1
 """Version of the JSON form of a Record."""
+_NO_FAILURE = ("slower", "not tried", "no clear gain")
 _TEXTS = frozenset({"attention", "head_impl", "head_preset", "cpu_gemms"})
 
 
@@ -75,6 +76,11 @@ class Trial:
         if not ordered:
             return float("inf")
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+    @property
+    def failed(self) -> bool:
+        """Whether the candidate was thrown out for another reason than its time or the budget."""
+        return bool(self.why_out) and not self.why_out.startswith(_NO_FAILURE)
 
     @property
     def best(self) -> float:

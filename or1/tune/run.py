@@ -111,6 +111,9 @@ def _choice_of_run(config: Config, display: Display, first: bool, sequence_size:
         message(f"tune: measuring what is fastest here, at most {LAZY_BUDGET_S:g} s (once; --no-tune skips this)")
         record = measure(config, display, LAZY_BUDGET_S, sequence_size=sequence_size, benches=benches)
         where = "measured now; or1 tune shows the details"
+        for trial in record.trials:
+            if trial.failed:
+                message(f"tune: {trial.group} {trial.name} is out: {trial.why_out}")
     cache.write(path, record)
     return _usable(config.model, record, where, message)
 

@@ -197,16 +197,11 @@ def _mark(trials: Sequence[Trial], alive: Sequence[Trial]) -> None:
     if not timed:
         return
     fastest = min(timed, key=lambda trial: trial.median)
-    winner = fastest if _failed(default) or _clearly_faster(fastest, default) else default
+    winner = fastest if default.failed or _clearly_faster(fastest, default) else default
     winner.chosen, winner.why_out = True, ""
     for trial in timed:
         if not trial.chosen and not trial.why_out:
             trial.why_out = _slower(trial, fastest) if trial.median > fastest.median else "no clear gain"
-
-
-def _failed(trial: Trial) -> bool:
-    """Return whether a candidate was thrown out for another reason than its time or the budget."""
-    return bool(trial.why_out) and not trial.why_out.startswith(("slower", "not tried"))
 
 
 def _clearly_faster(trial: Trial, default: Trial) -> bool:

@@ -1,4 +1,4 @@
-"""Candidates in a child process: what raises, hangs or crashes there leaves this process and the next candidate alone."""
+"""Candidates in a child process: one that raises, hangs or crashes leaves this process and the next candidate alone."""
 
 from __future__ import annotations
 
