@@ -30,12 +30,12 @@ class AttentionBench(TorchBench):
 
     @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, [1, heads, T, D], as a model passes them."""
+        """Query, key and value, [T, heads, D]: the projections of a layer are contiguous in this order."""
         case, t, d = self.case, self.case.attention_tokens, self.case.head_dim
         return (
-            self.normal(1, case.heads, t, d).requires_grad_(),
-            self.normal(1, case.kv_heads, t, d).requires_grad_(),
-            self.normal(1, case.kv_heads, t, d).requires_grad_(),
+            self.normal(t, case.heads, d).requires_grad_(),
+            self.normal(t, case.kv_heads, d).requires_grad_(),
+            self.normal(t, case.kv_heads, d).requires_grad_(),
         )
 
     @cached_property
@@ -65,8 +65,10 @@ class AttentionBench(TorchBench):
         """Compute the output and three gradients. Raises AttentionError for a backend that cannot run."""
         backend = attention.choose_backend(options.get("attention", "auto"), self.device, dtype_of(self.case))
         name = attention.register(backend)
-        q, k, v = self._inputs
-        q.grad = k.grad = v.grad = None
+        for x in self._inputs:
+            x.grad = None
+        # [1, heads, T, D], as transformers passes them.
+        q, k, v = (x.transpose(0, 1)[None] for x in self._inputs)
         with attention.packed_forward():
             out, _ = AttentionInterface()[name](
                 nn.Module(), q, k, v, None, scaling=self.case.head_dim**-0.5, **self._layout
@@ -78,20 +80,20 @@ class AttentionBench(TorchBench):
         """Return the output of the sampled queries and the gradients."""
         q, k, v = self._inputs
         assert q.grad is not None and k.grad is not None and v.grad is not None
-        dq_TQD = q.grad[0].transpose(0, 1)
+        dq_TQD = q.grad
         others_T = torch.ones(len(dq_TQD), dtype=torch.bool, device=self.device)
         others_T[self._queries_K] = False
         return {
             "out": self._out_TQD.detach()[self._queries_K],
             "dq": dq_TQD[self._queries_K],
-            "dk": k.grad[0],
-            "dv": v.grad[0],
+            "dk": k.grad,
+            "dv": v.grad,
             "others": dq_TQD[others_T].abs().amax().reshape(1) if bool(others_T.any()) else dq_TQD[:0, 0, 0],
         }
 
     def exact(self, dtype: torch.dtype) -> Outputs:
         """Return the same by softmax over all keys of the sampled queries, document by document."""
-        q, k, v = (x.detach()[0] for x in self._inputs)
+        q, k, v = (x.detach().transpose(0, 1) for x in self._inputs)
         out_KQD, dq_KQD = (
             torch.empty(len(self._queries_K), self.case.heads, self.case.head_dim, dtype=dtype, device=self.device)
             for _ in range(2)
@@ -114,7 +116,8 @@ class AttentionBench(TorchBench):
                 dk_GTD[g, whole], dv_GTD[g, whole] = dk_LD, dv_LD
         others = 1 if len(self._queries_K) < self.case.attention_tokens else 0
         zero = torch.zeros(others, dtype=dtype, device=self.device)
-        return {"out": out_KQD, "dq": dq_KQD, "dk": dk_GTD, "dv": dv_GTD, "others": zero}
+        dk_TGD, dv_TGD = dk_GTD.transpose(0, 1), dv_GTD.transpose(0, 1)
+        return {"out": out_KQD, "dq": dq_KQD, "dk": dk_TGD, "dv": dv_TGD, "others": zero}
 
     def _documents(self) -> Iterator[tuple[Tensor, slice]]:
         """Yield the sampled queries of each document, as bool[K], and the tokens of the document."""

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from or1.tune.search import CandidateError, Values
+from or1.tune.search import FIRST_LIMIT_S, Budget, CandidateError, Values
 
 BENCHES = "or1.tune.benches:benches"
 """The function that makes the benches in the child, as module:function."""
@@ -32,12 +31,13 @@ class Child:
     """A runner (see `or1.tune.search.Runner`) in a process of its own. Use as a context manager.
 
     case     given to the function that makes the benches
+    budget   bounds the start of the process; its display lives while a candidate runs
     benches  that function, as module:function
-    tick     called while a candidate runs
     """
 
-    def __init__(self, case: dict[str, Any], tick: Callable[[], None], benches: str = BENCHES):
-        self._case, self._tick, self._benches = case, tick, benches
+    def __init__(self, case: dict[str, Any], budget: Budget, benches: str = BENCHES):
+        self._case, self._budget, self._benches = case, budget, benches
+        self._prepared: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._wire: Connection | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
@@ -52,17 +52,24 @@ class Child:
     def prepare(self, group: str, limit_s: float) -> None:
         """Make the inputs and exact results of a group. Raises CandidateError."""
         self._ask({"do": "prepare", "group": group}, limit_s)
+        self._prepared.add(group)
 
     def check(self, group: str, options: Values, limit_s: float) -> float:
         """Run a candidate once and return its error. Raises CandidateError."""
+        if group not in self._prepared:
+            # In a process that replaces an ended one; this is not the candidate's time.
+            self.prepare(group, self._budget.left)
         return float(self._ask({"do": "check", "group": group, "options": options}, limit_s)["error"])
 
     def seconds(self, group: str, options: Values, limit_s: float) -> float:
         """Return the seconds of one run. Raises CandidateError."""
+        if group not in self._prepared:
+            # The new process must compile the candidate again.
+            self.check(group, options, min(FIRST_LIMIT_S, self._budget.left))
         return float(self._ask({"do": "seconds", "group": group, "options": options}, limit_s)["seconds"])
 
     def _ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        wire = self._wire or self._start(min(_START_S, max(limit_s, 5.0)))
+        wire = self._wire or self._start(min(_START_S, self._budget.left))
         answer: dict[str, Any] = {}
         try:
             wire.send_bytes(json.dumps(request).encode())
@@ -79,7 +86,7 @@ class Child:
     def _receive(self, wire: Connection, limit_s: float) -> dict[str, Any]:
         end = time.monotonic() + limit_s
         while not wire.poll(max(0.0, min(_TICK_S, end - time.monotonic()))):
-            self._tick()
+            self._budget.tick()
             if time.monotonic() >= end:
                 self._end()
                 raise CandidateError(f"no answer within {limit_s:.3g} s; it was ended")
@@ -137,3 +144,4 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._wire = self._process = None
+        self._prepared.clear()

@@ -21,6 +21,8 @@ _GAIN = 0.98
 _RUNS_A_ROUND, _MOST_ROUNDS = 3, 6
 # Most seconds of a candidate's first run, which may compile, and of a later run.
 FIRST_LIMIT_S, RUN_LIMIT_S = 20.0, 10.0
+FIRST_SHARE = 0.25
+"""Share of the budget that a first run may take, if that is more."""
 # A run may take this many times its usual time before it counts as hanging, and at least these seconds.
 _PATIENCE, _LEAST_LIMIT_S = 20.0, 2.0
 
@@ -141,7 +143,8 @@ def _choose(group: str, found: Sequence[Candidate], chosen: Values, runner: Runn
 
 def _check(trial: Trial, runner: Runner, share: _Share) -> None:
     """Run a candidate for the first time, and throw it out if that fails or its result is wrong."""
-    limit = min(FIRST_LIMIT_S, share.budget.left)
+    # A longer budget is meant for candidates that compile for long.
+    limit = min(max(FIRST_LIMIT_S, FIRST_SHARE * share.budget.seconds), share.budget.left)
     if min(limit, share.left) <= 0:
         trial.why_out = f"not tried: the budget of {share.budget.seconds:g} s was spent"
         return

@@ -183,6 +183,7 @@ def test_what_failed_is_shown_before_the_first_update(config_of: Any, monkeypatc
 
 def test_a_hanging_candidate_costs_its_limit_alone(config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("or1.tune.search.FIRST_LIMIT_S", 1.5)
+    monkeypatch.setattr("or1.tune.search.FIRST_SHARE", 0.0)
     monkeypatch.setattr(
         "or1.tune.case.Case.as_json", lambda self: {"behaviour": {"native": "hang", "torch": "raise", "lean": 9.0}}
     )
