@@ -229,6 +229,7 @@ def test_tune_may_change_in_a_resumed_run(config_of: Any) -> None:
     assert changed_keys(old, config_of().model_dump(mode="json")) == []
 
 
+@pytest.mark.slow
 def test_a_training_run_records_uses_and_resumes_its_choice(
     or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_training_run_records_uses_and_resumes_its_choice(
     assert 'is not used (tune = "off")' in (folder / "log.txt").read_text() and len(lines(folder)) == 5
 
 
+@pytest.mark.slow
 def test_the_verb_measures_this_machine_and_the_plan_uses_that(
     or1: Callable[..., subprocess.CompletedProcess[str]], root: Path, home: Path
 ) -> None:
