@@ -70,8 +70,8 @@ class TorchBench(ABC):
         name = json.dumps(options, sort_keys=True)
         guess = self._guesses.get(name, 0.0)
         with self._room(), using(options):
-            if guess < _WARM_BELOW_S:
-                # The candidate before this one has filled the caches.
+            if 0 < guess < _WARM_BELOW_S:
+                # The candidate before this one has filled the caches. A first run follows the check of the same.
                 self.run(options)
             loops = max(1, min(_MOST_LOOPS, math.ceil(_LEAST_S / guess))) if guess else 1
             self._guesses[name] = self._timed(options, loops)

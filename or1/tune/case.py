@@ -16,7 +16,7 @@ from or1.model.load import resolve_device
 
 # One run of a candidate must take a fraction of a second. A CPU gets fewer tokens, but at least these.
 _MOST_FLOPS = {"cuda": 2e14, "cpu": 1e11}
-_LEAST_TOKENS = {"cuda": 8192, "cpu": 512}
+_LEAST_TOKENS = {"cuda": 8192, "cpu": 256}
 # A response has half of its limit, as `or1 plan` assumes.
 _MEAN_SHARE = 0.5
 

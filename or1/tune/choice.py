@@ -8,7 +8,7 @@ from typing import Any
 
 FORMAT = 1
 """Version of the JSON form of a Record."""
-_NO_FAILURE = ("slower", "not tried", "no clear gain")
+_NO_FAILURE = ("slower", "not tried", "too little time", "no clear gain")
 _TEXTS = frozenset({"attention", "head_impl", "head_preset", "cpu_gemms"})
 
 
@@ -56,6 +56,7 @@ class Trial:
     group, name  what is chosen, and the candidate's name in the table
     options      values of Choice under which the candidate runs
     seconds      of every timed run
+    first_s      seconds of the first run with its check and compilation
     error        largest error against fp64, in units of the error of plain torch in the same dtype; None: not checked
     why_out      reason why the candidate was thrown out, "" for one that was timed to the end
     """
@@ -64,6 +65,7 @@ class Trial:
     name: str
     options: dict[str, str | int]
     seconds: list[float] = field(default_factory=list)
+    first_s: float = 0.0
     error: float | None = None
     why_out: str = ""
     chosen: bool = False

@@ -16,7 +16,7 @@ from or1.tune.accuracy import Outputs
 from or1.tune.bench import TorchBench
 from or1_kernels import PolicyObjective, linear_policy_loss, reference
 
-_ROWS, _TOKENS = 96, 8192
+_ROWS, _TOKENS = 64, 4096
 # Rows of the weight that are converted to fp64 at once.
 _PART = 16384
 _ENTROPY_COEF = 0.002

@@ -95,9 +95,11 @@ def search(
         found = candidates(group, dict(chosen))
         if len(found) < (1 if all_groups else 2):
             continue
-        # What a group leaves over is shared by the groups after it.
-        share = budget.left / (len(groups) - number)
-        tried = _choose(group, found, chosen, runner, _Share(budget, budget.left - share))
+        tried = [Trial(group, each.name, chosen | each.values) for each in found]
+        if _prepared(group, tried, runner, budget):
+            # What a group leaves over is shared by the groups after it.
+            share = budget.left / (len(groups) - number)
+            _choose(tried, runner, _Share(budget, budget.left - share))
         best = next((index for index, trial in enumerate(tried) if trial.chosen), 0)
         chosen |= found[best].values
         trials += tried
@@ -117,17 +119,20 @@ class _Share:
         return max(0.0, self.budget.left - self.kept)
 
 
-def _choose(group: str, found: Sequence[Candidate], chosen: Values, runner: Runner, share: _Share) -> list[Trial]:
-    """Return one trial a candidate of a group; at most one of them is chosen."""
-    trials = [Trial(group, each.name, chosen | each.values) for each in found]
+def _prepared(group: str, trials: Sequence[Trial], runner: Runner, budget: Budget) -> bool:
+    """Make the inputs of a group, before the first candidate, so that no candidate's limit includes this."""
     try:
-        if share.budget.left > 0:
-            # Before the first candidate, so that no candidate's limit includes this.
-            runner.prepare(group, share.budget.left)
+        if budget.left > 0:
+            runner.prepare(group, budget.left)
     except CandidateError as error:
         for trial in trials:
             trial.why_out = f"not tried: its inputs could not be made: {error}"
-        return trials
+        return False
+    return True
+
+
+def _choose(trials: list[Trial], runner: Runner, share: _Share) -> None:
+    """Check and time the candidates of a group, and mark at most one as chosen."""
     for trial in trials:
         _check(trial, runner, share)
     alive = [trial for trial in trials if not trial.why_out]
@@ -138,7 +143,9 @@ def _choose(group: str, found: Sequence[Candidate], chosen: Values, runner: Runn
         if len(alive) < 2 and all(len(trial.seconds) >= _RUNS_A_ROUND for trial in alive):
             break
     _mark(trials, [trial for trial in alive if not trial.why_out])
-    return trials
+    for trial in trials:
+        if not (trial.why_out or trial.chosen):
+            trial.why_out = f"too little time: the budget of {share.budget.seconds:g} s was spent"
 
 
 def _check(trial: Trial, runner: Runner, share: _Share) -> None:
@@ -148,11 +155,13 @@ def _check(trial: Trial, runner: Runner, share: _Share) -> None:
     if min(limit, share.left) <= 0:
         trial.why_out = f"not tried: the budget of {share.budget.seconds:g} s was spent"
         return
+    began = share.budget.left
     try:
         trial.error = runner.check(trial.group, trial.options, limit)
     except CandidateError as error:
-        trial.why_out = str(error)
+        trial.why_out = _why(error, share.budget)
     else:
+        trial.first_s = began - share.budget.left
         if not trial.error <= MOST_ERROR:
             trial.why_out = f"wrong: its error is {trial.error:.3g} times plain torch's, the limit is {MOST_ERROR:g}"
     share.budget.tick()
@@ -165,16 +174,21 @@ def _round(alive: Sequence[Trial], runner: Runner, share: _Share) -> bool:
             if trial.why_out:
                 continue
             # A run that would not end in time is not begun, since it could only be ended with its process.
-            usual = trial.best if trial.seconds else 0.0
+            usual = trial.best if trial.seconds else trial.first_s
             if share.left <= usual:
                 return False
             limit = min(RUN_LIMIT_S, share.budget.left, max(share.left, _PATIENCE * usual, _LEAST_LIMIT_S))
             try:
                 trial.seconds.append(runner.seconds(trial.group, trial.options, limit))
             except CandidateError as error:
-                trial.why_out = str(error)
+                trial.why_out = _why(error, share.budget)
             share.budget.tick()
     return True
+
+
+def _why(error: CandidateError, budget: Budget) -> str:
+    """Return why a candidate is out; one that the end of the budget cut off has not failed."""
+    return str(error) if budget.left > 0 else f"too little time: the budget of {budget.seconds:g} s was spent"
 
 
 def _halve(alive: list[Trial]) -> list[Trial]:

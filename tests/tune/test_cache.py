@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record(torch: str = "2.13.0", **choice: object) -> Record:
     key = {"device": {"name": "card"}, "versions": {"torch": torch}, "case": {"vocab": 7}, "pins": {}}
-    trial = Trial("head", "native", {"head_impl": "native"}, [0.25, 0.5], 0.7, "", chosen=True)
+    trial = Trial("head", "native", {"head_impl": "native"}, [0.25, 0.5], 0.1, 0.7, "", chosen=True)
     return Record(key, Choice.of({"head_impl": "native"} | choice), {"head": 1e12}, (trial,), "2026-01-01 10:00")
 
 

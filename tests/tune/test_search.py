@@ -109,3 +109,15 @@ def test_groups_share_the_budget_and_later_groups_see_the_choice() -> None:
     assert shown[-1] == (8, 8) and [done for done, _ in shown] == sorted(done for done, _ in shown)
     both, _ = search(["pinned"], candidates, runner, Budget(8.0, lambda *_: None, clock), all_groups=True)
     assert [trial.chosen for trial in both] == [True] and both[0].seconds
+
+
+def test_a_candidate_that_the_budget_cuts_off_has_not_failed() -> None:
+    trials, chosen, _ = run({"plain": [2.0, 500.0], "other": [0.5]}, budget_s=9.0)
+    assert chosen == {"head_impl": "plain"} and not trials["plain"].failed
+    assert trials["plain"].why_out in ("", "too little time: the budget of 9 s was spent")
+
+
+def test_a_slow_candidate_may_take_as_long_as_its_first_run() -> None:
+    trials, _, runner = run({"plain": [4.0], "other": [3.9]}, budget_s=60.0)
+    assert len(trials["plain"].seconds) >= 3 and not trials["plain"].failed and not trials["other"].failed
+    assert runner.clock.now <= 60.0
