@@ -30,12 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Return EXIT_RUN if the config does not fit the device. Raises ConfigError, PlanError."""
     from or1.plan.devices import find_device
     from or1.plan.estimate import make_plan
+    from or1.plan.rates import measured
     from or1.plan.shapes import shape_of
     from or1.plan.table import plan_json, print_plan_table, verdict
 
     config = load_config(arguments.config, arguments.overrides, files=False)
     shape = shape_of(config.model.path)
     device, why = find_device(arguments.device, config.model.device)
+    device = measured(device, shape, config.model.dtype)
     plan = make_plan(config, shape, device, gpus=arguments.gpus, mean_response=arguments.mean_response)
     if arguments.json:
         print(json.dumps(plan_json(plan), indent=2))

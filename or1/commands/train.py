@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="move an earlier run in run_dir aside and start from scratch"
     )
+    parser.add_argument("--no-tune", action="store_true", help='measure nothing before the first update: tune = "off"')
     parser.add_argument("--nproc", type=positive, metavar="N", help="ranks on this machine; calls torchrun")
     parser.add_argument(
         "--restarts",
@@ -54,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Printed before the seconds that libraries take to load. The launcher prints this line once for all ranks.
     if "RANK" not in os.environ:
         print(f"or1 {__version__}: reading {arguments.config}", flush=True)
+    if arguments.no_tune:
+        # As a setting, so that ranks which this process starts get it too.
+        arguments.overrides = [*arguments.overrides, "tune=off"]
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         rehearse(config, fresh=arguments.fresh)

@@ -9,9 +9,10 @@ from typing import Any
 
 from or1.config import Config
 
-# Settings of logging and evaluation, of the engine's process, of the division of work, and of memory and the graders'
-# resources.
+# The tuned choice of a run is in its folder, so `tune` may change. The rest are settings of logging and evaluation, of
+# the engine's process, of the division of work, and of memory and the graders' resources.
 _FREE = (
+    "tune",
     "log",
     "checkpoint",
     "eval",

@@ -11,6 +11,8 @@ from or1.config.section import MOST_TOKENS, FilePath, Section
 # Other names for the same types and devices, as other trainers use them.
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "float": "float32", "double": "float64"}
 _DEVICES = {"gpu": "cuda", "cuda:0": "cuda"}
+UNTUNED_TILE = 16384
+"""Tokens of an MLP tile with mlp_tile_tokens = "auto" and no measurement."""
 
 
 def _from_bool(value: object) -> object:
@@ -50,6 +52,20 @@ class ModelConfig(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, if Liger is installed and supports the
     architecture; never on the CPU."""
-    mlp_tile_tokens: int = Field(16384, ge=0, le=MOST_TOKENS)
+    mlp_tile_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = 16384
     """Longer rows pass through each MLP in tiles of at most this many tokens, which bounds the memory of activations.
-    No extra cost with gradient checkpointing, one more MLP forward without. 0: never."""
+    No extra cost with gradient checkpointing, one more MLP forward without. 0: never. auto: at most 16384, by
+    measurement (`tune`)."""
+    head_impl: Literal["auto", "triton", "native", "torch"] = "auto"
+    """Row passes of the LM head. triton: on a GPU; native: C++ on a CPU; torch: anywhere, slower. auto: the fastest
+    that can run, by measurement (`tune`) or in this order."""
+    head_preset: Literal["auto", "fast", "lean"] = "auto"
+    """fast: the LM head has large chunks, and sums the gradient of its weight in fp32. lean: small chunks, and sums in
+    the type of the weights, for least memory. auto: fast, unless lean was measured to be faster (`tune`)."""
+    head_chunk_rows: int = Field(0, ge=0, le=MOST_TOKENS)
+    """Rows of logits that the LM head computes at once. 0: by measurement (`tune`), or by the size of the model."""
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of an MLP tile; 0: no tiles."""
+        return UNTUNED_TILE if self.mlp_tile_tokens == "auto" else self.mlp_tile_tokens

@@ -92,6 +92,11 @@ class Config(Section):
     deterministic: bool = False
     """On a GPU, use only deterministic algorithms, and fail for an operation without one; slower. Runs on the CPU are
     always deterministic."""
+    tune: Literal["auto", "on", "off"] = "auto"
+    """Choose attention backend, LM head, its chunk size and MLP tiles by measurement, where their settings are "auto"
+    (or 0). auto: on a GPU, once a model and machine, for at most a minute before the first update. on: on a CPU too,
+    with its threads; runs there may then differ in their last bits. off: never. A resumed run keeps its choice; with
+    `deterministic` nothing is measured."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

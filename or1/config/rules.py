@@ -297,6 +297,15 @@ def _magic_variants_sound(config: Config) -> Iterator[Problem]:
             )
 
 
+def _tuning_sound(config: Config) -> Iterator[Problem]:
+    if config.tune == "on" and config.deterministic:
+        yield Problem(
+            "tune",
+            'is "on", which chooses by time, and deterministic = true wants equal bits from equal settings; '
+            'set tune = "off", and the settings in [model] to what `or1 tune` found',
+        )
+
+
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     paths_usable,
     files_exist,
@@ -316,6 +325,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _engine_fits,
     _vllm_samples,
     _magic_variants_sound,
+    _tuning_sound,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),

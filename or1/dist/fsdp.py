@@ -139,3 +139,12 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         if name not in shared:
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(grads: list[Tensor], world: World) -> Tensor:
+    """Return the L2 norm of all gradients, of which each rank holds shards. Collective."""
+    if world.size > 1:
+        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        return world.sum(squares).sqrt()
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

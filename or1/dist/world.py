@@ -106,6 +106,10 @@ class World:
         dist.all_gather(rows, mine)
         return [row[: int(n)].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
+    def from_main(self, payload: bytes) -> bytes:
+        """Return the main rank's bytes on every rank; those of the other ranks are ignored. Collective."""
+        return self.gather(payload if self.is_main else b"")[0]
+
     def barrier(self) -> None:
         """Wait until every rank has called this method. Collective."""
         self.any(False)

@@ -40,8 +40,8 @@ def prepare_model(
     check_heads(model.config, world.sequence_size)
     apply_liger(model, config.liger, device)
     # After Liger, since Liger replaces the forward of the MLPs.
-    if config.mlp_tile_tokens:
-        tile_mlps(model, config.mlp_tile_tokens)
+    if config.tile_tokens:
+        tile_mlps(model, config.tile_tokens)
     mode = checkpointing_mode(config.gradient_checkpointing, device)
     # "auto" leaves a model alone that transformers cannot checkpoint; an explicit wish is refused with a reason.
     if mode != "none" and (config.gradient_checkpointing != "auto" or model.supports_gradient_checkpointing):

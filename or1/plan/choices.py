@@ -88,7 +88,7 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
         checkpointing=_checkpointing(model.gradient_checkpointing, device),
         attention="varlen" if device.is_gpu and weight == 2 and model.attention != "sdpa" else "sdpa",
         liger=device.is_gpu and weight < 8 and model.liger != "off",
-        mlp_tile_tokens=model.mlp_tile_tokens,
+        mlp_tile_tokens=model.tile_tokens,
         max_tokens=optim.max_tokens_per_rank,
         gpus=gpus,
     )

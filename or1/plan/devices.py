@@ -17,7 +17,7 @@ _GPUS_A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Assumed shares of a device's peaks. All times that `or1 plan` prints depend on these shares.
+    """Assumed or measured shares of a device's peaks. All times that `or1 plan` prints depend on these shares.
 
     matmul             share of the arithmetic peak in matrix products of packed rows
     attention          share of the arithmetic peak in causal attention kernels (counting the useful half)
@@ -25,7 +25,10 @@ class Efficiency:
     engine_layer_s     least seconds of a vLLM decoding step per layer, to launch kernels
     engine_response_s  least seconds of a vLLM decoding step per running response, to schedule and sample
 
-    The last two are 0 if CUDA graphs and asynchronous scheduling hide both.
+    head               share of the arithmetic peak in the LM head; None: that of matmul
+    source             origin of measured shares; "" if all are assumed
+
+    The engine's two are 0 if CUDA graphs and asynchronous scheduling hide both.
     """
 
     matmul: float = 0.70
@@ -33,6 +36,8 @@ class Efficiency:
     memory: float = 0.80
     engine_layer_s: float = 0.0
     engine_response_s: float = 0.0
+    head: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,17 @@ def find_device(wanted: str | None, configured: str) -> tuple[Device, str]:
         return (_cpu() if name == "cpu" else _GPUS[name]), "--device"
     if configured != "cpu":
         for found, memory in _gpus_here():
-            for listed in sorted(_GPUS, key=len, reverse=True):
-                if _plain(listed) in _plain(found):
-                    return replace(_GPUS[listed], memory=memory), f"this machine has {found}"
+            if (listed := listed_name(found)) is not None:
+                return replace(_GPUS[listed], memory=memory), f"this machine has {found}"
         if configured == "cuda":
             return _GPUS["H200"], 'model.device = "cuda" and no GPU here; --device plans for another'
     return _cpu(), "no GPU here; --device H200 plans for one" if configured == "auto" else 'model.device = "cpu"'
+
+
+def listed_name(found: str) -> str | None:
+    """Return the name in the table of a GPU that calls itself `found`, None if the table lacks it."""
+    names = sorted(_GPUS, key=len, reverse=True)
+    return next((listed for listed in names if _plain(listed) in _plain(found)), None)
 
 
 def _plain(name: str) -> str:

@@ -57,10 +57,13 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
         f"{device.tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({why_device})"
     )
     eff = device.efficiency
+    head = "" if eff.head is None else f", {eff.head:.0%} in the LM head"
     yield (
-        f"  assumed      {eff.matmul:.0%} of that in matrix products, {eff.attention:.0%} in attention, "
-        f"{eff.memory:.0%} of the bandwidth"
+        f"  {'measured' if eff.source else 'assumed ':8}     {eff.matmul:.0%} of that in matrix products, "
+        f"{eff.attention:.0%} in attention{head}, {eff.memory:.0%} of the bandwidth"
     )
+    if eff.source:
+        yield f"               measured: {visible(eff.source)}; the others are assumed"
     work = plan.heaviest.work
     yield (
         f"               prompts of {work.mean_prompt:,.0f} tokens, responses of half their limit unless "

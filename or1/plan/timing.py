@@ -1,4 +1,7 @@
-"""Time of a step, from operation counts and the shares of a device's peaks that `devices.Efficiency` assumes."""
+"""Time of a step, from operation counts and the shares of a device's peaks in `devices.Efficiency`.
+
+The shares are assumed, or measured by `or1 tune` on the same device and kind of model (`rates`).
+"""
 
 # n tokens of a sequence, H hidden, Q width of all query heads, V vocab
 
@@ -125,7 +128,7 @@ def _pass_seconds(
     return {
         "matrix products": sequences * matrices / (peak * e.matmul),
         "attention": sequences * attention / (peak * e.attention),
-        "LM head": sequences * head / (peak * e.matmul),
+        "LM head": sequences * head / (peak * (e.head or e.matmul)),
         "memory traffic": sequences * moved / (device.bandwidth * 1e9 * e.memory),
     }
 

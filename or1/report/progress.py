@@ -25,8 +25,9 @@ class Bar:
         show(40, 960)
     """
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, unit: str = "responses"):
         self._console = console or default_console()
+        self._unit = unit
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
@@ -42,7 +43,7 @@ class Bar:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("responses"),
+                TextColumn(self._unit),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 Left(),
@@ -62,7 +63,7 @@ class Bar:
         self._console.print(Text(visible(text)), soft_wrap=True)
 
     def progress(self, name: str) -> Callable[[int, int], None]:
-        """Return a function of (done, total) that shows how many responses of `name` exist."""
+        """Return a function of (done, total) that shows how far `name` is."""
         return partial(self._show, name)
 
     def _show(self, name: str, done: int, total: int) -> None:
@@ -84,4 +85,4 @@ class Bar:
         rate = (done - at_first) / (now - began) if now - began > 1 else 0.0
         left = f", left {duration((total - done) / rate)}" if rate > 0 and done < total else ""
         speed = f", {rate:.1f} a second" if rate > 0 else ""
-        self.message(f"{name}: {done:,} of {total:,} responses{speed}{left}")
+        self.message(f"{name}: {done:,} of {total:,} {self._unit}{speed}{left}")

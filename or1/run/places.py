@@ -10,6 +10,7 @@ _FILES = (
     "metrics.jsonl",
     ".lock",
     "row_tokens.json",
+    "tune.json",
     ".marks.json",
     ".metrics.sums",
     ".metrics.jsonl.partial",

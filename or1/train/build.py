@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from itertools import chain
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from or1.config import Config
+from or1.config import Config, ModelConfig
 from or1.core.display import StepDisplay
 from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
@@ -23,7 +24,8 @@ from or1.reward.scorer import Scorer
 from or1.reward.scorers import remarks_of
 from or1.rollout import make_engine
 from or1.rollout.engine import Engine
-from or1.run.directory import cap_rows
+from or1.run.checkpoint import committed_steps
+from or1.run.directory import cap_rows, checkpoints_of
 from or1.run.resume import Checkpointed
 from or1.run.session import Session
 from or1.run.state import TrainState
@@ -31,7 +33,11 @@ from or1.train.device_room import require_room, states_fit
 from or1.train.optim import MasterAdamW
 from or1.train.rank_rows import Policy
 from or1.train.rollout_queue import RolloutQueue
+from or1.tune.apply import head_options, settled
+from or1.tune.choice import Choice
+from or1.tune.run import choice_of_run
 from or1_kernels.objective import PolicyObjective
+from or1_kernels.options import HeadOptionsDict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +90,16 @@ def build(
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
             for remark in remarks_of(scorer, config.run_path):
                 display.message(remark)
-        model = load_model(config.model, world).train()
-        policy = _policy(config, model, display, world)
+        settings = _tuned(
+            config, display, world, first=not resume and not committed_steps(checkpoints_of(config.run_path))
+        )
+        model = load_model(settings, world).train()
+        policy = _policy(config, model, display, world, head_options(settings))
         # Everything that stays on the device comes before the engine, which takes a share of what is left.
         with states_fit(model.device):
             optimizer = MasterAdamW(model, config.optim, world)
             optimizer.reserve()
-        reference = _reference(config, policy)
+        reference = _reference(config, settings, policy)
         require_room(config, model, optimizer, reference.model if reference else None)
         engine = make_engine(config, model, tokenizer, world)
         stack.callback(engine.close)
@@ -128,7 +137,19 @@ def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDis
     return state
 
 
-def _policy(config: Config, model: PreTrainedModel, display: StepDisplay, world: World) -> Policy:
+def _tuned(config: Config, display: StepDisplay, world: World, *, first: bool) -> ModelConfig:
+    """Return `[model]` with the choice of the main rank in place of settings that are "auto". Collective."""
+    choice = Choice()
+    if world.is_main:
+        choice = choice_of_run(config, display, first=first, sequence_size=world.sequence_size)
+    # The ranks of one model must compute the same, and their checkpoints hold the same shards.
+    sent = json.loads(world.from_main(json.dumps(choice.values()).encode()))
+    return settled(config.model, Choice.of(sent))
+
+
+def _policy(
+    config: Config, model: PreTrainedModel, display: StepDisplay, world: World, head: HeadOptionsDict
+) -> Policy:
     loss = config.loss
     budget = RowBudget(
         config.optim.max_tokens_per_rank, message=display.message, cap=partial(cap_rows, config.run_path)
@@ -145,13 +166,14 @@ def _policy(config: Config, model: PreTrainedModel, display: StepDisplay, world:
         world,
         old_is_engine=loss.old_logp == "rollout",
         progress=display.progress("train"),
+        head=head,
     )
 
 
-def _reference(config: Config, policy: Policy) -> Policy | None:
+def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy | None:
     """Return the reference model of the KL term, None without one."""
     if config.loss.kl_coef == 0:
         return None
     path = config.loss.reference or config.model.path
-    settings = config.model.model_copy(update={"path": path})
-    return replace(policy, model=load_model(settings, policy.world).requires_grad_(False))
+    reference = settings.model_copy(update={"path": path})
+    return replace(policy, model=load_model(reference, policy.world).requires_grad_(False))

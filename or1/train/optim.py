@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from or1.config import OptimConfig
-from or1.dist.fsdp import local_shard
+from or1.dist.fsdp import local_shard, total_norm
 from or1.dist.world import SINGLE, World
 from or1.train.adam import round_stochastically
 from or1.train.host_steps import Gradients, HostSteps
@@ -83,7 +83,7 @@ class MasterAdamW(MasterWeights):
     @torch.no_grad()
     def step_if_finite(self, loss: Tensor) -> UpdateResult:
         """Clip and update if loss and gradient norm are finite; else change nothing. Drop the gradients. Collective."""
-        norm = _total_norm(list(self.gradients().values()), self.world)
+        norm = total_norm(list(self.gradients().values()), self.world)
         lr = self.config.lr * min(1.0, (self.updates + 1) / max(self.config.warmup_steps, 1))
         took = self.world.all_agree(bool(torch.isfinite(norm) & torch.isfinite(loss)))
         if took:
@@ -113,11 +113,3 @@ class MasterAdamW(MasterWeights):
             weight = round_stochastically(weight, seed=self.updates * len(self.params) + i)
         if master is not param:
             param.copy_(weight)
-
-
-def _total_norm(grads: list[Tensor], world: World) -> Tensor:
-    if world.size > 1:
-        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
-        return world.sum(squares).sqrt()
-    norms = [torch.linalg.vector_norm(g, dtype=arithmetic_dtype(g)) for g in grads]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

@@ -22,6 +22,7 @@ from or1.model.shared_prompts import Sharing
 from or1.model.slices import my_slice
 from or1.rollout.collect import Progress, no_progress
 from or1_kernels.objective import PolicyObjective
+from or1_kernels.options import HeadOptionsDict
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class Policy:
     world          ranks that share the rows
     old_is_engine  True if `old_logp` of the sequences came from the engine and not from this model
     progress       called with (rows done, rows)
+    head           implementation options of the LM head (impl, preset, chunk_rows)
     """
 
     model: PreTrainedModel
@@ -48,6 +50,7 @@ class Policy:
     world: World = SINGLE
     old_is_engine: bool = False
     progress: Progress = no_progress
+    head: HeadOptionsDict = field(default_factory=HeadOptionsDict)
 
     @property
     def float_dtype(self) -> torch.dtype:

@@ -49,7 +49,7 @@ def score(policy: Policy, sequences: Sequence[TrainSequence]) -> list[np.ndarray
 
 def _score_row(policy: Policy, row: Microbatch) -> Tensor:
     hidden_NH = trained_rows(hidden_states(policy.model, row, policy.world.sequence_group), row)
-    return lm_head(policy.model)(hidden_NH, row.targets_N, temperature=policy.temperature)[0]
+    return lm_head(policy.model)(hidden_NH, row.targets_N, temperature=policy.temperature, **policy.head)[0]
 
 
 def _gather(scored: dict[int, np.ndarray], sequences: Sequence[TrainSequence], world: World) -> list[np.ndarray]:

@@ -83,6 +83,7 @@ def _train_row(
         entropy_coef=alpha,
         temperature=policy.temperature,
         main_grad=optimizer.main_grad(lm_head(policy.model).weight),
+        **policy.head,
     )
     faults.hit("train.backward")
     loss.backward()

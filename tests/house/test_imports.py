@@ -19,6 +19,7 @@ ROOMS = (
     "plan",
     "report",
     "train",
+    "tune",
     "eval",
     "run",
     "rollout",

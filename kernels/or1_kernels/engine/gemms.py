@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import host
+from .preference import cpu_gemms
 
 # Below this many multiplications a call, creating oneDNN's bf16 kernel for a new shape costs more than it saves.
 _BF16_CPU_WORK = 1 << 31
@@ -118,7 +119,8 @@ def choose(weight_VH: Tensor, num_rows: int) -> Gemms:
     if weight_VH.dtype == torch.bfloat16:
         if weight_VH.is_cuda:
             return WideOut()
-        if _has_bf16_cpu() and num_rows * weight_VH.numel() >= _BF16_CPU_WORK:
+        wanted, pays = cpu_gemms(), num_rows * weight_VH.numel() >= _BF16_CPU_WORK
+        if wanted != "fp32" and _has_bf16_cpu() and (pays or wanted == "bf16"):
             return HostWideOut() if host.has_wide_product() else Residual()
     return Upcast(torch.float64 if weight_VH.dtype == torch.float64 else torch.float32)
 
