@@ -250,8 +250,13 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process, which, 
 for _ in range(5):
     score("print(1)", {"inputs": ["1\\n"], "outputs": ["1\\n"]}, sys.argv[1])
     score("def f(x): return x", {"test_list": ["assert f(1) == 1"]}, sys.argv[1])
-time.sleep(1.0)
-sandbox._reap()
+for _ in range(50):
+    time.sleep(0.2)
+    sandbox._reap()
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        break
 left = 0
 try:
     while os.waitpid(-1, os.WNOHANG) != (0, 0):
