@@ -104,7 +104,9 @@ def test_only_wanted_gradients_are_made_and_each_is_independent(kit, impl, needs
     case = kit.make_case(40, 8, 50)
     full, part = kit.policy(case, impl=impl), kit.policy(case, needs, impl=impl)
     assert (part.dhidden is not None, part.dweight is not None) == needs
-    assert torch.equal(full.logp, part.logp)
+    # Triton's launch that makes gradients too sums in another order than the pass for statistics alone.
+    rounding = 1e-6 if impl == "triton" and not any(needs) else 0.0
+    torch.testing.assert_close(full.logp, part.logp, rtol=rounding, atol=rounding)
     for wanted, name in zip(needs, ("dhidden", "dweight"), strict=True):
         assert not wanted or torch.equal(getattr(full, name), getattr(part, name))
 
