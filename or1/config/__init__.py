@@ -6,7 +6,7 @@ The docstring under a field is its help text. `or1.config.load` prints it with a
 
 from __future__ import annotations
 
-from or1.config.data import DataConfig, MixConfig
+from or1.config.data import ColumnsConfig, DataConfig, MixConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
@@ -19,6 +19,7 @@ from or1.config.section import Section
 __all__ = [
     "CheckpointConfig",
     "CodeRewardConfig",
+    "ColumnsConfig",
     "Config",
     "DataConfig",
     "DistConfig",

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from or1.config import Config
 
 # The tuned choice of a run is in its folder, so `tune` may change. The rest are settings of logging and evaluation, of
@@ -96,7 +98,9 @@ def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
         if field is None or not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
             return False
         if name not in old:
-            return field.default is not None and new[name] == field.default
+            default = field.get_default(call_default_factory=True)
+            value = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+            return value is not None and new[name] == value
         section, old, new = field.annotation, old[name], new[name]
     return False
 

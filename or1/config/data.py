@@ -6,31 +6,55 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from or1.config.section import MOST_TOKENS, FilePath, Section, StringList
+from or1.config.section import MOST_TOKENS, FilePath, FilePaths, Section, StringList, each_of
 
 _Solved = Annotated[int, Field(ge=0, le=65536)]
 
 
 class MixConfig(Section):
-    """`[[data.mix]]`: a file of a mixture."""
+    """`[[data.mix]]`: a part of a mixture."""
 
-    path: FilePath
-    """JSONL, JSON-array or parquet file of training problems."""
+    path: FilePaths
+    """Training problems: a file, a folder, a pattern or a dataset, as in data.train; or a list of these."""
     weight: float = Field(1.0, ge=1e-6, le=1e6)
-    """Share of this file in every epoch: weight / sum of all weights."""
+    """Share of this part in every epoch: weight / sum of all weights."""
+
+
+class ColumnsConfig(Section):
+    """`[data.columns]`: names of the columns, for files whose columns have other names than or1 looks for."""
+
+    prompt: str | None = None
+    """Column of the question: text, or chat messages."""
+    answer: str | None = None
+    """Column of the gold answer, or of a list of equally correct answers; after `####` if a text has that mark."""
+    tests: str | None = None
+    """Column of program tests, instead of answer."""
+    source: str | None = None
+    """Column of the name under which the metrics count a row; absent means data_source, then the file's name."""
+
+    @property
+    def names_problems(self) -> bool:
+        """True if a column of questions, answers or tests is named."""
+        return (self.prompt or self.answer or self.tests) is not None
 
 
 class DataConfig(Section):
     """`[data]`"""
 
     train: StringList = ()
-    """JSONL, JSON-array or parquet files of training problems; a file named twice counts twice."""
+    """Training problems: JSONL, JSON-array, parquet, CSV or TSV files, folders of them, patterns such as data/*.jsonl,
+    and datasets of the Hugging Face hub such as hf:openai/gsm8k:main/train. A file named twice counts twice."""
     mix: tuple[MixConfig, ...] = ()
-    """Files with weights, instead of train."""
+    """Parts with weights, instead of train."""
+    columns: ColumnsConfig = ColumnsConfig()
     max_prompt_tokens: int = Field(2048, ge=1, le=MOST_TOKENS)
     """Longer prompts are dropped and counted."""
     prompt_suffix: str = ""
     """Text appended to every question, such as an instruction to answer within \\boxed{}."""
+    system_prompt: str = ""
+    """System message in front of every chat that has none. Needs a model with a chat template."""
+    chat_template: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Arguments of the model's chat template, such as {enable_thinking = false}."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop if more than this fraction of a file's rows is unusable."""
     keep_difficulty: tuple[_Solved, _Solved] | None = None
@@ -53,5 +77,5 @@ class DataConfig(Section):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files of training problems, from train or mix."""
-        return self.train or tuple(part.path for part in self.mix)
+        """Files and datasets of training problems, from train or mix."""
+        return self.train or tuple(path for part in self.mix for path in each_of(part.path))

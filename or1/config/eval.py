@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
+from or1.config.data import ColumnsConfig
+from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePaths, Section
 
 _Samples = Annotated[int, Field(ge=1, le=65536)]
 
@@ -16,8 +17,8 @@ class EvalSet(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)
     """Name in the metrics: eval/{name}/avg@k. Letters, digits, _ and -; also dots, except at the start."""
-    path: FilePath
-    """JSONL, JSON-array or parquet file of problems."""
+    path: FilePaths
+    """Problems: a file, a folder, a pattern or a dataset, as in data.train; or a list of these."""
     samples: _Samples = 1
     """Responses per problem: the k of avg@k and the largest k of pass@k."""
     temperature: float = Field(1.0, ge=0, le=100)
@@ -28,6 +29,8 @@ class EvalSet(Section):
     """Use only this many problems, the first ones of the file; absent means all."""
     prompt_suffix: str | None = None
     """Text appended to every question of this set; absent means that of [data]."""
+    columns: ColumnsConfig | None = None
+    """Names of this set's columns; absent means those of [data] if the set has them, else those that or1 knows."""
 
 
 class EvalConfig(Section):

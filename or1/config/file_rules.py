@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from or1.config import Config
+from or1.config.data_paths import ENDINGS, HUB, dataset_of
 from or1.config.paths import is_dir, is_file
-from or1.config.section import path_problem
+from or1.config.section import each_of, path_problem
 from or1.core.errors import Problem
 
 
@@ -17,7 +18,7 @@ def training_files(config: Config) -> Iterator[Problem]:
     """Find missing files of `[data]`."""
     data = config.data
     named = [(f"data.train.{i}", path) for i, path in enumerate(data.train)]
-    named += [(f"data.mix.{i}.path", part.path) for i, part in enumerate(data.mix)]
+    named += [(f"data.mix.{i}.path", path) for i, part in enumerate(data.mix) for path in each_of(part.path)]
     named += [(f"data.decontaminate_against.{i}", path) for i, path in enumerate(data.decontaminate_against)]
     named += [] if data.difficulty_file is None else [("data.difficulty_file", data.difficulty_file)]
     yield from missing_files(named)
@@ -27,14 +28,17 @@ def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     """Find missing files among (dotted path of the setting, file) pairs."""
     # A file may be named twice, which doubles its weight. If it is missing, it is reported once.
     for path, where in {path: where for where, path in reversed(named)}.items():
-        if is_dir(path):
-            yield Problem(where, f"{path!r} is a folder; name the files in it, one by one{_some(f'{path}/*')}")
+        if path.startswith(HUB):
+            if dataset_of(path) is None:
+                yield Problem(
+                    where,
+                    f"{path!r} is not the name of a dataset; write hf:OWNER/NAME:CONFIG/SPLIT, such as "
+                    "hf:openai/gsm8k:main/train, or hf:OWNER/NAME/FILE for one file of its repository",
+                )
+        elif is_dir(path):
+            yield Problem(where, f"{path!r} is a folder without data files ({', '.join(ENDINGS)})")
         elif not is_file(path) and glob.has_magic(path):
-            yield Problem(
-                where,
-                f"{path!r} is a pattern, which or1 does not expand; name the files, one by one"
-                f"{_some(path) or ', of which none is there'}",
-            )
+            yield Problem(where, f"no file matches the pattern {path!r} (looked in {Path.cwd()}); correct the pattern")
         elif not is_file(path):
             yield Problem(
                 where,
@@ -43,15 +47,10 @@ def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
             )
 
 
-def _some(pattern: str) -> str:
-    """Return the first files that match a pattern, for a message; empty if there are none."""
-    found = sorted(name for name in glob.glob(pattern) if is_file(name))
-    return f": {', '.join(map(repr, found[:3]))}{', ...' if len(found) > 3 else ''}" if found else ""
-
-
 def files_exist(config: Config) -> Iterator[Problem]:
     """Find missing files of evaluation sets and models."""
-    yield from missing_files([(f"eval.sets.{i}.path", s.path) for i, s in enumerate(config.eval.sets)])
+    sets = enumerate(config.eval.sets)
+    yield from missing_files([(f"eval.sets.{i}.path", path) for i, each in sets for path in each_of(each.path)])
     if config.endpoint.url is not None:
         return
     yield from _model_there(config, "model.path", config.model.path)
@@ -62,7 +61,7 @@ def files_exist(config: Config) -> Iterator[Problem]:
 def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
     model = Path(path)
     # A hub id has one slash too, but its first part is no folder here, and no data file is in a folder of that name.
-    files = (*config.data.files, *(each.path for each in config.eval.sets))
+    files = (*config.data.files, *(path for each in config.eval.sets for path in each_of(each.path)))
     data = {part for each in files for part in Path(each).parts[:1]}
     looks_local = (
         path.startswith((".", "/", "~"))

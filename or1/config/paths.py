@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from or1.config import Config
+from or1.config.data_paths import expanded
+from or1.config.section import FilePaths
 
 
 def is_file(path: str | Path) -> bool:
@@ -29,7 +31,8 @@ def found_from(source: Path, config: Config) -> Config:
 
     source  the config's file
 
-    A path that exists relative to the working directory stays unchanged, and so does one that exists nowhere.
+    A path that exists relative to the working directory stays unchanged, and so does one that exists nowhere. Folders
+    and patterns of data become the names of their files, so the resolved config names every file.
     """
     try:
         folder = source.absolute().parent
@@ -40,18 +43,21 @@ def found_from(source: Path, config: Config) -> Config:
     def data(path: str) -> str:
         return _found(path, places, is_file)
 
+    def problems(paths: FilePaths) -> FilePaths:
+        return expanded(paths, places)
+
     def model(path: str) -> str:
         return _found(path, places, is_dir)
 
     given, reward, loss = config.data, config.reward, config.loss
     script, colon, name = reward.kind.rpartition(":")
     kind = f"{data(script)}{colon}{name}" if script.endswith(".py") else reward.kind
-    sets = tuple(each.model_copy(update={"path": data(each.path)}) for each in config.eval.sets)
-    mix = tuple(part.model_copy(update={"path": data(part.path)}) for part in given.mix)
+    sets = tuple(each.model_copy(update={"path": problems(each.path)}) for each in config.eval.sets)
+    mix = tuple(part.model_copy(update={"path": problems(part.path)}) for part in given.mix)
     files = {
-        "train": tuple(map(data, given.train)),
+        "train": problems(given.train),
         "mix": mix,
-        "decontaminate_against": tuple(map(data, given.decontaminate_against)),
+        "decontaminate_against": problems(given.decontaminate_against),
         "difficulty_file": given.difficulty_file and data(given.difficulty_file),
     }
     return config.model_copy(

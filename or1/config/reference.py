@@ -65,6 +65,8 @@ def _type(annotation: Any) -> str:
     if kind is tuple:
         each = _type(arguments[0])
         return f"list of {each}" if arguments[-1] is Ellipsis else f"list of {len(arguments)}: {each}"
+    if kind is dict:
+        return "table"
     # Annotated[T, ...]
     return _type(arguments[0]) if hasattr(annotation, "__metadata__") else _TYPES[annotation]
 

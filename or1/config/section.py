@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -24,7 +24,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     inner = [each for each in get_args(annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
-    return (inner[0], True) if inner else (None, False)
+    return (inner[0], get_origin(annotation) is tuple) if inner else (None, False)
 
 
 def _listed(value: object) -> object:
@@ -60,3 +60,9 @@ def _usable_path(value: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_usable_path)]
 StringList = Annotated[tuple[FilePath, ...], BeforeValidator(_listed)]
+FilePaths = FilePath | tuple[FilePath, ...]
+
+
+def each_of(paths: FilePaths) -> tuple[str, ...]:
+    """Return the paths of a setting that is one path or a list of paths."""
+    return (paths,) if isinstance(paths, str) else paths

@@ -37,18 +37,28 @@ class Encoder:
 
     tokenizer  a transformers tokenizer; None if the inference server has its own, and then there are no token ids
     suffix     appended verbatim to the last user message
+    system     a system message for chats that have none; "" adds none
+    template   arguments of the chat template
 
     Raises RowError for one unusable prompt, and DataError for a chat template that cannot encode any. A template that
     loops is stopped after TEMPLATE_LIMIT_S. The memory of a template is not limited.
     """
 
-    def __init__(self, tokenizer: Any, suffix: str):
-        self._tokenizer, self._suffix = tokenizer, suffix
+    def __init__(self, tokenizer: Any, suffix: str, system: str = "", template: Mapping[str, Any] | None = None):
+        self._tokenizer, self._suffix, self._system = tokenizer, suffix, system
+        self._template = dict(template or {})
         self._broken = ""
+        if system and tokenizer is not None and not tokenizer.chat_template:
+            raise DataError(
+                f"data.system_prompt needs a chat template, and {self._name()} has none; remove the setting, or write "
+                "the text into data.prompt_suffix"
+            )
 
     def __call__(self, prompt: Any, column: str) -> Encoded:
         messages = self._messages(prompt, column)
-        text = "\n\n".join(message["content"] for message in messages)
+        # The same system message in every prompt says nothing about a problem.
+        said = [message["content"] for message in messages if message["content"] != self._system]
+        text = "\n\n".join(said)
         if self._tokenizer is None:
             return Encoded(text, tuple(messages), np.empty(0, dtype=np.int32))
         if self._tokenizer.chat_template:
@@ -74,7 +84,8 @@ class Encoder:
         for message in messages:
             clean(message["content"], f"column {column!r}")
         last["content"] = filled(last["content"], f"column {column!r}") + self._suffix
-        return messages
+        has_system = any(message["role"] == "system" for message in messages)
+        return messages if has_system or not self._system else [{"role": "system", "content": self._system}, *messages]
 
     def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
         from jinja2 import TemplateError, TemplateSyntaxError
@@ -86,7 +97,7 @@ class Encoder:
             with _time_limit(seconds):
                 # transformers 5 returns a BatchEncoding unless return_dict is False.
                 ids: list[int] = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._template
                 )
                 return ids
         except _TooSlowError as error:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_LE
 
+from or1.data.tables import separator_of
+
 HEAD_BYTES = 4096
 """Number of first bytes of a file that `foreign_kind` needs."""
 
-_READS = "or1 reads JSONL, one JSON array or parquet"
+_READS = "or1 reads JSONL, one JSON array, parquet, CSV or TSV"
 _ARROW = f"{_READS}; convert the file, for example with datasets: Dataset.from_file(FILE).to_parquet(NEW)"
 _UTF16 = f"{_READS} in UTF-8; convert the file with iconv -f UTF-16 -t UTF-8"
 _STARTS: tuple[tuple[bytes, str, str], ...] = (
@@ -73,14 +75,11 @@ def foreign_kind(path: str, head: bytes) -> str | None:
 
 
 def _table_kind(path: str, lines: list[bytes]) -> str | None:
-    """Recognise CSV and TSV by the file's extension, or by a first line that consists of column names only."""
-    if not lines or any(line.startswith((b"{", b"[")) for line in lines):
+    """Recognise a table in a file of another ending by a first line that consists of column names only."""
+    if not lines or any(line.startswith((b"{", b"[")) for line in lines) or separator_of(path):
         return None
-    extension = path.lower().rpartition(".")[2]
-    kind = extension.upper() if extension in ("csv", "tsv") else _kind_of_header(lines[0])
-    if kind is None:
-        return None
-    return f"is {kind}; {_READS}; convert the file, for example with pandas: pandas.read_csv(FILE).to_parquet(NEW)"
+    kind = _kind_of_header(lines[0])
+    return None if kind is None else f"is {kind}, but its name does not end in .{kind.lower()}; rename the file"
 
 
 def _kind_of_header(line: bytes) -> str | None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from or1.config import ColumnsConfig
+from or1.config.data_paths import HUB
 from or1.core.errors import DataError, RowError
 from or1.core.types import CodeTests, Prompt
 from or1.data.difficulty import UNRATED, DifficultyFilter
 from or1.data.encode import Encoder
 from or1.data.rows import Row, read_rows
-from or1.data.schemas import Schema, detect
+from or1.data.schemas import Schema, detect, has_columns
 
 _LISTED = 20
 
@@ -79,8 +81,12 @@ def load_prompts(
     max_bad_fraction: float = 0.01,
     difficulty: DifficultyFilter | None = None,
     answers: bool = True,
+    columns: ColumnsConfig | None = None,
+    columns_required: bool = True,
+    system_prompt: str = "",
+    chat_template: Mapping[str, Any] | None = None,
 ) -> PromptSet:
-    """Read JSONL, JSON-array and parquet files of problems with their answers.
+    """Read JSONL, JSON-array, parquet, CSV and TSV files, and datasets of the hub, of problems with their answers.
 
     paths              the schema of each file is detected from its columns: question/answer (GSM8K: the gold answer
                        follows `####`), problem/{answer, solution}, TRL's prompt/{answer, ground_truth, solution},
@@ -94,10 +100,15 @@ def load_prompts(
     max_bad_fraction   largest allowed fraction of bad rows in each file
     difficulty         filter by how often a model solves the problems; None keeps all
     answers            False accepts files without answers, for a reward that does not need them
+    columns            names of the columns of questions, answers or tests, and sources, where a user gave some
+    columns_required   False: a file without these columns is read by the schema that it has
+    system_prompt      a system message for every chat that has none
+    chat_template      arguments of the tokenizer's chat template
 
     Raises DataError for a file that cannot be read, has too many bad rows, or has no usable row.
     """
-    loader = _Loader(Encoder(tokenizer, prompt_suffix), max_prompt_tokens, difficulty, answers)
+    encode = Encoder(tokenizer, prompt_suffix, system_prompt, chat_template or {})
+    loader = _Loader(encode, max_prompt_tokens, difficulty, answers, columns or ColumnsConfig(), columns_required)
     prompts: list[Prompt] = []
     reports: list[FileReport] = []
     errors: list[str] = []
@@ -117,7 +128,7 @@ def load_prompts(
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
     """Return the name of each file in prompt ids: its base name, or its path if two files share a base name."""
-    names = [Path(path).name for path in paths]
+    names = [str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
@@ -128,10 +139,14 @@ class _Loader(NamedTuple):
     max_prompt_tokens: int
     difficulty: DifficultyFilter | None
     answers: bool
+    columns: ColumnsConfig
+    columns_required: bool
 
     def load(self, path: str, name: str) -> tuple[list[Prompt], FileReport]:
         rows = list(read_rows(path))
-        schema = detect(path, [row for _, row in rows if isinstance(row, dict)], self.answers)
+        whole = [row for _, row in rows if isinstance(row, dict)]
+        named = self.columns if self.columns_required or has_columns(whole, self.columns) else None
+        schema = detect(path, whole, self.answers, named)
         prompts: list[Prompt] = []
         bad: list[BadRow] = []
         over_long = 0
@@ -142,7 +157,9 @@ class _Loader(NamedTuple):
             try:
                 if isinstance(row, RowError):
                     raise row
-                prompt = _make_prompt(row, schema, row_id=f"{name}:{line}", file=name, encode=self.encode)
+                if schema is None:
+                    raise RowError("the file has no known schema")
+                prompt = self._prompt(row, schema, f"{name}:{line}", name)
                 reason = self.difficulty.verdict(row, prompt.text) if self.difficulty else None
             except RowError as error:
                 bad.append(BadRow(line, str(error)))
@@ -163,6 +180,24 @@ class _Loader(NamedTuple):
             filtered=dict(filtered),
         )
         return prompts, report
+
+    def _prompt(self, row: Row, schema: Schema, row_id: str, file: str) -> Prompt:
+        truth = schema.truth(row)
+        golds, tests = ((), truth) if isinstance(truth, CodeTests) else (truth, None)
+        encoded = self.encode(schema.ask(row), schema.prompt)
+        source = row.get(self.columns.source or "data_source")
+        source = source if isinstance(source, str) and source else file
+        return Prompt(
+            id=row_id,
+            source=source,
+            text=encoded.text,
+            token_ids=encoded.token_ids,
+            golds=golds,
+            tests=tests,
+            # A problem of LiveCodeBench may have many megabytes of packed tests, which `tests` already contains.
+            row={key: value for key, value in row.items() if key != "private_test_cases"},
+            messages=encoded.messages,
+        )
 
     def complaints(self, report: FileReport, max_bad_fraction: float) -> list[str]:
         """Return the reasons why a file is unusable; empty if it is usable."""
@@ -193,24 +228,3 @@ class _Loader(NamedTuple):
             return ""
         found = f"; they have: {', '.join(sorted(map(str, seen)))}" if seen else ", nor for any other model"
         return f". No row has a count for data.difficulty_model = {wanted!r}{found}"
-
-
-def _make_prompt(row: Row, schema: Schema | None, *, row_id: str, file: str, encode: Encoder) -> Prompt:
-    if schema is None:
-        raise RowError("the file has no known schema")
-    truth = schema.truth(row)
-    golds, tests = ((), truth) if isinstance(truth, CodeTests) else (truth, None)
-    encoded = encode(schema.ask(row), schema.prompt)
-    source = row.get("data_source")
-    source = source if isinstance(source, str) and source else file
-    return Prompt(
-        id=row_id,
-        source=source,
-        text=encoded.text,
-        token_ids=encoded.token_ids,
-        golds=golds,
-        tests=tests,
-        # A problem of LiveCodeBench may have many megabytes of packed tests, which `tests` already contains.
-        row={key: value for key, value in row.items() if key != "private_test_cases"},
-        messages=encoded.messages,
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from or1.config import Config, DataConfig
+from or1.config.section import each_of
 from or1.core.errors import DataError
 from or1.core.types import Prompt
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
@@ -48,12 +49,16 @@ def load_eval_sets(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
     data = config.data
     return {
         each.name: load_prompts(
-            [each.path],
+            each_of(each.path),
             tokenizer,
             max_prompt_tokens=data.max_prompt_tokens,
             max_bad_fraction=data.max_bad_fraction,
             prompt_suffix=data.prompt_suffix if each.prompt_suffix is None else each.prompt_suffix,
             answers=not config.reward.is_function,
+            columns=each.columns or data.columns,
+            columns_required=each.columns is not None,
+            system_prompt=data.system_prompt,
+            chat_template=data.chat_template,
         )
         for each in config.eval.sets
     }
@@ -67,7 +72,7 @@ def load_problems(config: Config, tokenizer: Any) -> Problems:
     evals = {name: found.prompts for name, found in sets.items()}
     overlaps, found_lines = _decontaminate(config, loaded.prompts, evals, tokenizer)
     left_out = {o.prompt_id for o in overlaps} if config.data.decontaminate == "drop" else set()
-    prompts, pools = _without(loaded, left_out, [part.weight for part in config.data.mix])
+    prompts, pools = _without(loaded, left_out, _weights(config.data, loaded))
     limited = {each.name: evals[each.name][: each.limit] for each in config.eval.sets}
     eval_reports = [report for found in sets.values() for report in found.reports]
     notes += duplicate_lines(prompts)
@@ -93,6 +98,9 @@ def load_training_files(config: Config, tokenizer: Any, difficulty: DifficultyFi
         max_bad_fraction=data.max_bad_fraction,
         difficulty=difficulty,
         answers=not config.reward.is_function,
+        columns=data.columns,
+        system_prompt=data.system_prompt,
+        chat_template=data.chat_template,
     )
 
 
@@ -112,7 +120,13 @@ def _decontaminate(
     data = config.data
     others = {
         path: load_prompts(
-            [path], tokenizer, max_prompt_tokens=1 << 30, max_bad_fraction=data.max_bad_fraction, answers=False
+            [path],
+            tokenizer,
+            max_prompt_tokens=1 << 30,
+            max_bad_fraction=data.max_bad_fraction,
+            answers=False,
+            columns=data.columns,
+            columns_required=False,
         ).prompts
         for path in data.decontaminate_against
     }
@@ -121,6 +135,16 @@ def _decontaminate(
     index = EvalIndex(evals | others, data.decontaminate_ngram)
     overlaps = index.find(prompts)
     return overlaps, decontamination_lines(overlaps, len(prompts), data.decontaminate == "drop")
+
+
+def _weights(data: DataConfig, loaded: PromptSet) -> list[float]:
+    """Return the weight of each file of a mixture: a part's weight, divided among its files by their prompts."""
+    weights: list[float] = []
+    reports = iter(loaded.reports)
+    for part in data.mix:
+        kept = [next(reports).kept for _ in each_of(part.path)]
+        weights += [part.weight * count / sum(kept) for count in kept]
+    return weights
 
 
 def _without(loaded: PromptSet, left_out: set[str], weights: Sequence[float]) -> tuple[list[Prompt], tuple[Pool, ...]]:

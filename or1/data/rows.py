@@ -1,4 +1,4 @@
-"""Reading of JSONL, JSON-array and parquet files row by row. A broken row is a value, not an exception."""
+"""Reading of JSONL, JSON-array, parquet, CSV and TSV files row by row. A broken row is a value, not an exception."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from or1.config.data_paths import HUB
 from or1.core.errors import DataError, RowError
+from or1.data.hub import files_of
 from or1.data.kinds import HEAD_BYTES, foreign_kind
+from or1.data.tables import read_table, separator_of
 
 MAX_LINE_BYTES = 256 << 20
 """Size limit of a JSONL line. A longer line is a bad row and is never held in memory as a whole. LiveCodeBench packs
@@ -20,9 +23,19 @@ Row = dict[str, Any]
 def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:
     """Yield (line or row number from 1, the row or a RowError). Blank lines are skipped.
 
-    A file that begins with `[` is one JSON array of rows. Raises DataError if the file as a whole cannot be read, or
-    has an unsupported format.
+    A file that begins with `[` is one JSON array of rows. A path such as hf:openai/gsm8k:main/train is a dataset of the
+    hub, whose files are numbered through. Raises DataError if the file as a whole cannot be read, or has an
+    unsupported format.
     """
+    if path.startswith(HUB):
+        before = 0
+        for part in files_of(path):
+            number = before
+            for line, row in read_rows(part):
+                number = before + line
+                yield number, row
+            before = number
+        return
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -31,12 +44,14 @@ def read_rows(path: str) -> Iterator[tuple[int, Row | RowError]]:
                 raise DataError(f"{path}: {foreign}")
             if head.startswith(b"PAR1") or path.endswith(".parquet"):
                 yield from _read_parquet(path)
+            elif separator := separator_of(path):
+                yield from read_table(path, separator)
             elif head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
                 yield from _read_array(path, file.read())
             else:
                 yield from _read_lines(file)
     except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder; name the files in it, one by one") from error
+        raise DataError(f"{path}: is a folder; name the files in it") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 

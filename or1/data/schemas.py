@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from or1.config import ColumnsConfig
 from or1.core.errors import DataError, GroundTruthError, RowError
 from or1.core.types import CodeTests
 from or1.data.rows import Row
@@ -59,13 +60,16 @@ def column(row: Row, name: str) -> Any:
     return row[name]
 
 
-def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | None:
+def detect(path: str, rows: Sequence[Row], answers: bool = True, columns: ColumnsConfig | None = None) -> Schema | None:
     """Return the schema of the first row that matches one; None for a file without rows.
 
     answers  as for `load_prompts`
+    columns  names that a user gave; what they leave out is detected
 
     Raises DataError if no row matches a schema.
     """
+    if columns is not None and columns.names_problems:
+        return _named(path, rows, answers, columns)
     for row in rows:
         for schema in _SCHEMAS:
             if schema.prompt in row and schema.gold in row:
@@ -76,13 +80,46 @@ def detect(path: str, rows: Sequence[Row], answers: bool = True) -> Schema | Non
                 return Schema(name, "", lambda _: ())
     if rows:
         known = ", ".join([schema.label for schema in _SCHEMAS] + ([] if answers else list(_QUESTIONS)))
-        columns = ", ".join(rows[0]) or "none"
+        present = ", ".join(rows[0]) or "none"
         remedy = ", or write a reward function of your own, which needs no answers" if answers else ""
         raise DataError(
-            f"{path}: no row has the columns of a known schema; the first has {columns}; "
+            f"{path}: no row has the columns of a known schema; the first has {present}; "
             f"rename them to one of: {known}{remedy}"
         )
     return None
+
+
+def has_columns(rows: Sequence[Row], columns: ColumnsConfig) -> bool:
+    """Return True if some row has every named column of questions, answers and tests."""
+    names = [name for name in (columns.prompt, columns.answer, columns.tests) if name is not None]
+    return any(all(name in row for name in names) for row in rows)
+
+
+def _named(path: str, rows: Sequence[Row], answers: bool, columns: ColumnsConfig) -> Schema | None:
+    """Return the schema of the columns that a user named. Raises DataError if no row has them."""
+    if rows and not has_columns(rows, columns):
+        given = {"prompt": columns.prompt, "answer": columns.answer, "tests": columns.tests}
+        wanted = {key: name for key, name in given.items() if name is not None}
+        key = next((key for key in wanted if not any(wanted[key] in row for row in rows)), next(iter(wanted)))
+        raise DataError(
+            f"{path}: no row has the column {wanted[key]!r} that columns.{key} names; the first has "
+            f"{', '.join(rows[0]) or 'none'}; correct the name"
+        )
+    prompt = columns.prompt
+    if prompt is None:
+        prompt = next((name for row in rows for name in _QUESTIONS if name in row), _QUESTIONS[0])
+    if columns.tests is not None:
+        tests = columns.tests
+        return Schema(prompt, tests, lambda row: parse_tests(row[tests]))
+    if columns.answer is not None:
+        answer = columns.answer
+        return Schema(prompt, answer, lambda row: _marked(row[answer]))
+    known = [schema for schema in _SCHEMAS if any(schema.gold in row for row in rows)]
+    if known:
+        return Schema(prompt, known[0].gold, known[0].read)
+    if answers and rows:
+        raise DataError(f"{path}: name the column of the answers too, as columns.answer or columns.tests")
+    return Schema(prompt, "", lambda _: ()) if rows else None
 
 
 def filled(text: str, what: str) -> str:
@@ -111,7 +148,11 @@ def _golds(name: str) -> Callable[[Row], Truth]:
 
 
 def _gsm8k(row: Row) -> Truth:
-    value = row["answer"]
+    return _marked(row["answer"])
+
+
+def _marked(value: Any) -> Truth:
+    """Return the text after #### as the gold answer, without separators of thousands; other values as they are."""
     if not isinstance(value, str) or "####" not in value:
         return parse_golds(value)
     gold = value.rpartition("####")[2].strip()

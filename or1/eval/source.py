@@ -31,7 +31,7 @@ def open_source(config: Config) -> Iterator[Source]:
     The engine is closed at the end of the block. Raises EndpointError or ModelError.
     """
     if config.endpoint.url is not None:
-        endpoint = EndpointEngine(config.endpoint)
+        endpoint = EndpointEngine(config.endpoint, config.data.chat_template)
         yield Source(endpoint, None, {"url": config.endpoint.url, "model": endpoint.model})
         return
     tokenizer = load_tokenizer(config.model.path)

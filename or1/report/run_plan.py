@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from or1.config import Config, EntropyConfig
+from or1.config.section import each_of
 from or1.report.console import default_console, print_pairs
 
 if TYPE_CHECKING:
@@ -91,5 +92,6 @@ def _eval_texts(config: Config) -> list[str]:
     lines = [f"every {config.eval.every_steps} steps, at most {config.eval_max_response_tokens:,} tokens"]
     for each in config.eval.sets:
         limit = "" if each.limit is None else f", first {each.limit}"
-        lines.append(f"{each.name}: {each.path}, avg@{each.samples} at temperature {each.temperature:g}{limit}")
+        files = ", ".join(each_of(each.path))
+        lines.append(f"{each.name}: {files}, avg@{each.samples} at temperature {each.temperature:g}{limit}")
     return lines

@@ -40,8 +40,10 @@ class EndpointEngine:
     shares_weights = False
     continuous_batching = True
 
-    def __init__(self, config: EndpointConfig):
+    def __init__(self, config: EndpointConfig, chat_template: Mapping[str, Any] | None = None):
         self._config = config
+        # Servers of vLLM and SGLang take the arguments of a chat template; others refuse a key that they do not know.
+        self._template = {"chat_template_kwargs": dict(chat_template)} if chat_template else {}
         self._url = (config.url or "").rstrip("/")
         local = urlsplit(self._url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if local else []
@@ -114,6 +116,7 @@ class EndpointEngine:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "seed": seed,
+                **self._template,
             },
         )
         try:

@@ -28,7 +28,15 @@ def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load(*paths: Path, chat_template: str | None = None, max_prompt_tokens: int = 100, **options) -> PromptSet:
+def load(
+    *paths: Path,
+    chat_template: str | None = None,
+    max_prompt_tokens: int = 100,
+    template_options: dict | None = None,
+    **options,
+) -> PromptSet:
+    """Load files; `chat_template` is the tokenizer's, `template_options` are further arguments of `load_prompts`."""
+    options |= template_options or {}
     return load_prompts(paths, make_tokenizer(chat_template), max_prompt_tokens=max_prompt_tokens, **options)
 
 
