@@ -42,7 +42,7 @@ def run_evaluation(target: Target, fresh: bool = False) -> dict[str, Any]:
 
     with Bar() as bar:
         found = evaluate_target(target, bar, fresh)
-    is_function = target.config.reward.is_function
+    is_function = bool(target.config.reward.functions)
     remarks = [line for result in found.results if is_function and (line := result.remark())]
     where = f"results: {target.out / 'eval.json'}, transcripts: {target.out / 'transcripts'}"
     print_evaluation(found.results, found.sources, [*remarks, where])

@@ -207,14 +207,13 @@ def _try_rewards(config: Config, data: Problems) -> list[str]:
     """
     from or1.reward import make_scorer
     from or1.reward.capacity import check_workers
-    from or1.reward.scorers import CustomScorer
 
     check_workers(config.reward.workers)
-    if not config.reward.is_function:
+    if not config.reward.functions:
         return []
     prompts = chain(data.prompts, *data.eval_prompts.values())
     with make_scorer(config.reward.model_copy(update={"workers": 1}), prompts) as scorer:
-        return list(scorer.remarks) if isinstance(scorer, CustomScorer) else []
+        return list(getattr(scorer, "remarks", ()))
 
 
 def _prepare(config: Config, fresh: bool, lock: RunLock) -> list[str]:

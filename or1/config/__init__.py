@@ -11,7 +11,7 @@ from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
-from or1.config.reward import CodeRewardConfig, RewardConfig
+from or1.config.reward import CodeRewardConfig, RewardConfig, RewardPart
 from or1.config.rollout import RolloutConfig, VllmConfig
 from or1.config.root import CheckpointConfig, Config, DistConfig, LogConfig, StageConfig
 from or1.config.section import Section
@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",
+    "RewardPart",
     "RolloutConfig",
     "Section",
     "StageConfig",

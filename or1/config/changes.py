@@ -100,7 +100,8 @@ def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
         if name not in old:
             default = field.get_default(call_default_factory=True)
             value = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-            return value is not None and new[name] == value
+            # A config in JSON has lists where a section has tuples.
+            return value is not None and new[name] == (list(value) if isinstance(value, tuple) else value)
         section, old, new = field.annotation, old[name], new[name]
     return False
 

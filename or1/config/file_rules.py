@@ -79,16 +79,19 @@ def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:
 
 def paths_usable(config: Config) -> Iterator[Problem]:
     """Check settings that are paths only for some values, which the type of their field cannot express."""
-    for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind)):
+    rewards = [(f"reward.parts.{i}.kind", part.kind) for i, part in enumerate(config.reward.parts)]
+    for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind), *rewards):
         if path is not None and (problem := path_problem(path)):
             yield Problem(where, problem)
 
 
 def reward_file_exists(config: Config) -> Iterator[Problem]:
-    """Find a missing reward function."""
-    place = config.reward.kind.rpartition(":")[0]
-    if place.endswith(".py") and not is_file(place):
-        yield Problem("reward.kind", f"no file {place!r} (looked in {Path.cwd()}); correct the path")
+    """Find missing files of reward functions."""
+    for i, kind in enumerate(config.reward.kinds):
+        place = kind.rpartition(":")[0]
+        if place.endswith(".py") and not is_file(place):
+            where = f"reward.parts.{i}.kind" if config.reward.parts else "reward.kind"
+            yield Problem(where, f"no file {place!r} (looked in {Path.cwd()}); correct the path")
 
 
 def nothing_to_execute(config: Config) -> Iterator[Problem]:

@@ -50,8 +50,12 @@ def found_from(source: Path, config: Config) -> Config:
         return _found(path, places, is_dir)
 
     given, reward, loss = config.data, config.reward, config.loss
-    script, colon, name = reward.kind.rpartition(":")
-    kind = f"{data(script)}{colon}{name}" if script.endswith(".py") else reward.kind
+
+    def function(kind: str) -> str:
+        script, colon, name = kind.rpartition(":")
+        return f"{data(script)}{colon}{name}" if script.endswith(".py") else kind
+
+    parts = tuple(part.model_copy(update={"kind": function(part.kind)}) for part in reward.parts)
     sets = tuple(each.model_copy(update={"path": problems(each.path)}) for each in config.eval.sets)
     mix = tuple(part.model_copy(update={"path": problems(part.path)}) for part in given.mix)
     files = {
@@ -64,7 +68,7 @@ def found_from(source: Path, config: Config) -> Config:
         update={
             "model": config.model.model_copy(update={"path": model(config.model.path)}),
             "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
-            "reward": reward.model_copy(update={"kind": kind}),
+            "reward": reward.model_copy(update={"kind": function(reward.kind), "parts": parts}),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "data": given.model_copy(update=files),
         }

@@ -28,13 +28,35 @@ class CodeRewardConfig(Section):
     """Size limit of one output, and of one file that a program writes."""
 
 
+_KIND = r"^(auto|math|code|[^:]+:[A-Za-z_][A-Za-z0-9_]*)$"
+
+
+class RewardPart(Section):
+    """`[[reward.parts]]`: one reward of a weighted sum."""
+
+    kind: str = Field(pattern=_KIND)
+    """As reward.kind."""
+    weight: float = Field(1.0, ge=-1e6, le=1e6)
+    """Factor of this reward; below 0 for a penalty."""
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", max_length=100)
+    """Name in the metrics: reward/part/{name}. Absent means the verifier or the name of the function."""
+
+    @property
+    def label(self) -> str:
+        """Name in the metrics."""
+        return self.name or self.kind.rpartition(":")[2]
+
+
 class RewardConfig(Section):
     """`[reward]`"""
 
-    kind: str = Field("auto", pattern=r"^(auto|math|code|[^:]+:[A-Za-z_][A-Za-z0-9_]*)$")
+    kind: str = Field("auto", pattern=_KIND)
     """auto: math or code, depending on the columns of each row. math: compare the last \\boxed{} with the gold answer.
     code: run programs against tests. Or a user-defined function, "module:function" or "path/file.py:function". A
     response counts as solved, in accuracy and pass@k, if its reward is at least 1."""
+    parts: tuple[RewardPart, ...] = ()
+    """Several rewards, instead of kind: the reward is the sum of weight * reward. Name the verifier first: the first
+    part decides the status of a response. Each part has `workers` processes of its own."""
     timeout_s: float = Field(5.0, ge=0.01, le=MOST_SECONDS)
     """Time limit for grading one response by math or a user-defined function, in seconds; beyond it, the response
     counts as a timeout."""
@@ -56,6 +78,16 @@ class RewardConfig(Section):
     code: CodeRewardConfig = CodeRewardConfig()
 
     @property
-    def is_function(self) -> bool:
-        """True if `kind` names a user-defined function."""
-        return ":" in self.kind
+    def kinds(self) -> tuple[str, ...]:
+        """`kind`, or the kinds of all parts."""
+        return tuple(part.kind for part in self.parts) or (self.kind,)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The kinds that name a user-defined function."""
+        return tuple(kind for kind in self.kinds if ":" in kind)
+
+    @property
+    def needs_answers(self) -> bool:
+        """True if a built-in verifier compares with the answers or tests of the data."""
+        return len(self.functions) < len(self.kinds)

@@ -85,8 +85,20 @@ def _no_endpoint(config: Config) -> Iterator[Problem]:
         )
 
 
+def _reward_parts_have_names(config: Config) -> Iterator[Problem]:
+    reward = config.reward
+    if reward.parts and reward.kind != "auto":
+        yield Problem("reward.kind", "cannot be combined with reward.parts; make it one of the parts")
+    labels = [part.label for part in reward.parts]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            yield Problem(f"reward.parts.{i}.name", f"{label!r} is the name of an earlier part; give it another name")
+    if reward.parts and not any(part.weight for part in reward.parts):
+        yield Problem("reward.parts", "every weight is 0, so every reward is 0; give a part a weight")
+
+
 def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
-    if config.reward.is_function and config.reward.require_think_close:
+    if not config.reward.needs_answers and config.reward.require_think_close:
         yield Problem(
             "reward.require_think_close",
             "true has no effect with a function of your own, which is given the whole text; remove it, and let the "
@@ -310,6 +322,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     paths_usable,
     files_exist,
     reward_file_exists,
+    _reward_parts_have_names,
     _think_close_is_looked_for,
     nothing_to_execute,
     positions_reach,

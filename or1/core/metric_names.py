@@ -43,6 +43,7 @@ METRICS = (
     Metric("reward/p10", REWARD, "fixed3", "p10", "10th percentile of the rewards."),
     Metric("reward/p50", REWARD, "fixed3", "p50", "Median of the rewards."),
     Metric("reward/p90", REWARD, "fixed3", "p90", "90th percentile of the rewards."),
+    Metric("reward/part/NAME", REWARD, "fixed3", "part", "Mean of one of [[reward.parts]], without its weight."),
     Metric("reward/graded", SHARE, "percent", "graded rewards", "Responses whose reward is neither 0 nor 1."),
     Metric(
         "reward/status/STATUS",

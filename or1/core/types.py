@@ -111,11 +111,13 @@ class Score:
     """Reward and status of one response. NaN means no reward: the response leaves its group and is not trained on.
 
     cause  reason of a crash, as text
+    parts  (name, reward) of each of `[[reward.parts]]`, without its weight; NaN for none
     """
 
     reward: float
     status: Status
     cause: str = field(default="", compare=False)
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from or1.reward.custom import file_of
 
 def inputs_of(config: Config, data: Problems) -> dict[str, str]:
     """Return the sha256 of each input by its name for people. For a reward function, its file without its imports."""
-    own = config.reward.is_function
+    functions = config.reward.functions
+    own = bool(functions)
     found = {"the training problems": fingerprint(data.prompts, own)}
     found |= {f"the problems of {name}": fingerprint(prompts, own) for name, prompts in data.eval_prompts.items()}
-    if own and (file := file_of(config.reward.kind)) is not None:
+    for file in filter(None, map(file_of, functions)):
         found[f"the reward function in {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 

@@ -79,9 +79,10 @@ def score_inputs(config: Config, prompts: Iterable[Prompt]) -> dict[str, Any]:
     the file imports are not included.
     """
     reward = config.reward
-    file = file_of(reward.kind) if reward.is_function else None
+    files = [file for file in map(file_of, reward.functions) if file is not None]
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return {
-        "problems": fingerprint(prompts, reward.is_function),
+        "problems": fingerprint(prompts, bool(reward.functions)),
         "reward": reward.model_dump(mode="json", exclude={"workers"}),
-        "reward_file": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+        "reward_file": " ".join(sums) or None,
     }

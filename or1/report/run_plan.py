@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from or1.config import Config, EntropyConfig
+from or1.config import Config, EntropyConfig, RewardConfig
 from or1.config.section import each_of
 from or1.report.console import default_console, print_pairs
 
@@ -30,7 +30,7 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     console.print(_stage_table(config))
     optim, entropy = config.optim, config.loss.entropy
     pairs = [
-        ("reward", config.reward.kind),
+        ("reward", _reward_text(config.reward)),
         (
             "loss",
             f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
@@ -51,6 +51,10 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     pairs += [("run", config.run_dir), ("seed", str(config.seed))]
     print_pairs(pairs, console)
     console.print()
+
+
+def _reward_text(reward: RewardConfig) -> str:
+    return " + ".join(f"{part.weight:g} {part.kind}" for part in reward.parts) or reward.kind
 
 
 def _stage_table(config: Config) -> Table:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,29 +29,45 @@ def make_scorer(config: RewardConfig, prompts: Iterable[Prompt] | None = None, f
     Raises or1.core.errors.ScorerError if a worker does not start, for example because math-verify is missing. Other
     causes: the machine cannot hold `reward.workers`, no sandbox works for code, the prompts do not fit `reward.kind`.
     """
+    prompts = list(prompts or ())
+    log = None if folder is None else folder / LOG_NAME
+    if not config.parts:
+        check_workers(config.workers)
+        return _scorer(config, config.kind, prompts, log)
+    from or1.reward.parts import Part, PartsScorer
+
+    check_workers(config.workers * len(config.parts))
+    with ExitStack() as started:
+        scorers = {}
+        for part in config.parts:
+            scorer = started.enter_context(_scorer(config, part.kind, prompts, log))
+            scorers[Part(part.label, part.weight)] = scorer
+        started.pop_all()
+    return PartsScorer(scorers)
+
+
+def _scorer(config: RewardConfig, kind: str, prompts: Sequence[Prompt], log: Path | None) -> Scorer:
     from or1.reward.scorers import AutoScorer, CustomScorer, kind_of
 
-    check_workers(config.workers)
-    log = None if folder is None else folder / LOG_NAME
-    if config.is_function:
+    if ":" in kind:
         return CustomScorer(
-            config.kind,
+            kind,
             workers=config.workers,
             timeout_s=config.timeout_s,
             memory_bytes=config.memory_mib << 20,
             grade_truncated=config.grade_truncated is not False,
-            prompts=prompts or (),
+            prompts=prompts,
             log=log,
         )
-    kinds = {kind_of(prompt): prompt.id for prompt in prompts or ()}
-    other = {"math": "code", "code": "math"}.get(config.kind)
+    kinds = {kind_of(prompt): prompt.id for prompt in prompts}
+    other = {"math": "code", "code": "math"}.get(kind)
     if other in kinds:
         raise ScorerError(
-            f'reward.kind = "{config.kind}", but {kinds[other]} and others are {other} problems; set '
+            f'reward.kind = "{kind}", but {kinds[other]} and others are {other} problems; set '
             'reward.kind = "auto", or leave those rows out'
         )
     makers = {"math": partial(_math_scorer, config, log), "code": partial(_code_scorer, config, log)}
-    return AutoScorer(makers, frozenset(kinds)) if config.kind == "auto" else makers[config.kind]()
+    return AutoScorer(makers, frozenset(kinds)) if kind == "auto" else makers[kind]()
 
 
 def _math_scorer(config: RewardConfig, log: Path | None) -> Scorer:

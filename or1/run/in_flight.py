@@ -124,7 +124,16 @@ def _responses(
 
 
 def _scores(members: list[list[Any]]) -> tuple[Score | None, ...]:
-    return tuple(None if score is None else Score(score[0], Status(score[1])) for *_, score in members)
+    return tuple(None if score is None else _score(*score) for *_, score in members)
+
+
+def _written(score: Score) -> list[Any]:
+    """Return the arguments of `_score`. Without parts they are as older versions of or1 wrote and read them."""
+    return [score.reward, score.status.value, *([score.parts] if score.parts else [])]
+
+
+def _score(reward: float, status: str, parts: Sequence[tuple[str, float]] = ()) -> Score:
+    return Score(reward, Status(status), parts=tuple((name, value) for name, value in parts))
 
 
 def _mark(prompt: Prompt) -> str:
@@ -136,6 +145,6 @@ def _mark(prompt: Prompt) -> str:
 
 def _members(group: Group | OpenGroup) -> list[list[Any]]:
     return [
-        [len(r.token_ids), r.finish, r.version, None if score is None else [score.reward, score.status.value]]
+        [len(r.token_ids), r.finish, r.version, None if score is None else _written(score)]
         for r, score in zip(group.responses, group.scores, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,8 @@ SCHEMA = pa.schema(
     }
 )
 
+WITH_PARTS = SCHEMA.append(pa.field("parts", pa.string()))
+"""The schema with `[[reward.parts]]`: JSON pairs of name and reward without its weight."""
 _SUM = b"or1.sha256"
 _REMEDY = "restore that file, or replay a step after a later checkpoint"
 
@@ -64,6 +67,7 @@ def write_rollouts(
             "logp": response.logp,
             "reward": score.reward,
             "status": score.status.value,
+            "parts": json.dumps(score.parts),
             "finish": response.finish,
             "version": response.version,
             "versions": response.versions,
@@ -80,7 +84,8 @@ def write_rollouts(
         )
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.parquet"
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    with_parts = any(score.parts for group in groups for score in group.scores)
+    table = pa.Table.from_pylist(rows, schema=WITH_PARTS if with_parts else SCHEMA)
     table = table.replace_schema_metadata({_SUM: _content_sum(table)})
     # Not durable: a power cut costs a file that only `or1 replay` and the report read, an fsync costs every step.
     with replacing(path, durable=False) as partial:
@@ -102,7 +107,7 @@ def read_rollouts(path: Path, step: int, prompts: Mapping[str, Prompt], group_si
         for first in range(0, len(of_prompt), group_size):
             members = of_prompt[first : first + group_size]
             responses = tuple(_response(row) for row in members)
-            scores = tuple(Score(row["reward"], Status(row["status"])) for row in members)
+            scores = tuple(_score(row) for row in members)
             groups.append(Group(prompts[prompt_id], responses, scores))
     return groups
 
@@ -112,7 +117,7 @@ def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
         whole = (table.schema.metadata or {}).get(_SUM) in (None, _content_sum(table))
-        rows: list[dict[str, Any]] | None = table.to_pylist() if whole and table.schema.equals(SCHEMA) else None
+        rows: list[dict[str, Any]] | None = table.to_pylist() if whole and _is_known(table.schema) else None
     except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise RolloutError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
     if rows is None:
@@ -120,6 +125,15 @@ def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
     if others := sorted({row["step"] for row in rows} - {step}):
         raise RolloutError(f"{path} holds the rollouts of step {others[0]}; give the files back their own names")
     return rows
+
+
+def _is_known(schema: pa.Schema) -> bool:
+    return bool(schema.equals(SCHEMA) or schema.equals(WITH_PARTS))
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    parts = tuple((name, reward) for name, reward in json.loads(row.get("parts", "[]")))
+    return Score(row["reward"], Status(row["status"]), parts=parts)
 
 
 def _content_sum(table: pa.Table) -> bytes:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from or1.core.types import Group, Status
+from or1.core.types import Group, Score, Status
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
 from or1.magic.advantage import has_advantage
@@ -64,7 +64,17 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completion/truncated": float(np.mean([response.truncated for response, _ in pairs])),
         "completion/no_think_close": float(np.mean([is_unclosed(*pair) for pair in pairs])),
         **{f"reward/status/{status.value}": statuses[status] / rewards.size for status in Status},
+        **_part_means([score for _, score in pairs]),
     }
+
+
+def _part_means(scores: Sequence[Score]) -> dict[str, float]:
+    """Return the mean of each of `[[reward.parts]]` over the responses that have it."""
+    rewards: dict[str, list[float]] = {}
+    for name, reward in (part for score in scores for part in score.parts):
+        if not math.isnan(reward):
+            rewards.setdefault(name, []).append(reward)
+    return {f"reward/part/{name}": float(np.mean(values)) for name, values in rewards.items()}
 
 
 def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
