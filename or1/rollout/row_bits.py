@@ -69,8 +69,8 @@ def same_bits(
         return frozenset()
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(inputs // 2, generator=generator)
-    x_MK = _mirrored(full, inputs, order, 1, generator).to(dtype)
-    weight_NK = _mirrored(outputs, inputs, order, -1, generator).to(dtype)
+    x_MK = _mirrored(full, inputs, order, 1, generator=generator).to(dtype)
+    weight_NK = _mirrored(outputs, inputs, order, -1, generator=generator).to(dtype)
     with torch.no_grad():
         full_MN = nn.functional.linear(x_MK, weight_NK)
 
@@ -82,9 +82,11 @@ def same_bits(
         return frozenset(count for count in candidates if keeps(count))
 
 
-def _mirrored(rows: int, columns: int, order: Tensor, sign: int, generator: torch.Generator) -> Tensor:
+def _mirrored(rows: int, columns: int, order: Tensor, sign: int, *, generator: torch.Generator) -> Tensor:
     """Return random numbers, f32[rows, columns]: the right half is the left one, in `order`, times `sign`."""
-    left = torch.randn(min(rows, _DISTINCT), len(order), generator=generator).to(torch.bfloat16).float()
+    shape = (min(rows, _DISTINCT), len(order))
+    # Of many magnitudes, because sums of few numbers of one magnitude are often exact.
+    left = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
     middle = left.new_zeros(len(left), columns - 2 * len(order))
     repeated = torch.arange(rows) % len(left)
     return torch.cat([left, middle, sign * left[:, order]], dim=1)[repeated]
