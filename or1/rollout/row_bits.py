@@ -1,7 +1,7 @@
 """Does a matrix product keep its bits with fewer rows? Libraries choose kernels by the number of rows.
 
-A kernel that adds in another order gives other last bits. So the embedded engine computes fewer rows than a batch has
-only where `same_bits` has found that this machine then adds in the same order.
+A kernel that adds in another order gives other last bits. So the embedded engine leaves out rows of a batch only where
+`same_bits` has found that the order stays the same on this machine.
 """
 
 # M rows of a batch, N outputs, K inputs
@@ -29,8 +29,8 @@ def fewer_rows(model: PreTrainedModel, candidates: Sequence[int], full: int, tok
     candidates  numbers of rows below `full`
     tokens      tokens of each row in the decoder; the head computes one
 
-    None of them for a model on a GPU, whose attention kernels depend on the number of rows too, and for a model with
-    weights outside of linear layers, such as experts.
+    There is none on a GPU, where attention kernels depend on the number of rows too. There is none either for a model
+    with weights outside of linear layers, such as experts.
     """
     if not candidates or model.device.type != "cpu" or not _is_linear(model):
         return []
