@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 import struct
 import threading
@@ -150,7 +151,7 @@ def test_real_trackers_continue_a_run_offline(
     from trackio.sqlite_storage import SQLiteStorage  # Its folder is fixed when it is imported.
 
     run_dir = tmp_path / "run"
-    settings = {"log__wandb": "sums", "log__trackio": f"sums-{tmp_path.name}", "log__samples": 2}
+    settings = {"log__wandb": "sums", "log__trackio": f"sums-{secrets.token_hex(4)}", "log__samples": 2}
     for steps in (1, 2):
         assert main(arguments(run_dir, stage__0__steps=1, stage__1__steps=steps, **settings)) == 0
     done = [line["step"] for line in lines(run_dir)]
