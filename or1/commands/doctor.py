@@ -215,6 +215,8 @@ _OPTIONAL = {
     "torchao": "8-bit moments",
     "trl": "or1's loss inside TRL",
     "verl": "or1's loss inside verl",
+    "wandb": "log.wandb",
+    "trackio": "log.trackio",
 }
 
 

@@ -73,11 +73,20 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
 
 
+_PROJECT = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+
+
 class LogConfig(Section):
     """`[log]`"""
 
     tensorboard: bool = True
     """Write TensorBoard events in addition to metrics.jsonl."""
+    wandb: str | None = Field(None, pattern=_PROJECT)
+    """Project of Weights & Biases that the run is sent to; needs the package wandb. Absent: none (docs/trackers.md)."""
+    trackio: str | None = Field(None, pattern=_PROJECT)
+    """Project of trackio that the run is sent to; needs the package trackio. Absent: none."""
+    samples: int = Field(4, ge=0, le=1000)
+    """Responses, with prompt and reward, in the table that each saved rollout sends to these projects; 0 sends none."""
     rollouts_every_steps: int = Field(1, ge=1, le=MOST_STEPS)
     """Steps between saved rollouts (rollouts/step_N.parquet)."""
 

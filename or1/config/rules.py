@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from typing import Literal
 
 from or1.config import Config
@@ -318,6 +319,13 @@ def _tuning_sound(config: Config) -> Iterator[Problem]:
         )
 
 
+def _trackers_installed(config: Config) -> Iterator[Problem]:
+    for name, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
+        # By its metadata: a folder named wandb, as earlier runs leave it, can be imported too.
+        if project is not None and not list(distributions(name=name)):
+            yield Problem(f"log.{name}", f"needs the package {name}; pip install 'or1[{name}]', or omit the setting")
+
+
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     paths_usable,
     files_exist,
@@ -339,6 +347,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vllm_samples,
     _magic_variants_sound,
     _tuning_sound,
+    _trackers_installed,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),

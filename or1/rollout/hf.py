@@ -1,6 +1,6 @@
 """The embedded engine: transformers' generate on the weights that are being trained."""
 
-# B responses generated together, L response tokens, V vocab
+# B responses generated together, L response tokens
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
 from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
+from or1.rollout.decode import can_decode, decode
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.rollout.row_sampler import RowSampler
 
-# Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
-_WHOLE = 2.0**52
+__all__ = ["HfEngine", "RowSampler"]
 
 
 class HfEngine:
@@ -69,6 +69,23 @@ class HfEngine:
                     yield Finished(*job.slot, replace(response, text=text))
 
     def _generate_batch(self, jobs: list[Job], sampling: Sampling, left_s: float) -> list[Response]:
+        sampler = RowSampler(sampling, [job.seed for job in jobs])
+        if not can_decode(self.model):
+            return self._cut(jobs, *self._with_transformers(jobs, sampler, left_s))
+        with eval_mode(self.model):
+            tokens_BL, logp_BL = decode(
+                self.model,
+                [job.context_ids for job in jobs],
+                np.array([job.max_new for job in jobs]),
+                sampler,
+                self.eos_ids,
+                pad_id=self.tokenizer.pad_token_id,
+                deadline=time.monotonic() + left_s,
+            )
+        return self._cut(jobs, tokens_BL, logp_BL)
+
+    def _with_transformers(self, jobs: list[Job], sampler: RowSampler, left_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens, i64[B, L], and log-probs, f32[B, L], from transformers' `generate`, which serves any model."""
         device = self.model.device
         contexts = [job.context_ids for job in jobs]
         width = max(len(ids) for ids in contexts)
@@ -77,7 +94,6 @@ class HfEngine:
         for row, ids in enumerate(contexts):
             input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        sampler = RowSampler(sampling, [job.seed for job in jobs])
         with eval_mode(self.model), _plain_defaults(self.model):
             # transformers' types do not declare that a causal language model has `generate`.
             generate: Any = self.model.generate
@@ -89,8 +105,7 @@ class HfEngine:
                 # Not the default, which synchronizes ranks at every token: other ranks may have no batch.
                 synced_gpus=False,
             )
-        tokens_BL = sequences[:, width:]
-        return self._cut(jobs, tokens_BL.cpu().numpy(), sampler.logp_BL().float().cpu().numpy())
+        return sequences[:, width:].cpu().numpy(), sampler.logp_BL().cpu().numpy()
 
     def _config(self, max_new: int, left_s: float) -> GenerationConfig:
         # Greedy: RowSampler has already sampled and leaves one possible token.
@@ -113,54 +128,6 @@ class HfEngine:
             logp = logp[:length].astype(np.float32)
             responses.append(continued(job, tokens[:length], logp, finish, self.version))
         return responses
-
-
-class RowSampler(LogitsProcessor):
-    """A logits processor that samples the next token of every row with the row's own random numbers.
-
-    sampling  temperature above 0: inverse transform sampling; 0: the likeliest token, with its log-prob at
-              temperature 1. top_p and top_k restrict the tokens, but log-probs stay those over the whole vocabulary
-    seeds     one per row, so a response does not depend on the other rows of its batch
-
-    All tokens but the sampled one get -inf, so `generate` picks that token. Uses O(B V) memory.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]):
-        self.temperature, self.top_p, self.top_k = sampling.temperature, sampling.top_p, sampling.top_k
-        self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
-        self._logp: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Sample one token per row, and store its log-probability.
-
-        scores and the result are float[B, V]; the result is 0 for the sampled token and -inf for all others.
-        """
-        wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
-        token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)
-        self._logp.append(logp_BV.gather(1, token_B1)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
-
-    def logp_BL(self) -> Tensor:
-        """Return log-probabilities of the generated tokens, float[B, L], nats; undefined past the end of a sequence."""
-        return torch.stack(self._logp, dim=1)
-
-    def _draw(self, logp_BV: Tensor) -> Tensor:
-        # Integers: their cumulative sum is the same in any order, while that of floats on a GPU is not deterministic.
-        mass_BV = (logp_BV.double().exp() * _WHOLE).round().long()
-        if self.top_p < 1 or self.top_k:
-            sorted_BV, order_BV = mass_BV.sort(dim=-1, descending=True, stable=True)
-            if self.top_k:
-                sorted_BV[:, self.top_k :] = 0
-            # Keep a token if likelier tokens have less than top_p of the remaining mass; the likeliest is always kept.
-            before_BV = sorted_BV.cumsum(-1) - sorted_BV
-            beyond_BV = (before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)) | (sorted_BV == 0)
-            mass_BV = mass_BV.masked_fill(beyond_BV.gather(-1, order_BV.argsort(-1)), 0)
-        cdf_BV = mass_BV.cumsum(-1)
-        uniform_B = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
-        # The first token whose cumulative mass exceeds u times the total; never a token without mass.
-        threshold_B1 = (uniform_B[:, None].to(cdf_BV.device) * cdf_BV[:, -1:]).long()
-        return (cdf_BV <= threshold_B1).sum(-1, keepdim=True)
 
 
 @contextmanager

@@ -13,12 +13,14 @@ _FILES = (
     "tune.json",
     ".marks.json",
     ".metrics.sums",
+    ".wandb.json",
+    ".trackio.json",
     ".metrics.jsonl.partial",
     ".config.resolved.json.partial",
     ".marks.json.partial",
     ".metrics.sums.partial",
 )
-_FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard")
+_FOLDERS = ("checkpoints", "rollouts", "weights", "tensorboard", "wandb")
 
 
 def unreadable(path: str) -> str:

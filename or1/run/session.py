@@ -24,6 +24,7 @@ from or1.run.metrics_log import MetricsWriter, rewind_metrics
 from or1.run.resume import Checkpointed
 from or1.run.rollout_log import write_rollouts
 from or1.run.state import TrainState
+from or1.run.trackers import Trackers
 
 
 class Session:
@@ -51,6 +52,7 @@ class Session:
         mark = partial(mark_commit, config.run_path)
         self._checkpoints = CheckpointWriter(checkpoints_of(config.run_path), config.checkpoint.keep, world, mark)
         self._metrics: MetricsWriter | None = None
+        self._trackers = Trackers([])
         self._checkpoint_s: float | None = None
         self._began = time.perf_counter()
         self.stopped = False
@@ -64,6 +66,8 @@ class Session:
                 self._display.message(remark)
             self._display.recall(kept)
             self._metrics = MetricsWriter(run_dir, self._config.log.tensorboard, first_step=state.step + 1)
+            self._trackers = Trackers.of(self._config, self._display.message)
+            self._trackers.recall(kept)
         return self
 
     def __exit__(
@@ -76,6 +80,7 @@ class Session:
         finally:
             if self._metrics is not None:
                 self._metrics.close()
+            self._trackers.close(failed=error is not None)
             self._checkpoints.close()
         if error is None and self._state.stages.finished and (left := len(self._state.in_flight.carried)):
             self._display.message(f"{left} groups were still open after the last step and are left out")
@@ -97,11 +102,13 @@ class Session:
         """Write rollouts/step_N.parquet if it is due; see `write_rollouts`."""
         if self._world.is_main and step.number % self._config.log.rollouts_every_steps == 0:
             write_rollouts(self._config.run_path / "rollouts", step.number, step.stage_index, groups, advantages)
+            self._trackers.add_samples(groups)
 
     def warn(self, step: Step, groups: Sequence[Group], trained: bool) -> None:
         """Show the warnings that are due after a step: an entropy out of bounds, nothing trained."""
         for warning in self._state.warnings(step, groups, trained, self._config):
             self._display.message(warning)
+            self._trackers.alarm(step.number, warning)
 
     def record_start(self, metrics: dict[str, float]) -> None:
         """Record the evaluation before the first step, as step 0."""
@@ -137,6 +144,7 @@ class Session:
     def _write(self, stage_index: int, metrics: dict[str, float]) -> None:
         if self._metrics is not None:
             self._metrics.write(self._state.step, stage_index, metrics)
+            self._trackers.log(self._state.step, {"stage": stage_index} | metrics)
         self._display.step({"step": self._state.step, "stage": stage_index} | metrics)
 
     def _tolerate(self, action: Callable[[], None]) -> None:
