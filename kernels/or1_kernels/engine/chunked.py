@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..rows import Backend, PolicyDraw, RowStats, TokenConstants, Transform, finish
-from . import gemms, host, wide
+from . import exp_gemm, gemms, host, wide
 from .vocab_parallel import VocabShard
 
 # Target size of a chunk's logits buffer. Below _MIN_CHUNK rows the GEMMs are too small to be efficient.
@@ -220,13 +220,24 @@ class Engine:
         else:
             self.gemms.add_dweight(draw_CV, hidden_CH, self.dweight_VH)
 
-    def policy(self, raw_CV: Tensor, rows: slice, inputs: RowInputs, constants: TokenConstants) -> PolicyDraw:
-        """Run both row passes with the objective in one call, then GEMMs 2 and 3. Overwrites the raw logits."""
+    def policy(self, rows: slice, inputs: RowInputs, constants: TokenConstants) -> PolicyDraw:
+        """Run the three GEMMs of a chunk, and both row passes with the objective in one call."""
         settings, kernel = self.settings, self.settings.backend.policy_rows_
-        assert kernel is not None
-        out = kernel(
-            raw_CV, inputs.targets, inputs.inv_tau, settings.transform, constants, out_dtype=self.gemms.operand
-        )
+        if (gemm := self._exp_gemm(constants)) is not None:
+            out = exp_gemm.policy_rows(
+                gemm,
+                inputs,
+                self.weight_VH,
+                settings.transform.scale,
+                constants,
+                self._exponentials(len(inputs.hidden)),
+            )
+        else:
+            assert kernel is not None
+            raw_CV = self.logits(inputs.hidden)
+            out = kernel(
+                raw_CV, inputs.targets, inputs.inv_tau, settings.transform, constants, out_dtype=self.gemms.operand
+            )
         draw_CV, factor_C = out.draw_CV, out.factor_C
         gemms.zero_behind_rows(draw_CV)
         if factor_C is None:
@@ -241,6 +252,20 @@ class Engine:
             torch.mul(mm(draw_CV, self.weight_VH), factor_C1, out=self.dhidden_NH[rows])
         self._gemm_3(draw_CV, (inputs.hidden * factor_C1).to(self.gemms.operand))
         return out
+
+    def _exp_gemm(self, constants: TokenConstants) -> exp_gemm.ExpGemm | None:
+        """Return the fused GEMM 1 if the backend has one and this loss has its form."""
+        plain = self.settings.transform.softcap is None and self.bias_V is None
+        fits = constants.one_sweep and plain and self.gemms.operand == torch.bfloat16
+        return self.settings.backend.exp_gemm if fits else None
+
+    def _exponentials(self, num_rows: int) -> Tensor:
+        """Return memory for E of a chunk, bf16 [C, V] and contiguous."""
+        if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
+            self.buffer_CV = None
+            shape = (num_rows, self.weight_VH.shape[0])
+            self.buffer_CV = host.empty(shape, torch.bfloat16, self.weight_VH.device)
+        return self.buffer_CV[:num_rows]
 
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (dhidden, dweight, dbias), dhidden summed over the vocabulary shards; None where not needed."""
@@ -342,7 +367,7 @@ def policy_and_grads(engine: Engine, inputs: RowInputs, constants_of: Callable[[
     with engine.running():
         for c in engine.chunks():
             chunk = inputs.rows(c)
-            draw = engine.policy(engine.logits(chunk.hidden), c, chunk, constants_of(c))
+            draw = engine.policy(c, chunk, constants_of(c))
             parts = (draw.logp_C, draw.entropy_C, draw.loss_C, draw.ratio_C, draw.clipped_C)
             for whole_N, part_C in zip(out, parts, strict=True):
                 whole_N[c] = part_C
