@@ -52,6 +52,9 @@ class ModelConfig(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, if Liger is installed and supports the
     architecture; never on the CPU."""
+    compile: bool = False
+    """Whether torch.compile fuses the norms, gated MLPs and rotary embedding of each layer. Same results to rounding;
+    the first rows compile, for up to some minutes. In place of Liger, and it needs triton (GPU) or a C++ compiler."""
     mlp_tile_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = 16384
     """Longer rows pass through each MLP in tiles of at most this many tokens, which bounds the memory of activations.
     No extra cost with gradient checkpointing, one more MLP forward without. 0: never. auto: at most 16384, by
