@@ -1,6 +1,9 @@
 #include "score_rows.hpp"
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -77,18 +80,44 @@ const Passes& passes(const std::string& isa) {
   throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine; leave it empty");
 }
 
+// Parts of the rows a thread: a thread that is late leaves its parts to others.
+constexpr int64_t kPartsPerThread = 8;
+
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// OpenMP's entry point as torch loaded it, with the threads that run torch's products; null without torch or OpenMP.
+// Threads of our own would start on the caller's core, or compete with OpenMP's threads, which wait by spinning.
+ParallelRegion openmp_region() {
+  static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+// Run `work` on up to `count` threads at once, this one among them. OpenMP may give fewer.
+template <typename Work>
+void on_threads(int64_t count, Work& work) {
+  if (count > 1 && openmp_region() != nullptr) {
+    openmp_region()([](void* data) { (*static_cast<Work*>(data))(); }, &work, unsigned(count), 0);
+    return;
+  }
+  std::vector<std::thread> helpers;
+  for (int64_t i = 1; i < count; ++i) helpers.emplace_back([&work] { work(); });
+  work();
+  for (auto& helper : helpers) helper.join();
+}
+
 template <typename RowFn>
 void for_rows(const RowBlock& block, int threads, RowFn row_fn) {
   const int64_t useful = std::max<int64_t>(1, block.rows * block.vocab / kLogitsPerThread);
   const int64_t count = std::min<int64_t>({int64_t(std::max(threads, 1)), useful, std::max<int64_t>(block.rows, 1)});
-  auto work = [&](int64_t part) {
-    const int64_t end = block.rows * (part + 1) / count;
-    for (int64_t row = block.rows * part / count; row < end; ++row) row_fn(row);
+  const int64_t parts = count == 1 ? 1 : std::min(block.rows, count * kPartsPerThread);
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t part; (part = next.fetch_add(1)) < parts;) {
+      const int64_t end = block.rows * (part + 1) / parts;
+      for (int64_t row = block.rows * part / parts; row < end; ++row) row_fn(row);
+    }
   };
-  std::vector<std::thread> helpers;
-  for (int64_t part = 1; part < count; ++part) helpers.emplace_back(work, part);
-  work(0);
-  for (auto& helper : helpers) helper.join();
+  on_threads(count, work);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.lib import imports
 from benchmarks.lib.problems import OBJECTIVE, TASKS, Problem, task_loss
 from or1_kernels import linear_logprob_entropy, linear_policy_loss
+from or1_kernels.rows import resolve
 
 # From hidden [N, H] and weight [V, H] with requires_grad: loss [], logp [N] or None, entropy [N] or None.
 Forward = Callable[[Problem, str, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
@@ -241,6 +242,14 @@ def _quack(p: Problem, task: str, hidden: Tensor, weight: Tensor):
     return head(hidden, weight, targets), None, None
 
 
+def _why_not_or1_quack(device: torch.device) -> str | None:
+    try:
+        resolve("quack", device, torch.bfloat16)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def _torch_fused(p: Problem, task: str, hidden: Tensor, weight: Tensor):
     # With options torch works in chunks; without, it makes all logits.
     options = torch.nn.LinearCrossEntropyOptions()
@@ -264,6 +273,7 @@ VARIANTS = {
         Variant(
             "or1 grad_row_eps=1e-4", _or1(grad_row_eps=1e-4), ("policy, no entropy",), _anywhere, factor=2, floor=1e-2
         ),
+        Variant("or1 quack", _or1(impl="quack"), ("policy, no entropy", "ce"), _why_not_or1_quack, factor=2),
         Variant("or1 scores", _or1_scores(stash=False), _SCORED, _anywhere, factor=2),
         Variant("or1 scores, stashed", _or1_scores(stash=True), _SCORED, _anywhere, full_logits=True, factor=2),
         Variant("naive torch", _naive, TASKS, _anywhere, full_logits=True),

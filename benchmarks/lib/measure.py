@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.paths import ROOT
+from or1_kernels.engine import host
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "cut-cross-entropy", "numpy")
 PACKAGES += ("quack-kernels", "flash-attn", "flash-attn-4", "torchao")
@@ -192,6 +193,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _give_freed_memory_back() -> None:
-    # Otherwise the call could reuse freed pages that the allocator kept, and these would not be counted.
+    # Otherwise the call could reuse freed memory that is kept for it, and this would not be counted.
+    host.free_spare()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

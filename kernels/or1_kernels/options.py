@@ -43,7 +43,7 @@ class HeadOptions:
     bias          [V] in the weight's dtype, differentiable; None: no bias
     softcap       above 0; None: no cap
     logit_scale   above 0
-    impl          "auto", "triton", "native", "torch" or "reference"; an explicit choice that cannot run raises
+    impl          "auto", "triton", "quack", "native", "torch" or "reference"; an explicit choice that cannot run raises
     preset        "fast", or "lean": small chunks and dW accumulated in the weight's dtype, for least memory
     chunk_rows    rows a chunk; None: by preset and size
     stash_bytes   linear_logprob_entropy only: budget for raw logits kept for backward, 4 bytes each. Chunks beyond
@@ -129,6 +129,8 @@ class HeadOptions:
     def settings(self, weight_VH: Tensor) -> Settings:
         """Return engine settings for this weight. Raises RuntimeError if impl cannot run on its device."""
         backend = resolve(self.impl, weight_VH.device, weight_VH.dtype)
+        if backend.exp_gemm is not None and (why_not := backend.exp_gemm.why_not(weight_VH)):
+            raise RuntimeError(f"impl={self.impl!r} cannot run: {why_not}; use impl='auto' to take what can")
         shard = None if self.group is None else VocabShard.of(self.group, weight_VH.shape[0])
         return Settings(
             transform=self.transform(),

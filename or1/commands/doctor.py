@@ -213,6 +213,7 @@ _OPTIONAL = {
     "flash-attn": "faster attention",
     "flash-attn-4": "attention for Hopper and Blackwell",
     "torchao": "8-bit moments",
+    "quack-kernels": "a head without row passes on Hopper and Blackwell",
     "trl": "or1's loss inside TRL",
     "verl": "or1's loss inside verl",
     "wandb": "log.wandb",

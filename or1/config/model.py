@@ -52,13 +52,17 @@ class ModelConfig(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. auto: on a GPU, if Liger is installed and supports the
     architecture; never on the CPU."""
+    compile: bool = False
+    """Whether torch.compile fuses the norms, gated MLPs and rotary embedding of each layer. Same results to rounding;
+    the first rows compile, for up to some minutes. In place of Liger, and it needs triton (GPU) or a C++ compiler."""
     mlp_tile_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = 16384
     """Longer rows pass through each MLP in tiles of at most this many tokens, which bounds the memory of activations.
     No extra cost with gradient checkpointing, one more MLP forward without. 0: never. auto: at most 16384, by
     measurement (`tune`)."""
-    head_impl: Literal["auto", "triton", "native", "torch"] = "auto"
-    """Row passes of the LM head. triton: on a GPU; native: C++ on a CPU; torch: anywhere, slower. auto: the fastest
-    that can run, by measurement (`tune`) or in this order."""
+    head_impl: Literal["auto", "triton", "quack", "native", "torch"] = "auto"
+    """Row passes of the LM head. triton: on a GPU; native: C++ on a CPU; torch: anywhere, slower. quack: on Hopper and
+    Blackwell with bf16 weights and the extra `quack`, a matrix product that leaves no row passes while the entropy
+    coefficient is 0, and triton otherwise. auto: the fastest by measurement (`tune`), or triton, native, torch."""
     head_preset: Literal["auto", "fast", "lean"] = "auto"
     """fast: the LM head has large chunks, and sums the gradient of its weight in fp32. lean: small chunks, and sums in
     the type of the weights, for least memory. auto: fast, unless lean was measured to be faster (`tune`)."""

@@ -107,6 +107,14 @@ def _think_close_is_looked_for(config: Config) -> Iterator[Problem]:
         )
 
 
+def _one_fuses(config: Config) -> Iterator[Problem]:
+    if config.model.compile and config.model.liger == "on":
+        yield Problem(
+            "model.compile",
+            'true replaces the same parts of a layer as model.liger = "on"; set liger = "off", or compile = false',
+        )
+
+
 def _heartbeat_is_shorter(config: Config) -> Iterator[Problem]:
     limit, beat = config.dist.timeout_s, config.dist.heartbeat_timeout_s
     if beat > limit:
@@ -334,6 +342,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _think_close_is_looked_for,
     nothing_to_execute,
     positions_reach,
+    _one_fuses,
     _heartbeat_is_shorter,
     _stages_fit,
     _temperatures_sound,

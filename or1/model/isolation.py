@@ -89,7 +89,7 @@ def rehearse_model(config: ModelConfig) -> list[str]:
     settings, remarks = read_config(config.path, attention.register("sdpa"))
     require_features(config.attention, settings, torch.device("cpu"))
     dtype = getattr(torch, config.dtype)
-    plain = config.model_copy(update={"device": "cpu", "liger": "off"})
+    plain = config.model_copy(update={"device": "cpu", "liger": "off", "compile": False})
     with making(config.path, settings), torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(settings, dtype=dtype)
         prepare_model(whole, plain, torch.device("meta"))

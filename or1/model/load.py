@@ -28,6 +28,7 @@ from or1.dist.fsdp import fill_shards
 from or1.dist.world import SINGLE, World
 from or1.model import attention
 from or1.model.attention_backends import require_features
+from or1.model.compiled import uncompiled
 from or1.model.folder import (
     UNREADABLE,
     making,
@@ -92,7 +93,9 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     if world.size == 1:
         model = prepare_model(_read(config.path, options), config, device)
         if packs:
-            require_isolation(model, config.path)
+            # The check asks for several gradients of one graph, and compiled graphs free their buffers.
+            with uncompiled():
+                require_isolation(model, config.path)
     else:
         whole = _read_on_main(config.path, options, world, packs)
         model = prepare_model(_without_values(config.path, options), config, device, world)

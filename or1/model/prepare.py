@@ -11,6 +11,7 @@ from or1.core.errors import ModelError
 from or1.dist.fsdp import shard_model
 from or1.dist.ulysses import check_heads
 from or1.dist.world import SINGLE, World
+from or1.model.compiled import compile_elementwise
 from or1.model.memory import apply_liger, checkpoint_layers, checkpointing_mode, tile_mlps
 from or1_kernels.lm_head import LMHead
 
@@ -38,7 +39,10 @@ def prepare_model(
     """Apply the options of `[model]` to a model with weights, and move the model to its device or shard it."""
     put_head(model, config.path)
     check_heads(model.config, world.sequence_size)
-    apply_liger(model, config.liger, device)
+    # Both replace the same parts.
+    apply_liger(model, "off" if config.compile else config.liger, device)
+    if config.compile:
+        compile_elementwise(model, device)
     # After Liger, since Liger replaces the forward of the MLPs.
     if config.tile_tokens:
         tile_mlps(model, config.tile_tokens)

@@ -45,7 +45,7 @@ def export_run(run_dir: Path, step: int | None, out: Path | None) -> Path:
         remedy = f"name another with --step ({others})" if others else "it is the only one, so restore that file"
         raise type(error)(f"{error}; {remedy}") from error
     # On the CPU: a model trained on several GPUs may not fit on one.
-    plain = {"device": "cpu", "attention": "auto", "liger": "off", "gradient_checkpointing": "none"}
+    plain = {"device": "cpu", "attention": "auto", "liger": "off", "compile": False, "gradient_checkpointing": "none"}
     model = load_model(config.model.model_copy(update=plain), packs=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

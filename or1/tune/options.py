@@ -60,8 +60,9 @@ def _head(case: Case, model: ModelConfig, threads: int) -> list[Candidate]:
         pinned["head_chunk_rows"] = model.head_chunk_rows
     found = [Candidate(f"{model.head_impl}, {model.head_preset}", pinned)]
     for name in [] if pinned_impl else names_of("head_impl"):
-        # A CPU runs Triton only under its interpreter, which is for tests.
-        if case.device != "cpu" or name != "triton":
+        # A CPU runs Triton only under its interpreter, which is for tests. QuACK is for losses without a bonus.
+        fits = name not in ("triton", "quack") if case.device == "cpu" else name != "quack" or not case.entropy
+        if fits:
             found.append(Candidate(name, pinned | {"head_impl": name}))
     if not pinned_preset:
         found.append(Candidate(f"{model.head_impl}, lean", pinned | {"head_preset": "lean"}))

@@ -135,6 +135,35 @@ def test_large_memory_is_like_small_memory():
         assert out.sum(dtype=torch.float64) == out.numel()
 
 
+def test_a_buffer_is_kept_for_the_next_call_and_no_other():
+    host.free_spare()
+    like = torch.zeros(1)
+    first = host.borrow(like, (3 << 10, 4 << 10), torch.float32)
+    address = first.data_ptr()
+    host.give_back(first)
+    second = host.borrow(like, (5, 7), torch.float32)
+    third = host.borrow(like, (3 << 10, 4 << 10), torch.float32)
+    assert second.data_ptr() == address and second.is_contiguous() and third.data_ptr() != address
+    for unfit in (torch.zeros(4, 4), torch.zeros(3 << 10, 4 << 10, dtype=torch.float64)):
+        host.give_back(unfit)
+        assert host.borrow(like, (4, 4), torch.float32).data_ptr() != unfit.data_ptr()
+    with torch.inference_mode():
+        host.give_back(host.borrow(like, (3 << 10, 4 << 10), torch.float32))
+    host.borrow(like, (3 << 10, 4 << 10), torch.float32).zero_()
+
+
+@pytest.mark.parametrize(
+    "chosen", [gemms.Upcast(torch.float32), pytest.param(gemms.HostWideOut(), marks=needs_product)]
+)
+def test_the_first_chunk_overwrites_any_old_weight_gradient(chosen):
+    draw, hidden = torch.randn(40, 96).to(chosen.operand), torch.randn(40, 32).to(chosen.operand)
+    for dtype in {torch.float32, chosen.operand}:
+        set_, added = torch.full((96, 32), torch.nan, dtype=dtype), torch.zeros(96, 32, dtype=dtype)
+        chosen.set_dweight(draw, hidden, set_)
+        chosen.add_dweight(draw, hidden, added)
+        assert torch.equal(set_, added)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -61,7 +61,7 @@ def test_interpreter_runs_both_passes():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_policy_loss_inside_the_kernel():
-    assert "skipped" not in run_interpreted(["test_triton_policy.py"])[0]
+    assert "skipped" not in run_interpreted(["test_triton_policy.py", "test_triton_far.py"])[0]
 
 
 @pytest.mark.slow

@@ -179,6 +179,10 @@ def test_every_open_setting_has_candidates_and_an_explicit_one_has_itself(monkey
     assert names("attention", on_gpu)[:1] == ["auto"] and {"flash", "varlen", "sdpa"} < set(names("attention", on_gpu))
     assert names("attention", on_gpu, attention="varlen") == ["varlen"]
     assert names("head", on_gpu) == ["auto, auto", "triton", "native", "torch", "auto, lean"]
+    no_bonus = case("bfloat16", entropy=False)
+    assert "quack" not in names("head", no_bonus)
+    object.__setattr__(no_bonus, "device", "cuda")
+    assert names("head", no_bonus) == ["auto, auto", "triton", "quack", "native", "torch", "auto, lean"]
     assert names("head", on_gpu, head_impl="torch", head_preset="fast") == ["torch, fast"]
     # 16384 rows of this vocabulary are 10 GB.
     assert names("chunk", on_gpu) == ["by size", "1024 rows", "2048 rows", "4096 rows", "8192 rows"]

@@ -10,7 +10,7 @@ Legend: N rows, C rows of a chunk, K rows kept of a chunk, H hidden, V vocab.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..rows import Backend, PolicyDraw, RowStats, TokenConstants, Transform, finish
-from . import gemms, host, wide
+from . import exp_gemm, gemms, host, wide
 from .vocab_parallel import VocabShard
 
 # Target size of a chunk's logits buffer. Below _MIN_CHUNK rows the GEMMs are too small to be efficient.
@@ -27,6 +27,8 @@ _MIN_CHUNK = {"fast": 256, "lean": 64}
 PRESETS = tuple(_MIN_CHUNK)
 # Rows of the logits start at multiples of so many bytes on a GPU, so that kernels read 128 bits at a time.
 _ROW_BYTES = 64
+# GEMMs whose GEMM 3 can overwrite what dW held.
+_WRITERS = (wide.Wide, gemms.Upcast, gemms.HostWideOut)
 
 
 class RowInputs(NamedTuple):
@@ -93,9 +95,14 @@ class Engine:
         self.main_grad_VH: Tensor | None = None
         self.dweight_is_empty = False
 
-    def precision(self) -> AbstractContextManager[None]:
-        """Return a context in which the GEMMs of a GPU keep partial sums in fp32."""
-        return wide.fp32_sums() if self.weight_VH.is_cuda else nullcontext()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Enter the loop over chunks: the GEMMs of a GPU keep partial sums in fp32; at the end the buffer is free."""
+        with wide.fp32_sums() if self.weight_VH.is_cuda else nullcontext():
+            yield
+        buffer_CV, self.buffer_CV = self.buffer_CV, None
+        if buffer_CV is not None and not self.weight_VH.is_cuda:
+            host.give_back(buffer_CV)
 
     def chunks(self) -> Iterator[slice]:
         """Yield slices of rows: nearly equal ones on a CPU, whole tiles of 128 rows on a GPU.
@@ -130,7 +137,7 @@ class Engine:
         elif main_grad_VH is not None or needs[1]:
             lean = self.settings.preset == "lean" and unit is None
             # GEMM 3 of the first chunk writes all of dW where it can do without zeros.
-            self.dweight_is_empty = isinstance(self.gemms, wide.Wide) and self.num_rows > 0
+            self.dweight_is_empty = isinstance(self.gemms, _WRITERS) and self.num_rows > 0
             new = host.empty if self.dweight_is_empty else host.zeros
             self.dweight_VH = new((vocab, width), self.param_dtype if lean else self.acc, device)
         self.dbias_V = torch.zeros(vocab, dtype=self.acc, device=device) if needs[2] else None
@@ -151,12 +158,14 @@ class Engine:
         else:
             if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
                 self.buffer_CV = None  # Free the old buffer before the larger one is allocated.
-                self.buffer_CV = self._new_logits(num_rows, vocab)
+                self.buffer_CV = self._new_logits(num_rows, vocab, borrowed=True)
             out_CV = self.buffer_CV[:num_rows]
         self.gemms.logits(hidden_CH, self.weight_VH, out_CV)
         return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)
 
-    def _new_logits(self, num_rows: int, vocab: int) -> Tensor:
+    def _new_logits(self, num_rows: int, vocab: int, borrowed: bool = False) -> Tensor:
+        if borrowed and self.weight_VH.device.type == "cpu":
+            return host.borrow(self.weight_VH, (num_rows, vocab), self.acc)
         step = _ROW_BYTES // self.acc.itemsize if self.weight_VH.is_cuda else 1
         padded = -(-vocab // step) * step
         return host.empty((num_rows, padded), self.acc, self.weight_VH.device)[:, :vocab]
@@ -205,19 +214,30 @@ class Engine:
     def _gemm_3(self, draw_CV: Tensor, hidden_CH: Tensor) -> None:
         if self.dweight_VH is None:
             return
-        if self.dweight_is_empty and isinstance(self.gemms, wide.Wide):
+        if self.dweight_is_empty and isinstance(self.gemms, _WRITERS):
             self.gemms.set_dweight(draw_CV, hidden_CH, self.dweight_VH)
             self.dweight_is_empty = False
         else:
             self.gemms.add_dweight(draw_CV, hidden_CH, self.dweight_VH)
 
-    def policy(self, raw_CV: Tensor, rows: slice, inputs: RowInputs, constants: TokenConstants) -> PolicyDraw:
-        """Run both row passes with the objective in one call, then GEMMs 2 and 3. Overwrites the raw logits."""
+    def policy(self, rows: slice, inputs: RowInputs, constants: TokenConstants) -> PolicyDraw:
+        """Run the three GEMMs of a chunk, and both row passes with the objective in one call."""
         settings, kernel = self.settings, self.settings.backend.policy_rows_
-        assert kernel is not None
-        out = kernel(
-            raw_CV, inputs.targets, inputs.inv_tau, settings.transform, constants, out_dtype=self.gemms.operand
-        )
+        if (gemm := self._exp_gemm(constants)) is not None:
+            out = exp_gemm.policy_rows(
+                gemm,
+                inputs,
+                self.weight_VH,
+                settings.transform.scale,
+                constants,
+                self._exponentials(len(inputs.hidden)),
+            )
+        else:
+            assert kernel is not None
+            raw_CV = self.logits(inputs.hidden)
+            out = kernel(
+                raw_CV, inputs.targets, inputs.inv_tau, settings.transform, constants, out_dtype=self.gemms.operand
+            )
         draw_CV, factor_C = out.draw_CV, out.factor_C
         gemms.zero_behind_rows(draw_CV)
         if factor_C is None:
@@ -232,6 +252,20 @@ class Engine:
             torch.mul(mm(draw_CV, self.weight_VH), factor_C1, out=self.dhidden_NH[rows])
         self._gemm_3(draw_CV, (inputs.hidden * factor_C1).to(self.gemms.operand))
         return out
+
+    def _exp_gemm(self, constants: TokenConstants) -> exp_gemm.ExpGemm | None:
+        """Return the fused GEMM 1 if the backend has one and this loss has its form."""
+        plain = self.settings.transform.softcap is None and self.bias_V is None
+        fits = constants.one_sweep and plain and self.gemms.operand == torch.bfloat16
+        return self.settings.backend.exp_gemm if fits else None
+
+    def _exponentials(self, num_rows: int) -> Tensor:
+        """Return memory for E of a chunk, bf16 [C, V] and contiguous."""
+        if self.buffer_CV is None or self.buffer_CV.shape[0] < num_rows:
+            self.buffer_CV = None
+            shape = (num_rows, self.weight_VH.shape[0])
+            self.buffer_CV = host.empty(shape, torch.bfloat16, self.weight_VH.device)
+        return self.buffer_CV[:num_rows]
 
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (dhidden, dweight, dbias), dhidden summed over the vocabulary shards; None where not needed."""
@@ -270,7 +304,7 @@ def score(engine: Engine, inputs: RowInputs, may_stash: bool = False) -> tuple[R
     out = _empty_stats(engine, inputs)
     stash: list[Tensor | None] = []
     budget = engine.settings.stash_bytes if may_stash else 0
-    with engine.precision():
+    with engine.running():
         for c in engine.chunks():
             chunk = inputs.rows(c)
             size = len(chunk.hidden) * engine.weight_VH.shape[0] * engine.acc.itemsize
@@ -288,7 +322,7 @@ def score_backward(
 
     Logits come from the stash, which this empties, or from a fourth GEMM.
     """
-    with engine.precision():
+    with engine.running():
         for i, c in enumerate(engine.chunks()):
             chunk = inputs.rows(c)
             raw_CV, stash[i] = stash[i], None
@@ -305,7 +339,7 @@ def score_and_grads(engine: Engine, inputs: RowInputs, slopes_of: Callable[[slic
     slopes_of(rows, stats of these rows) -> Slopes; a row's slopes may depend on that row only.
     """
     out = _empty_stats(engine, inputs)
-    with engine.precision():
+    with engine.running():
         for c in engine.chunks():
             chunk = inputs.rows(c)
             raw_CV = engine.logits(chunk.hidden)
@@ -330,10 +364,10 @@ def policy_and_grads(engine: Engine, inputs: RowInputs, constants_of: Callable[[
     terms = [inputs.inv_tau.new_empty(engine.num_rows) for _ in range(4)]
     clipped_N = torch.empty(engine.num_rows, dtype=torch.bool, device=inputs.inv_tau.device)
     out = PolicyTerms(terms[0], terms[1], terms[2], terms[3], clipped_N)
-    with engine.precision():
+    with engine.running():
         for c in engine.chunks():
             chunk = inputs.rows(c)
-            draw = engine.policy(engine.logits(chunk.hidden), c, chunk, constants_of(c))
+            draw = engine.policy(c, chunk, constants_of(c))
             parts = (draw.logp_C, draw.entropy_C, draw.loss_C, draw.ratio_C, draw.clipped_C)
             for whole_N, part_C in zip(out, parts, strict=True):
                 whole_N[c] = part_C

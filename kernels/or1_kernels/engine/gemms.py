@@ -37,6 +37,14 @@ class Upcast:
         else:
             dweight_VH += draw_CV.T @ hidden_CH
 
+    def set_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """Run GEMM 3 with beta = 0: dweight_VH may hold anything."""
+        hidden_CH = hidden_CH.to(self.operand)
+        if dweight_VH.dtype == self.operand:
+            torch.mm(draw_CV.T, hidden_CH, out=dweight_VH)
+        else:
+            dweight_VH.copy_(draw_CV.T @ hidden_CH)
+
 
 @dataclass(frozen=True)
 class WideOut:
@@ -96,6 +104,13 @@ class HostWideOut:
             host.add_product(dweight_VH, draw_CV.T, hidden_CH, beta=1.0)
         else:
             torch.addmm(dweight_VH, draw_CV.T, hidden_CH, out=dweight_VH)
+
+    def set_dweight(self, draw_CV: Tensor, hidden_CH: Tensor, dweight_VH: Tensor) -> None:
+        """Run GEMM 3 with beta = 0: dweight_VH may hold anything."""
+        if dweight_VH.dtype == torch.float32:
+            host.add_product(dweight_VH, draw_CV.T, hidden_CH, beta=0.0)
+        else:
+            torch.mm(draw_CV.T, hidden_CH, out=dweight_VH)
 
 
 Gemms = Upcast | WideOut | Residual | HostWideOut

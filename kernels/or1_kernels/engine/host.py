@@ -38,6 +38,41 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return out
 
 
+def borrow(like: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised matrix on the CPU, in memory that an earlier call gave back if that is large enough.
+
+    New memory costs a call several percent: the kernel, and below it a virtual machine's host, clears each page.
+    """
+    spare, numel = None if _is_fake(like) else _take_spare(), shape[0] * shape[1]
+    if spare is not None and spare.dtype == dtype and spare.numel() >= numel:
+        return spare[:numel].view(shape)
+    return empty(shape, dtype, like.device)
+
+
+def give_back(matrix: Tensor) -> None:
+    """Keep the memory of a `borrow` for the next one, if nothing refers to the matrix any more. One block is kept."""
+    # Memory of an inference tensor cannot be written outside of inference mode. Small blocks are malloc's to keep.
+    block = matrix.untyped_storage()
+    if matrix.device.type != "cpu" or _is_fake(matrix) or matrix.is_inference() or block.nbytes() < _OWN_MAPPING:
+        return
+    _spare[:] = [matrix.new_empty(0).set_(block)]
+
+
+def free_spare() -> None:
+    """Free the memory that `give_back` keeps."""
+    _spare.clear()
+
+
+_spare: list[Tensor] = []
+
+
+def _take_spare() -> Tensor | None:
+    try:
+        return _spare.pop()
+    except IndexError:  # None is kept, or another thread was faster.
+        return None
+
+
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return torch.zeros in the memory of `empty`."""
     return empty(shape, dtype, device).zero_()
