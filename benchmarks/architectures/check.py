@@ -58,6 +58,10 @@ Dropout, left-out layers and noise on routers are set to 0 when a model is loade
 |---|---|---|
 {trained}
 
+Experts: `router/entropy`, `router/load_max` and `router/unused` are logged. `model.router_aux_coef` adds the
+load-balancing loss that transformers defines for the architecture. It is off by default, unless config.json turns it on
+(`output_router_logits`). Experts are not spread over GPUs; FSDP shards them as other weights.
+
 Soft caps run in flash-attn 2, 3 or 4 and sinks in flash-attn 4, where these are installed. Elsewhere both are computed
 in plain torch, a block of queries at a time: exact, but slower than a kernel.
 
@@ -66,6 +70,9 @@ in plain torch, a block of queries at a time: exact, but slower than a kernel.
 | model_type | what it is | why not |
 |---|---|---|
 {refused}
+
+Qwen3-Next and Qwen3.5 need the package flash-linear-attention, which needs a GPU; transformers then keeps documents
+apart. or1 asks the model the questions above there too, and no such run was made here yet.
 
 "Documents of a row see each other" is how layers with a running state (Mamba, linear attention, convolutions) and
 attention that is not exchangeable look from outside: gradients would be wrong, so or1 refuses the model in one line.

@@ -69,6 +69,10 @@ class ModelConfig(Section):
     head_chunk_rows: int = Field(0, ge=0, le=MOST_TOKENS)
     """Rows of logits that the LM head computes at once. 0: by measurement (`tune`), or by the size of the model."""
 
+    router_aux_coef: float | None = Field(None, ge=0, le=1e3)
+    """Factor of the load-balancing loss of a mixture-of-experts model, as its architecture defines it, over trained
+    tokens. Above 0, an update makes one more forward. Absent: as config.json says (output_router_logits)."""
+
     @property
     def tile_tokens(self) -> int:
         """Tokens of an MLP tile; 0: no tiles."""

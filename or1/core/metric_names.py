@@ -60,6 +60,21 @@ METRICS = (
         "Responses whose verifier crashed or timed out.",
         derived=True,
     ),
+    Metric(
+        "router/entropy",
+        NATS,
+        "fixed3",
+        "router entropy",
+        "Mixture of experts: mean entropy of the softmax of the router logits, over trained tokens and layers.",
+    ),
+    Metric(
+        "router/load_max",
+        NUMBER,
+        "fixed3",
+        "largest load",
+        "Load of the busiest expert divided by an even load, mean over layers; 1 is an even load.",
+    ),
+    Metric("router/unused", SHARE, "percent", "unused experts", "Experts of all layers that got no trained token."),
     Metric("group/kept", COUNT, "count", "groups kept", "Groups that were trained; 0 is an empty step."),
     Metric(
         "group/kept_share", SHARE, "percent", "groups kept", "group/kept divided by prompts_per_step.", derived=True

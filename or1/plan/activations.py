@@ -94,10 +94,22 @@ def _attention_output(shape: ModelShape, choices: Choices) -> int:
 
 
 def _mlp(shape: ModelShape, choices: Choices, tokens: int) -> int:
+    if shape.experts is not None:
+        return _experts(shape, choices, tokens)
     if 0 < choices.mlp_tile_tokens < tokens:
         return 0  # only the input is saved, which the norm counts as its output
     # gate, up, their product, and silu(gate) if it is a separate kernel.
     return (3 if choices.liger else 4) * choices.weight * shape.intermediate * tokens
+
+
+def _experts(shape: ModelShape, choices: Choices, tokens: int) -> int:
+    """Return the bytes that routing and the chosen experts save. Experts are never tiled."""
+    assert shape.experts is not None
+    e, copies = choices.weight, shape.experts.active
+    # Per token and expert: its input and output, gate and up as one tensor, silu(gate), the product, indices.
+    each = e * (2 * shape.hidden + 4 * shape.experts.width) + 3 * _INDEX
+    routing = shape.experts.count * (e + 4)
+    return tokens * (copies * each + routing)
 
 
 def _outside(shape: ModelShape, choices: Choices, tokens: int) -> int:
@@ -107,9 +119,9 @@ def _outside(shape: ModelShape, choices: Choices, tokens: int) -> int:
 
 
 def _transient(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    e, h, i = choices.weight, shape.hidden, shape.intermediate
+    e, h, i = choices.weight, shape.hidden, shape.mlp_width
     tile = choices.mlp_tile_tokens
-    tiled = 0 < tile < tokens
+    tiled = 0 < tile < tokens and shape.experts is None
     wide = min(tile, tokens) if tiled else tokens
     # Gradients of the MLP's wide tensors that exist at once; Liger writes two of them over its saved tensors.
     mlp = (1 if choices.liger else 2) * e * i * wide

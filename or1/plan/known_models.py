@@ -59,6 +59,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, (32, 8), tied=True),
     "Qwen/Qwen3-8B": _qwen3(4096, 12_288, 36, (32, 8), tied=False),
     "Qwen/Qwen3-14B": _qwen3(5120, 17_408, 40, (40, 8), tied=False),
+    "Qwen/Qwen3-30B-A3B": _qwen3(2048, 6144, 48, (32, 4), tied=False)
+    | {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     "Qwen/Qwen3-32B": _qwen3(5120, 25_600, 64, (64, 8), tied=False),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2_1B5 | {"tie_word_embeddings": False},
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN2_7B,

@@ -185,7 +185,7 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
     # Logits, and five fp32 forms of them on the way to a sampled token and its log-probability.
     scores = sequences * shape.vocab * (e + 5 * choices.arithmetic) + tokens * (8 + choices.arithmetic)
     prompts = sequences * work.max_prompt
-    prefill = prompts * e * (3 * shape.intermediate + 3 * shape.hidden) + prompts * 4 * shape.hidden
+    prefill = prompts * e * (3 * shape.mlp_width + 3 * shape.hidden) + prompts * 4 * shape.hidden
     moments = [(cache, growth + scores), (kv_cache_bytes(shape, choices, prompts), prefill)]
     worst = max(moments, key=sum)
     parts = {"KV cache": worst[0], "generation": worst[1]}

@@ -1,6 +1,7 @@
-"""The shapes of all parameters of a Llama-like model, from its config.json alone."""
+"""The shapes of all parameters of a Llama-like model, dense or with experts, from its config.json alone."""
 
-# H hidden, I intermediate, Q width of all query heads, K width of all key (or value) heads, D head dimension, V vocab
+# H hidden, I intermediate, Q width of all query heads, K width of all key (or value) heads, D head dimension, V vocab,
+# E experts
 
 from __future__ import annotations
 
@@ -17,8 +18,17 @@ from or1.plan.known_models import KNOWN
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of every layer: `count` gated MLPs of `width`, of which a token passes through `active`."""
+
+    count: int
+    active: int
+    width: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A decoder with gated MLPs and grouped-query attention. Counts are scalars, not bytes."""
+    """A decoder with gated MLPs or experts, and grouped-query attention. Counts are scalars, not bytes."""
 
     name: str
     family: str
@@ -34,6 +44,12 @@ class ModelShape:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP, or of all experts together that one token passes through."""
+        return self.intermediate if self.experts is None else self.experts.active * self.experts.width
 
     @property
     def q_width(self) -> int:
@@ -47,24 +63,31 @@ class ModelShape:
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the parameter shapes of one layer, by name."""
-        h, i, q, k = self.hidden, self.intermediate, self.q_width, self.kv_width
+        h, q, k = self.hidden, self.q_width, self.kv_width
         shapes: dict[str, tuple[int, ...]] = {}
         linears = [
             ("q_proj", q, h, self.qkv_bias),
             ("k_proj", k, h, self.qkv_bias),
             ("v_proj", k, h, self.qkv_bias),
             ("o_proj", h, q, self.out_bias),
-            ("gate_proj", i, h, self.mlp_bias),
-            ("up_proj", i, h, self.mlp_bias),
-            ("down_proj", h, i, self.mlp_bias),
+            *self._mlp(),
         ]
         for name, rows, columns, bias in linears:
             shapes[f"{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{name}.bias"] = (rows,)
+        if self.experts is not None:
+            e, i = self.experts.count, self.experts.width
+            shapes |= {"gate.weight": (e, h), "experts.gate_up_proj": (e, 2 * i, h), "experts.down_proj": (e, h, i)}
         if self.qk_norm:
             shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
         return shapes | {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
+
+    def _mlp(self) -> list[tuple[str, int, int, bool]]:
+        h, i = self.hidden, self.intermediate
+        if self.experts is not None:
+            return []
+        return [(name, i, h, self.mlp_bias) for name in ("gate_proj", "up_proj")] + [("down_proj", h, i, self.mlp_bias)]
 
     def root_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the parameter shapes outside the layers, by name. A tied head shares the embedding: not listed."""
@@ -93,8 +116,9 @@ class ModelShape:
 
     @property
     def matrix_parameters(self) -> int:
-        """Scalars of the matrices of all layers. Each scalar costs two floating-point operations a token."""
-        return self.layers * sum(prod(shape) for shape in self.layer_tensors().values() if len(shape) == 2)
+        """Scalars of all layers' matrices that a token meets. Each costs two floating-point operations a token."""
+        dense = sum(prod(shape) for shape in self.layer_tensors().values() if len(shape) == 2)
+        return self.layers * (dense + (0 if self.experts is None else 3 * self.hidden * self.mlp_width))
 
 
 def shape_of(path: str) -> ModelShape:
@@ -134,7 +158,14 @@ def _cached(hub_id: str) -> list[Path]:
 def parse_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     """Return the shape that a config.json describes. Raises PlanError for an unknown architecture."""
     family = config.get("model_type")
-    rules = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama, "mistral": _mistral}
+    rules = {
+        "qwen2": _qwen2,
+        "qwen3": _qwen3,
+        "llama": _llama,
+        "mistral": _mistral,
+        "qwen3_moe": _qwen3_moe,
+        "mixtral": _mixtral,
+    }
     if family not in rules:
         raise PlanError(
             f"model_type {family!r} of {name!r} is not supported by or1 plan; it supports {', '.join(rules)}. "
@@ -188,3 +219,27 @@ def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"head_dim": _even_head_dim(config)}
+
+
+def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise PlanError(
+            "or1 plan knows qwen3_moe with experts in every layer only, and this model has layers without. Train with "
+            "a small optim.max_tokens_per_rank and watch perf/peak_mem_gib instead"
+        )
+    count = config.get("num_experts") or config.get("num_local_experts")
+    experts = Experts(_counted(count), config["num_experts_per_tok"], config["moe_intermediate_size"])
+    return _qwen3(config) | {"experts": experts}
+
+
+def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    experts = Experts(
+        _counted(config.get("num_local_experts")), config["num_experts_per_tok"], config["intermediate_size"]
+    )
+    return {"head_dim": _even_head_dim(config), "experts": experts}
+
+
+def _counted(experts: Any) -> int:
+    if not isinstance(experts, int) or experts < 1:
+        raise PlanError(f"the config.json names {experts!r} experts; take the file of the checkpoint")
+    return experts

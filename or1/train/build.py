@@ -19,6 +19,7 @@ from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
 from or1.eval.evaluator import Evaluator
 from or1.model.load import load_model, load_tokenizer
+from or1.model.routers import routers_of
 from or1.reward import make_scorer
 from or1.reward.scorer import Scorer
 from or1.reward.scorers import remarks_of
@@ -167,6 +168,7 @@ def _policy(
         old_is_engine=loss.old_logp == "rollout",
         progress=display.progress("train"),
         head=head,
+        routers=routers_of(model, config.model.router_aux_coef),
     )
 
 
@@ -176,4 +178,4 @@ def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy 
         return None
     path = config.loss.reference or config.model.path
     reference = settings.model_copy(update={"path": path})
-    return replace(policy, model=load_model(reference, policy.world).requires_grad_(False))
+    return replace(policy, model=load_model(reference, policy.world).requires_grad_(False), routers=None)

@@ -102,6 +102,7 @@ class UpdateStats:
     ratio_max: torch.Tensor | None = None
     results: list[UpdateResult] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    routing: list[dict[str, float]] = field(default_factory=list)
 
     def add_row(self, batch: Microbatch, stats: PolicyStats, old_is_engine: bool = False) -> None:
         """Add one packed row. old_is_engine: its old log-probs came from the engine and not from the trainer."""
@@ -158,6 +159,7 @@ class UpdateStats:
         return {name: float(total) / self.tokens for name, total in self.sums.items()} | {
             # Largest weight that a token would have without loss.is_cap.
             "mismatch/ratio_max": float(self.ratio_max),
+            **{name: float(np.mean([each[name] for each in self.routing])) for name in (self.routing or [{}])[0]},
             "optim/loss": float(np.mean(self.losses)),
             "optim/grad_norm": float(np.mean([r.grad_norm for r in self.results])),
             "optim/lr": self.results[-1].lr,

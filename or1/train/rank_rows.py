@@ -16,6 +16,7 @@ from or1.core.types import TrainSequence
 from or1.dist.oom_peers import row_on_all_ranks
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
+from or1.model.routers import Routers
 from or1.model.row_plan import plan_ranks
 from or1.model.rows import Microbatch, pack_rows, units_of
 from or1.model.shared_prompts import Sharing
@@ -40,6 +41,7 @@ class Policy:
     old_is_engine  True if `old_logp` of the sequences came from the engine and not from this model
     progress       called with (rows done, rows)
     head           implementation options of the LM head (impl, preset, chunk_rows)
+    routers        routers of a mixture-of-experts model; None for other models
     """
 
     model: PreTrainedModel
@@ -51,6 +53,7 @@ class Policy:
     old_is_engine: bool = False
     progress: Progress = no_progress
     head: HeadOptionsDict = field(default_factory=HeadOptionsDict)
+    routers: Routers | None = None
 
     @property
     def float_dtype(self) -> torch.dtype:

@@ -14,9 +14,10 @@ from or1.core import faults
 from or1.core.types import TrainSequence
 from or1.dist.fsdp import local_shard
 from or1.magic.denominator import TOKEN_MEAN, Normaliser
-from or1.model.forward import hidden_states, lm_head, trained_rows
+from or1.model.forward import lm_head, trained_rows
 from or1.model.rows import Microbatch, keep_known
 from or1.model.slices import my_slice
+from or1.train.experts import balance_experts, decoded
 from or1.train.metrics import UpdateStats
 from or1.train.optim import MasterAdamW
 from or1.train.rank_rows import Policy, longest_of, on_all_ranks, rank_rows
@@ -51,6 +52,7 @@ def update(
             optimizer.zero_grad()
             loss, row_stats = torch.zeros((), dtype=torch.float64, device=policy.model.device), UpdateStats()
             rows = rank_rows(policy, sequences, attempt.max_tokens)
+            balance_experts(policy, [row for _, row in rows])
             for done, (_, row) in enumerate(rows):
                 policy.progress(done, len(rows))
                 batch = keep_known(my_slice(row, policy.world))
@@ -58,6 +60,8 @@ def update(
                 loss += row_loss
                 row_stats.add_row(batch, token_stats, policy.old_is_engine)
     stats.add_rows(row_stats)
+    if policy.routers is not None:
+        stats.routing.append(policy.routers.metrics(policy.world))
     faults.poison("train.gradient", (local_shard(p.grad) for p in policy.model.parameters() if p.grad is not None))
     total = policy.world.sum(loss)
     result = optimizer.step_if_finite(total)
@@ -70,7 +74,7 @@ def _train_row(
 ) -> tuple[Tensor, PolicyStats]:
     """Run forward and backward of a row. Return its part of the loss, f64[] without gradient, and token statistics."""
     faults.hit("train.forward")
-    hidden_TH = hidden_states(policy.model, batch, policy.world.sequence_group)
+    hidden_TH = decoded(policy, batch)
     loss, stats = lm_head(policy.model)(
         trained_rows(hidden_TH, batch),
         batch.targets_N,
@@ -86,5 +90,6 @@ def _train_row(
         **policy.head,
     )
     faults.hit("train.backward")
-    loss.backward()
+    balance = None if policy.routers is None else policy.routers.loss()
+    (loss if balance is None else loss + balance).backward()
     return loss.detach(), stats

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
 from or1.config import ModelConfig, OptimConfig
@@ -39,6 +39,10 @@ TINY = {
 KINDS = {
     "qwen2": lambda: Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**TINY, head_dim=24, tie_word_embeddings=False),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **TINY, head_dim=24, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, tie_word_embeddings=False
+    ),
+    "mixtral": lambda: MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
     "llama": lambda: LlamaConfig(**TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
 }
 CPU = find_device("cpu", "auto")[0]
