@@ -12,8 +12,16 @@ from setuptools import find_packages, setup
 ParallelCompile("OR1_BUILD_JOBS", default=2).install()
 
 setup(
-    packages=find_packages(include=["or1", "or1.*"]) + find_packages("kernels", include=["or1_kernels*"]),
-    package_dir={"or1": "or1", "or1_kernels": "kernels/or1_kernels"},
+    packages=find_packages(include=["or1", "or1.*"])
+    + find_packages("kernels", include=["or1_kernels*"])
+    # Data alone: what `or1 demo` and `or1 init` copy.
+    + ["or1_examples"],
+    package_dir={"or1": "or1", "or1_kernels": "kernels/or1_kernels", "or1_examples": "examples"},
+    package_data={
+        "or1": ["py.typed"],
+        "or1_kernels": ["py.typed"],
+        "or1_examples": ["quickstart.toml", "tiny-adder/*", "recipes/*"],
+    },
     ext_modules=[
         Pybind11Extension(
             "or1_kernels._native",
