@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from or1.config import Config
 
 # The tuned choice of a run is in its folder, so `tune` may change. The rest are settings of logging and evaluation, of
@@ -96,7 +98,8 @@ def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
         if field is None or not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
             return False
         if name not in old:
-            return field.default is not None and new[name] == field.default
+            default = field.default.model_dump(mode="json") if isinstance(field.default, BaseModel) else field.default
+            return default is not None and new[name] == default
         section, old, new = field.annotation, old[name], new[name]
     return False
 

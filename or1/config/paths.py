@@ -48,6 +48,9 @@ def found_from(source: Path, config: Config) -> Config:
     kind = f"{data(script)}{colon}{name}" if script.endswith(".py") else reward.kind
     sets = tuple(each.model_copy(update={"path": data(each.path)}) for each in config.eval.sets)
     mix = tuple(part.model_copy(update={"path": data(part.path)}) for part in given.mix)
+    drafts = config.rollout.vllm.speculative
+    drafts = drafts.model_copy(update={"model": drafts.model and model(drafts.model)})
+    vllm = config.rollout.vllm.model_copy(update={"speculative": drafts})
     files = {
         "train": tuple(map(data, given.train)),
         "mix": mix,
@@ -59,6 +62,7 @@ def found_from(source: Path, config: Config) -> Config:
             "model": config.model.model_copy(update={"path": model(config.model.path)}),
             "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
             "reward": reward.model_copy(update={"kind": kind}),
+            "rollout": config.rollout.model_copy(update={"vllm": vllm}),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "data": given.model_copy(update=files),
         }

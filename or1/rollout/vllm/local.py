@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
 from or1.rollout.engine import Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.vllm.drafts import DraftCounts, counts_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_Done = tuple[RankJob, list[int], list[float], str]
-"""A request, its tokens and log-probs, and its finish reason."""
+_Tokens = tuple[RankJob, array[int], array[float]]
+"""A request with its tokens, as C ints, and their log-probs, as C floats: a list would take eight times the memory."""
+_Done = tuple[RankJob, array[int], array[float], str]
+"""The same, and the finish reason."""
 
 
 class LocalEngine:
     """vLLM as an `Engine`, with its own copy of the weights.
 
-    On a GPU, vLLM sleeps while the trainer trains (level 2: weights and cache are freed). It wakes in two stages:
-    allocate the weights, push, allocate the cache. So old weights, new weights and cache never exist together.
+    On a GPU, vLLM sleeps while the trainer trains (`VllmSetup.sleep_level`). It wakes in two stages: allocate the
+    weights, push, allocate the cache. So old weights, new weights and cache never exist together.
     """
 
     shares_weights = False
@@ -100,8 +104,12 @@ class LocalEngine:
     def release(self) -> None:
         """Sleep until the next push, if `VllmSetup.sleeps`."""
         if self._setup.sleeps and not self._asleep:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=self._setup.sleep_level)
             self._asleep = True
+
+    def drafts(self) -> DraftCounts:
+        """Return the counts of speculative decoding since the start."""
+        return DraftCounts() if self._setup.drafts is None else counts_of(self._llm.get_metrics())
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Idempotent."""
@@ -115,7 +123,7 @@ class _Requests:
 
     def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
-        self.open: dict[str, tuple[RankJob, list[int], list[float]]] = {}
+        self.open: dict[str, _Tokens] = {}
 
     def add(self, jobs: Sequence[RankJob]) -> None:
         """Submit all jobs; vLLM schedules them."""
@@ -129,10 +137,12 @@ class _Requests:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
                 stream_interval=STREAM_TOKENS,
+                # Lists of numbers instead of a dict and an object for every token: less memory, no garbage collection.
+                flat_logprobs=True,
                 **self._setup.sampling_options(job, self._sampling),
             )
             self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
-            self.open[name] = rank_job, [], []
+            self.open[name] = rank_job, array("i"), array("f")
 
     def step(self) -> list[_Done]:
         """Run one iteration of vLLM; return the requests that finished in this iteration."""
@@ -143,8 +153,8 @@ class _Requests:
         for output in outputs:
             job, tokens, logp = self.open[output.request_id]
             part = output.outputs[0]
-            tokens += part.token_ids
-            logp += [entry[token].logprob for token, entry in zip(part.token_ids, part.logprobs or (), strict=True)]
+            tokens.extend(part.token_ids)
+            logp.extend(flat_logp(part))
             if output.finished:
                 del self.open[output.request_id]
                 done.append((job, tokens, logp, part.finish_reason))
@@ -159,9 +169,24 @@ class _Requests:
         return done
 
 
+def flat_logp(part: Any) -> list[float]:
+    """Return the log-probs of the tokens of a `CompletionOutput` with flat log-probs.
+
+    Raises EngineError unless there is one for each token, that of the token itself.
+    """
+    flat, count = part.logprobs, len(part.token_ids)
+    if count == 0:
+        return []
+    if flat is None or flat.token_ids != list(part.token_ids) or len(flat.logprobs) != count:
+        held = 0 if flat is None else len(flat.logprobs)
+        raise EngineError(f"vLLM reports {held} log-probs for {count} tokens, or those of other tokens")
+    found: list[float] = flat.logprobs
+    return found
+
+
 def _start(setup: VllmSetup, ranks: Ranks) -> Any:
     os.environ.update(vllm_environment(setup.on_gpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    options = setup.engine_options() | {"enable_sleep_mode": setup.sleeps, "disable_log_stats": True}
+    options = setup.engine_options() | {"enable_sleep_mode": setup.sleeps}
     options |= ranks.engine_options()
     # No progress bar while vLLM reads the checkpoint.
     options |= {"use_tqdm_on_load": False}
