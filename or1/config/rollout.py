@@ -53,12 +53,17 @@ class VllmConfig(Section):
     """Quantize the engine's weights at every push. Needs loss.is_cap. Absent: the dtype of the model."""
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """Type of the engine's cache of keys and values; one of fp8 needs loss.is_cap. auto: the dtype of the model."""
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = Field({})
     """Further arguments of vLLM's engine by their Python names, such as max_num_batched_tokens = 16384. Those that or1
     sets itself are refused."""
     allow_untested: bool = False
     """Accept a vLLM version outside the tested range, at your own risk."""
     speculative: SpeculativeConfig = SpeculativeConfig()
+
+    @property
+    def rounds(self) -> bool:
+        """True if the engine rounds weights or cache, so that its log-probs are not those of the policy."""
+        return self.quantization is not None or self.kv_cache_dtype != "auto"
 
 
 class RolloutConfig(Section):

@@ -60,6 +60,12 @@ def counts_on(page: str) -> DraftCounts:
     return DraftCounts(*sums.values())
 
 
+def taken_from(engine: object) -> DraftCounts:
+    """Return the counts of an engine since the last call; zeros for an engine without drafts."""
+    take = getattr(engine, "take_drafts", None)
+    return DraftCounts() if take is None else take()
+
+
 def require_sound_sampling() -> None:
     """Raise EngineError if the installed vLLM cannot sample after drafts on a CPU.
 

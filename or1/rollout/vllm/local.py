@@ -50,6 +50,7 @@ class LocalEngine:
         self._call = itertools.count()
         # _complete is False from the start of a push until its end: vLLM may have part of the new weights.
         self._complete, self._asleep = True, False
+        self._drafts = DraftCounts()
         self._llm: Any = _start(setup, self._ranks)
 
     def generate(
@@ -107,9 +108,12 @@ class LocalEngine:
             self._llm.sleep(level=self._setup.sleep_level)
             self._asleep = True
 
-    def drafts(self) -> DraftCounts:
-        """Return the counts of speculative decoding since the start."""
-        return DraftCounts() if self._setup.drafts is None else counts_of(self._llm.get_metrics())
+    def take_drafts(self) -> DraftCounts:
+        """Return the counts of speculative decoding since the last call."""
+        if self._setup.drafts is None:
+            return DraftCounts()
+        before, self._drafts = self._drafts, counts_of(self._llm.get_metrics())
+        return self._drafts.since(before)
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Idempotent."""

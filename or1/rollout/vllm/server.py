@@ -107,7 +107,7 @@ class ServerEngine(ServerClient):
     def _repeat(self, version: int) -> list[dict[str, Any]]:
         if not self._push.repeat(self._rpc, version):
             raise EngineError(
-                "the weights cannot be sent again to the restarted vLLM server, since this transport keeps no copy and the "
+                "the weights cannot be sent again to the restarted vLLM server: this transport keeps no copy, and the "
                 'trainer may have changed its own; use rollout.vllm.transport = "file"'
             )
         return self._rpc("or1_version")

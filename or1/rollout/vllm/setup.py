@@ -198,7 +198,7 @@ def _drafts(section: SpeculativeConfig) -> dict[str, Any] | None:
 
 
 def _rounding(config: Config) -> dict[str, str]:
-    vllm, rounding = config.rollout.vllm, {}
+    vllm, rounding = config.rollout.vllm, dict[str, str]()
     if vllm.quantization is not None:
         rounding["quantization"] = vllm.quantization
     if vllm.kv_cache_dtype != "auto":
