@@ -91,6 +91,12 @@ def rounded_engine(config: Config) -> Iterator[Problem]:
                 f'"{value}" samples from a rounded policy, which needs importance weights; set loss.is_cap, for '
                 "example to 2.0, or remove this",
             )
+    if vllm.quantization is not None and config.model.dtype not in ("bfloat16", "float16"):
+        yield Problem(
+            "rollout.vllm.quantization",
+            f'"{vllm.quantization}" quantizes 16-bit weights, but model.dtype = "{config.model.dtype}"; set '
+            'model.dtype = "bfloat16", or remove this',
+        )
 
 
 def drafts(config: Config) -> Iterator[Problem]:

@@ -156,9 +156,7 @@ def test_two_workers_hold_what_the_trainer_sent(kind: str, workers: Workers, wei
     push.close()
 
 
-def test_no_memory_is_opened_but_what_torch_shares(
-    workers: Workers, weights: dict[str, Tensor]
-) -> None:
+def test_no_memory_is_opened_but_what_torch_shares(workers: Workers, weights: dict[str, Tensor]) -> None:
     push = MappedPush(2, LIMIT)
 
     def forged(method: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -196,7 +194,7 @@ def test_automatic_choice_follows_what_the_workers_see(
     push = AutoPush("http://127.0.0.1:1", 1, FilePush(tmp_path))
     assert type(push._choose(lambda *_: [], torch.device("cuda", 0))) is chosen
     if chosen is FilePush:
-        with pytest.raises(EngineError, match="cudaErrorInvalidValue.*one GPU, and no folder has room"):
+        with pytest.raises(EngineError, match=r"cudaErrorInvalidValue.*one GPU, and no folder has room"):
             AutoPush("http://127.0.0.1:1", 1, None)._choose(lambda *_: [], torch.device("cuda", 0))
 
 

@@ -9,6 +9,7 @@ import random
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +28,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_Tokens = tuple[RankJob, array[int], array[float]]
-"""A request with its tokens, as C ints, and their log-probs, as C floats: a list would take eight times the memory."""
-_Done = tuple[RankJob, array[int], array[float], str]
-"""The same, and the finish reason."""
+@dataclass
+class _Request:
+    """A request and what it has so far: tokens as C ints and log-probs as C floats, an eighth of a list's memory."""
+
+    job: RankJob
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    logp: array[float] = field(default_factory=lambda: array("f"))
+
+
+_Done = tuple[_Request, str]
+"""A request and its finish reason."""
 
 
 class LocalEngine:
@@ -76,10 +84,11 @@ class LocalEngine:
             requests.abort()
 
     def _finished(self, done: list[_Done]) -> Iterator[Finished]:
-        for (job, own), tokens, logp, finish in done:
+        for request, finish in done:
+            job, own = request.job
             if not own:
                 continue
-            added = (np.array(tokens, np.int32), np.array(logp, np.float32))
+            added = (np.array(request.tokens, np.int32), np.array(request.logp, np.float32))
             yield decoded(job, continued(job, *added, finish, self.version), self._tokenizer)
 
     def update_weights(self, version: int) -> None:
@@ -127,7 +136,7 @@ class _Requests:
 
     def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
-        self.open: dict[str, _Tokens] = {}
+        self.open: dict[str, _Request] = {}
 
     def add(self, jobs: Sequence[RankJob]) -> None:
         """Submit all jobs; vLLM schedules them."""
@@ -146,7 +155,7 @@ class _Requests:
                 **self._setup.sampling_options(job, self._sampling),
             )
             self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
-            self.open[name] = rank_job, array("i"), array("f")
+            self.open[name] = _Request(rank_job)
 
     def step(self) -> list[_Done]:
         """Run one iteration of vLLM; return the requests that finished in this iteration."""
@@ -155,20 +164,19 @@ class _Requests:
         with torch.random.fork_rng(devices=[]):
             outputs = self._engine.step()
         for output in outputs:
-            job, tokens, logp = self.open[output.request_id]
-            part = output.outputs[0]
-            tokens.extend(part.token_ids)
-            logp.extend(flat_logp(part))
+            request, part = self.open[output.request_id], output.outputs[0]
+            request.tokens.extend(part.token_ids)
+            request.logp.extend(flat_logp(part))
             if output.finished:
                 del self.open[output.request_id]
-                done.append((job, tokens, logp, part.finish_reason))
+                done.append((request, part.finish_reason))
         return done
 
     def abort(self) -> list[_Done]:
         """Abort the open requests; return them with the tokens generated so far."""
         if self.open:
             self._engine.abort_request(list(self.open))
-        done: list[_Done] = [(job, tokens, logp, "deadline") for job, tokens, logp in self.open.values()]
+        done: list[_Done] = [(request, "deadline") for request in self.open.values()]
         self.open.clear()
         return done
 
