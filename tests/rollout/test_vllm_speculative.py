@@ -97,7 +97,7 @@ def test_drafts_change_no_distribution(side: Side) -> None:
 
 
 def pair_probabilities(side: Side, prompt: Prompt, temperature: float) -> np.ndarray:
-    """Return exact probabilities of the first two tokens, [V, V]; after an end of sequence, column 0 stands for nothing."""
+    """Return exact probabilities of the first two tokens, [V, V]. Column 0 follows an end of sequence."""
     with torch.no_grad():
         ids = torch.tensor(prompt.token_ids, dtype=torch.long)
         size = side.model.config.vocab_size

@@ -1,8 +1,9 @@
 """Speculative decoding: counts of drafted and accepted tokens, and a check of vLLM's sampling on a CPU.
 
 From the source of vLLM 0.32: a draft changes no distribution (rejection sampling, arXiv 2211.17192). Log-probs of mode
-"processed_logprobs" are those of the model at the sampling temperature, for accepted, recovered and bonus tokens. N-gram drafts are a function of the response itself, so a response stays a function of its seed. Suffix drafts
-are not, since their cache is shared by all responses.
+"processed_logprobs" are those of the model at the sampling temperature, for accepted, recovered and bonus tokens.
+N-gram drafts are a function of the response itself, so a response stays a function of its seed. Suffix drafts are not,
+since their cache is shared by all responses.
 """
 
 from __future__ import annotations
