@@ -93,7 +93,7 @@ class Trainer:
             self.rollouts.settle()
         with meter.timed("sync"):
             prompts = [group.prompt for group in groups] or self.rollouts.prompts
-            meter.add(push_weights(self.engine, self.policy.model, state, prompts, config))
+            meter.add(push_weights(self.engine, self.policy.model, state, prompts, config, self.world))
         state.count(groups, config)
         stats.reduce(self.world)
         return meter.finish(stats, len(chosen.kept), state, self.policy.budget)

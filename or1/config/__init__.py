@@ -12,7 +12,7 @@ from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import CodeRewardConfig, RewardConfig, RewardPart
-from or1.config.rollout import RolloutConfig, VllmConfig
+from or1.config.rollout import RolloutConfig, SpeculativeConfig, VllmConfig
 from or1.config.root import CheckpointConfig, Config, DistConfig, LogConfig, StageConfig
 from or1.config.section import Section
 
@@ -37,6 +37,7 @@ __all__ = [
     "RewardPart",
     "RolloutConfig",
     "Section",
+    "SpeculativeConfig",
     "StageConfig",
     "VllmConfig",
 ]

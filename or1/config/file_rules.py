@@ -56,6 +56,8 @@ def files_exist(config: Config) -> Iterator[Problem]:
     yield from _model_there(config, "model.path", config.model.path)
     if config.loss.kl_coef > 0 and config.loss.reference is not None:
         yield from _model_there(config, "loss.reference", config.loss.reference)
+    if config.rollout.vllm.speculative.model is not None:
+        yield from _model_there(config, "rollout.vllm.speculative.model", config.rollout.vllm.speculative.model)
 
 
 def _model_there(config: Config, where: str, path: str) -> Iterator[Problem]:

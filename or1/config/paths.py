@@ -58,6 +58,9 @@ def found_from(source: Path, config: Config) -> Config:
     parts = tuple(part.model_copy(update={"kind": function(part.kind)}) for part in reward.parts)
     sets = tuple(each.model_copy(update={"path": problems(each.path)}) for each in config.eval.sets)
     mix = tuple(part.model_copy(update={"path": problems(part.path)}) for part in given.mix)
+    drafts = config.rollout.vllm.speculative
+    drafts = drafts.model_copy(update={"model": drafts.model and model(drafts.model)})
+    vllm = config.rollout.vllm.model_copy(update={"speculative": drafts})
     files = {
         "train": problems(given.train),
         "mix": mix,
@@ -69,6 +72,7 @@ def found_from(source: Path, config: Config) -> Config:
             "model": config.model.model_copy(update={"path": model(config.model.path)}),
             "loss": loss.model_copy(update={"reference": loss.reference and model(loss.reference)}),
             "reward": reward.model_copy(update={"kind": function(reward.kind), "parts": parts}),
+            "rollout": config.rollout.model_copy(update={"vllm": vllm}),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "data": given.model_copy(update=files),
         }

@@ -60,6 +60,8 @@ def _type(annotation: Any) -> str:
     kind, arguments = get_origin(annotation), get_args(annotation)
     if kind is Literal:
         return ", ".join(f'`"{choice}"`' for choice in arguments)
+    if kind is dict:
+        return "table"
     if kind in (Union, types.UnionType):
         return " or ".join(_type(each) for each in arguments if each is not type(None))
     if kind is tuple:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section
+from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
+
+Quantization = Literal[
+    "fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "int8_per_channel_weight_only"
+]
+"""vLLM's quantizations of a 16-bit checkpoint. The others need a quantized checkpoint, which the trainer lacks."""
+
+
+class SpeculativeConfig(Section):
+    """`[rollout.vllm.speculative]`: a cheap method drafts tokens, and the model checks them in one pass."""
+
+    method: Literal["none", "ngram", "suffix", "draft", "mtp"] = "none"
+    """ngram: copy what followed the last tokens earlier in the response. suffix: the same, in all responses (package
+    arctic-inference). draft: a small model. mtp: the checkpoint's own prediction layers. The distribution of the
+    responses is that of the model in each case."""
+    tokens: int = Field(3, ge=1, le=64)
+    """Most tokens of a draft."""
+    model: FilePath | None = None
+    """With method = "draft": folder of the small model, which must have the same vocabulary and is not trained."""
+    ngram_min: int = Field(2, ge=1, le=64)
+    """With method = "ngram": fewest tokens that must match."""
+    ngram_max: int = Field(4, ge=1, le=64)
+    """With method = "ngram": most tokens that must match; longer matches are tried first."""
 
 
 class VllmConfig(Section):
@@ -17,17 +39,31 @@ class VllmConfig(Section):
     url: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
     """With placement = "server": a server started with `or1 serve`, as http://host:port, or as https://host:port behind
     a TLS proxy. Absent: or1 starts one."""
-    transport: Literal["auto", "file", "broadcast"] = "auto"
-    """Transport of weights to a server. file: safetensors in a shared folder. broadcast: NCCL, or gloo on a CPU. auto:
-    file for a server that or1 started, else broadcast."""
+    transport: Literal["auto", "ipc", "broadcast", "file"] = "auto"
+    """Transport of weights to a server. ipc: memory that both processes map, on one machine. broadcast: NCCL, or gloo
+    on a CPU. file: safetensors in a shared folder. auto, on a GPU: the first of the three that works; on a CPU: file
+    for a server that or1 started, else broadcast."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server that or1 starts; absent means that of the trainer."""
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """GPUs that share one copy of the model; if colocated, a divisor of the number of ranks."""
     gpu_memory: float = Field(0.5, gt=0, lt=1)
     """Fraction of GPU memory for vLLM's weights and cache; if colocated, vLLM frees all of it during training."""
+    quantization: Quantization | None = None
+    """Quantize the engine's weights at every push. Needs loss.is_cap. Absent: the dtype of the model."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Type of the engine's cache of keys and values; one of fp8 needs loss.is_cap. auto: the dtype of the model."""
+    engine: dict[str, Any] = Field({})
+    """Further arguments of vLLM's engine by their Python names, such as max_num_batched_tokens = 16384. Those that or1
+    sets itself are refused."""
     allow_untested: bool = False
     """Accept a vLLM version outside the tested range, at your own risk."""
+    speculative: SpeculativeConfig = SpeculativeConfig()
+
+    @property
+    def rounds(self) -> bool:
+        """True if the engine rounds weights or cache, so that its log-probs are not those of the policy."""
+        return self.quantization is not None or self.kv_cache_dtype != "auto"
 
 
 class RolloutConfig(Section):

@@ -15,6 +15,7 @@ from or1.config.file_rules import (
     reward_file_exists,
     training_files,
 )
+from or1.config.vllm_rules import VLLM_RULES
 from or1.core.errors import Problem
 
 Verb = Literal["train", "filter", "eval"]
@@ -354,6 +355,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _importance_weights_sound,
     _engine_fits,
     _vllm_samples,
+    *VLLM_RULES,
     _magic_variants_sound,
     _tuning_sound,
     _trackers_installed,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 # torch reads the first; the second is its older name, which torch and vLLM still accept.
-_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _SETTING = "expandable_segments:True"
 _ours = False
 
@@ -20,13 +20,13 @@ def expand_segments() -> bool:
     Return True if the setting was made.
     """
     global _ours
-    if any(name in os.environ for name in _NAMES):
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
         return False
-    os.environ[_NAMES[0]] = _SETTING
+    os.environ[ALLOCATOR_VARIABLES[0]] = _SETTING
     _ours = True
     return True
 
 
 def users_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without the setting of `expand_segments`, for a process that is not the trainer's."""
-    return {name: value for name, value in environment.items() if not (_ours and name == _NAMES[0])}
+    return {name: value for name, value in environment.items() if not (_ours and name == ALLOCATOR_VARIABLES[0])}

@@ -178,6 +178,20 @@ METRICS = (
         "unknown log-probs",
         "Sampled tokens whose log-prob from the engine is not finite.",
     ),
+    Metric(
+        "rollout/draft_accepted",
+        SHARE,
+        "percent",
+        "accepted drafts",
+        "Tokens of drafts that the responses took, among all drafted (rollout.vllm.speculative).",
+    ),
+    Metric(
+        "rollout/draft_len",
+        TOKENS,
+        "short",
+        "tokens a pass",
+        "Mean tokens that a response gains in a pass with a draft: the accepted ones and the one after them.",
+    ),
     Metric("data/epoch", COUNT, "count", "epoch", "Completed passes over the training prompts."),
     Metric("data/dropped_solved", COUNT, "count", "prompts dropped", "Prompts dropped as solved (data.drop_solved)."),
     Metric(
@@ -187,6 +201,7 @@ METRICS = (
         "tokens/s",
         "Sampled tokens divided by the time of rollout, reward and training, of all ranks together.",
     ),
+    Metric("perf/push_gib", GIB, "short", "pushed GiB", "Size of the weights in a push to the engine."),
     Metric(
         "perf/peak_mem_gib",
         GIB,
@@ -207,6 +222,7 @@ METRICS = (
     ),
     Metric("time/train", SECONDS, "short", "train", "Log-prob passes and optimizer updates."),
     Metric("time/sync", SECONDS, "short", "sync", "Push of the weights to the engine, and its check."),
+    Metric("time/push", SECONDS, "short", "push", "Push of the weights to the engine, without its check."),
     Metric("time/eval", SECONDS, "short", "eval", "Evaluation of all sets."),
     Metric("time/step", SECONDS, "short", "step", "Wall time of the step with its evaluation, without its checkpoint."),
     Metric("time/checkpoint", SECONDS, "short", "checkpoint", "Saving the checkpoint of the step before."),

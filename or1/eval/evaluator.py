@@ -12,6 +12,7 @@ from or1.dist.world import SINGLE, World
 from or1.eval.accuracy import evaluate_set
 from or1.reward.scorer import Scorer
 from or1.rollout.engine import Engine
+from or1.rollout.vllm.drafts import taken_from
 from or1.run.state import TrainState
 
 
@@ -52,4 +53,5 @@ class Evaluator:
             failed = (result.count(Status.CRASH), result.count(Status.TIMEOUT))
             if first := self._state.note_evaluation(*failed, remark):
                 self._display.message(first)
+        taken_from(self._engine)  # The drafts of an evaluation are not those of a rollout.
         return metrics | {"time/eval": time.perf_counter() - began}

@@ -1,4 +1,4 @@
-"""Stability watch: warns when entropy collapses or explodes, and names the setting to change.
+"""Stability watch: warns of an entropy or an engine that leaves its bounds, and names the setting to change.
 
 Findings cited are those of the Skywork-OR1 report (arXiv 2505.22312), sections 3.2 and 4.
 """
@@ -18,6 +18,9 @@ PATIENCE = 5
 """Steps in a row beyond a bound before an alarm, so that one noisy batch raises none."""
 REPEAT = 50
 """Steps before the same alarm repeats."""
+MISMATCH = 0.05
+"""Largest mismatch/kl of a rounded engine. k3 of a small log-ratio d is d^2 / 2, so importance weights then spread by
+sqrt(2 * 0.05) = 0.3 around 1."""
 
 
 @dataclass
@@ -49,13 +52,24 @@ class EntropyWatch:
         outside = {"low": entropy < bounds.alarm_low * first, "high": entropy > bounds.alarm_high * highest}
         for side, is_out in outside.items():
             self.beyond[side] = self.beyond[side] + 1 if is_out else 0
-        for side, count in self.beyond.items():
-            if count >= PATIENCE and step - self.sounded.get(side, -REPEAT) >= REPEAT:
+        for side in outside:
+            if self.beyond[side] >= PATIENCE and step - self.sounded.get(side, -REPEAT) >= REPEAT:
                 self.sounded[side] = step
                 cause = collapse_advice(config, stage) if side == "low" else explosion_advice(config, stage)
                 word = "collapsed" if side == "low" else "exploded"
                 return f"step {step}: entropy {word}, {self.baseline:.3g} -> {entropy:.3g} nats per token; {cause}"
         return None
+
+    def note_mismatch(self, step: int, kl: float) -> str | None:
+        """Record mismatch/kl of a step with a rounded engine, nats per token. Return a warning that is due, or None."""
+        count = self.beyond["mismatch"] = self.beyond.get("mismatch", 0) + 1 if kl > MISMATCH else 0
+        if count < PATIENCE or step - self.sounded.get("mismatch", -REPEAT) < REPEAT:
+            return None
+        self.sounded["mismatch"] = step
+        return (
+            f"step {step}: engine and trainer drift apart, mismatch/kl = {kl:.2g} nats per token (alarm above "
+            f"{MISMATCH:g}); remove rollout.vllm.quantization or kv_cache_dtype, or lower loss.is_cap"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint's manifest."""

@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from or1.core.errors import EngineError
 from or1.model.load import eos_token_ids
 from or1.rollout.hf import HfEngine
+from or1.rollout.vllm.drafts import require_sound_sampling
+from or1.rollout.vllm.interface import require_known
 from or1.rollout.vllm.process import server_arguments, server_environment, shared_folder
 from or1.rollout.vllm.setup import VllmSetup, installed_vllm, is_tested, require_vllm
 from or1.rollout.vllm.worker import TOKEN_VARIABLE
@@ -37,6 +39,7 @@ def make_engine(
     require_vllm(config.rollout.vllm.allow_untested)
     positions = getattr(model.config, "max_position_embeddings", None)
     setup = VllmSetup.of(config, model.device.type == "cuda", positions, eos_token_ids(model, tokenizer))
+    _require_arguments(setup, starts=config.rollout.vllm.url is None)
     # The engines of vLLM are imported here because they need the optional libraries vllm and httpx.
     if config.rollout.vllm.placement == "server":
         if world is not None and world.size > 1:
@@ -73,6 +76,18 @@ def serve(config: Config, host: str, port: int) -> None:
         )
     positions = getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", None)
     setup = VllmSetup.of(config, torch.cuda.is_available() and config.model.device != "cpu", positions)
+    _require_arguments(setup)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(setup, host, port)]
     environment = server_environment(setup, os.environ[TOKEN_VARIABLE], shared_folder(config.run_path))
     os.execvpe(sys.executable, command, environment)
+
+
+def _require_arguments(setup: VllmSetup, starts: bool = True) -> None:
+    """Raise EngineError for arguments that the installed vLLM lacks, or that it would sample wrongly with.
+
+    starts  False: another process starts vLLM, and checks the arguments
+    """
+    if starts:
+        require_known(setup.extra)
+        if setup.drafts is not None and not setup.on_gpu:
+            require_sound_sampling()

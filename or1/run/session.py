@@ -121,6 +121,9 @@ class Session:
         metrics |= {"time/step": time.perf_counter() - self._began, "perf/peak_mem_gib": peak_memory_gib()}
         if self._checkpoint_s is not None:
             metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
+        kl = metrics.get("mismatch/kl") if self._config.rollout.vllm.rounds else None
+        if kl is not None and (alarm := self._state.watch.note_mismatch(step.number, kl)):
+            self._display.message(alarm)
         # The line before the commit: a crash between them repeats the step. The other order would lose the line.
         self._write(step.stage_index, metrics)
         self.stopped = self._world.any(self._stop())

@@ -104,11 +104,13 @@ def start(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     """Start an engine for a checkpoint, with what the trainer has beside it; all are closed at the end."""
     started: list[Side] = []
 
-    def begin(path: Path, max_response: int = 64, max_prompt: int = 128, **rollout: object) -> Side:
+    def begin(
+        path: Path, max_response: int = 64, max_prompt: int = 128, *, dtype: str = "float32", **rollout: object
+    ) -> Side:
         data = {
             "run_dir": str(tmp_path_factory.mktemp("run")),
             "seed": 1,
-            "model": {"path": str(path), "dtype": "float32", "device": "cpu"},
+            "model": {"path": str(path), "dtype": dtype, "device": "cpu"},
             "data": {"train": ["made"], "max_prompt_tokens": max_prompt},
             "rollout": {"batch_size": 64} | rollout,
             "optim": {"max_tokens_per_rank": 8192},

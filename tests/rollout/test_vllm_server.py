@@ -21,7 +21,7 @@ import httpx
 from or1.core.errors import EngineError
 from or1.rollout.engine import Sampling
 from or1.rollout.vllm.process import ServerProcess, bearer
-from or1.rollout.vllm.push import BroadcastPush, FilePush
+from or1.rollout.vllm.push import BroadcastPush, FilePush, MappedPush, places_of
 from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
 
@@ -33,7 +33,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 @pytest.fixture(scope="module")
 def side(start: Callable[..., Side], checkpoint: Callable[..., Path]) -> Side:
     """Start an engine for a tied model: its lm_head is the weight that servers most easily miss."""
-    made = start(checkpoint(True), engine="vllm", vllm={"placement": "server"}, max_response=2000)
+    # A number and a table, as words of the server's command line.
+    extra = {"max_num_batched_tokens": 4096, "additional_config": {"made": [1]}}
+    made = start(checkpoint(True), engine="vllm", vllm={"placement": "server", "engine": extra}, max_response=2000)
     assert isinstance(made.engine, ServerEngine) and isinstance(made.engine._push, FilePush)
     return made
 
@@ -48,7 +50,16 @@ def test_log_probs_agree_after_each_push_through_a_file(side: Side) -> None:
 
 
 def test_log_probs_agree_after_each_push_by_broadcast(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    push = BroadcastPush(side.engine.url, workers=1, backend="gloo")
+    # Small buckets, so that a weight takes several.
+    push = BroadcastPush(side.engine.url, workers=1, backend="gloo", limit=4096)
+    monkeypatch.setattr(side.engine, "_push", push)
+    check_pushes(side)
+    push.close()
+
+
+def test_log_probs_agree_after_each_push_through_mapped_memory(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places_of(side.engine._rpc, torch.device("cpu")) == [{"gpu": None, "refused": None}]
+    push = MappedPush(workers=1, limit=4096)
     monkeypatch.setattr(side.engine, "_push", push)
     check_pushes(side)
     push.close()

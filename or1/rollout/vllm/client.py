@@ -14,6 +14,7 @@ import numpy as np
 from or1.core.errors import EngineError, ServerLost
 from or1.core.types import Prompt, Response
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.vllm.drafts import DraftCounts, counts_on
 from or1.rollout.vllm.process import MODEL_NAME, bearer, may_take_proxy
 from or1.rollout.vllm.setup import VllmSetup
 from or1.rollout.vllm.streams import Failed, Part, Streams
@@ -67,6 +68,7 @@ class ServerClient:
         self.address = address
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self._http = http_client(address.url, address.token)
+        self._drafts = DraftCounts()
         # False from the start of a push until its end: the server may have part of the new weights.
         self._complete = False
 
@@ -98,6 +100,13 @@ class ServerClient:
 
     def release(self) -> None:
         """Do nothing: the server has its own memory."""
+
+    def take_drafts(self) -> DraftCounts:
+        """Return the server's counts of speculative decoding since the last call."""
+        if self._setup.drafts is None:
+            return DraftCounts()
+        before, self._drafts = self._drafts, counts_on(self._page("/metrics"))
+        return self._drafts.since(before)
 
     def close(self) -> None:
         """Close the connections."""
@@ -183,6 +192,12 @@ class ServerClient:
     def _rpc(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
         """Call a method of every worker of the server; return the replies."""
         return self._post("/collective_rpc", {"method": method, "kwargs": arguments})["results"]
+
+    def _page(self, path: str) -> str:
+        try:
+            return self._http.get(self.url + path).raise_for_status().text
+        except httpx.HTTPError as error:
+            raise EngineError(f"vLLM at {self.url} does not show {path} ({error})") from error
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:

@@ -7,7 +7,9 @@ import itertools
 import os
 import random
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
 from or1.rollout.engine import Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.vllm.drafts import DraftCounts, counts_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 
@@ -25,15 +28,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_Done = tuple[RankJob, list[int], list[float], str]
-"""A request, its tokens and log-probs, and its finish reason."""
+@dataclass
+class _Request:
+    """A request and what it has so far: tokens as C ints and log-probs as C floats, an eighth of a list's memory."""
+
+    job: RankJob
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    logp: array[float] = field(default_factory=lambda: array("f"))
+
+
+_Done = tuple[_Request, str]
+"""A request and its finish reason."""
 
 
 class LocalEngine:
     """vLLM as an `Engine`, with its own copy of the weights.
 
-    On a GPU, vLLM sleeps while the trainer trains (level 2: weights and cache are freed). It wakes in two stages:
-    allocate the weights, push, allocate the cache. So old weights, new weights and cache never exist together.
+    On a GPU, vLLM sleeps while the trainer trains (`VllmSetup.sleep_level`). It wakes in two stages: allocate the
+    weights, push, allocate the cache. So old weights, new weights and cache never exist together.
     """
 
     shares_weights = False
@@ -46,6 +58,7 @@ class LocalEngine:
         self._call = itertools.count()
         # _complete is False from the start of a push until its end: vLLM may have part of the new weights.
         self._complete, self._asleep = True, False
+        self._drafts = DraftCounts()
         self._llm: Any = _start(setup, self._ranks)
 
     def generate(
@@ -71,10 +84,11 @@ class LocalEngine:
             requests.abort()
 
     def _finished(self, done: list[_Done]) -> Iterator[Finished]:
-        for (job, own), tokens, logp, finish in done:
+        for request, finish in done:
+            job, own = request.job
             if not own:
                 continue
-            added = (np.array(tokens, np.int32), np.array(logp, np.float32))
+            added = (np.array(request.tokens, np.int32), np.array(request.logp, np.float32))
             yield decoded(job, continued(job, *added, finish, self.version), self._tokenizer)
 
     def update_weights(self, version: int) -> None:
@@ -100,8 +114,15 @@ class LocalEngine:
     def release(self) -> None:
         """Sleep until the next push, if `VllmSetup.sleeps`."""
         if self._setup.sleeps and not self._asleep:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=self._setup.sleep_level)
             self._asleep = True
+
+    def take_drafts(self) -> DraftCounts:
+        """Return the counts of speculative decoding since the last call."""
+        if self._setup.drafts is None:
+            return DraftCounts()
+        before, self._drafts = self._drafts, counts_of(self._llm.get_metrics())
+        return self._drafts.since(before)
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Idempotent."""
@@ -115,7 +136,7 @@ class _Requests:
 
     def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
-        self.open: dict[str, tuple[RankJob, list[int], list[float]]] = {}
+        self.open: dict[str, _Request] = {}
 
     def add(self, jobs: Sequence[RankJob]) -> None:
         """Submit all jobs; vLLM schedules them."""
@@ -129,10 +150,12 @@ class _Requests:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
                 stream_interval=STREAM_TOKENS,
+                # Lists of numbers instead of a dict and an object for every token: less memory, no garbage collection.
+                flat_logprobs=True,
                 **self._setup.sampling_options(job, self._sampling),
             )
             self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
-            self.open[name] = rank_job, [], []
+            self.open[name] = _Request(rank_job)
 
     def step(self) -> list[_Done]:
         """Run one iteration of vLLM; return the requests that finished in this iteration."""
@@ -141,27 +164,41 @@ class _Requests:
         with torch.random.fork_rng(devices=[]):
             outputs = self._engine.step()
         for output in outputs:
-            job, tokens, logp = self.open[output.request_id]
-            part = output.outputs[0]
-            tokens += part.token_ids
-            logp += [entry[token].logprob for token, entry in zip(part.token_ids, part.logprobs or (), strict=True)]
+            request, part = self.open[output.request_id], output.outputs[0]
+            request.tokens.extend(part.token_ids)
+            request.logp.extend(flat_logp(part))
             if output.finished:
                 del self.open[output.request_id]
-                done.append((job, tokens, logp, part.finish_reason))
+                done.append((request, part.finish_reason))
         return done
 
     def abort(self) -> list[_Done]:
         """Abort the open requests; return them with the tokens generated so far."""
         if self.open:
             self._engine.abort_request(list(self.open))
-        done: list[_Done] = [(job, tokens, logp, "deadline") for job, tokens, logp in self.open.values()]
+        done: list[_Done] = [(request, "deadline") for request in self.open.values()]
         self.open.clear()
         return done
 
 
+def flat_logp(part: Any) -> list[float]:
+    """Return the log-probs of the tokens of a `CompletionOutput` with flat log-probs.
+
+    Raises EngineError unless there is one for each token, that of the token itself.
+    """
+    flat, count = part.logprobs, len(part.token_ids)
+    if count == 0:
+        return []
+    if flat is None or flat.token_ids != list(part.token_ids) or len(flat.logprobs) != count:
+        held = 0 if flat is None else len(flat.logprobs)
+        raise EngineError(f"vLLM reports {held} log-probs for {count} tokens, or those of other tokens")
+    found: list[float] = flat.logprobs
+    return found
+
+
 def _start(setup: VllmSetup, ranks: Ranks) -> Any:
     os.environ.update(vllm_environment(setup.on_gpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    options = setup.engine_options() | {"enable_sleep_mode": setup.sleeps, "disable_log_stats": True}
+    options = setup.engine_options() | {"enable_sleep_mode": setup.sleeps}
     options |= ranks.engine_options()
     # No progress bar while vLLM reads the checkpoint.
     options |= {"use_tqdm_on_load": False}

@@ -6,6 +6,7 @@ The server ends when the trainer ends, even by SIGKILL: it reads its standard in
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import runpy
 import secrets
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from or1.core.allocator import users_environment
@@ -39,14 +41,18 @@ def server_arguments(setup: VllmSetup, host: str, port: int) -> list[str]:
         "worker_extension_cls": "or1.rollout.vllm.worker.WeightReceiver",
         "middleware": "or1.rollout.vllm.worker.RequireToken",
         "uvicorn_log_level": "error",
-        "disable_log_stats": True,
     }
-    arguments = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        arguments += [f"--no-{flag}" if value is False else f"--{flag}"]
-        arguments += [] if isinstance(value, bool) else [str(value)]
-    return arguments
+    return [part for name, value in options.items() for part in _argument(name.replace("_", "-"), value)]
+
+
+def _argument(flag: str, value: Any) -> list[str]:
+    """Return one engine argument as words of a command line."""
+    if isinstance(value, bool):
+        # vLLM has no --no-disable-log-stats.
+        return [f"--{flag}"] if value else [] if flag == "disable-log-stats" else [f"--no-{flag}"]
+    if isinstance(value, dict):
+        return [f"--{flag}", json.dumps(value)]
+    return [f"--{flag}", *map(str, value if isinstance(value, list | tuple) else [value])]
 
 
 def shared_folder(run_path: Path) -> Path:

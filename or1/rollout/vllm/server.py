@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from or1.config import VllmConfig
 from or1.core.errors import EngineError, ServerLost
 from or1.rollout.vllm.client import Address, ServerClient
-from or1.rollout.vllm.process import ServerProcess, shared_folder
-from or1.rollout.vllm.push import BroadcastPush, FilePush, Push
+from or1.rollout.vllm.process import ServerProcess
+from or1.rollout.vllm.push import make_push
 from or1.rollout.vllm.setup import VllmSetup
-from or1.rollout.vllm.weight_file import file_bytes
 from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class ServerEngine(ServerClient):
         tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
     ):
-        self._push = _make_push(setup, config, model, run_path)
+        self._push = make_push(setup, config, model, run_path)
         if config.url is None:
             self.process = ServerProcess(setup, config.devices, run_path / "vllm_server.log", self._push.folder)
             address = Address(self.process.url, self.process.token, own=True)
@@ -108,8 +107,8 @@ class ServerEngine(ServerClient):
     def _repeat(self, version: int) -> list[dict[str, Any]]:
         if not self._push.repeat(self._rpc, version):
             raise EngineError(
-                "the weights cannot be sent again to the restarted vLLM server, since a broadcast keeps no copy; "
-                'use rollout.vllm.transport = "file"'
+                "the weights cannot be sent again to the restarted vLLM server: this transport keeps no copy, and the "
+                'trainer may have changed its own; use rollout.vllm.transport = "file"'
             )
         return self._rpc("or1_version")
 
@@ -126,12 +125,3 @@ def _token_of_another_server(url: str) -> str:
             "`or1 serve` was started with"
         )
     return os.environ[TOKEN_VARIABLE]
-
-
-def _make_push(setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, run_path: Path) -> Push:
-    own = config.url is None
-    if config.transport == "file" or (own and config.transport == "auto"):
-        folder = shared_folder(run_path)
-        return FilePush(needs=file_bytes(model), spare=folder) if own else FilePush(folder)
-    url = "http://127.0.0.1" if config.url is None else config.url
-    return BroadcastPush(url, setup.tensor_parallel, "nccl" if setup.on_gpu else "gloo")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from or1.core.errors import EngineError
 from or1.rollout.engine import Job, Sampling
 
 if TYPE_CHECKING:
-    from or1.config import Config
+    from or1.config import Config, SpeculativeConfig
 
 TESTED_FROM, TESTED_BELOW = (0, 32), (0, 33)
 """Range of the versions that the tests ran with: every minor version of vLLM has changed something used here."""
@@ -71,6 +71,10 @@ class VllmSetup:
     sleeps      free GPU memory while training
     seeded      give each response its own seed
     eos_ids     ids of tokens that end a response
+    rounding    vLLM's arguments that round weights or cache; empty: the model's own dtype
+    drafts      vLLM's speculative_config; None: no drafts
+    extra       further engine arguments of the user
+    ahead       True if the trainer changes its weights while the engine generates
     """
 
     path: str
@@ -83,6 +87,10 @@ class VllmSetup:
     sleeps: bool
     seeded: bool
     eos_ids: tuple[int, ...]
+    rounding: Mapping[str, str] = field(default_factory=dict)
+    drafts: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    ahead: bool = False
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool, positions: int | None, eos_ids: Sequence[int] = ()) -> VllmSetup:
@@ -113,7 +121,19 @@ class VllmSetup:
             sleeps=on_gpu and not config.rollout.overlap and config.rollout.vllm.placement == "colocate",
             seeded=config.rollout.reproducible,
             eos_ids=tuple(eos_ids),
+            rounding=_rounding(config),
+            drafts=_drafts(config.rollout.vllm.speculative),
+            extra=dict(config.rollout.vllm.engine),
+            ahead=config.rollout.overlap,
         )
+
+    @property
+    def sleep_level(self) -> int:
+        """vLLM's level of sleep: 2 frees the weights, and 1 keeps them in host memory.
+
+        A draft model needs 1, since its weights are not pushed.
+        """
+        return 1 if self.drafts is not None and self.drafts["method"] in _WITH_WEIGHTS else 2
 
     def engine_options(self) -> dict[str, Any]:
         """Return vLLM's engine arguments, by their Python names."""
@@ -128,12 +148,18 @@ class VllmSetup:
             "logprobs_mode": "processed_logprobs",
             # The checkpoint's own sampling settings would bias every sample.
             "generation_config": "vllm",
+            # The counts of accepted tokens are among vLLM's statistics.
+            "disable_log_stats": self.drafts is None,
         }
+        if self.drafts is not None:
+            options["speculative_config"] = dict(self.drafts)
         if self.on_gpu:
-            return options | {"gpu_memory_utilization": self.gpu_memory}
-        # Chunked prefill of a request with a seed crashes vLLM's CPU worker ("does not use offset").
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_PREFILL, self.max_len)}
-        return options | {"enforce_eager": True, "block_size": CPU_BLOCK}
+            options["gpu_memory_utilization"] = self.gpu_memory
+        else:
+            # Chunked prefill of a request with a seed crashes vLLM's CPU worker ("does not use offset").
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_PREFILL, self.max_len)}
+            options |= {"enforce_eager": True, "block_size": CPU_BLOCK}
+        return options | dict(self.rounding) | dict(self.extra)
 
     def sampling_options(self, job: Job, sampling: Sampling) -> dict[str, Any]:
         """Return vLLM's sampling parameters for one job, as far as its Python and HTTP interfaces share them."""
@@ -149,6 +175,35 @@ class VllmSetup:
             "ignore_eos": True,
             "stop_token_ids": list(self.eos_ids),
         }
+
+
+_METHODS = {"ngram": "ngram", "suffix": "suffix", "draft": "draft_model", "mtp": "mtp"}
+_WITH_WEIGHTS = ("draft_model", "mtp")
+
+
+def _drafts(section: SpeculativeConfig) -> dict[str, Any] | None:
+    """Return vLLM's speculative_config for a section; None without drafts.
+
+    vLLM's acceptance is exact only with its rejection sampling "standard", its default. Its other kinds ("synthetic",
+    "fly") accept tokens that the model would not sample, so no setting reaches them.
+    """
+    if section.method == "none":
+        return None
+    drafts: dict[str, Any] = {"method": _METHODS[section.method], "num_speculative_tokens": section.tokens}
+    if section.method == "ngram":
+        drafts |= {"prompt_lookup_min": section.ngram_min, "prompt_lookup_max": section.ngram_max}
+    if section.model is not None:
+        drafts["model"] = section.model
+    return drafts
+
+
+def _rounding(config: Config) -> dict[str, str]:
+    vllm, rounding = config.rollout.vllm, dict[str, str]()
+    if vllm.quantization is not None:
+        rounding["quantization"] = vllm.quantization
+    if vllm.kv_cache_dtype != "auto":
+        rounding["kv_cache_dtype"] = vllm.kv_cache_dtype
+    return rounding
 
 
 def vllm_environment(on_gpu: bool) -> dict[str, str]:

@@ -14,6 +14,7 @@ from or1.config import VllmConfig
 from or1.dist.world import World
 from or1.model.export import named_weights
 from or1.rollout.vllm.client import Address, ServerClient
+from or1.rollout.vllm.drafts import DraftCounts
 from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
 
@@ -62,6 +63,10 @@ class FollowingEngine(ServerClient):
         self._world = world
         super().__init__(setup, model, tokenizer, _gather_address(world, model))
         self._complete = True
+
+    def take_drafts(self) -> DraftCounts:
+        """Return no counts: the main rank reads those of the server."""
+        return DraftCounts()
 
     def update_weights(self, version: int) -> None:
         """Help to gather the weights, and receive the server's address from the main rank. Collective."""

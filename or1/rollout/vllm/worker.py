@@ -19,10 +19,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from or1.rollout.vllm.buckets import Form, divided, drain
+from or1.rollout.vllm.mapped import PROBE, gpu_id, open_handle
+
 TOKEN_VARIABLE = "OR1_SERVER_TOKEN"
 WEIGHTS_VARIABLE = "OR1_WEIGHTS_FOLDER"
 """Environment variable with the folder below which a server may read weights."""
-METHODS = frozenset({"or1_version", "or1_load_file", "or1_join", "or1_receive"})
+METHODS = frozenset({"or1_version", "or1_load_file", "or1_join", "or1_receive", "or1_place", "or1_map"})
 """Worker methods that /collective_rpc may call; vLLM itself would call any method of a worker."""
 _LONGEST_CALL = 16 * 2**20  # bytes; a call lists every tensor of a model, about 100 KiB
 GROUP_TIMEOUT_S = 120.0
@@ -70,15 +73,55 @@ class WeightReceiver:
         self._or1_group = make_group((host, port), session, 1 + self.rank, size, backend)
         return self.or1_version()
 
-    def or1_receive(self, tensors: list[tuple[str, str, list[int]]], version: int) -> dict[str, int | None]:
-        """Receive weights that the trainer broadcasts; `tensors` lists (name, dtype, shape) in order."""
+    def or1_receive(self, tensors: list[Form], version: int, limit: int) -> dict[str, int | None]:
+        """Receive weights that the trainer broadcasts in buckets of `limit` bytes; `tensors` lists them in order."""
         device = self.device if self._or1_group.name() == "nccl" else torch.device("cpu")
+        buckets = divided(tensors, limit)
+        space = torch.empty(max(bucket.size for bucket in buckets), dtype=torch.uint8, device=device)
+
+        def receive(number: int) -> torch.Tensor:
+            content = space[: buckets[number].size]
+            broadcast(self._or1_group, content)
+            return content
+
+        self._or1_take(drain(tensors, buckets, receive, device), version)
+        return self.or1_version()
+
+    def or1_place(self, handle: dict[str, Any]) -> dict[str, Any]:
+        """Return this worker's GPU, and in "refused" why it cannot map memory of the trainer; None if it can."""
+        on_gpu, refused = self.device.type == "cuda", None
+        try:
+            if open_handle(handle).tolist() != [PROBE] * PROBE:
+                refused = "the memory has other content here"
+        except (RuntimeError, ValueError, OSError) as error:
+            refused = f"{type(error).__name__}: {error}"
+        return {"gpu": gpu_id(self.device.index) if on_gpu else None, "refused": refused}
+
+    def or1_map(
+        self, tensors: list[Form], version: int, limit: int, *, handle: dict[str, Any], port: int, session: str
+    ) -> dict[str, int | None]:
+        """Copy weights from buckets that the trainer fills in memory that this process maps.
+
+        The trainer sets the key SESSION/K of its store when bucket K is filled; this worker sets SESSION/K/RANK when
+        the bucket is copied.
+        """
+        buckets, buffer = divided(tensors, limit), open_handle(handle)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+
+        def copied(number: int) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            store.set(f"{session}/{number}/{self.rank}", "copied")
+
+        def receive(number: int) -> torch.Tensor:
+            if number:
+                copied(number - 1)
+            store.wait([f"{session}/{number}"])
+            return buffer[: buckets[number].size]
 
         def arriving() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, dtype, shape in tensors:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-                broadcast(self._or1_group, tensor)
-                yield name, tensor
+            yield from drain(tensors, buckets, receive, self.device)
+            copied(len(buckets) - 1)
 
         self._or1_take(arriving(), version)
         return self.or1_version()
