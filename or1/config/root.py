@@ -71,6 +71,13 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; there is always one after the last step."""
     keep: int = Field(2, ge=1, le=MOST_STEPS)
     """Number of newest checkpoints to keep."""
+    every_minutes: float | None = Field(None, gt=0, le=MOST_SECONDS)
+    """Also write a checkpoint at the end of a step once this many minutes have passed since the last one. For steps of
+    minutes to hours, where every_steps alone may mean a day. Absent: by steps alone."""
+    keep_stage_ends: bool = False
+    """Write a checkpoint at the end of every stage, and keep it in addition to the newest."""
+    keep_every: int | None = Field(None, ge=1, le=MOST_STEPS)
+    """Write a checkpoint at every multiple of this many steps, and keep it in addition to the newest. Absent: none."""
 
 
 class LogConfig(Section):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 
 # Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
 _WHOLE = 2.0**52
+
+
+class _Stopped(Exception):
+    """`Sampling.stop` returned True: the batch is given up, since its unfinished rows cannot continue bit by bit."""
 
 
 class HfEngine:
@@ -54,7 +59,7 @@ class HfEngine:
         jobs = list(jobs_of(prompts, sampling, slots))
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         # A rank without jobs takes part too: gathering the weights is collective.
-        with gathered(self.model):
+        with gathered(self.model), contextlib.suppress(_Stopped):
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
                 left_s = deadline - time.monotonic()
@@ -127,6 +132,7 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]):
         self.temperature, self.top_p, self.top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        self._stop = sampling.stop
         self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._logp: list[Tensor] = []
 
@@ -135,6 +141,8 @@ class RowSampler(LogitsProcessor):
 
         scores and the result are float[B, V]; the result is 0 for the sampled token and -inf for all others.
         """
+        if self._stop():
+            raise _Stopped
         wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
         logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
         token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)

@@ -106,7 +106,9 @@ def build(
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
-        rollouts = RolloutQueue(config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world)
+        rollouts = RolloutQueue(
+            config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world, stop=stop
+        )
         stack.callback(rollouts.close)
         return Parts(
             config=config,
