@@ -63,3 +63,5 @@ def missing_here(config: Config) -> Iterator[str]:
             f"not here: dist.sequence_parallel = {config.dist.sequence_parallel} needs a multiple of as many ranks, "
             f"and this start has {ranks}; add --nproc, or lower it"
         )
+    if ranks > 1 and ranks % (config.dist.shard_ranks or 1):
+        yield f"not here: dist.shard_ranks = {config.dist.shard_ranks} does not divide the {ranks} ranks of this start"

@@ -58,6 +58,10 @@ class DistConfig(Section):
     sequence_parallel: int = Field(1, ge=1, le=1024)
     """Ranks that share one packed row, each with part of its tokens (Ulysses). Must divide the number of ranks and the
     model's query and key-value heads. Raise it if the activations of one row do not fit into memory."""
+    shard_ranks: int | None = Field(None, ge=1, le=2**20)
+    """Ranks that share one copy of weights, gradients and optimizer state (HSDP); neighbours, so that the GPUs of a
+    node can be such a group. Groups exchange only sums of gradients, once an update. Must divide the number of ranks.
+    Absent: all ranks share one copy, which takes the least memory."""
     timeout_s: float = Field(1800.0, ge=1, le=MOST_SECONDS)
     """Longest time in seconds that a rank waits for the others, including the slowest generation; then the run ends."""
     heartbeat_timeout_s: float = Field(60.0, ge=1, le=MOST_SECONDS)

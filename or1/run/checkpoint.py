@@ -261,7 +261,7 @@ def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
                 tensors[name] = shards.whole(entry["parts"][0][0], name)
                 continue
             _require_all_rows(name, entry)
-            mine = split_evenly(entry["rows"], world.size)[world.rank]
+            mine = split_evenly(entry["rows"], world.shard_size)[world.shard_rank]
             tensors[name] = shards.rows(name, entry["parts"], mine)
             rows[name] = entry["rows"]
     return Checkpoint(manifest["step"], manifest["state"], tensors, rows)

@@ -191,7 +191,9 @@ class _Job(threading.Thread):
     def _write_shard(self) -> None:
         rank, tensors, rows = self.world.rank, self.checkpoint.tensors, self.checkpoint.rows
         # Tensors that are equal on every rank are written by the main rank only.
-        mine = {name: t for name, t in tensors.items() if self.world.is_main or name in rows}
+        # So are sharded ones of the other copies of the model (dist.shard_ranks).
+        sharded = rows if self.world.in_first_replica else {}
+        mine = {name: t for name, t in tensors.items() if self.world.is_main or name in sharded}
         path = self.partial / f"shard_{rank}.safetensors"
         faults.hit("ckpt.before_shard", self.checkpoint.step)
         try:
@@ -236,7 +238,7 @@ class _Job(threading.Thread):
             if name not in self.checkpoint.rows:
                 tensors[name] = {"parts": [[holders[0]]]}
                 continue
-            ranges = split_evenly(self.checkpoint.rows[name], self.world.size)
+            ranges = split_evenly(self.checkpoint.rows[name], self.world.shard_size)
             parts = [[file, r.start, len(r)] for file, r in zip(holders, ranges, strict=True)]
             tensors[name] = {"parts": parts, "rows": self.checkpoint.rows[name]}
         return {

@@ -57,6 +57,7 @@ def update(
                 row_loss, token_stats = on_all_ranks(policy, train, batch)
                 loss += row_loss
                 row_stats.add_row(batch, token_stats, policy.old_is_engine)
+    optimizer.sum_replicas()
     stats.add_rows(row_stats)
     faults.poison("train.gradient", (local_shard(p.grad) for p in policy.model.parameters() if p.grad is not None))
     total = policy.world.sum(loss)
