@@ -26,7 +26,6 @@ from or1.rollout.collect import Rollout
 from or1.train.build import Parts
 from or1.train.engine_check import push_weights, require_rounding
 from or1.train.metrics import StepMeter, UpdateStats
-from or1.train.rollout_queue import RolloutInterrupted
 from or1.train.score import with_old_logp, with_ref_logp
 from or1.train.update import update
 
@@ -40,22 +39,14 @@ class Trainer:
         self.engine, self.rollouts, self.evaluator = parts.engine, parts.rollouts, parts.evaluator
 
     def run(self) -> bool:
-        """Run the remaining steps. Return False if a stop was requested before the last.
-
-        The step at that time is committed. A stop during a rollout commits the step before, and the finished responses.
-        """
+        """Run the remaining steps. Return False if a stop was requested before the last; `Session` commits."""
         state, session = self.state, self.session
         with session:
             if not state.begun:
                 session.record_start(self.evaluator.run())
             while not state.stages.finished and not session.stopped:
                 step = session.begin()
-                try:
-                    rollout = self.sample(step)
-                except RolloutInterrupted:
-                    session.interrupt(step)
-                    break
-                metrics = self.learn(step, rollout)
+                metrics = self.learn(step, self.sample(step))
                 state.step = step.number
                 if session.evaluation_is_due():
                     metrics |= self.evaluator.run()
@@ -63,10 +54,7 @@ class Trainer:
         return state.stages.finished
 
     def sample(self, step: Step) -> Rollout:
-        """Return the scored responses of a step. With rollout.overlap, start the rollout of the next step.
-
-        Raises RolloutInterrupted if a stop is requested before all responses are finished.
-        """
+        """Return the scored responses of a step. With rollout.overlap, start the rollout of the next step."""
         rollout = self.rollouts.take(step)
         torch.manual_seed(step.seed)
         self.rollouts.start_next(step)
@@ -78,7 +66,7 @@ class Trainer:
         replayed  the rollout comes from a file (`or1 replay`): do not log it, nor compare it with the current engine
         """
         config, state, groups = self.config, self.state, rollout.groups
-        meter, stats = StepMeter(rollout, state.policy_version), UpdateStats()
+        meter, stats = StepMeter(rollout, state.policy_version, self.rollouts.sources), UpdateStats()
 
         # Advantages within each group; groups without one are rejected.
         chosen = select(groups, config.loss, config.reward, step.stage)

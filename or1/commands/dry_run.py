@@ -34,6 +34,7 @@ def missing_here(config: Config) -> Iterator[str]:
     from or1.core.errors import AttentionError, EngineError, ModelError, OptimizerError
     from or1.model.attention import choose_backend
     from or1.model.load import resolve_device
+    from or1.rollout.make import engine_warnings
     from or1.rollout.vllm.setup import require_vllm
     from or1.train.adam import make_rule
 
@@ -57,6 +58,7 @@ def missing_here(config: Config) -> Iterator[str]:
             require_vllm(config.rollout.vllm.allow_untested)
         except EngineError as error:
             yield f"not here: {error}"
+    yield from engine_warnings(config, device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % config.dist.sequence_parallel:
         yield (

@@ -1,12 +1,12 @@
 """FSDP2: parameters, gradients and optimizer state are sharded over ranks; gradients are summed, not averaged.
 
 With `dist.shard_ranks` each group of ranks shards a copy of its own. FSDP2 then knows the group alone. Gradients are
-summed over the groups once an update and not in every row, so that what crosses nodes does not grow with the rows.
+summed over the groups once an update and not in every row. So the bytes between nodes do not grow with the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,6 +143,12 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         if name not in shared:
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_replicas(grads: Iterable[Tensor], world: World) -> None:
+    """Add the gradients of the other copies of the model, after the last row of an update. Collective."""
+    for grad in grads:
+        world.sum_replicas(grad)
 
 
 def total_norm(grads: list[Tensor], world: World) -> Tensor:

@@ -48,7 +48,7 @@ _REMEDIES = {
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: Keeping | int, world: World = SINGLE) -> Path:
-    """Commit `folder/step_N` and remove the steps up to N that `keep` does not name (a number: the newest). Return the committed path.
+    """Commit `folder/step_N` and remove older steps that `keep` spares; a number keeps the newest. Return the path.
 
     Collective; blocks until the commit.
     """
@@ -69,11 +69,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        keep: Keeping | int,
-        world: World = SINGLE,
-        mark: Callable[[int], None] = lambda step: None,
+        self, folder: Path, keep: Keeping | int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None
     ):
         keep = Keeping(keep) if isinstance(keep, int) else keep
         self._folder, self._keep, self._world, self._mark = folder, keep, world, mark
@@ -139,7 +135,9 @@ class CheckpointWriter:
 class _Job(threading.Thread):
     """Thread that writes one checkpoint. `error` is set when this rank's part failed."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, *, keep: Keeping, world: World, mark: Callable[[int], None]):
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, *, keep: Keeping, world: World, mark: Callable[[int], None]
+    ):
         super().__init__(name="or1-checkpoint", daemon=True)
         self.folder, self.checkpoint, self.keep, self.world = folder, checkpoint, keep, world
         self.partial, self.mark = partial_folder(folder, checkpoint.step), mark

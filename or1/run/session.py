@@ -17,6 +17,7 @@ from or1.core.memory import peak_memory_gib
 from or1.core.types import Group
 from or1.dist.world import SINGLE, World
 from or1.magic.stages import Step
+from or1.rollout.collect import RolloutInterrupted
 from or1.run.checkpoint_writer import CheckpointWriter
 from or1.run.directory import checkpoints_of
 from or1.run.keeping import Keeping
@@ -72,10 +73,16 @@ class Session:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the files. After steps without an error, wait for the last checkpoint, which must be written."""
+    ) -> bool:
+        """Close the files. After steps without an error, wait for the last checkpoint, which must be written.
+
+        A stop during a rollout is no error: it commits the step before, with the responses that are finished.
+        """
+        interrupted = isinstance(error, RolloutInterrupted)
         try:
-            if error is None:
+            if interrupted:
+                self._interrupt()
+            if interrupted or error is None:
                 self._checkpoints.wait()
         finally:
             if self._metrics is not None:
@@ -83,6 +90,7 @@ class Session:
             self._checkpoints.close()
         if error is None and self._state.stages.finished and (left := len(self._state.in_flight.carried)):
             self._display.message(f"{left} groups were still open after the last step and are left out")
+        return interrupted
 
     def begin(self) -> Step:
         """Start the next step."""
@@ -137,15 +145,15 @@ class Session:
         kept = settings.keep_every is not None and number % settings.keep_every == 0
         return by_time or by_steps or kept or (settings.keep_stage_ends and stage_ended)
 
-    def interrupt(self, step: Step) -> None:
-        """Commit the step before `step`, with what its rollout had when a stop was requested. Collective."""
+    def _interrupt(self) -> None:
+        """Commit the last step, with what the rollout of the next had when a stop was requested. Collective."""
         self.stopped = True
         groups = self._state.in_flight.carried
-        responses = [response for group in groups for response in group.responses]
-        done = sum(score is not None or r.finish == "stop" for g in groups for r, score in zip(g.responses, g.scores))
+        pairs = [pair for group in groups for pair in zip(group.responses, group.scores, strict=True)]
+        done = sum(score is not None or response.finish == "stop" for response, score in pairs)
         self._display.message(
-            f"stopped in the rollout of step {step.number}: {done} of {len(responses)} responses are finished and kept; "
-            "the resumed step makes the others"
+            f"stopped in the rollout of step {self._state.step + 1}: {done} of {len(pairs)} responses are finished and "
+            "kept; the resumed step makes the others"
         )
         self._checkpoint_s = self.save()
 

@@ -74,11 +74,6 @@ class MasterAdamW(MasterWeights):
         self._sums.pop(i, None)
         self.params[i].grad = None
 
-    def sum_replicas(self) -> None:
-        """Add the gradients of the other copies of the model, after the last row (dist.shard_ranks). Collective."""
-        for grad in self.gradients().values():
-            self.world.sum_replicas(grad)
-
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self._sums.clear()

@@ -17,19 +17,16 @@ from or1.magic.selection import select
 from or1.magic.stages import Step
 from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
-from or1.rollout.collect import Progress, Rollout
+from or1.rollout.collect import Progress, Rollout, RolloutInterrupted
 from or1.rollout.engine import Engine, Sampling
 from or1.run.state import TrainState
+from or1.train.source_metrics import Sources
 
 Work = tuple[list[Prompt], list[OpenGroup]]
 
 
 class Stopped(Exception):
     """The run ended while the next rollout was being made."""
-
-
-class RolloutInterrupted(Exception):
-    """A stop was requested before the rollout of a step was complete. What is finished is in `state.in_flight`."""
 
 
 class RolloutQueue:
@@ -59,7 +56,7 @@ class RolloutQueue:
         world: World = SINGLE,
         stop: Callable[[], bool] = bool,
     ):
-        self.prompts = prompts
+        self.prompts, self.sources = prompts, Sources(prompts)
         self._config, self._sampler, self._scorer = config, sampler, scorer
         self._engine, self._state, self._display, self._world = engine, state, display, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="or1-ahead")
