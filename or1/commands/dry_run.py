@@ -8,6 +8,7 @@ from pathlib import Path
 
 from or1.config import Config
 from or1.core.errors import RunError
+from or1.core.terminal import tell
 
 
 def require_place(run_dir: Path) -> None:
@@ -25,6 +26,17 @@ def require_place(run_dir: Path) -> None:
             )
     except OSError as error:
         raise RunError(f"run_dir = {str(run_dir)!r} cannot be looked at ({error}); {remedy}") from error
+
+
+def warn_of_limits(config: Config, nproc: int | None, job_hours: float | None, grace_s: float | None) -> None:
+    """Print on standard error what the limits of a job would cost; nothing if no limit is known."""
+    from or1.plan.job import JobLimits, gpus_of_job, job_warnings, steps_of
+
+    limits = JobLimits.found(job_hours, grace_s)
+    if limits.job_s is None and grace_s is None:
+        return
+    for warning in job_warnings(config, steps_of(config, nproc or gpus_of_job()), limits):
+        tell(warning)
 
 
 def missing_here(config: Config) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """SIGTERM as a request to stop: the first ends the run, the second ends the process at once.
 
-A rollout at work is cut short and kept. Training and evaluation go on to the end of the step."""
+A rollout at work is cut short and kept. Training and evaluation go on to the end of the step.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class StopRequest:
                     os._exit(EXIT_TERMINATED)
                 self.requested = True
                 _tell(
-                    "SIGTERM: a rollout at work ends and is kept, else the run ends after the current step is committed; "
+                    "SIGTERM: a rollout ends now and is kept, else the run ends after the current step is committed; "
                     "send it again to end at once"
                 )
 
