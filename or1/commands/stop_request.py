@@ -1,6 +1,6 @@
 """SIGTERM as a request to stop: the first ends the run, the second ends the process at once.
 
-A rollout at work is cut short and kept. Training and evaluation go on to the end of the step.
+A rollout at work is cut short and kept. Training and evaluation continue to the end of the step.
 """
 
 from __future__ import annotations

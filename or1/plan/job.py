@@ -1,6 +1,6 @@
 """What a scheduler's limits mean for a run: the grace that a stop needs, and checkpoints that a job never reaches.
 
-After SIGTERM a rollout ends at once and is kept. What follows the rollout in a step goes on to the end of the step,
+After SIGTERM a rollout ends at once and is kept. What follows the rollout in a step continues to the end of the step,
 and a checkpoint is written. That is the grace which a run needs.
 """
 

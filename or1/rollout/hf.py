@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.core import faults
 from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
 from or1.model.forward import eval_mode
@@ -141,6 +142,7 @@ class RowSampler(LogitsProcessor):
 
         scores and the result are float[B, V]; the result is 0 for the sampled token and -inf for all others.
         """
+        faults.hit("rollout.token")
         if self._stop():
             raise _Stopped
         wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from or1.config import Config
+from or1.config import CheckpointConfig
 from or1.core.errors import CheckpointError
 from or1.run.checkpoint import read_manifest, step_folder
 
@@ -25,9 +25,8 @@ class Keeping:
     stage_ends: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> Keeping:
+    def of(cls, settings: CheckpointConfig) -> Keeping:
         """Return the rule of `[checkpoint]`."""
-        settings = config.checkpoint
         return cls(settings.keep, settings.keep_every, settings.keep_stage_ends)
 
     def spare(self, folder: Path, steps: Sequence[int]) -> list[int]:

@@ -53,7 +53,9 @@ class Session:
         self._config, self._state, self._parts = config, state, parts
         self._display, self._world, self._stop = display, world, stop
         mark = partial(mark_commit, config.run_path)
-        self._checkpoints = CheckpointWriter(checkpoints_of(config.run_path), Keeping.of(config), world, mark)
+        self._checkpoints = CheckpointWriter(
+            checkpoints_of(config.run_path), Keeping.of(config.checkpoint), world, mark
+        )
         self._metrics: MetricsWriter | None = None
         self._checkpoint_s: float | None = None
         self._clock, self._saved_at = clock, clock()
