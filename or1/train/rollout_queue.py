@@ -92,6 +92,9 @@ class RolloutQueue:
         """Take the prompts of a step whose rollout the caller has."""
         self._drop_solved(step)
         self._next_work(step)
+        if self._config.rollout.partial_tokens is None:
+            # Those of a stop in a rollout, all of which belong to this step.
+            self._state.in_flight.carried = []
 
     def start_next(self, step: Step) -> None:
         """Start to make the rollout after `step`, if there is a next step. Without overlap, let the engine rest.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from or1.cli import main
 from or1.config import Config
@@ -16,7 +17,8 @@ from or1.core.types import Prompt, Response, Score, Status
 from or1.dist.watchdog import Watchdog
 from or1.dist.world import SINGLE, World
 from or1.report.rank_display import RankDisplay
-from or1.run.checkpoint import committed_steps, read_manifest, step_folder
+from or1.run.checkpoint import Checkpoint, committed_steps, load_checkpoint, read_manifest, remove_partials, step_folder
+from or1.run.checkpoint_writer import save_checkpoint
 from or1.run.directory import checkpoints_of, prepare_run_dir
 from or1.run.session import Session
 from or1.train.build import build
@@ -236,3 +238,20 @@ def test_without_the_settings_only_the_newest_stay(tmp_path: Path) -> None:
     config = config_of(tmp_path, [{"steps": 3}, {"steps": 3}], checkpoint={"every_steps": 1, "keep": 2})
     assert start(config)
     assert committed_steps(checkpoints_of(config.run_path)) == [5, 6]
+
+
+@pytest.mark.parametrize("cut", ["before", "between", "after"])
+def test_a_kill_while_a_step_is_committed_again_leaves_one_of_both(cut: str, tmp_path: Path) -> None:
+    """A stop in a rollout writes the checkpoint of the step before once more; `cut` is the place in its commit."""
+    for value in (1.0, 2.0):
+        folder = tmp_path / f"{value}"
+        save_checkpoint(folder, Checkpoint(5, {}, {"master.w": torch.full((3,), value)}), keep=1)
+    folder, again = tmp_path / "1.0", tmp_path / "2.0"
+    (again / "step_5").rename(folder / ".step_5.partial")
+    if cut != "before":
+        (folder / "step_5").rename(folder / ".step_5.removed")
+    if cut == "after":
+        (folder / ".step_5.partial").rename(folder / "step_5")
+    remove_partials(folder)
+    assert [path.name for path in folder.iterdir()] == ["step_5"]
+    assert load_checkpoint(folder / "step_5").tensors["master.w"][0] == (1.0 if cut == "before" else 2.0)
