@@ -39,10 +39,10 @@ class Trainer:
         self.engine, self.rollouts, self.evaluator = parts.engine, parts.rollouts, parts.evaluator
 
     def run(self) -> bool:
-        """Run the remaining steps. Return False if a stop was requested before the last; that step is committed."""
+        """Run the remaining steps. Return False if a stop was requested before the last; `Session` commits."""
         state, session = self.state, self.session
         with session:
-            if state.step == 0:
+            if not state.begun:
                 session.record_start(self.evaluator.run())
             while not state.stages.finished and not session.stopped:
                 step = session.begin()
@@ -66,7 +66,7 @@ class Trainer:
         replayed  the rollout comes from a file (`or1 replay`): do not log it, nor compare it with the current engine
         """
         config, state, groups = self.config, self.state, rollout.groups
-        meter, stats = StepMeter(rollout, state.policy_version), UpdateStats()
+        meter, stats = StepMeter(rollout, state.policy_version, self.rollouts.sources), UpdateStats()
 
         # Advantages within each group; groups without one are rejected.
         chosen = select(groups, config.loss, config.reward, step.stage)

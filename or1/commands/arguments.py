@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,27 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--set A.B=C`, which may be repeated; the values go to `arguments.overrides`."""
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a value"
+    )
+
+
+def seconds(text: str) -> float:
+    """Parse a number above 0. Raises ArgumentTypeError for any other text."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def add_job_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how long a job of a scheduler lasts."""
+    parser.add_argument(
+        "--job-hours", type=seconds, metavar="H", help="hours that a job lasts (default: those of this SLURM job)"
+    )
+    parser.add_argument(
+        "--grace-s", type=seconds, metavar="S", help="seconds between SIGTERM and the end of a job (default: 900)"
     )
 
 

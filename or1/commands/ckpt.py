@@ -15,10 +15,12 @@ from or1.report.console import default_console
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from or1.run.keeping import Keeping
+
 _ACTIONS = {
     "ls": "list them",
     "verify": "read every file and compare its sha256",
-    "prune": "keep the newest that verify, remove the others",
+    "prune": "keep the newest that verify, and those that the run keeps for good; remove the others",
 }
 
 
@@ -47,14 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
-    """Print a line per committed checkpoint. Raises RunError if there is none."""
+    """Print a line per committed checkpoint, with why it is kept. Raises RunError if there is none."""
     from rich.table import Table
     from rich.text import Text
 
     from or1.run.checkpoint import MANIFEST, read_manifest, step_folder
 
     folder, steps = _found(run_dir)
-    table = Table("step", "written", "ranks", "files", "bytes", "problem", box=None, pad_edge=False)
+    table = Table("step", "written", "ranks", "files", "bytes", "kept", "problem", box=None, pad_edge=False)
+    keeping = _keeping(run_dir)
     for step in steps:
         path = step_folder(folder, step)
         shown = path / MANIFEST if (path / MANIFEST).is_file() else path
@@ -62,11 +65,13 @@ def list_checkpoints(run_dir: Path, console: Console | None = None) -> None:
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
-            table.add_row(str(step), written, "", "", "", Text(visible(error)))
+            table.add_row(str(step), written, "", "", "", "", Text(visible(error)))
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         ranks = visible(manifest.get("world_size", "?"))
-        table.add_row(str(step), written, Text(ranks), str(len(manifest["files"])), f"{size:,}", "")
+        newest = f"newest {keeping.newest}" if step in steps[-keeping.newest :] else ""
+        why = ", ".join(filter(None, (newest, keeping.for_good(folder, step))))
+        table.add_row(str(step), written, Text(ranks), str(len(manifest["files"])), f"{size:,}", why, "")
     (console or default_console()).print(table)
 
 
@@ -101,6 +106,8 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> None:
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
     """Remove checkpoints older than the newest `keep` that verify. Newer ones that do not verify stay.
 
+    So do those that the run keeps for good (checkpoint.keep_stage_ends, checkpoint.keep_every).
+
     Raises CheckpointError, with nothing removed, if fewer than `keep` verify and some do not.
     """
     from or1.run.checkpoint import remove_step, step_folder, verify_checkpoint
@@ -119,10 +126,28 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
     if problems and len(good) < keep:
         listed = "\n".join(map(str, problems))
         raise CheckpointError(f"only {len(good)} of {len(steps)} checkpoints verify, so none is removed:\n{listed}")
+    keeping = _keeping(run_dir)
     for step in [s for s in steps if s < min(good)]:
+        if why := keeping.for_good(folder, step):
+            print(f"step {step} stays: {why}")
+            continue
         remove_step(folder, step)
         print(f"removed step {step}")
     print(f"kept {', '.join(map(str, sorted(good)))}")
+
+
+def _keeping(run_dir: Path) -> Keeping:
+    """Return which checkpoints the run keeps; the newest alone if its settings cannot be read."""
+    from pydantic import ValidationError
+
+    from or1.config import CheckpointConfig
+    from or1.run.directory import recorded_config
+    from or1.run.keeping import Keeping
+
+    try:
+        return Keeping.of(CheckpointConfig.model_validate(recorded_config(run_dir).get("checkpoint", {})))
+    except (RunError, ValidationError):
+        return Keeping.of(CheckpointConfig())
 
 
 def _found(run_dir: Path) -> tuple[Path, list[int]]:

@@ -150,7 +150,7 @@ def _canary(config: Config) -> Iterator[Line]:
     from or1.data import load_problems
     from or1.model.load import load_model, load_tokenizer, remarks_of
     from or1.report.live import RunDisplay
-    from or1.rollout import make_engine
+    from or1.rollout.make import engine_warnings, make_engine
     from or1.train.engine_check import compare_engine
 
     tokenizer = load_tokenizer(config.model.path)
@@ -160,6 +160,9 @@ def _canary(config: Config) -> Iterator[Line]:
     except (ModelError, AttentionError) as error:
         yield Line("model", "problem", str(error))
         return
+    for warning in engine_warnings(config, model.device):
+        # Without a GPU the run works, only slowly, and no other engine may be at hand.
+        yield Line("engine", "problem" if model.device.type == "cuda" else "absent", warning)
     for remark in remarks_of(model):
         yield Line("model", "ok", remark)
     prompts = load_problems(config, tokenizer).prompts

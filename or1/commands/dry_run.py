@@ -8,6 +8,7 @@ from pathlib import Path
 
 from or1.config import Config
 from or1.core.errors import RunError
+from or1.core.terminal import tell
 
 
 def require_place(run_dir: Path) -> None:
@@ -27,6 +28,17 @@ def require_place(run_dir: Path) -> None:
         raise RunError(f"run_dir = {str(run_dir)!r} cannot be looked at ({error}); {remedy}") from error
 
 
+def warn_of_limits(config: Config, nproc: int | None, job_hours: float | None, grace_s: float | None) -> None:
+    """Print on standard error what the limits of a job would cost; nothing if no limit is known."""
+    from or1.plan.job import JobLimits, gpus_of_job, job_warnings, steps_of
+
+    limits = JobLimits.found(job_hours, grace_s)
+    if limits.job_s is None and grace_s is None:
+        return
+    for warning in job_warnings(config, steps_of(config, nproc or gpus_of_job()), limits):
+        tell(warning)
+
+
 def missing_here(config: Config) -> Iterator[str]:
     """Yield a line for each thing that the config needs and this machine lacks. Another machine may have it."""
     import torch
@@ -34,6 +46,7 @@ def missing_here(config: Config) -> Iterator[str]:
     from or1.core.errors import AttentionError, EngineError, ModelError, OptimizerError
     from or1.model.attention import choose_backend
     from or1.model.load import resolve_device
+    from or1.rollout.make import engine_warnings
     from or1.rollout.vllm.setup import require_vllm
     from or1.train.adam import make_rule
 
@@ -57,9 +70,12 @@ def missing_here(config: Config) -> Iterator[str]:
             require_vllm(config.rollout.vllm.allow_untested)
         except EngineError as error:
             yield f"not here: {error}"
+    yield from engine_warnings(config, device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % config.dist.sequence_parallel:
         yield (
             f"not here: dist.sequence_parallel = {config.dist.sequence_parallel} needs a multiple of as many ranks, "
             f"and this start has {ranks}; add --nproc, or lower it"
         )
+    if ranks > 1 and ranks % (config.dist.shard_ranks or 1):
+        yield f"not here: dist.shard_ranks = {config.dist.shard_ranks} does not divide the {ranks} ranks of this start"

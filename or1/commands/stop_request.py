@@ -1,4 +1,7 @@
-"""SIGTERM as a request to stop: the first ends the run after the current step, the second ends the process at once."""
+"""SIGTERM as a request to stop: the first ends the run, the second ends the process at once.
+
+A rollout at work is cut short and kept. Training and evaluation continue to the end of the step.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ class StopRequest:
                     _tell("SIGTERM again: ending at once; the newest committed checkpoint is kept")
                     os._exit(EXIT_TERMINATED)
                 self.requested = True
-                _tell("SIGTERM: the run ends after the current step is committed; send it again to end at once")
+                _tell(
+                    "SIGTERM: a rollout ends now and is kept, else the run ends after the current step is committed; "
+                    "send it again to end at once"
+                )
 
 
 def _tell(text: str) -> None:

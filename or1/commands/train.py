@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from or1 import __version__
-from or1.commands.arguments import add_overrides, positive
-from or1.commands.dry_run import missing_here, require_place
+from or1.commands.arguments import add_job_limits, add_overrides, positive
+from or1.commands.dry_run import missing_here, require_place, warn_of_limits
 from or1.commands.exit import fail
 from or1.commands.restarts import Restarts
 from or1.commands.stop_request import StopRequest
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `or1 train`."""
     parser.add_argument("config", help="TOML file")
     add_overrides(parser)
+    add_job_limits(parser)
     parser.add_argument("--dry-run", action="store_true", help="only check config, data and run_dir, and show the plan")
     parser.add_argument(
         "--fresh", action="store_true", help="move an earlier run in run_dir aside and start from scratch"
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         rehearse(config, fresh=arguments.fresh)
+        warn_of_limits(config, arguments.nproc, arguments.job_hours, arguments.grace_s)
         return 0
     if "RANK" in os.environ:
         if arguments.restarts:

@@ -58,6 +58,10 @@ class DistConfig(Section):
     sequence_parallel: int = Field(1, ge=1, le=1024)
     """Ranks that share one packed row, each with part of its tokens (Ulysses). Must divide the number of ranks and the
     model's query and key-value heads. Raise it if the activations of one row do not fit into memory."""
+    shard_ranks: int | None = Field(None, ge=1, le=2**20)
+    """Ranks that share one copy of weights, gradients and optimizer state (HSDP); neighbours, so that the GPUs of a
+    node can be such a group. Groups exchange only sums of gradients, once an update. Must divide the number of ranks.
+    Absent: all ranks share one copy, which takes the least memory."""
     timeout_s: float = Field(1800.0, ge=1, le=MOST_SECONDS)
     """Longest time in seconds that a rank waits for the others, including the slowest generation; then the run ends."""
     heartbeat_timeout_s: float = Field(60.0, ge=1, le=MOST_SECONDS)
@@ -71,6 +75,13 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; there is always one after the last step."""
     keep: int = Field(2, ge=1, le=MOST_STEPS)
     """Number of newest checkpoints to keep."""
+    every_minutes: float | None = Field(None, gt=0, le=MOST_SECONDS)
+    """Also write a checkpoint at the end of a step once this many minutes have passed since the last one. For steps of
+    minutes to hours, where every_steps alone may mean a day. Absent: by steps alone."""
+    keep_stage_ends: bool = False
+    """Write a checkpoint at the end of every stage, and keep it in addition to the newest."""
+    keep_every: int | None = Field(None, ge=1, le=MOST_STEPS)
+    """Write a checkpoint at every multiple of this many steps, and keep it in addition to the newest. Absent: none."""
 
 
 _PROJECT = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"

@@ -20,7 +20,7 @@ _PLACEHOLDERS = {"NAME": "[^/]+", "K": "[0-9]{1,9}", "STATUS": "[a-z_]+"}
 class Metric(NamedTuple):
     """One metric, or a family of metrics.
 
-    name     as in metrics.jsonl; NAME (of an evaluation set), K (samples) and STATUS stand for many names
+    name     as in metrics.jsonl; NAME (of an evaluation set or a source), K (samples) and STATUS stand for many names
     unit     one of UNITS
     kind     style of the value, see `or1.core.text.value_text`
     label    short name in the panel, in charts and in tables
@@ -39,6 +39,13 @@ class Metric(NamedTuple):
 METRICS = (
     Metric(
         "reward/mean", REWARD, "fixed3", "reward", "Mean reward of the sampled responses, before groups are rejected."
+    ),
+    Metric(
+        "reward/mean_complete",
+        REWARD,
+        "fixed3",
+        "reward, complete",
+        "Mean reward of the responses that were not cut; absent if all were.",
     ),
     Metric("reward/p10", REWARD, "fixed3", "p10", "10th percentile of the rewards."),
     Metric("reward/p50", REWARD, "fixed3", "p50", "Median of the rewards."),
@@ -101,6 +108,17 @@ METRICS = (
         "Complete responses that were scored 0 because `</think>` is missing.",
     ),
     Metric("completion/deadline", SHARE, "percent", "deadline", "Responses aborted at the deadline of the rollout."),
+    Metric(
+        "source/NAME/reward",
+        REWARD,
+        "fixed3",
+        "reward",
+        "Mean reward of the responses to prompts of a source: a data file, or a name in the column data_source. Absent "
+        "if the data has one source; the 16 largest have their own metrics, the rest is `others`.",
+    ),
+    Metric("source/NAME/entropy", NATS, "fixed3", "entropy", "As policy/entropy_all, over the tokens of a source."),
+    Metric("source/NAME/len_mean", TOKENS, "count", "length", "Mean length of a response of a source."),
+    Metric("source/NAME/truncated", SHARE, "percent", "truncated", "Responses of a source that were cut."),
     Metric(
         "policy/entropy",
         NATS,

@@ -1,8 +1,12 @@
-"""FSDP2: parameters, gradients and optimizer state are sharded over all ranks; gradients are summed, not averaged."""
+"""FSDP2: parameters, gradients and optimizer state are sharded over ranks; gradients are summed, not averaged.
+
+With `dist.shard_ranks` each group of ranks shards a copy of its own. FSDP2 then knows the group alone. Gradients are
+summed over the groups once an update and not in every row. So the bytes between nodes do not grow with the rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,7 +93,7 @@ def fill_shards(model: PreTrainedModel, whole: PreTrainedModel | None, world: Wo
         value = values[name].to(shard.device, tensor.dtype) if values else shard.new_empty(tensor.shape)
         dist.broadcast(value, src=0)
         if isinstance(tensor, DTensor):
-            mine = split_evenly(len(value), world.size)[world.rank]
+            mine = split_evenly(len(value), world.shard_size)[world.shard_rank]
             value = value[mine.start : mine.stop]
         shard.copy_(value)
 
@@ -141,10 +145,19 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sum_replicas(grads: Iterable[Tensor], world: World) -> None:
+    """Add the gradients of the other copies of the model, after the last row of an update. Collective."""
+    for grad in grads:
+        world.sum_replicas(grad)
+
+
 def total_norm(grads: list[Tensor], world: World) -> Tensor:
     """Return the L2 norm of all gradients, of which each rank holds shards. Collective."""
     if world.size > 1:
         squares = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        if not world.in_first_replica:
+            # The other copies hold the same gradients.
+            squares = torch.zeros_like(squares)
         return world.sum(squares).sqrt()
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

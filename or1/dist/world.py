@@ -26,6 +26,9 @@ from or1.core.errors import DistError
 class World:
     """Ranks of a run as a mesh [data, sequence]. A single process is a world of size 1 without a mesh.
 
+    Each of `replicas` groups of neighbouring ranks holds one copy of the model, sharded over the group (HSDP).
+    Groups and rows are independent: `grid` is the same ranks as a mesh [replica, shard], None for one group.
+
     Ranks of one sequence group are adjacent: rank = data_rank * sequence_size + sequence_rank. They exchange
     activations in every layer and should share a node.
     """
@@ -34,6 +37,8 @@ class World:
     size: int = 1
     sequence_size: int = 1
     mesh: DeviceMesh | None = None
+    replicas: int = 1
+    grid: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -62,10 +67,30 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """One-dimensional mesh over all ranks. Parameters are sharded over both data and sequence ranks."""
+        """One-dimensional mesh over the ranks that hold this rank's copy of the model, of data and sequence alike."""
         if self.mesh is None:
             raise DistError("a single process has no mesh; start several with `or1 train --nproc N`")
-        return self.mesh["data", "sequence"]._flatten("shard")
+        return self.mesh["data", "sequence"]._flatten("shard") if self.grid is None else self.grid["shard"]
+
+    @property
+    def shard_size(self) -> int:
+        """Number of ranks that hold one copy of the model together."""
+        return self.size // self.replicas
+
+    @property
+    def shard_rank(self) -> int:
+        """Index of this rank's part of each sharded tensor."""
+        return self.rank % self.shard_size
+
+    @property
+    def in_first_replica(self) -> bool:
+        """True on the ranks whose copy of the model counts where one copy is enough: checkpoints, norms."""
+        return self.rank < self.shard_size
+
+    def sum_replicas(self, values: Tensor) -> None:
+        """Add up, in place, the values that the ranks of the same shard hold, one rank of each group. Collective."""
+        if self.grid is not None:
+            dist.all_reduce(values, group=self.grid["replica"].get_group())
 
     def share(self, count: int) -> range:
         """Return this rank's share of `count` independent pieces of work: every size-th, starting at its rank."""
@@ -129,7 +154,7 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
     """Yield the world that torchrun's environment variables describe, and leave the process group at the end.
 
     Control data uses gloo on the host; tensors of a GPU model use NCCL. Raises DistError if `dist.sequence_parallel`
-    does not divide the number of ranks.
+    or `dist.shard_ranks` does not divide the number of ranks.
     """
     size = launched_ranks()
     if size % config.sequence_parallel:
@@ -140,6 +165,11 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
     if size == 1:
         yield SINGLE
         return
+    if size % (config.shard_ranks or 1):
+        raise DistError(
+            f"dist.shard_ranks = {config.shard_ranks} does not divide the {size} ranks; start a multiple of it, set it "
+            "to a divisor such as the GPUs of a node, or remove it, and all ranks share one copy"
+        )
     bound: torch.device | None = None
     if device.type == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -153,16 +183,23 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
         device_id=bound,
     )
     try:
-        yield world_of(device.type, config.sequence_parallel)
+        yield world_of(device.type, config.sequence_parallel, config.shard_ranks)
     finally:
         dist.destroy_process_group()
 
 
-def world_of(device_type: str, sequence_size: int) -> World:
-    """Return the world over the ranks of the initialised process group. Collective."""
+def world_of(device_type: str, sequence_size: int, shard_ranks: int | None = None) -> World:
+    """Return the world over the ranks of the initialised process group. Collective.
+
+    shard_ranks  ranks that hold one copy of the model; None: all
+    """
     size = dist.get_world_size()
     mesh = init_device_mesh(device_type, (size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence"))
-    return World(dist.get_rank(), size, sequence_size, mesh)
+    replicas = size // (shard_ranks or size)
+    if replicas == 1:
+        return World(dist.get_rank(), size, sequence_size, mesh)
+    grid = init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
+    return World(dist.get_rank(), size, sequence_size, mesh, replicas, grid)
 
 
 def open_store(address: str) -> dist.TCPStore:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from or1.config import Config, StageConfig
+from or1.core.errors import PlanError
 from or1.plan.devices import Device
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -27,7 +28,8 @@ class Choices:
     liger            whether Liger's RMSNorm, RoPE and SwiGLU are used, which save less than plain torch
     mlp_tile_tokens  rows longer than this pass the MLP in tiles; 0: never
     max_tokens       tokens of a packed row
-    gpus             GPUs that share the model
+    gpus             GPUs of the run
+    shard_gpus       GPUs that share one copy of the model (dist.shard_ranks); 0: all
     """
 
     weight: int
@@ -40,6 +42,12 @@ class Choices:
     mlp_tile_tokens: int
     max_tokens: int
     gpus: int = 1
+    shard_gpus: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Parts into which weights, gradients and optimizer state are cut."""
+        return self.shard_gpus or self.gpus
 
     @property
     def arithmetic(self) -> int:
@@ -77,8 +85,16 @@ class Workload:
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
-    """Return the choices that `[model]` and `[optim]` make."""
-    model, optim = config.model, config.optim
+    """Return the choices that `[model]`, `[optim]` and `[dist]` make.
+
+    Raises PlanError if `dist.shard_ranks` does not divide several `gpus`.
+    """
+    model, optim, shards = config.model, config.optim, config.dist.shard_ranks
+    if gpus > 1 and gpus % (shards or 1):
+        raise PlanError(
+            f"dist.shard_ranks = {shards} does not divide the {gpus} GPUs; plan for a multiple of it with --gpus, or "
+            "lower it with --set dist.shard_ranks=..."
+        )
     weight = _BYTES[model.dtype]
     return Choices(
         weight=weight,
@@ -91,6 +107,7 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
         mlp_tile_tokens=model.tile_tokens,
         max_tokens=optim.max_tokens_per_rank,
         gpus=gpus,
+        shard_gpus=0 if shards is None or shards >= gpus else shards,
     )
 
 
@@ -152,6 +169,10 @@ def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[t
     if work.engine == "vllm" and work.engine_share > 0.2:
         share = round(work.engine_share - 0.1, 2)
         yield f"rollout.vllm.gpu_memory={share:g}", choices, replace(work, engine_share=share)
+    if choices.shard_gpus:
+        # Absent in a config means all GPUs, so the largest group has the number of all.
+        wider = 2 * choices.shard_gpus if choices.gpus % (2 * choices.shard_gpus) == 0 else choices.gpus
+        yield f"dist.shard_ranks={wider}", replace(choices, shard_gpus=wider % choices.gpus), work
     if choices.optimizer == "adamw":
         yield "optim.optimizer=adamw8bit", replace(choices, optimizer="adamw8bit"), work
     if choices.masters:

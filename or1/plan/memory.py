@@ -1,6 +1,7 @@
 """Peak memory of one GPU in each phase of a step, by component, in bytes.
 
 With several GPUs, FSDP shards weights, gradients and optimizer states evenly, and gathers each layer while it runs.
+With dist.shard_ranks each such group of GPUs holds a copy.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def plan_memory(
 
 
 def _shard(size: int, choices: Choices) -> int:
-    return -(-size // choices.gpus)
+    return -(-size // choices.shards)
 
 
 def _row(shape: ModelShape, choices: Choices, device: Device, trained: int) -> dict[str, int]:
@@ -154,7 +155,7 @@ def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> 
 
 def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
     """Return the gathered tensors under FSDP: root and two layers, and the gradients of root and one layer."""
-    if choices.gpus == 1:
+    if choices.shards == 1:
         return {}
     root = shape.parameters - shape.layers * shape.layer_parameters
     weights = (root + 2 * shape.layer_parameters) * choices.weight
@@ -191,7 +192,7 @@ def _generation(shape: ModelShape, choices: Choices, device: Device, work: Workl
     parts = {"KV cache": worst[0], "generation": worst[1]}
     # Sharded weights are gathered as a whole: gathering a layer at a time for every token would be slow.
     whole = weight_bytes(shape, choices)
-    return parts if choices.gpus == 1 else parts | {"gathered layers": whole - _shard(whole, choices)}
+    return parts if choices.shards == 1 else parts | {"gathered layers": whole - _shard(whole, choices)}
 
 
 def _engine_memory(shape: ModelShape, device: Device, work: Workload, choices: Choices) -> int:

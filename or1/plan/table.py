@@ -51,7 +51,8 @@ def print_plan_table(plan: Plan, why_device: str, console: Console | None = None
 def _heading(plan: Plan, why_device: str) -> Iterator[str]:
     shape, device, choices = plan.shape, plan.device, plan.choices
     gpus = "" if choices.gpus == 1 else f"{choices.gpus} x "
-    yield f"or1 plan: {visible(shape.name)}, {count_text(shape.parameters)} parameters, on {gpus}{device.name}"
+    groups = f", sharded over groups of {choices.shard_gpus}" if choices.shard_gpus else ""
+    yield f"or1 plan: {visible(shape.name)}, {count_text(shape.parameters)} parameters, on {gpus}{device.name}{groups}"
     yield (
         f"  device       {device.memory / GIB:.1f} GiB, {device.usable / GIB:.1f} usable, "
         f"{device.tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({why_device})"
@@ -184,6 +185,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "device": asdict(plan.device),
         "usable_bytes": plan.device.usable,
         "gpus": plan.choices.gpus,
+        "shard_gpus": plan.choices.shards,
         "fits": plan.fits,
         "largest_max_tokens_per_rank": plan.largest_tokens,
         "remedy": plan.remedy and list(plan.remedy),

@@ -105,11 +105,12 @@ def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
         parts["attention"] *= 3.5 / 4.5
     gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + choices.arithmetic)
     exposed = max(0.0, gathered - sum(parts.values()))
-    states = optimizer_bytes(shape, choices) / choices.gpus
-    update = (2 * states + 3 * weight_bytes(shape, choices) / choices.gpus) / bandwidth
+    states = optimizer_bytes(shape, choices) / choices.shards
+    update = (2 * states + 3 * weight_bytes(shape, choices) / choices.shards) / bandwidth
     if choices.optimizer == "offload" and device.is_gpu:
-        update = 2 * states / 40e9 + 3 * weight_bytes(shape, choices) / choices.gpus / _HOST_LINK
+        update = 2 * states / 40e9 + 3 * weight_bytes(shape, choices) / choices.shards / _HOST_LINK
     parts = {name: work.reuse * seconds for name, seconds in (parts | {"collectives": exposed}).items()}
+    parts["collectives"] += work.updates * work.reuse * _replica_seconds(shape, choices, device)
     return parts | {"optimizer": work.updates * work.reuse * update}
 
 
@@ -139,15 +140,25 @@ def _gather_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
     For each packed row, `scalar_bytes` of each parameter cross the links: weights are gathered in forward and
     backward, gradients are reduce-scattered.
     """
-    if choices.gpus == 1:
+    if choices.shards == 1:
         return 0.0
     tokens = work.sequences / choices.gpus * (work.mean_prompt + work.mean_response)
     rows = max(1.0, tokens / choices.max_tokens)
-    return rows * shape.parameters * scalar_bytes / device.link_bytes(choices.gpus)
+    return rows * shape.parameters * scalar_bytes / device.link_bytes(choices.shards)
+
+
+def _replica_seconds(shape: ModelShape, choices: Choices, device: Device) -> float:
+    """Return the seconds in which the copies of the model add up their gradients, once an update, with nothing beside.
+
+    Each GPU has the gradient of its shard; a ring sends twice the bytes, but for the part that a GPU has already.
+    """
+    copies = choices.gpus // choices.shards
+    shard = shape.parameters / choices.shards * choices.arithmetic
+    return 2 * (copies - 1) / copies * shard / device.link_bytes(choices.gpus)
 
 
 def _sync_seconds(shape: ModelShape, choices: Choices, device: Device) -> float:
     """Return the seconds of a weight sync: every GPU gathers all shards, and the engine copies its weights."""
     weights = weight_bytes(shape, choices)
-    gathered = 0.0 if choices.gpus == 1 else weights / device.link_bytes(choices.gpus)
+    gathered = 0.0 if choices.shards == 1 else weights / device.link_bytes(choices.shards)
     return gathered + 2 * weights / (device.bandwidth * 1e9 * device.efficiency.memory)

@@ -73,10 +73,14 @@ class Chart:
     panels: tuple[Panel, ...]
 
 
+_SOURCE_COLORS = ("s1", "s2", "s3", "s5", "s6", "s8")
+
+
 def charts(run: RecordedRun) -> tuple[Chart, ...]:
     """Return the line charts of a run, in the order of the page."""
     return (
         _reward(run.graded),
+        *_sources(run),
         Chart(
             "Entropy",
             "Nats per token of trained and of all sampled responses; below, the bonus coefficient.",
@@ -133,6 +137,20 @@ def _reward(graded: bool) -> Chart:
     )
     lines = (Line("reward/p90", "s2"), Line("reward/mean", "s1", "mean reward"), Line("reward/p10", "s8"))
     return Chart("Reward", caption, (Panel(lines),))
+
+
+def _sources(run: RecordedRun) -> tuple[Chart, ...]:
+    """Return a chart of the reward and the truncation of each source; none if the data has one source."""
+    found = dict.fromkeys(key.split("/")[1] for record in run.records for key in record if key.startswith("source/"))
+    # More lines could not be told apart.
+    names = list(zip(sorted(found), _SOURCE_COLORS, strict=False))
+    if not names:
+        return ()
+    rewards, cuts = (
+        tuple(Line(f"source/{name}/{key}", color, name) for name, color in names) for key in ("reward", "truncated")
+    )
+    caption = "Mean reward by source of the prompts; below, the share of its responses that was cut."
+    return (Chart("Sources", caption, (Panel(rewards, height=2.4), Panel(cuts))),)
 
 
 def _groups(graded: bool) -> Chart:

@@ -59,27 +59,31 @@ def collect_share(
 
 
 def exchange(world: World, share: Rollout, prompts: Sequence[Prompt], carried: Sequence[OpenGroup]) -> Rollout:
-    """Return the whole rollout, given every rank's result of `collect_share`. Collective."""
+    """Return the whole rollout, given every rank's result of `collect_share`. Collective.
+
+    If a rank's part was interrupted, so is the whole, and its open groups are those of all ranks.
+    """
     if world.size == 1:
         return share
     all_prompts = [group.prompt for group in carried] + list(prompts)
     # Prompts are not sent: every rank has them, and their data rows may hold objects of any type.
     parts = _parts(share, [(i, all_prompts[i]) for i in world.share(len(all_prompts))])
-    shares: list[tuple[list[_Part], float, float]] = [
-        codec.loads(data) for data in world.gather(codec.dumps((parts, share.generate_s, share.reward_s)))
-    ]
+    mine = codec.dumps((parts, share.generate_s, share.reward_s, share.interrupted))
+    shares: list[tuple[list[_Part], float, float, bool]] = [codec.loads(data) for data in world.gather(mine)]
+    interrupted = any(share[3] for share in shares)
     scored: dict[int, Group] = {}
     unfinished: dict[int, OpenGroup] = {}
-    for index, is_scored, responses, scores in (part for parts, _, _ in shares for part in parts):
-        if is_scored:
+    for index, is_scored, responses, scores in (part for parts, *_ in shares for part in parts):
+        if is_scored and not interrupted:
             scored[index] = Group(all_prompts[index], responses, scores)
         else:
             unfinished[index] = OpenGroup(all_prompts[index], responses, scores)
     return Rollout(
         groups=[scored[i] for i in sorted(scored)],
-        generate_s=max(generate_s for _, generate_s, _ in shares),
-        reward_s=max(reward_s for _, _, reward_s in shares),
+        generate_s=max(generate_s for _, generate_s, *_ in shares),
+        reward_s=max(reward_s for _, _, reward_s, _ in shares),
         open=[unfinished[i] for i in sorted(unfinished)],
+        interrupted=interrupted,
     )
 
 

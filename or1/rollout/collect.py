@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from or1.core.types import Group, OpenGroup, Prompt, Response, Score
 from or1.reward.scorer import Scorer, scored
-from or1.rollout.engine import Engine, Sampling, Slot
+from or1.rollout.engine import INTERRUPTED, Engine, Sampling, Slot
 
 Progress = Callable[[int, int], None]
 """progress(finished, total): called with numbers of responses."""
+
+
+NOT_STARTED = Response(np.empty(0, np.int32), np.empty(0, np.float32), finish=INTERRUPTED, version=0, text="")
+"""Stands for a response of which a stopped call has no token."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -27,12 +33,15 @@ class Rollout:
     generate_s  seconds of generation
     reward_s    seconds of scoring after the end of generation
     open        groups with unfinished responses, to continue in a later call (partial rollouts)
+    interrupted `Sampling.stop` ended the call early: then `groups` is empty, and `open` holds every group, complete or
+                not, in prompt order. A call with the same sampling that carries them completes the rollout
     """
 
     groups: list[Group]
     generate_s: float
     reward_s: float
     open: list[OpenGroup] = field(default_factory=list)
+    interrupted: bool = False
 
     def plus(self, other: Rollout) -> Rollout:
         """Return the concatenation of both; seconds are summed."""
@@ -42,6 +51,10 @@ class Rollout:
             reward_s=self.reward_s + other.reward_s,
             open=self.open + other.open,
         )
+
+
+class RolloutInterrupted(Exception):
+    """A stop was requested before the rollout of a step was complete. What is finished is in `InFlight`."""
 
 
 def collect(
@@ -61,6 +74,8 @@ def collect(
 
     With `sampling.new_tokens` set, a response that is unfinished at that limit or at the deadline is kept for a later
     call, in `Rollout.open`. Without it, such a response is truncated.
+
+    Once `sampling.stop` returns True, the call ends early; see `Rollout.interrupted`.
     """
     began = time.perf_counter()
     collection = _Collection(scorer, prompts, sampling, carried)
@@ -71,6 +86,8 @@ def collect(
             if release is not None:
                 release(group)
     generated = time.perf_counter()
+    if collection.missing and sampling.stop():
+        return Rollout([], generate_s=generated - began, reward_s=0.0, open=collection.all_groups(), interrupted=True)
     for group in collection.newly_scored(wait=True):
         if release is not None:
             release(group)
@@ -106,12 +123,15 @@ class _Collection:
                 self._responses[p, s] = response
                 if score is not None:
                     self._finish((p, s), scored(score))
-                elif len(response.token_ids) >= sampling.max_tokens:
-                    # The limit is smaller than in the earlier call (a new stage), so the response cannot continue.
+                elif response.finish == "stop" or len(response.token_ids) >= sampling.max_tokens:
+                    # A stopped call had no score yet. Or the limit is smaller than in the earlier call (a new stage):
+                    # then the response cannot continue.
                     self._finish((p, s), scorer.submit(group.prompt, response))
-                else:
+                elif len(response.token_ids):
                     self._unfinished[p, s] = response
         self.total = sum(self._sizes)
+        self.missing = {(p, s) for p, size in enumerate(self._sizes) for s in range(size)} - self._scores.keys()
+        """Slots whose response this call has not completed yet."""
 
     @property
     def finished(self) -> int:
@@ -128,6 +148,9 @@ class _Collection:
     def add(self, slot: Slot, response: Response) -> None:
         """Store a response that the engine yielded; submit the response for scoring if it is finished."""
         self._responses[slot] = response
+        if response.finish == INTERRUPTED:
+            return
+        self.missing.discard(slot)
         if not self._continues(response, self._unfinished.get(slot)):
             self._finish(slot, self._scorer.submit(self.prompts[slot[0]], response))
 
@@ -162,6 +185,28 @@ class _Collection:
     def unfinished_groups(self) -> list[OpenGroup]:
         """Return the groups that a later call is to continue, in prompt order."""
         return [self._unfinished_group(p) for p in range(len(self.prompts)) if p not in self._scored]
+
+    def all_groups(self) -> list[OpenGroup]:
+        """Return every group as it is now, complete or not, in prompt order; for a call that was stopped."""
+        return [self._group_now(p) for p in range(len(self.prompts))]
+
+    def _group_now(self, p: int) -> OpenGroup:
+        slots = [(p, s) for s in range(self._sizes[p])]
+        return OpenGroup(
+            self.prompts[p],
+            tuple(self._responses.get(slot, NOT_STARTED) for slot in slots),
+            tuple(self._score_now(slot) for slot in slots),
+        )
+
+    def _score_now(self, slot: Slot) -> Score | None:
+        """Return the score of a finished response. None, to be graded later, if the score is not ready."""
+        score, response = self._scores.get(slot), self._responses.get(slot, NOT_STARTED)
+        # What has neither an end nor the full length would look unfinished later, so its score is waited for.
+        if score is None or not (
+            score.done() or (response.finish != "stop" and len(response.token_ids) < self._sampling.max_tokens)
+        ):
+            return None
+        return score.result()
 
     def _unfinished_group(self, p: int) -> OpenGroup:
         slots = [(p, s) for s in range(self._sizes[p])]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,10 @@ from or1.core.types import Prompt, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+INTERRUPTED = "interrupted"
+"""Finish reason of a response that a stopped call did not complete; a later call continues the response."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Sampling:
     top_p, top_k restrict sampling to the likeliest tokens; 1 and 0 turn them off
     numbers      index of each prompt of the call for its random numbers; None: its position in the call. A rank that
                  samples prompts 1, 3, 5 of a step passes (1, 3, 5) and gets the responses of a single process
+    stop         returns True once the call is to end early. The engine asks between tokens. Then the engine yields
+                 every remaining response with the finish reason INTERRUPTED and its tokens so far, or leaves it out
     """
 
     temperature: float
@@ -39,6 +45,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     numbers: tuple[int, ...] | None = None
+    stop: Callable[[], bool] = field(default=bool, compare=False)
 
     def slot_seed(self, prompt: int, sample: int) -> int:
         """Return the seed of one response: sample number `sample` of prompt number `prompt` of the call."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
 from or1.rollout.decode import can_decode, decode
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
-from or1.rollout.row_sampler import RowSampler
+from or1.rollout.row_sampler import RowSampler, Stopped
 
 __all__ = ["HfEngine", "RowSampler"]
 
@@ -54,7 +55,7 @@ class HfEngine:
         jobs = list(jobs_of(prompts, sampling, slots))
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         # A rank without jobs takes part too: gathering the weights is collective.
-        with gathered(self.model):
+        with gathered(self.model), contextlib.suppress(Stopped):
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
                 left_s = deadline - time.monotonic()

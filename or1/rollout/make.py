@@ -15,13 +15,17 @@ from or1.rollout.hf import HfEngine
 from or1.rollout.vllm.drafts import require_sound_sampling
 from or1.rollout.vllm.interface import require_known
 from or1.rollout.vllm.process import server_arguments, server_environment, shared_folder
-from or1.rollout.vllm.setup import VllmSetup, installed_vllm, is_tested, require_vllm
+from or1.rollout.vllm.setup import VllmSetup, installed_vllm, is_tested, require_vllm, tested_range
 from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from or1.config import Config
     from or1.dist.world import World
     from or1.rollout.engine import Engine
+
+
+LONG_FOR_EMBEDDED = 2048
+"""Response limit in tokens beyond which the embedded engine is warned about."""
 
 
 def make_engine(
@@ -61,6 +65,27 @@ def engine_kind(config: Config, device: torch.device) -> str:
     if config.rollout.engine != "auto":
         return config.rollout.engine
     return "vllm" if device.type == "cuda" and is_tested(installed_vllm()) else "hf"
+
+
+def engine_warnings(config: Config, device: torch.device) -> list[str]:
+    """Return a warning with its remedy for each reason why the engine of a run on `device` is slow without need."""
+    if engine_kind(config, device) != "hf":
+        return []
+    found, version = [], installed_vllm()
+    remedy = f'pip install "vllm{tested_range()}" and set rollout.engine = "vllm"'
+    if config.rollout.engine == "auto" and device.type == "cuda":
+        lacks = "vLLM is not installed" if version is None else f"vLLM {version} is not a tested version"
+        found.append(
+            f'WARNING: rollout.engine = "auto" takes transformers\' generate on a GPU, because {lacks}; it is many '
+            f'times slower than vLLM. {remedy}; or say rollout.engine = "hf"'
+        )
+    longest = max((stage.max_response_tokens for stage in config.stage), default=0)
+    if longest > LONG_FOR_EMBEDDED:
+        found.append(
+            f"WARNING: responses of up to {longest:,} tokens from transformers' generate, where a batch lasts until "
+            f"its longest response and vLLM's would not; above {LONG_FOR_EMBEDDED:,} tokens {remedy}"
+        )
+    return found
 
 
 def serve(config: Config, host: str, port: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from or1.core import faults
 from or1.rollout.engine import Sampling
 
 # Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
@@ -18,6 +19,10 @@ _WHOLE = 2.0**52
 _CHUNK = 256
 # On a CPU, log-probs and masses of so many tokens stay in a core's cache; fresh memory costs more than the arithmetic.
 _BLOCK_TOKENS = 2**18
+
+
+class Stopped(Exception):
+    """`Sampling.stop` returned True: the batch is given up, since its unfinished rows cannot continue bit by bit."""
 
 
 class RowSampler(LogitsProcessor):
@@ -33,6 +38,7 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]):
         self.temperature, self.top_p, self.top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        self._stop = sampling.stop
         self._streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._logp: list[Tensor] = []
         self._mass = torch.empty(0, dtype=torch.float64)
@@ -55,7 +61,12 @@ class RowSampler(LogitsProcessor):
 
         logits_BV  float[B, V]
         rows       for each row of logits, the index of its seed
+
+        Raises Stopped.
         """
+        faults.hit("rollout.token")
+        if self._stop():
+            raise Stopped
         uniform_B = torch.zeros(len(rows), dtype=torch.float64)
         if self.temperature > 0:
             uniform_B = torch.tensor([self._streams[row].random() for row in rows], dtype=torch.float64)

@@ -10,6 +10,7 @@ every tensor. The manifest records which file has which rows, so any number of r
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -80,9 +81,19 @@ def step_folders(folder: Path) -> list[int]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove folders that a crash left half written or half removed."""
+    """Remove folders that a crash left half written or half removed.
+
+    A finished folder whose commit was to replace an older one, already out of the way, is committed.
+    """
     if folder.is_dir():
-        for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+        found = {path.name: path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)}
+        for name in [name for name in found if name.endswith(".partial")]:
+            final = folder / name.removeprefix(".").removesuffix(".partial")
+            # The manifest is written last.
+            whole = (found[name] / MANIFEST).is_file() and not found[name].is_symlink()
+            if whole and f".{final.name}.removed" in found and not os.path.lexists(final):
+                os.replace(found.pop(name), final)
+        for path in found.values():
             # rmtree refuses a symbolic link. Only the link is removed, not its target.
             path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
@@ -261,7 +272,7 @@ def _read(path: Path, manifest: dict[str, Any], world: World) -> Checkpoint:
                 tensors[name] = shards.whole(entry["parts"][0][0], name)
                 continue
             _require_all_rows(name, entry)
-            mine = split_evenly(entry["rows"], world.size)[world.rank]
+            mine = split_evenly(entry["rows"], world.shard_size)[world.shard_rank]
             tensors[name] = shards.rows(name, entry["parts"], mine)
             rows[name] = entry["rows"]
     return Checkpoint(manifest["step"], manifest["state"], tensors, rows)

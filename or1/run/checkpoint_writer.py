@@ -38,6 +38,7 @@ from or1.run.checkpoint import (
     step_folder,
     verify_checkpoint,
 )
+from or1.run.keeping import Keeping
 
 _POLL_S = 0.01
 _REMEDIES = {
@@ -46,8 +47,8 @@ _REMEDIES = {
 }
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, world: World = SINGLE) -> Path:
-    """Commit `folder/step_N` and remove all but the newest `keep` steps up to N. Return the committed path.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: Keeping | int, world: World = SINGLE) -> Path:
+    """Commit `folder/step_N` and remove older steps that `keep` spares; a number keeps the newest. Return the path.
 
     Collective; blocks until the commit.
     """
@@ -67,7 +68,10 @@ class CheckpointWriter:
     verifies is always kept.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None):
+    def __init__(
+        self, folder: Path, keep: Keeping | int, world: World = SINGLE, mark: Callable[[int], None] = lambda step: None
+    ):
+        keep = Keeping(keep) if isinstance(keep, int) else keep
         self._folder, self._keep, self._world, self._mark = folder, keep, world, mark
         self._job: _Job | None = None
 
@@ -131,7 +135,9 @@ class CheckpointWriter:
 class _Job(threading.Thread):
     """Thread that writes one checkpoint. `error` is set when this rank's part failed."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, *, keep: int, world: World, mark: Callable[[int], None]):
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, *, keep: Keeping, world: World, mark: Callable[[int], None]
+    ):
         super().__init__(name="or1-checkpoint", daemon=True)
         self.folder, self.checkpoint, self.keep, self.world = folder, checkpoint, keep, world
         self.partial, self.mark = partial_folder(folder, checkpoint.step), mark
@@ -172,17 +178,20 @@ class _Job(threading.Thread):
         """
         older = [step for step in committed_steps(self.folder) if step < self.checkpoint.step]
         kept = next((step for step in reversed(older) if _verifies(step_folder(self.folder, step))), None)
-        # If none verifies, none is removed: the user has to decide.
-        if kept is None or kept == older[0]:
+        # If none verifies, none is removed: the user has to decide. Neither is one that the settings keep for good.
+        spare = [step for step in older if not self.keep.for_good(self.folder, step)]
+        if kept is None or not spare or spare[0] >= kept:
             return False
         with contextlib.suppress(FileNotFoundError):
-            remove_step(self.folder, older[0])
+            remove_step(self.folder, spare[0])
         return True
 
     def _write_shard(self) -> None:
         rank, tensors, rows = self.world.rank, self.checkpoint.tensors, self.checkpoint.rows
         # Tensors that are equal on every rank are written by the main rank only.
-        mine = {name: t for name, t in tensors.items() if self.world.is_main or name in rows}
+        # So are sharded ones of the other copies of the model (dist.shard_ranks).
+        sharded = rows if self.world.in_first_replica else {}
+        mine = {name: t for name, t in tensors.items() if self.world.is_main or name in sharded}
         path = self.partial / f"shard_{rank}.safetensors"
         faults.hit("ckpt.before_shard", self.checkpoint.step)
         try:
@@ -217,7 +226,7 @@ class _Job(threading.Thread):
         faults.hit("ckpt.after_rename", step)
         self.mark(step)
         # Later steps exist if the run fell back to an older checkpoint. They do not verify, so they are not counted.
-        for old in [s for s in committed_steps(self.folder) if s <= step][: -self.keep]:
+        for old in self.keep.spare(self.folder, [s for s in committed_steps(self.folder) if s <= step]):
             remove_step(self.folder, old)
 
     def _manifest(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -227,7 +236,7 @@ class _Job(threading.Thread):
             if name not in self.checkpoint.rows:
                 tensors[name] = {"parts": [[holders[0]]]}
                 continue
-            ranges = split_evenly(self.checkpoint.rows[name], self.world.size)
+            ranges = split_evenly(self.checkpoint.rows[name], self.world.shard_size)
             parts = [[file, r.start, len(r)] for file, r in zip(holders, ranges, strict=True)]
             tensors[name] = {"parts": parts, "rows": self.checkpoint.rows[name]}
         return {

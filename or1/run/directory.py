@@ -157,7 +157,8 @@ def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
         try:
             state = read_manifest(step_folder(checkpoints_of(run_dir), step))["state"]
             stage = record_of(state["stages"])
-            return stage.index, stage.index + int(state["step"] > stage.began)
+            in_rollout = bool(state.get("in_flight"))
+            return stage.index, stage.index + int(state["step"] > stage.began or in_rollout)
         except (CheckpointError, ValueError, TypeError, LookupError, AttributeError):
             continue
     return 0, 0

@@ -59,6 +59,11 @@ class TrainState:
         """Return the state before the first step."""
         return cls(entropy=EntropyController.start(config.loss.entropy), stages=Stages(config))
 
+    @property
+    def begun(self) -> bool:
+        """True if the evaluation before the first step is done, so that a step or its rollout follows."""
+        return self.step > 0 or bool(self.in_flight.carried)
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint's manifest, without `in_flight`."""
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}

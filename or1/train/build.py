@@ -23,8 +23,8 @@ from or1.model.routers import routers_of
 from or1.reward import make_scorer
 from or1.reward.scorer import Scorer
 from or1.reward.scorers import remarks_of
-from or1.rollout import make_engine
 from or1.rollout.engine import Engine
+from or1.rollout.make import engine_warnings, make_engine
 from or1.run.checkpoint import committed_steps
 from or1.run.directory import cap_rows, checkpoints_of
 from or1.run.resume import Checkpointed
@@ -102,12 +102,14 @@ def build(
             optimizer.reserve()
         reference = _reference(config, settings, policy)
         require_room(config, model, optimizer, reference.model if reference else None)
-        engine = make_engine(config, model, tokenizer, world)
+        engine = _engine(config, model, tokenizer, display, world)
         stack.callback(engine.close)
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
-        rollouts = RolloutQueue(config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world)
+        rollouts = RolloutQueue(
+            config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world, stop=stop
+        )
         stack.callback(rollouts.close)
         return Parts(
             config=config,
@@ -124,6 +126,15 @@ def build(
             session=Session(config, state, saved, display, world, stop=stop),
             stack=stack.pop_all(),
         )
+
+
+def _engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, display: StepDisplay, world: World
+) -> Engine:
+    """Start the engine, and say so if another one would be faster. Collective."""
+    for warning in engine_warnings(config, model.device):
+        display.message(warning)
+    return make_engine(config, model, tokenizer, world)
 
 
 def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:

@@ -23,6 +23,7 @@ from or1.reward.terms import RIGHT, is_graded, is_unclosed
 from or1.rollout.collect import Rollout
 from or1.run.state import TrainState, unknown_tokens
 from or1.train.optim import UpdateResult
+from or1.train.source_metrics import Sources, complete_reward
 from or1_kernels.head import PolicyStats
 
 
@@ -173,11 +174,13 @@ class StepMeter:
 
     rollout  of the step
     version  of the policy that is about to be updated
+    sources  of the run's prompts, for metrics by source
     """
 
-    def __init__(self, rollout: Rollout, version: int):
+    def __init__(self, rollout: Rollout, version: int, sources: Sources | None = None):
         self._rollout, self._seconds = rollout, dict.fromkeys(("train", "wait", "sync"), 0.0)
         self._metrics = rollout_metrics(rollout.groups) | engine_metrics(rollout, version)
+        self._metrics |= complete_reward(rollout.groups) | (sources.metrics(rollout.groups) if sources else {})
         entropy = rollout_entropy(rollout.groups)
         if math.isfinite(entropy):
             self._metrics["policy/entropy_all"] = entropy

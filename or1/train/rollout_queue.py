@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,9 +17,10 @@ from or1.magic.selection import select
 from or1.magic.stages import Step
 from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
-from or1.rollout.collect import Progress, Rollout
+from or1.rollout.collect import Progress, Rollout, RolloutInterrupted
 from or1.rollout.engine import Engine, Sampling
 from or1.run.state import TrainState
+from or1.train.source_metrics import Sources
 
 Work = tuple[list[Prompt], list[OpenGroup]]
 
@@ -39,6 +40,7 @@ class RolloutQueue:
 
     prompts  of data.train, in file order
     scorer   grades every response as it arrives
+    stop     returns True once the run was asked to stop; a rollout then ends early
     """
 
     def __init__(
@@ -52,32 +54,47 @@ class RolloutQueue:
         *,
         sampler: Sampler,
         world: World = SINGLE,
+        stop: Callable[[], bool] = bool,
     ):
-        self.prompts = prompts
+        self.prompts, self.sources = prompts, Sources(prompts)
         self._config, self._sampler, self._scorer = config, sampler, scorer
         self._engine, self._state, self._display, self._world = engine, state, display, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="or1-ahead")
         self._making: Future[Rollout] | None = None
         self._work: Work = ([], [])
-        self._stop = threading.Event()
+        self._stop, self._run_stops = threading.Event(), stop
 
     def take(self, step: Step) -> Rollout:
-        """Return the rollout of a step, with new groups in place of rejected ones (loss.refill_rounds). Collective."""
+        """Return the rollout of a step, with new groups in place of rejected ones (loss.refill_rounds). Collective.
+
+        Raises RolloutInterrupted on all ranks if a stop was requested before the rollout was complete. The groups so
+        far are in `state.in_flight`, so that a resumed run makes the same rollout from them.
+        """
         self._drop_solved(step)
         progress = self._display.progress("rollout")
-        rollout, loss = self._first(step, progress), self._config.loss
+        first, loss = self._first(step, progress), self._config.loss
+        rollout, sampler = first, self._state.sampler
         for attempt in range(1, loss.refill_rounds + 1):
             missing = step.stage.prompts_per_step
             missing -= len(select(rollout.groups, loss, self._config.reward, step.stage).kept)
             if missing <= 0:
                 break
-            rollout = rollout.plus(self._refill(step, attempt, missing, progress))
+            refill = self._refill(step, attempt, missing, progress)
+            if refill.interrupted:
+                # The resumed step draws the same prompts again for its refills.
+                self._state.sampler = sampler
+                self._state.in_flight.carried = [OpenGroup(g.prompt, g.responses, g.scores) for g in first.groups]
+                raise RolloutInterrupted
+            rollout = rollout.plus(refill)
         return rollout
 
     def skip(self, step: Step) -> None:
         """Take the prompts of a step whose rollout the caller has."""
         self._drop_solved(step)
         self._next_work(step)
+        if self._config.rollout.partial_tokens is None:
+            # Those of a stop in a rollout, all of which belong to this step.
+            self._state.in_flight.carried = []
 
     def start_next(self, step: Step) -> None:
         """Start to make the rollout after `step`, if there is a next step. Without overlap, let the engine rest.
@@ -99,8 +116,10 @@ class RolloutQueue:
         if self._making is not None:
             making, self._making = self._making, None
             # In this thread: collectives of two threads would be called in different orders on different ranks.
-            self._state.in_flight.ahead = exchange(self._world, making.result(), *self._work)
-            self._state.in_flight.carried = list(self._state.in_flight.ahead.open)
+            ahead = exchange(self._world, making.result(), *self._work)
+            # An interrupted rollout is completed by the resumed run, at the start of the next step.
+            self._state.in_flight.ahead = None if ahead.interrupted else ahead
+            self._state.in_flight.carried = list(ahead.open)
 
     def close(self) -> None:
         """Abort the rollout that is being made."""
@@ -121,6 +140,8 @@ class RolloutQueue:
         prompts, sampling, carried = self._next_work(step)
         rollout = exchange(self._world, self._make(prompts, sampling, carried, progress), prompts, carried)
         in_flight.carried = list(rollout.open)
+        if rollout.interrupted:
+            raise RolloutInterrupted
         return rollout
 
     def _refill(self, step: Step, attempt: int, count: int, progress: Progress) -> Rollout:
@@ -161,6 +182,7 @@ class RolloutQueue:
             deadline_s=rollout.deadline_s,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
+            stop=self._run_stops,
         )
 
     def _make(self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], progress: Progress) -> Rollout:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from or1.core import faults
 from or1.core.types import TrainSequence
-from or1.dist.fsdp import local_shard
+from or1.dist.fsdp import local_shard, sum_replicas
 from or1.magic.denominator import TOKEN_MEAN, Normaliser
 from or1.model.forward import lm_head, trained_rows
 from or1.model.rows import Microbatch, keep_known
@@ -59,6 +59,7 @@ def update(
                 row_loss, token_stats = on_all_ranks(policy, train, batch)
                 loss += row_loss
                 row_stats.add_row(batch, token_stats, policy.old_is_engine)
+    sum_replicas(optimizer.gradients().values(), policy.world)
     stats.add_rows(row_stats)
     if policy.routers is not None:
         stats.routing.append(policy.routers.metrics(policy.world))

@@ -14,7 +14,7 @@ import pytest
 from or1.commands import restarts
 from or1.dist.local_ranks import _pass_on
 from or1.run.checkpoint import MANIFEST, committed_steps
-from tests.helpers.ranks import or1_ranks
+from tests.helpers.ranks import free_port, or1_ranks
 from tests.helpers.small_run import arguments, lines
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "or1")
@@ -141,4 +141,35 @@ def test_a_run_with_restarts_survives_sigkill_and_forwards_sigterm(tmp_path: Pat
     text = log.read_text()
     stopped = max(committed_steps(run_dir / "checkpoints"))
     assert stopped < 61 and f"stopped after step {stopped}, which is committed" in text
+    assert [line["step"] for line in lines(run_dir)] == list(range(stopped + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_nodes_without_a_scheduler_are_one_torchrun_line_each(tmp_path: Path) -> None:
+    """The lines of docs/long-runs.md, with two processes of this machine as the nodes; one is asked to stop."""
+    run_dir, port = tmp_path / "run", free_port()
+    settings = {"stage__0__steps": 300, "stage__1__steps": 1, "dist__shard_ranks": 1, "checkpoint__every_steps": 2}
+
+    def node(rank: int) -> subprocess.Popen:
+        line = f"--nnodes=2 --node-rank={rank} --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={port}"
+        command = [sys.executable, "-m", "torch.distributed.run", *line.split(), "--shutdown-timeout=100"]
+        with (tmp_path / f"log {rank}").open("w") as file:
+            return subprocess.Popen(
+                [*command, "-m", "or1", *arguments(run_dir, **settings)], stdout=file, stderr=subprocess.STDOUT
+            )
+
+    nodes = [node(rank) for rank in range(2)]
+    try:
+        wait_for_step(run_dir, nodes[0], 2)
+        for each in nodes:
+            each.send_signal(signal.SIGTERM)
+        for each in nodes:
+            each.wait(100)
+    finally:
+        for each in nodes:
+            each.kill()
+    log = (tmp_path / "log 0").read_text()
+    stopped = max(committed_steps(run_dir / "checkpoints"))
+    assert f"stopped after step {stopped}, which is committed" in log, log
     assert [line["step"] for line in lines(run_dir)] == list(range(stopped + 1))

@@ -95,6 +95,23 @@ def test_f14_sigterm_to_one_rank_finishes_the_step_and_commits_on_both(two_ranks
     assert all(t.equal(theirs.tensors[name]) for name, t in ours.tensors.items())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_f14_sigterm_to_one_rank_in_a_rollout_keeps_what_is_finished_on_both(two_ranks: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = {"checkpoint__every_steps": 100, "rollout__batch_size": 1}
+    fault = "rollout.token:rank1:step2:term"
+    assert or1_ranks(2, arguments(run_dir, **settings), log, OR1_FAULT=fault) == [0, 0]
+    assert committed_steps(run_dir / "checkpoints") == [1]
+    assert "stopped in the rollout of step 2" in output(log, 0) and "stopped after step 1" in output(log, 0)
+    groups = load_checkpoint(run_dir / "checkpoints" / "step_1").state["in_flight"]["groups"]
+    scored = [member[3] is not None for _, members, _ in groups for member in members]
+    assert len(scored) == 16 and any(scored) and not all(scored), "rank 0 finished its part, rank 1 did not"
+    assert or1_ranks(2, arguments(run_dir, **settings), log) == [0, 0]
+    for a, b in zip(lines(run_dir), lines(two_ranks), strict=True):
+        assert a.get("optim/loss", 0.0) == pytest.approx(b.get("optim/loss", 0.0), rel=1e-4, abs=1e-7)
+
+
 @pytest.mark.timeout(200)
 def test_f14_a_second_sigterm_ends_at_once_and_the_last_commit_stands(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"

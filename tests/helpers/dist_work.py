@@ -69,9 +69,12 @@ def one_update(
     counts: list[int],
     checkpointing: bool = False,
     sharing: Sharing = "off",
+    *,
+    shard_ranks: int | None = None,
 ) -> list[dict]:
     """Return gradients and metrics of an update for each count of sequences, from the checkpoint's weights."""
-    with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=60), torch.device("cpu")) as world:
+    dist = DistConfig(sequence_parallel=sequence_parallel, timeout_s=60, shard_ranks=shard_ranks)
+    with join(dist, torch.device("cpu")) as world:
         results = []
         for count in counts:
             config = ModelConfig(path=str(path), dtype=dtype, device="cpu", gradient_checkpointing=checkpointing)
@@ -157,13 +160,19 @@ class OutOfMemoryOnce:
 
 
 def update_out_of_memory(
-    model_config: ModelConfig, sequence_parallel: int, rows: tuple[int, int], failures: list[tuple]
+    model_config: ModelConfig,
+    sequence_parallel: int,
+    rows: tuple[int, int],
+    failures: list[tuple],
+    *,
+    shard_ranks: int | None = None,
 ) -> list[dict]:
     """Old log-probs and an update in rows of rows[1]; then the same for each of `failures`.
 
     A failure is (phase, {rank: place}): rows of rows[0] in the phase "score" or "update", where a rank fails.
     """
-    with join(DistConfig(sequence_parallel=sequence_parallel, timeout_s=30), torch.device("cpu")) as world:
+    dist = DistConfig(sequence_parallel=sequence_parallel, timeout_s=30, shard_ranks=shard_ranks)
+    with join(dist, torch.device("cpu")) as world:
         results = []
         for failing, places in [("", {}), *failures]:
             model = load_model(model_config, world).train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
-from or1.config import ModelConfig, OptimConfig
+from or1.config import DistConfig, ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model import selective
 from or1.model.load import load_model
@@ -60,7 +60,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def choices(dtype: str, optim: OptimConfig | None = None, device: Device = CPU, **model: object) -> Choices:
     sections = SimpleNamespace(
-        model=ModelConfig(path="x", dtype=dtype, device="cpu", **model), optim=optim or OptimConfig()
+        model=ModelConfig(path="x", dtype=dtype, device="cpu", **model), optim=optim or OptimConfig(), dist=DistConfig()
     )
     return choices_of(sections, device, gpus=1)
 

@@ -20,7 +20,7 @@ from or1.core.types import Prompt, Response, Score, Status, TrainSequence
 from or1.dist.oom_retry import RowBudget
 from or1.magic.advantage import group_advantages
 from or1.rollout.collect import collect
-from or1.rollout.engine import Sampling
+from or1.rollout.engine import INTERRUPTED, Sampling
 from or1.rollout.vllm import local as vllm_local
 from or1.rollout.vllm.local import LocalEngine
 from or1.train.metrics import UpdateStats
@@ -136,6 +136,23 @@ def test_a_straggler_is_aborted_at_the_deadline(side: Side) -> None:
         assert side.drift(prompts, [f for f in found if len(f.response.token_ids)]) < 1e-4
     # Nothing of them is left in the engine.
     assert len(side.generate(prompts, max_tokens=4)) == 16
+
+
+def test_a_stop_hands_over_the_tokens_so_far_and_a_later_call_goes_on(side: Side) -> None:
+    prompts = prompts_of(2)
+    with side.endless():
+        began = time.monotonic()
+        sampling = Sampling(1.0, 500, 4, 3, stop=lambda: time.monotonic() > began + 0.5)
+        first = {(f.prompt, f.sample): f.response for f in side.engine.generate(prompts, sampling)}
+        cut = {slot: r for slot, r in first.items() if r.finish == INTERRUPTED}
+        assert len(first) == 8 and cut and all(len(r.token_ids) == len(r.logp) < 500 for r in cut.values())
+        assert any(len(r.token_ids) for r in cut.values())
+        rest = list(side.engine.generate(prompts, Sampling(1.0, 500, 4, 3), cut))
+        assert {(f.prompt, f.sample) for f in rest} == cut.keys()
+        for f in rest:
+            before = cut[f.prompt, f.sample].token_ids
+            assert f.response.finish in ("stop", "length") and (f.response.token_ids[: len(before)] == before).all()
+        assert side.drift(prompts, rest) < 1e-4
 
 
 def test_a_response_goes_on_under_the_next_policy_with_a_version_per_token(side: Side) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from or1.core.errors import EngineError, ServerLost
 from or1.core.types import Prompt, Response
-from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.engine import INTERRUPTED, Finished, Job, Sampling, Slot, continued, decoded, jobs_of
 from or1.rollout.vllm.drafts import DraftCounts, counts_on
 from or1.rollout.vllm.process import MODEL_NAME, bearer, may_take_proxy
 from or1.rollout.vllm.setup import VllmSetup
@@ -125,11 +125,14 @@ class ServerClient:
     ) -> Iterator[Finished]:
         """Yield responses as they finish, and remove them from `waiting`. Raises ServerLost."""
         streams = Streams(self.url, self.address.token, self._bodies(list(waiting.values()), sampling))
-        heard = time.monotonic()
+        heard, finish = time.monotonic(), "deadline"
         try:
             while waiting:
                 left = WATCH_S if deadline is None else min(WATCH_S, deadline - time.monotonic())
                 if left <= 0:
+                    break
+                if sampling.stop():
+                    finish = INTERRUPTED
                     break
                 try:
                     event = streams.events.get(timeout=left)
@@ -145,7 +148,7 @@ class ServerClient:
         finally:
             streams.close()
         for slot in list(waiting):
-            yield self._finished(waiting.pop(slot), "deadline")
+            yield self._finished(waiting.pop(slot), finish)
 
     def _finished(self, done: _Unfinished, finish: str) -> Finished:
         return decoded(done.job, done.response(finish, self.version), self._tokenizer)

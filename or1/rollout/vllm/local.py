@@ -19,13 +19,17 @@ from or1.core import faults
 from or1.core.errors import EngineError
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
-from or1.rollout.engine import Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.engine import INTERRUPTED, Finished, Sampling, Slot, continued, decoded, jobs_of
 from or1.rollout.vllm.drafts import DraftCounts, counts_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Steps of vLLM between two looks at `Sampling.stop`, on which ranks that share a model have to agree.
+_STOP_STEPS = 16
 
 
 @dataclass
@@ -74,14 +78,17 @@ class LocalEngine:
         requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}")
         requests.add(jobs)
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
+        steps = itertools.count(1)
         try:
             while requests.open:
                 yield from self._finished(requests.step())
                 # Ranks that share a model must abort at the same step, so the first rank's clock decides.
                 if deadline is not None and self._ranks.agree(time.monotonic() > deadline):
-                    yield from self._finished(requests.abort())
+                    yield from self._finished(requests.abort("deadline"))
+                elif next(steps) % _STOP_STEPS == 0 and self._ranks.agree(sampling.stop()):
+                    yield from self._finished(requests.abort(INTERRUPTED))
         finally:
-            requests.abort()
+            requests.abort(INTERRUPTED)
 
     def _finished(self, done: list[_Done]) -> Iterator[Finished]:
         for request, finish in done:
@@ -172,11 +179,11 @@ class _Requests:
                 done.append((request, part.finish_reason))
         return done
 
-    def abort(self) -> list[_Done]:
-        """Abort the open requests; return them with the tokens generated so far."""
+    def abort(self, finish: str) -> list[_Done]:
+        """Abort the open requests; return them with the tokens generated so far and this finish reason."""
         if self.open:
             self._engine.abort_request(list(self.open))
-        done: list[_Done] = [(request, "deadline") for request in self.open.values()]
+        done: list[_Done] = [(request, finish) for request in self.open.values()]
         self.open.clear()
         return done
 
