@@ -106,8 +106,9 @@ class _Collection:
                 self._responses[p, s] = response
                 if score is not None:
                     self._finish((p, s), scored(score))
-                elif len(response.token_ids) >= sampling.max_tokens:
-                    # The limit is smaller than in the earlier call (a new stage), so the response cannot continue.
+                elif response.finish == "stop" or len(response.token_ids) >= sampling.max_tokens:
+                    # Finished and not yet scored when the run ended, or the limit is smaller than in the earlier call
+                    # (a new stage), so the response cannot continue.
                     self._finish((p, s), scorer.submit(group.prompt, response))
                 else:
                     self._unfinished[p, s] = response

@@ -205,7 +205,7 @@ class ServerClient:
             yield self._finished(waiting.pop(slot), "deadline", version)
 
     def _end_requests(self) -> None:
-        """End the open requests of a paused server. Their calls continue once `_gate`, which the caller holds, opens."""
+        """End the open requests of a paused server. Their calls continue when the caller releases `_gate`."""
         deadline = time.monotonic() + FLUSH_S
         for streams in list(self._open):
             streams.interrupt(max(deadline - time.monotonic(), 0.0))
