@@ -79,6 +79,7 @@ class RolloutQueue:
         self._drop_solved(step)
         progress = self._display.progress("rollout")
         rollout, loss = self._first(step, progress), self._config.loss
+        self._require_bound(rollout, step)
         for attempt in range(1, loss.refill_rounds + 1):
             missing = step.stage.prompts_per_step
             missing -= len(select(rollout.groups, loss, self._config.reward, step.stage).kept)
@@ -157,7 +158,6 @@ class RolloutQueue:
                 other.require_success()
             wait([making.future], timeout=_POLL_S)
         rollout = self._result(making)
-        self._require_bound(rollout, step)
         return replace(rollout, generate_s=time.perf_counter() - began, reward_s=0.0)
 
     def _start(self, step: Step) -> None:
@@ -194,6 +194,8 @@ class RolloutQueue:
 
     def _require_bound(self, rollout: Rollout, step: Step) -> None:
         """Raise RunError if a token is older than k versions. A rollout that starts in time has none."""
+        if self._config.rollout.partial_tokens is not None:
+            return  # Then a response gets older with every step that carries it on.
         oldest = self._state.policy_version - self._ahead
         found = [int(r.token_versions.min()) for g in rollout.groups for r in g.responses if len(r.token_ids)]
         if found and min(found) < oldest:

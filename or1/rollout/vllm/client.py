@@ -182,6 +182,8 @@ class ServerClient:
                 left = WATCH_S if deadline is None else min(WATCH_S, deadline - time.monotonic())
                 if left <= 0:
                     break
+                if self._closed:
+                    raise ServerLost(f"the client of vLLM at {self.url} was closed")
                 try:
                     event = streams.events.get(timeout=left)
                 except queue.Empty:
@@ -234,7 +236,7 @@ class ServerClient:
         ]
 
     def _require_life(self) -> None:
-        if self._closed or not self._is_alive():
+        if not self._is_alive():
             raise ServerLost("the vLLM server died")
         if time.monotonic() - self._heard > STALL_S:
             raise ServerLost(f"vLLM at {self.url} has sent nothing for {STALL_S:.0f} s")
