@@ -127,12 +127,12 @@ class InFlight:
         ahead = Rollout(done, generate_s=generate_s, reward_s=reward_s, open=list(carried))
         return cls(ahead, carried, lost, begun)
 
-    def take_begun(self, number: int, stage_index: int) -> Begun | None:
-        """Remove the rollout of a step from `begun` and return it; None without one, or if it is of another stage."""
+    def take_begun(self, number: int) -> Begun | None:
+        """Remove the rollout of a step from `begun` and return it; None without one."""
         found = next((each for each in self.begun if each.number == number), None)
         if found is not None:
             self.begun.remove(found)
-        return found if found is not None and found.stage_index == stage_index else None
+        return found
 
 
 def _closed(group: OpenGroup) -> Group | OpenGroup:

@@ -1,10 +1,10 @@
-"""A rollout in the making: its work, what is finished of it, and what a resumed run needs to go on with it."""
+"""A rollout in the making: its work, what is finished of it, and what a resumed run needs to continue it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Making:
         # What the engine and the scorer have returned so far, by the group's number in the call of `collect_share`.
         self._finished: dict[Slot, Response] = {}
         self._scores: dict[int, Future[Score]] = {}
-        self._calls: list[tuple[Sequence[int], Any]] = []
+        self._calls: list[tuple[Sequence[int], _Interruptible]] = []
         self.future: Future[Rollout] | None = None
         self.finished, self.total = 0, 0
 
@@ -86,8 +86,7 @@ class Making:
         places = [*self._carried, *self._fresh]
         found: dict[Slot, Response] = {}
         for numbers, call in list(self._calls):
-            if hasattr(call, "unfinished"):
-                found |= {(numbers[p], s): response for (p, s), response in call.unfinished().items()}
+            found |= {(numbers[p], s): response for (p, s), response in call.unfinished().items()}
         found |= dict(self._finished)
         return [
             (places[p], s, response, self._score(response)) for (p, s), response in sorted(found.items(), key=_slot)
@@ -117,7 +116,7 @@ class Making:
         """Note a finished response. slot: of the call of `collect_share`."""
         self._finished[slot] = response
 
-    def note_call(self, numbers: Sequence[int], call: Any) -> None:
+    def note_call(self, numbers: Sequence[int], call: _Interruptible) -> None:
         """Note a call of the engine. numbers: of its prompts in the call of `collect_share`."""
         self._calls.append((numbers, call))
 
@@ -128,6 +127,15 @@ class Making:
     def _score(self, response: Response) -> Score | None:
         future = self._scores.get(id(response))
         return future.result() if future is not None and future.done() else None
+
+
+@runtime_checkable
+class _Interruptible(Protocol):
+    """A call of an engine that takes weights while it generates."""
+
+    def unfinished(self) -> Mapping[Slot, Response]:
+        """Return the pending responses that have tokens, as they were at the last push."""
+        ...
 
 
 class _NotingEngine:
@@ -141,10 +149,16 @@ class _NotingEngine:
     ) -> Iterator[Finished]:
         numbers = range(len(prompts)) if sampling.numbers is None else sampling.numbers
         call = self._engine.generate(prompts, sampling, slots)
-        self._making.note_call(numbers, call)
-        for finished in call:
-            self._making.note((numbers[finished.prompt], finished.sample), finished.response)
-            yield finished
+        if isinstance(call, _Interruptible):
+            self._making.note_call(numbers, call)
+        try:
+            for finished in call:
+                self._making.note((numbers[finished.prompt], finished.sample), finished.response)
+                yield finished
+        finally:
+            # Noted, a call would outlive an error, and its requests with it.
+            if (close := getattr(call, "close", None)) is not None:
+                close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

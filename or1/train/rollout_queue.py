@@ -162,7 +162,13 @@ class RolloutQueue:
 
     def _start(self, step: Step) -> None:
         """Start to make the rollout of a step in a thread, or to continue it after a resume."""
-        begun = self._state.in_flight.take_begun(step.number, step.stage_index)
+        begun = self._state.in_flight.take_begun(step.number)
+        if begun is not None and begun.stage_index != step.stage_index:
+            self._display.message(
+                f"what was begun for step {step.number} is dropped: its stage was {begun.stage_index + 1} and is now "
+                f"{step.stage_index + 1}"
+            )
+            begun = None
         if begun is None:
             making = Making(step, *self._next_work(step))
         else:

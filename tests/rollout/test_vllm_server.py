@@ -140,7 +140,7 @@ class InBackground(threading.Thread):
             time.sleep(0.005)
 
     def all_found(self) -> list[Finished]:
-        self.join(120)
+        self.join(400)
         assert not self.is_alive() and self.error is None, self.error
         return sorted(self.found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,11 +73,15 @@ class _Unfinished:
 class Call(Iterator[Finished]):
     """The responses of one call of `generate`, as an iterator."""
 
-    def __init__(self, responses: Iterator[Finished], waiting: Mapping[Slot, _Unfinished]) -> None:
+    def __init__(self, responses: Generator[Finished, None, None], waiting: Mapping[Slot, _Unfinished]) -> None:
         self._responses, self._waiting = responses, waiting
 
     def __next__(self) -> Finished:
         return next(self._responses)
+
+    def close(self) -> None:
+        """Abort the pending responses."""
+        self._responses.close()
 
     def unfinished(self) -> dict[Slot, Response]:
         """Return the pending responses that have tokens, as they were at the last push. Callable from any thread."""
@@ -125,7 +129,7 @@ class ServerClient:
         waiting = {job.slot: _Unfinished(job) for job in jobs_of(prompts, sampling, slots)}
         return Call(self._responses(waiting, sampling), waiting)
 
-    def _responses(self, waiting: dict[Slot, _Unfinished], sampling: Sampling) -> Iterator[Finished]:
+    def _responses(self, waiting: dict[Slot, _Unfinished], sampling: Sampling) -> Generator[Finished, None, None]:
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         restarted = False
         while waiting:

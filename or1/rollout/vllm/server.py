@@ -91,7 +91,7 @@ class ServerEngine(ServerClient):
     def _pause(self) -> None:
         """Let the server abort its requests and report their tokens, if any are open; hold later ones back.
 
-        Not vLLM's mode "keep", which goes on with the cache of the old weights: a part of a stream could then hold
+        Not vLLM's mode "keep", which continues with the cache of the old weights: a part of a stream could then hold
         tokens of two versions, and the completions API of vLLM 0.32 does not tell them apart.
         """
         if not self._is_generating():
