@@ -142,7 +142,7 @@ STALE = ("rollout.engine=vllm", "rollout.vllm.placement=server", "rollout.max_st
         (["rollout.overlap=true", "loss.is_cap=2.0"], "rollout.overlap", "weights of its own"),
         (["rollout.partial_tokens=10"], "rollout.partial_tokens", "importance weights"),
         (["rollout.max_staleness=1", "rollout.engine=vllm"], "rollout.max_staleness", "importance weights"),
-        (["rollout.max_staleness=2", "loss.is_cap=2.0"], "rollout.max_staleness", "weights of its own"),
+        (["rollout.max_staleness=1", "loss.is_cap=2.0"], "rollout.max_staleness", "weights of its own"),
         ([*STALE, "rollout.vllm.placement=colocate"], "rollout.max_staleness", 'placement = "server"'),
         ([*STALE, "rollout.overlap=true"], "rollout.overlap", "is max_staleness = 1"),
         ([*STALE, "rollout.partial_tokens=10"], "rollout.partial_tokens", "beyond max_staleness = 2"),
