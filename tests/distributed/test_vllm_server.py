@@ -62,7 +62,9 @@ def test_a_shared_server_takes_weights_while_two_ranks_generate(tmp_path: Path) 
     records = lines(run_dir)[1:]
     assert [line["step"] for line in records] == list(range(1, 7))
     assert all(line["mismatch/check_max"] < 1e-3 for line in records), "every push arrived"
-    assert [line["policy/staleness_max"] for line in records] == [0, 1, 2, 2, 2, 0]
+    found = [line["policy/staleness_max"] for line in records]
+    # When a push meets a response is a matter of time, the bound is not. The last step is the first of its stage.
+    assert all(age <= most for age, most in zip(found, [0, 1, 2, 2, 2, 0], strict=True)) and max(found) > 0
     for number in range(1, 7):
         rows = pq.read_table(run_dir / "rollouts" / f"step_{number}.parquet").to_pylist()
         assert len(rows) == 16 and all(row["token_ids"] for row in rows)
