@@ -31,6 +31,10 @@ class SpeculativeConfig(Section):
     """With method = "ngram": most tokens that must match; longer matches are tried first."""
 
 
+MOST_STALENESS = 64
+"""Each step ahead takes a thread, and the responses of a rollout in memory."""
+
+
 class VllmConfig(Section):
     """`[rollout.vllm]`: has no effect with engine = "hf"."""
 
@@ -85,12 +89,20 @@ class RolloutConfig(Section):
     partial_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     """Partial rollouts: the most tokens that a response may gain in one step. An unfinished response continues under
     the next policy, and its group is trained when complete. Needs loss.is_cap. Absent means off."""
+    max_staleness: int = Field(0, ge=0, le=MOST_STALENESS)
+    """k: a token is sampled by a policy at most k updates of the engine before the one that trains on it. 0: on-policy.
+    1: the next step's responses are generated while this step trains. 2 or more: rollouts of so many steps ahead are in
+    the making while a server takes weights. Needs vllm and loss.is_cap; see docs/staleness.md."""
     overlap: bool = False
-    """Generate the next step's responses while training on those of this step, with weights one step old. Needs vllm
-    and loss.is_cap. A step after which a stage may end has no overlap with the next one."""
+    """The same as max_staleness = 1. A step after which a stage may end has no overlap with the next one."""
     verify_every: int = Field(10, ge=0, le=MOST_STEPS)
     """Compare the log-probs of engine and trainer after every this many weight updates; 0 means never. hf shares the
     weights and needs no check."""
     reproducible: bool = True
     """Give each response its own seed. false: vLLM samples faster on a GPU, but runs are not reproducible."""
     vllm: VllmConfig = VllmConfig()
+
+    @property
+    def steps_ahead(self) -> int:
+        """The largest number of steps that a rollout is made ahead of its own: max_staleness, or 1 with overlap."""
+        return max(self.max_staleness, int(self.overlap))

@@ -202,8 +202,9 @@ def _eval_names_unique(config: Config) -> Iterator[Problem]:
 def _importance_weights_sound(config: Config) -> Iterator[Problem]:
     rollout, loss = config.rollout, config.loss
     if loss.is_cap is None:
-        for name, value in (("partial_tokens", rollout.partial_tokens), ("overlap", rollout.overlap or None)):
-            if value is not None:
+        stale = {name: getattr(rollout, name) for name in ("partial_tokens", "overlap", "max_staleness")}
+        for name, value in stale.items():
+            if value:
                 yield Problem(
                     f"rollout.{name}",
                     f"{str(value).lower()} trains on tokens of older policies, which "
@@ -253,11 +254,6 @@ def _sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
 
 def _engine_fits(config: Config) -> Iterator[Problem]:
     rollout, vllm = config.rollout, config.rollout.vllm
-    if rollout.overlap and rollout.engine != "vllm":
-        yield Problem(
-            "rollout.overlap",
-            f'true needs an engine with weights of its own, but rollout.engine = "{rollout.engine}"; set it to "vllm"',
-        )
     if vllm.url is not None and vllm.placement != "server":
         yield Problem(
             "rollout.vllm.url",
@@ -268,6 +264,39 @@ def _engine_fits(config: Config) -> Iterator[Problem]:
             "rollout.partial_tokens",
             f"{rollout.partial_tokens} carries groups from one stage into the "
             "next, so all stages need the same group_size",
+        )
+
+
+def _staleness_sound(config: Config) -> Iterator[Problem]:
+    rollout, k = config.rollout, config.rollout.max_staleness
+    name, value = ("overlap", "true") if rollout.overlap else ("max_staleness", str(k))
+    if rollout.steps_ahead and rollout.engine != "vllm":
+        yield Problem(
+            f"rollout.{name}",
+            f"{value} needs an engine with weights of its own, but rollout.engine = "
+            f'"{rollout.engine}"; set it to "vllm"',
+        )
+    if k < 2:
+        return
+    if rollout.overlap:
+        yield Problem("rollout.overlap", f"true is max_staleness = 1, but max_staleness = {k}; remove one of them")
+    if rollout.vllm.placement != "server":
+        yield Problem(
+            "rollout.max_staleness",
+            f"{k} lets the engine generate at all times, also while weights are pushed; a colocated vLLM works in "
+            'turns with the trainer. Set rollout.vllm.placement = "server", or max_staleness = 1',
+        )
+    if rollout.partial_tokens is not None:
+        yield Problem(
+            "rollout.partial_tokens",
+            f"{rollout.partial_tokens} carries responses from step to step beyond max_staleness = {k}, under which "
+            "responses continue across pushes anyway; remove one of them",
+        )
+    if config.deterministic:
+        yield Problem(
+            "rollout.max_staleness",
+            f"{k} pushes weights while the engine generates, so the tokens depend on time, and deterministic = true "
+            "wants equal bits from equal settings; set max_staleness = 1, or deterministic = false",
         )
 
 
@@ -299,11 +328,10 @@ def _magic_variants_sound(config: Config) -> Iterator[Problem]:
             f"{loss.refill_rounds} has no effect without rejection; set "
             "loss.reject_zero_advantage = true, or remove it",
         )
-    if loss.refill_rounds and (config.rollout.overlap or config.rollout.partial_tokens is not None):
+    if loss.refill_rounds and config.rollout.partial_tokens is not None:
         yield Problem(
             "loss.refill_rounds",
-            f"{loss.refill_rounds} needs whole rollouts made in their own step; remove "
-            "it, or rollout.overlap and rollout.partial_tokens",
+            f"{loss.refill_rounds} needs groups that are complete in their step; remove it, or rollout.partial_tokens",
         )
     for i, stage in enumerate(config.stage):
         if reward.overlong_buffer > stage.max_response_tokens:
@@ -354,6 +382,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _sampled_from_all_tokens,
     _importance_weights_sound,
     _engine_fits,
+    _staleness_sound,
     _vllm_samples,
     *VLLM_RULES,
     _magic_variants_sound,

@@ -164,6 +164,13 @@ METRICS = (
         "staleness",
         "Mean over sampled tokens of the policy versions between sampling and this update.",
     ),
+    Metric(
+        "policy/staleness_max",
+        COUNT,
+        "count",
+        "staleness, largest",
+        "Largest number of policy versions between the sampling of a token and this update.",
+    ),
     Metric("mismatch/kl", NATS, "short", "mismatch KL", "k3 estimate of KL(engine || trainer) per trained token."),
     Metric(
         "mismatch/ratio_max",

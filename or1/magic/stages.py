@@ -90,11 +90,15 @@ class Stages:
         """Return True if the current stage ends with step `number` at the latest."""
         return self._is_last(self.now, number)
 
-    def may_end(self, number: int) -> bool:
-        """Return True if the current stage may end with step `number`, by its length or by an evaluation."""
-        stage = self._config.stage[self.now.index]
-        due = stage.until == "plateau" and number % self._config.eval.every_steps == 0
-        return self.is_last_step(number) or (due and len(self.now.history) + 1 >= 2 * stage.plateau_evals)
+    def may_end(self, number: int, done: int | None = None) -> bool:
+        """Return True if the current stage may end with step `number`, by its length or by an evaluation.
+
+        done  the last step whose evaluation is in the history; None: the step before `number`
+        """
+        stage, every = self._config.stage[self.now.index], self._config.eval.every_steps
+        due = stage.until == "plateau" and number % every == 0
+        coming = number // every - (number - 1 if done is None else done) // every
+        return self.is_last_step(number) or (due and len(self.now.history) + coming >= 2 * stage.plateau_evals)
 
     def finish_step(self, number: int, metrics: Mapping[str, float]) -> str | None:
         """Record the metrics of step `number`, and start the next stage if the current one ends with that step.

@@ -124,8 +124,8 @@ class _Collection:
                 if score is not None:
                     self._finish((p, s), scored(score))
                 elif response.finish == "stop" or len(response.token_ids) >= sampling.max_tokens:
-                    # A stopped call had no score yet. Or the limit is smaller than in the earlier call (a new stage):
-                    # then the response cannot continue.
+                    # Finished and not yet scored when the run ended, or the limit is smaller than in the earlier call
+                    # (a new stage), so the response cannot continue.
                     self._finish((p, s), scorer.submit(group.prompt, response))
                 elif len(response.token_ids):
                     self._unfinished[p, s] = response

@@ -1,9 +1,9 @@
-"""Responses that outlive their step, as checkpoint data: a rollout generated one step ahead, and open groups."""
+"""Responses that outlive their step, as checkpoint data: rollouts that are ready or in the making, and open groups."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,25 +20,44 @@ _DTYPES = {"token_ids": np.int32, "logp": np.float32, "versions": np.int32}
 
 
 @dataclass
+class Begun:
+    """A rollout in the making, as far as it has come.
+
+    number, stage_index  of its step
+    groups               in the order of the rollout; a Group once all of its responses have scores
+    """
+
+    number: int
+    stage_index: int
+    groups: list[Group | OpenGroup]
+
+
+@dataclass
 class InFlight:
     """Rollout data that a step passes to the next.
 
     ahead    the next step's rollout, if it was generated early
     carried  groups that continue under the next policy
     lost     number of groups in the checkpoint whose prompts are no longer in the data
+    begun    rollouts in the making at the time of the checkpoint, in step order (rollout.max_staleness above 1)
+    making   returns the rollouts that are in the making now, which `to_checkpoint` saves as `begun`. Collective
     """
 
     ahead: Rollout | None = None
     carried: list[OpenGroup] = field(default_factory=list)
     lost: int = 0
+    begun: list[Begun] = field(default_factory=list)
+    making: Callable[[], list[Begun]] | None = None
 
     def to_checkpoint(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return JSON data and tensors, both empty if nothing is in flight.
+        """Return JSON data and tensors, both empty if nothing is in flight. Collective.
 
         prompts  all prompts of the run; groups refer to them by index
         """
+        begun = self.begun if self.making is None else self.making()
         index = {id(prompt): i for i, prompt in enumerate(prompts)}
         groups: list[Group | OpenGroup] = [*(self.ahead.groups if self.ahead else []), *self.carried]
+        groups += [group for each in begun for group in each.groups]
         if not groups and self.ahead is None:
             return {}, {}
         responses = [response for group in groups for response in group.responses]
@@ -55,6 +74,8 @@ class InFlight:
             "groups": [[index[id(g.prompt)], _members(g), _mark(g.prompt)] for g in groups],
             "closed": None,
         }
+        if begun:
+            state["begun"] = [[each.number, each.stage_index, len(each.groups)] for each in begun]
         if self.ahead is not None:
             state["closed"] = len(self.ahead.groups)
             state["seconds"] = [self.ahead.generate_s, self.ahead.reward_s]
@@ -79,6 +100,10 @@ class InFlight:
         closed: int | None = state["closed"]
         done: list[Group] = []
         carried: list[OpenGroup] = []
+        begun = [Begun(number, stage, []) for number, stage, _ in state.get("begun", [])]
+        # For each group at the end of the list, the rollout in the making that it belongs to.
+        owners = [each for each, (*_, size) in zip(begun, state.get("begun", []), strict=True) for _ in range(size)]
+        others = len(state["groups"]) - len(owners)
         at = lost = 0
         for number, (index, members, *mark) in enumerate(state["groups"]):
             tokens = sum(member[0] for member in members)
@@ -90,13 +115,30 @@ class InFlight:
             elif closed is not None and number < closed:
                 scores = [score for score in _scores(members) if score is not None]
                 done.append(Group(prompts[place], _responses(members, part, tokenizer), tuple(scores)))
+            elif number >= others:
+                open_group = OpenGroup(prompts[place], _responses(members, part, tokenizer), _scores(members))
+                owners[number - others].groups.append(_closed(open_group))
             else:
                 carried.append(OpenGroup(prompts[place], _responses(members, part, tokenizer), _scores(members)))
         # A rollout without any group left is generated again.
         if closed is None or (closed and not done):
-            return cls(None, carried, lost)
+            return cls(None, carried, lost, begun)
         generate_s, reward_s = state["seconds"]
-        return cls(Rollout(done, generate_s=generate_s, reward_s=reward_s, open=list(carried)), carried, lost)
+        ahead = Rollout(done, generate_s=generate_s, reward_s=reward_s, open=list(carried))
+        return cls(ahead, carried, lost, begun)
+
+    def take_begun(self, number: int) -> Begun | None:
+        """Remove the rollout of a step from `begun` and return it; None without one."""
+        found = next((each for each in self.begun if each.number == number), None)
+        if found is not None:
+            self.begun.remove(found)
+        return found
+
+
+def _closed(group: OpenGroup) -> Group | OpenGroup:
+    """Return the group as a Group if all of its scores are known."""
+    scores = [score for score in group.scores if score is not None]
+    return Group(group.prompt, group.responses, tuple(scores)) if len(scores) == len(group.scores) else group
 
 
 def _place(index: int, mark: list[str], prompts: Sequence[Prompt], places: Mapping[str, int]) -> int | None:

@@ -65,7 +65,7 @@ def require_room(
         held["reference model"] = _bytes_of(reference)
     gradients = held.pop("gradients")
     # A colocated engine sleeps while gradients exist, except with overlap. A server never sleeps.
-    sleeps = config.rollout.vllm.placement == "colocate" and not config.rollout.overlap
+    sleeps = config.rollout.vllm.placement == "colocate" and not config.rollout.steps_ahead
     _require(held | {"gradients": gradients}, "backward", gpu, None if sleeps else config.rollout.vllm.gpu_memory)
     _require(held, "generation", gpu, config.rollout.vllm.gpu_memory)
 

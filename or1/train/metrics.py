@@ -84,13 +84,16 @@ def engine_metrics(rollout: Rollout, version: int) -> dict[str, float]:
     completion/deadline   share of responses that the deadline aborted
     group/open            groups that continue under the next policy
     policy/staleness      mean number of policies between the one that sampled a token and the one that trains on it
+    policy/staleness_max  its largest value
     """
     responses = [response for group in rollout.groups for response in group.responses]
     behind = sum(float((version - r.token_versions).sum()) for r in responses)
+    oldest = min((int(r.token_versions.min()) for r in responses if len(r.token_ids)), default=version)
     return {
         "completion/deadline": sum(r.finish == "deadline" for r in responses) / max(len(responses), 1),
         "group/open": float(len(rollout.open)),
         "policy/staleness": behind / max(sum(len(r.token_ids) for r in responses), 1),
+        "policy/staleness_max": float(version - oldest),
     }
 
 

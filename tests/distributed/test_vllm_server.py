@@ -52,6 +52,24 @@ def test_f15_the_death_of_a_shared_server_ends_a_run_that_then_resumes(tmp_path:
         assert len(rows) == responses and {row["version"] for row in rows} == {step - 1}
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(500)
+def test_a_shared_server_takes_weights_while_two_ranks_generate(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    ahead = {"rollout__max_staleness": 2, "loss__is_cap": 2.0, "rollout__verify_every": 1, "stage__0__steps": 5}
+    command = arguments(run_dir, **SETTINGS | ahead)
+    assert or1_ranks(2, command, log, timeout=300) == [0, 0], Path(f"{log}.0").read_text()[-3000:]
+    records = lines(run_dir)[1:]
+    assert [line["step"] for line in records] == list(range(1, 7))
+    assert all(line["mismatch/check_max"] < 1e-3 for line in records), "every push arrived"
+    found = [line["policy/staleness_max"] for line in records]
+    # When a push meets a response is a matter of time, the bound is not. The last step is the first of its stage.
+    assert all(age <= most for age, most in zip(found, [0, 1, 2, 2, 2, 0], strict=True)) and max(found) > 0
+    for number in range(1, 7):
+        rows = pq.read_table(run_dir / "rollouts" / f"step_{number}.parquet").to_pylist()
+        assert len(rows) == 16 and all(row["token_ids"] for row in rows)
+
+
 def server_of(trainer: int) -> int:
     """Process id of the vLLM server that a trainer started."""
     children = ["ps", "-o", "pid=,args=", "--ppid", str(trainer)]

@@ -83,6 +83,62 @@ def test_resume_with_a_rollout_made_ahead_and_open_groups_repeats_the_run(
     assert any(line["group/open"] > 0 for line in ours[1:])
 
 
+STALE = ('rollout.engine="vllm"', 'rollout.vllm.placement="server"', "rollout.max_staleness=2", "loss.is_cap=2.0")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_quickstart_gains_with_rollouts_two_steps_ahead(
+    tmp_path: Path, or1: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = (*STALE, f"run_dir={run_dir}", "stage.0.steps=10", "stage.1.steps=15")
+    done = or1("train", "examples/quickstart.toml", *(x for s in settings for x in ("--set", s)), timeout=1400)
+    assert done.returncode == 0, done.stderr
+    records = lines(run_dir)
+    accuracy = [r["eval/greedy/avg@1"] for r in records if "eval/greedy/avg@1" in r]
+    staleness = [r["policy/staleness"] for r in records[1:]]
+    print(f"{accuracy[0]:.1%} -> {accuracy[-1]:.1%}, mean staleness {sum(staleness) / len(staleness):.2f}")
+    assert accuracy[-1] - accuracy[0] >= 0.15
+    assert 1 <= max(r["policy/staleness_max"] for r in records[1:]) <= 2 and max(staleness) > 0
+    # The first rollout of a stage waits for its stage.
+    assert [records[n]["policy/staleness_max"] for n in (1, 11)] == [0, 0]
+    checks = [r["mismatch/check_max"] for r in records if "mismatch/check_max" in r]
+    assert len(checks) == 2 and max(checks) < 1e-4
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(700)
+def test_a_run_killed_with_rollouts_in_the_making_loses_none_of_them(
+    root: Path, or1: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    more = (*STALE, "stage.0.steps=2", "stage.1.steps=6", "eval.every_steps=3", "checkpoint.every_steps=2")
+    kill_after_step(root, killed, 4, *more)
+    saved = load_checkpoint(killed / "checkpoints" / f"step_{max(committed_steps(killed / 'checkpoints'))}")
+    state = saved.state["in_flight"]
+    assert [number - saved.step for number, *_ in state["begun"]] == [1, 2]
+    resumed = or1(*arguments(killed, *more))
+    assert resumed.returncode == 0 and "resumed after step" in resumed.stdout, resumed.stderr
+    assert [line["step"] for line in lines(killed)] == list(range(9))
+    assert all(line["policy/staleness_max"] <= 2 for line in lines(killed)[1:])
+    # Every token of the checkpoint is in a rollout that it was made for, with its version.
+    rows = [
+        list(zip(row["token_ids"], row["versions"] or [row["version"]] * len(row["token_ids"]), strict=True))
+        for step in (saved.step + 1, saved.step + 2)
+        for row in pq.read_table(killed / "rollouts" / f"step_{step}.parquet").to_pylist()
+    ]
+    starts = {tuple(row[:length]) for row in rows for length in range(len(row) + 1)}
+    ids, versions = (saved.tensors[f"rollout.{name}"].tolist() for name in ("token_ids", "versions"))
+    tokens, at = list(zip(ids, versions, strict=True)), 0
+    for _, members, _ in state["groups"]:
+        for length, *_ in members:
+            assert tuple(tokens[at : at + length]) in starts
+            at += length
+    assert at == len(tokens) > 0
+    assert all(row == sorted(row, key=lambda token: token[1]) for row in rows), "versions only rise"
+
+
 def test_doctor_runs_a_canary_without_an_update(or1: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = or1("doctor", "examples/quickstart.toml", "--set", 'rollout.engine="vllm"')
     assert done.returncode == 0, done.stdout + done.stderr

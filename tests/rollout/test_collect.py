@@ -129,6 +129,9 @@ def test_a_response_that_a_whole_call_did_not_advance_is_truncated(side: Side) -
     assert [s.status for s in rollout.groups[0].scores] == [Status.TRUNCATED] * 4
 
 
+STALE = ("rollout.engine=vllm", "rollout.vllm.placement=server", "rollout.max_staleness=2", "loss.is_cap=2.0")
+
+
 @pytest.mark.parametrize(
     ("overrides", "where", "word"),
     [
@@ -138,6 +141,12 @@ def test_a_response_that_a_whole_call_did_not_advance_is_truncated(side: Side) -
         (["rollout.overlap=true", "rollout.engine=vllm"], "rollout.overlap", "importance weights"),
         (["rollout.overlap=true", "loss.is_cap=2.0"], "rollout.overlap", "weights of its own"),
         (["rollout.partial_tokens=10"], "rollout.partial_tokens", "importance weights"),
+        (["rollout.max_staleness=1", "rollout.engine=vllm"], "rollout.max_staleness", "importance weights"),
+        (["rollout.max_staleness=1", "loss.is_cap=2.0"], "rollout.max_staleness", "weights of its own"),
+        ([*STALE, "rollout.vllm.placement=colocate"], "rollout.max_staleness", 'placement = "server"'),
+        ([*STALE, "rollout.overlap=true"], "rollout.overlap", "is max_staleness = 1"),
+        ([*STALE, "rollout.partial_tokens=10"], "rollout.partial_tokens", "beyond max_staleness = 2"),
+        ([*STALE, "deterministic=true"], "rollout.max_staleness", "depend on time"),
         (["rollout.vllm.url=http://node:8000"], "rollout.vllm.url", "placement"),
     ],
 )
@@ -148,6 +157,15 @@ def test_what_would_train_wrongly_is_refused_with_the_reason(
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, overrides)
     assert word in {p.path: p.message for p in caught.value.problems}[where]
+
+
+def test_rollouts_ahead_on_a_server_are_accepted_with_refills_and_a_deadline(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    config = load_config(QUICKSTART, [*STALE, "loss.refill_rounds=1", "rollout.deadline_s=60", "data.drop_solved=true"])
+    assert config.rollout.steps_ahead == 2
+    assert load_config(QUICKSTART, ["rollout.overlap=true", *STALE[:1], STALE[3]]).rollout.steps_ahead == 1
 
 
 def test_auto_is_the_embedded_engine_without_a_gpu(start: Callable[..., Side], checkpoint: Callable[..., Path]) -> None:

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,11 +21,15 @@ pytest.importorskip("vllm")
 import httpx
 
 from or1.core.errors import EngineError
-from or1.rollout.engine import Sampling
+from or1.core.types import Prompt, TrainSequence
+from or1.dist.oom_retry import RowBudget
+from or1.rollout.engine import Finished, Sampling
 from or1.rollout.vllm.process import ServerProcess, bearer
 from or1.rollout.vllm.push import BroadcastPush, FilePush, MappedPush, places_of
 from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
+from or1.train.rank_rows import Policy
+from or1.train.score import with_old_logp
 
 from .conftest import Side, prompts_of
 
@@ -118,6 +124,113 @@ def test_responses_go_on_under_the_next_policy(side: Side) -> None:
     for slot, response in second.items():
         assert response.token_ids[:10].tolist() == begun[slot].token_ids.tolist()
         assert response.token_versions.tolist() == [old] * 10 + [new] * (len(response.token_ids) - 10)
+
+
+class InBackground(threading.Thread):
+    """A call of `generate` in a thread of its own."""
+
+    def __init__(self, side: Side, prompts: list[Prompt], **settings: Any):
+        super().__init__()
+        self.found: list[Finished] = []
+        self.error: Exception | None = None
+        self.call = side.engine.generate(prompts, Sampling(**({"temperature": 1.0} | settings)))
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.found += self.call
+        except EngineError as error:
+            self.error = error
+
+    def await_tokens(self, count: int) -> None:
+        """Wait until every response has tokens, and one so many."""
+        while not all(lengths := [len(each.tokens) for each in dict(self.call._waiting).values()]) or (
+            max(lengths) < count
+        ):
+            assert self.is_alive(), self.error
+            time.sleep(0.005)
+
+    def all_found(self) -> list[Finished]:
+        self.join(400)
+        assert not self.is_alive() and self.error is None, self.error
+        return sorted(self.found)
+
+
+def scored(side: Side, prompts: list[Prompt], found: list[Finished]) -> list[np.ndarray]:
+    """Return log-probs of all tokens by the trainer's present weights."""
+    rows = [TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found]
+    return [each.old_logp for each in with_old_logp(Policy(side.model, RowBudget(4096), 1.0), rows)]
+
+
+def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_version(side: Side) -> None:
+    prompts, other = prompts_of(6), prompts_of(2, seed=1)
+    with side.endless():
+        first, by_version = side.engine.version, {}
+        calls = [
+            InBackground(side, prompts, max_tokens=600, samples=4, seed=3),
+            InBackground(side, other, max_tokens=300, samples=2, seed=4),
+        ]
+        weights = {}
+        for update in range(2):
+            calls[0].await_tokens(40)
+            weights[side.engine.version] = {name: p.clone() for name, p in side.model.named_parameters()}
+            before = calls[0].call.unfinished()
+            side.disturb(update, scale=0.02)
+            next_version(side)
+            began = calls[0].call.unfinished()
+            assert len(began) == 24 and all(len(r.token_ids) >= 1 for r in began.values())
+            for slot, earlier in before.items():
+                assert began[slot].token_ids[: len(earlier.token_ids)].tolist() == earlier.token_ids.tolist()
+        weights[side.engine.version] = {name: p.clone() for name, p in side.model.named_parameters()}
+        found, others = (call.all_found() for call in calls)
+        assert [f[:2] for f in found] == [(p, s) for p in range(6) for s in range(4)] and len(others) == 4
+        for version, tensors in weights.items():
+            with torch.no_grad():
+                for name, p in side.model.named_parameters():
+                    p.copy_(tensors[name])
+            by_version[version] = scored(side, prompts, found)
+    versions = [f.response.token_versions for f in found]
+    assert all(len(v) == 600 and set(v) == {first, first + 1, first + 2} and (np.diff(v) >= 0).all() for v in versions)
+    drifts = []
+    for own, others_ in ((0, False), (1, True)):
+        # By the weights that sampled each token, and by those one version later: only the first agree.
+        picked = [
+            np.abs(by_version[min(version + own, first + 2)][i][at] - f.response.logp[at])
+            for i, f in enumerate(found)
+            for version in weights
+            if (at := versions[i] == version).any()
+        ]
+        drifts.append(max(float(each.max()) for each in picked))
+        assert others_ or drifts[0] < 1e-4
+    assert drifts[1] > 0.01, "the versions do not differ enough for this test"
+    seen = [tuple(f.response.token_ids.tolist()) for f in found]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_death_in_flight_keeps_the_tokens_of_older_weights(side: Side) -> None:
+    prompts = prompts_of(4)
+    with side.endless():
+        first = side.engine.version
+        calls = [InBackground(side, prompts, max_tokens=900, samples=4, seed=seed) for seed in (1, 2)]
+        for call in calls:
+            call.await_tokens(20)
+        next_version(side)
+        kept = [call.call.unfinished() for call in calls]
+        for call in calls:
+            call.await_tokens(20)
+        os.kill(core_of(side.engine.process), signal.SIGKILL)
+        starts = side.engine._starts
+        found = [call.all_found() for call in calls]
+        assert side.engine._starts == starts + 1, "restarted once, whatever the number of calls"
+        next_version(side)
+    for before, after in zip(kept, found, strict=True):
+        assert len(after) == len(before) == 16
+        for f in after:
+            old = before[f[:2]]
+            assert f.response.token_ids[: len(old.token_ids)].tolist() == old.token_ids.tolist()
+            assert f.response.token_versions.tolist() == [first] * len(old.token_ids) + [first + 1] * (
+                900 - len(old.token_ids)
+            )
 
 
 def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:

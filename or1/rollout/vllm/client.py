@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,12 +13,13 @@ import httpx
 import numpy as np
 
 from or1.core.errors import EngineError, ServerLost
+from or1.core.seeds import seed_of
 from or1.core.types import Prompt, Response
 from or1.rollout.engine import INTERRUPTED, Finished, Job, Sampling, Slot, continued, decoded, jobs_of
 from or1.rollout.vllm.drafts import DraftCounts, counts_on
 from or1.rollout.vllm.process import MODEL_NAME, bearer, may_take_proxy
 from or1.rollout.vllm.setup import VllmSetup
-from or1.rollout.vllm.streams import Failed, Part, Streams
+from or1.rollout.vllm.streams import Failed, Part, Streams, Switch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ WATCH_S = 2.0
 STALL_S = 300.0
 """A live server that sends nothing for this long hangs. Prefilling the longest prompts takes seconds."""
 RPC_LIMIT_S = 600.0
+FLUSH_S = 5.0
+"""Longest time that a paused server may need to report the tokens which it has sampled."""
 
 
 class Address(NamedTuple):
@@ -54,9 +58,44 @@ class _Unfinished:
         added = (np.array(self.tokens, np.int32), np.array(self.logp, np.float32))
         return continued(self.job, *added, finish, version)
 
+    def frozen(self, version: int) -> _Unfinished:
+        """Return the rest of the job, to continue under other weights. version: of the weights so far."""
+        if not self.tokens:
+            return _Unfinished(self.job)
+        rest = self.job._replace(
+            unfinished=self.response("length", version),
+            max_new=self.job.max_new - len(self.tokens),
+            # Not the old seed, whose random numbers the tokens so far have used.
+            seed=seed_of(self.job.seed, len(self.tokens)),
+        )
+        return _Unfinished(rest)
+
+
+class Call(Iterator[Finished]):
+    """The responses of one call of `generate`, as an iterator."""
+
+    def __init__(self, responses: Generator[Finished, None, None], waiting: Mapping[Slot, _Unfinished]) -> None:
+        self._responses, self._waiting = responses, waiting
+
+    def __next__(self) -> Finished:
+        return next(self._responses)
+
+    def close(self) -> None:
+        """Abort the pending responses."""
+        self._responses.close()
+
+    def unfinished(self) -> dict[Slot, Response]:
+        """Return the pending responses that have tokens, as they were at the last push. Callable from any thread."""
+        jobs = [each.job for each in dict(self._waiting).values()]
+        return {job.slot: job.unfinished for job in jobs if job.unfinished is not None}
+
 
 class ServerClient:
-    """The generating half of an engine that uses a vLLM server; a subclass updates the weights."""
+    """The generating half of an engine that uses a vLLM server; a subclass updates the weights.
+
+    Several threads may generate at once, also while the weights are updated: a push ends every open request, and each
+    call continues from the tokens that it has. No request is open during a push, so a request sees one version.
+    """
 
     shares_weights = False
     continuous_batching = True
@@ -69,6 +108,11 @@ class ServerClient:
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self._http = http_client(address.url, address.token)
         self._drafts = DraftCounts()
+        # Held while requests are sent, and from the start of a push until its end.
+        self._gate = threading.RLock()
+        self._open: list[Streams] = []
+        self._starts = 0  # Restarts of the server so far.
+        self._heard, self._closed = time.monotonic(), False
         # False from the start of a push until its end: the server may have part of the new weights.
         self._complete = False
 
@@ -79,24 +123,34 @@ class ServerClient:
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
-    ) -> Iterator[Finished]:
-        """Yield responses, as `Engine.generate`. After a restart of the server, lost tokens are generated again."""
+    ) -> Call:
+        """Return the responses, as `Engine.generate`. After a restart of the server, lost tokens are generated again.
+
+        Tokens of older weights are not lost: they continue under the weights of the restarted server.
+        """
         waiting = {job.slot: _Unfinished(job) for job in jobs_of(prompts, sampling, slots)}
+        return Call(self._responses(waiting, sampling), waiting)
+
+    def _responses(self, waiting: dict[Slot, _Unfinished], sampling: Sampling) -> Generator[Finished, None, None]:
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         restarted = False
         while waiting:
+            starts = self._starts
             try:
-                self._require_version()
-                yield from self._attempt(waiting, sampling, deadline)
+                with self._gate:
+                    starts, version = self._starts, self.version
+                    streams = self._send(list(waiting.values()), sampling)
+                yield from self._attempt(streams, version, waiting, deadline, sampling.stop)
             except ServerLost as lost:
-                if restarted or not self._recover():
+                if restarted or self._closed or not self._recover(starts):
                     remedy = "Run the same command" if self.address.own else "Start it again, then run the same command"
                     raise ServerLost(
                         f"{lost}; {len(waiting)} responses were open. {remedy}: training resumes from "
                         "the newest checkpoint"
                     ) from lost
                 restarted = True
-                waiting = {slot: _Unfinished(each.job) for slot, each in waiting.items()}
+                for slot, each in waiting.items():
+                    waiting[slot] = _Unfinished(each.job)
 
     def release(self) -> None:
         """Do nothing: the server has its own memory."""
@@ -110,48 +164,78 @@ class ServerClient:
 
     def close(self) -> None:
         """Close the connections."""
+        self._closed = True
         self._http.close()
 
-    def _recover(self) -> bool:
-        """Restart the server, with the current weights; return False if this process must not."""
+    def _recover(self, starts: int) -> bool:
+        """Restart the server, with the current weights; return False if this process must not.
+
+        starts  value of `_starts` when the lost requests were sent: another thread may have restarted the server since
+        """
         return False
 
     def _is_alive(self) -> bool:
         """Return False if the server's process is known to have ended."""
         return True
 
+    def _send(self, waiting: Sequence[_Unfinished], sampling: Sampling) -> Streams:
+        """Send the requests of all waiting jobs. Hold `_gate`."""
+        self._require_version()
+        self._heard = time.monotonic()
+        streams = Streams(self.url, self.address.token, self._bodies(waiting, sampling))
+        self._open.append(streams)
+        return streams
+
     def _attempt(
-        self, waiting: dict[Slot, _Unfinished], sampling: Sampling, deadline: float | None
+        self,
+        streams: Streams,
+        version: int,
+        waiting: dict[Slot, _Unfinished],
+        deadline: float | None,
+        stop: Callable[[], bool],
     ) -> Iterator[Finished]:
-        """Yield responses as they finish, and remove them from `waiting`. Raises ServerLost."""
-        streams = Streams(self.url, self.address.token, self._bodies(list(waiting.values()), sampling))
-        heard, finish = time.monotonic(), "deadline"
+        """Yield responses as they finish, and remove them from `waiting`. Return early at a push. Raises ServerLost."""
+        finish = "deadline"
         try:
             while waiting:
                 left = WATCH_S if deadline is None else min(WATCH_S, deadline - time.monotonic())
                 if left <= 0:
                     break
-                if sampling.stop():
+                if stop():
                     finish = INTERRUPTED
                     break
+                if self._closed:
+                    raise ServerLost(f"the client of vLLM at {self.url} was closed")
                 try:
                     event = streams.events.get(timeout=left)
                 except queue.Empty:
-                    self._require_life(heard)
+                    self._require_life()
                     continue
-                heard = time.monotonic()
+                # Of any call: the requests of a late call may wait in the server for those of an earlier one.
+                self._heard = time.monotonic()
                 if isinstance(event, Failed):
                     raise (ServerLost if event.lost else EngineError)(f"vLLM at {self.url}: {event.cause}")
+                if isinstance(event, Switch):
+                    for slot, each in waiting.items():
+                        waiting[slot] = each.frozen(version)
+                    return
                 _add(waiting[event.slot], event)
                 if event.finish is not None:
-                    yield self._finished(waiting.pop(event.slot), event.finish)
+                    yield self._finished(waiting.pop(event.slot), event.finish, version)
         finally:
             streams.close()
+            self._open.remove(streams)
         for slot in list(waiting):
-            yield self._finished(waiting.pop(slot), finish)
+            yield self._finished(waiting.pop(slot), finish, version)
 
-    def _finished(self, done: _Unfinished, finish: str) -> Finished:
-        return decoded(done.job, done.response(finish, self.version), self._tokenizer)
+    def _end_requests(self) -> None:
+        """End the open requests of a paused server. Their calls continue when the caller releases `_gate`."""
+        deadline = time.monotonic() + FLUSH_S
+        for streams in list(self._open):
+            streams.interrupt(max(deadline - time.monotonic(), 0.0))
+
+    def _finished(self, done: _Unfinished, finish: str, version: int) -> Finished:
+        return decoded(done.job, done.response(finish, version), self._tokenizer)
 
     def _bodies(self, waiting: Sequence[_Unfinished], sampling: Sampling) -> list[tuple[list[Slot], dict[str, Any]]]:
         """Return the requests: one for all new responses to a prompt, and one for each response to continue."""
@@ -173,10 +257,10 @@ class ServerClient:
             for jobs in together.values()
         ]
 
-    def _require_life(self, heard: float) -> None:
+    def _require_life(self) -> None:
         if not self._is_alive():
             raise ServerLost("the vLLM server died")
-        if time.monotonic() - heard > STALL_S:
+        if time.monotonic() - self._heard > STALL_S:
             raise ServerLost(f"vLLM at {self.url} has sent nothing for {STALL_S:.0f} s")
 
     def _require_version(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -46,37 +47,73 @@ class ServerEngine(ServerClient):
             self.process = None
             address = Address(config.url, _token_of_another_server(config.url), own=False)
         super().__init__(setup, model, tokenizer, address)
+        self._paused = False  # True from a pause until the push after it has succeeded.
         if self.process is not None:
             self.process.await_ready()
         self.update_weights(0)
 
     def update_weights(self, version: int) -> None:
         """Push the weights, as `Engine.update_weights`; restart the server once if or1 started it and it died."""
-        self._complete = False
-        try:
-            replies = self._push.send(self._rpc, self._model, version)
-        except ServerLost:
-            if self.process is None:
-                raise
-            self._start_again(self.process)
-            replies = self._send_again(version)
-        self._commit(replies, version)
+        with self._gate:
+            self._pause()
+            self._complete = False
+            try:
+                replies = self._push.send(self._rpc, self._model, version)
+            except ServerLost:
+                if self.process is None:
+                    raise
+                self._start_again(self.process)
+                replies = self._send_again(version)
+            self._commit(replies, version)
+            self._resume()
 
     def close(self) -> None:
         """Stop the server if or1 started it, and delete pushed weights."""
+        self._closed = True  # First, so that no call restarts the server.
         if self.process is not None:
             self.process.close()
         self._push.close()
         super().close()
 
-    def _recover(self) -> bool:
-        if self.process is None:
-            return False
-        self._restart()
+    def _recover(self, starts: int) -> bool:
+        with self._gate:
+            if self.process is None or self._closed:
+                return False
+            # A push or another call may have restarted the server, while this call waited for the gate.
+            if self._starts == starts:
+                self._restart()
         return True
 
     def _is_alive(self) -> bool:
         return self.process is None or self.process.alive()
+
+    def _pause(self) -> None:
+        """Let the server abort its requests and report their tokens, if any are open; hold later ones back.
+
+        Not vLLM's mode "keep", which continues with the cache of the old weights: a part of a stream could then hold
+        tokens of two versions, and the completions API of vLLM 0.32 does not tell them apart.
+        """
+        if not self._is_generating():
+            return
+        self._paused = True
+        # Of a dead server nothing is left to abort; the push notices and restarts it.
+        with contextlib.suppress(ServerLost):
+            self._post("/pause?mode=abort")
+        self._await_ranks()
+        self._end_requests()
+        self._await_ranks()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._post("/resume")
+            self._paused = False
+
+    def _is_generating(self) -> bool:
+        """Return True if requests of any rank are open."""
+        return bool(self._open)
+
+    def _await_ranks(self) -> None:
+        """Wait for the other ranks that use the server."""
 
     def _send_again(self, version: int) -> list[dict[str, Any]]:
         """Repeat a failed push to the restarted server; return the workers' replies."""
@@ -114,6 +151,7 @@ class ServerEngine(ServerClient):
 
     def _start_again(self, process: ServerProcess) -> None:
         process.restart()
+        self._starts += 1
         self.address = Address(process.url, process.token, own=True)
         process.await_ready()
 

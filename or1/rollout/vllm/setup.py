@@ -118,7 +118,7 @@ class VllmSetup:
             on_gpu=on_gpu,
             tensor_parallel=config.rollout.vllm.tensor_parallel,
             gpu_memory=config.rollout.vllm.gpu_memory,
-            sleeps=on_gpu and not config.rollout.overlap and config.rollout.vllm.placement == "colocate",
+            sleeps=on_gpu and not config.rollout.steps_ahead and config.rollout.vllm.placement == "colocate",
             seeded=config.rollout.reproducible,
             eos_ids=tuple(eos_ids),
             rounding=_rounding(config),

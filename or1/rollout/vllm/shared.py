@@ -46,8 +46,14 @@ class LeadingEngine(ServerEngine):
         super().update_weights(version)
         self._world.gather(json.dumps(self.address).encode())
 
-    def _recover(self) -> bool:
+    def _recover(self, starts: int) -> bool:
         return False
+
+    def _is_generating(self) -> bool:
+        return self._world.any(bool(self._open))
+
+    def _await_ranks(self) -> None:
+        self._world.barrier()
 
     def _send_again(self, version: int) -> list[dict[str, Any]]:
         # The other ranks gather the weights once per push, so only the copy kept by the first attempt can be sent.
@@ -61,6 +67,7 @@ class FollowingEngine(ServerClient):
         self, world: World, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self._world = world
+        world.any(False)  # As in every push: no rank has open requests.
         super().__init__(setup, model, tokenizer, _gather_address(world, model))
         self._complete = True
 
@@ -70,8 +77,14 @@ class FollowingEngine(ServerClient):
 
     def update_weights(self, version: int) -> None:
         """Help to gather the weights, and receive the server's address from the main rank. Collective."""
-        self.address = _gather_address(self._world, self._model)
-        self.version, self._complete = version, True
+        with self._gate:
+            if self._world.any(bool(self._open)):
+                # The main rank pauses the server before the first barrier, and pushes after the second.
+                self._world.barrier()
+                self._end_requests()
+                self._world.barrier()
+            self.address = _gather_address(self._world, self._model)
+            self.version, self._complete = version, True
 
 
 def _gather_address(world: World, model: PreTrainedModel) -> Address:

@@ -38,6 +38,10 @@ class Failed(NamedTuple):
     lost: bool
 
 
+class Switch(NamedTuple):
+    """The server changes its weights: every part before this event is of the old ones, and no part follows."""
+
+
 class Streams:
     """A thread that POSTs every body to /v1/completions and puts the replies into `events`.
 
@@ -47,7 +51,7 @@ class Streams:
     """
 
     def __init__(self, url: str, token: str, bodies: Sequence[tuple[list[Slot], dict[str, Any]]]):
-        self.events: queue.SimpleQueue[Part | Failed] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Part | Failed | Switch] = queue.SimpleQueue()
         self._url, self._token, self._bodies = url + "/v1/completions", token, bodies
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="or1-vllm", daemon=True)
@@ -58,6 +62,16 @@ class Streams:
         with contextlib.suppress(RuntimeError):  # Raised if the loop has just closed.
             self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join()
+
+    def interrupt(self, limit_s: float) -> None:
+        """End with a `Switch`, once the server is paused: it has aborted what it worked on and reports every token.
+
+        A request that reached the server after the pause waits there without a token. Such requests are dropped after
+        `limit_s` seconds.
+        """
+        self._thread.join(limit_s)
+        self.close()
+        self.events.put(Switch())
 
     def _cancel(self) -> None:
         for task in asyncio.all_tasks(self._loop):
@@ -107,9 +121,10 @@ class Streams:
             slot, finish = slots[choice["index"]], choice["finish_reason"]
             token_ids = choice.get("token_ids") or []
             logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            if len(token_ids) != len(logp) or finish not in (None, "stop", "length"):
+            # "abort" is the answer to a pause; the last tokens before the pause come with it.
+            if len(token_ids) != len(logp) or finish not in (None, "stop", "length", "abort"):
                 self.events.put(Failed(f"{len(token_ids)} tokens with {len(logp)} log-probs, finish {finish!r}", True))
                 return
-            self.events.put(Part(slot, token_ids, logp, finish))
+            self.events.put(Part(slot, token_ids, logp, None if finish == "abort" else finish))
             if finish is not None:
                 unfinished.discard(slot)
