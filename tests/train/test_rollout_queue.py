@@ -279,6 +279,6 @@ def test_ranks_that_make_parts_of_a_rollout_save_all_of_it(tmp_path: Path) -> No
     assert [len(r.token_ids) for r in half.responses] == [0, 2] and half.scores == (None, None)
     assert [len(r.token_ids) for r in nothing.responses] == [0, 0]
     resumed = Making(step, begun.groups, Sampling(1.0, 6, 2, 1))
-    assert resumed.carried == [half] and resumed.prompts == [prompts[2]]
+    assert resumed.carried == [half, nothing] and resumed.prompts == []
     share = Rollout([Group(p, (done, done), (score, score)) for p in prompts[1:]], 1.0, 1.0)
     assert [group.prompt for group in resumed.whole(SINGLE, share).groups] == prompts
