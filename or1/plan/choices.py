@@ -114,7 +114,7 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         sequences=sequences,
         updates=updates,
         reuse=stage.reuse,
-        old_logp_pass=config.loss.old_logp == "recompute" or (config.loss.old_logp == "auto" and not stage.on_policy),
+        old_logp_pass=config.loss.scores_first(off_policy=not stage.on_policy),
         generated_together=engine.together,
         engine=engine.name,
         engine_share=engine.share,
