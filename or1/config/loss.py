@@ -109,8 +109,8 @@ class LossConfig(Section):
     kind: Literal["ppo_clip", "cispo", "gspo"] = "ppo_clip"
     """Objective of a token. ppo_clip: PPO's clip. cispo: REINFORCE with a clipped weight. gspo: PPO's clip of the ratio
     of the whole response; the same as ppo_clip when on-policy."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    """The ratio is clipped below 1 - clip_low."""
+    clip_low: float = Field(0.2, ge=0, le=1)
+    """The ratio is clipped below 1 - clip_low. 1: never, as CISPO is often used."""
     clip_high: float = Field(0.2, ge=0)
     """The ratio is clipped above 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
     old_logp: Literal["auto", "recompute", "rollout"] = "auto"
