@@ -106,7 +106,7 @@ def linear_policy_loss(
 
     token_weight  mask / denominator; the caller chooses every normaliser
     old_logp      None means on-policy: the ratio is 1 and the clip has no effect
-    sequences     i64[N]: rows of equal number in [0, N) form a sequence. Only "gspo" with old_logp reads them, and
+    sequences     i64[N]: rows of equal number, at least 0, form a sequence. Only "gspo" with old_logp reads them, and
                   needs them; rows of token_weight 0 do not count in their sequence
     objective     None: PPO's clip with both bounds 0.2. Text such as "cispo" means PolicyObjective(kind="cispo")
     rows          i64[M]: only these rows enter a GEMM. "live": rows with token_weight != 0; on a GPU the host waits
@@ -118,10 +118,7 @@ def linear_policy_loss(
 
     Raises the errors of linear_logprob_entropy, and ValueError if an input that the objective needs is missing.
     """
-    head, objective = head_options(options), as_objective(objective)
-    if objective.kind == "gspo" and old_logp is None:
-        # The ratio of a sequence is 1, and so is that of a token; this objective needs no second look at the logits.
-        objective = replace(objective, kind="ppo_clip")
+    head, objective = head_options(options), _cheapest(as_objective(objective), old_logp)
     whole = needs_sequences(objective, old_logp)
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
@@ -144,13 +141,25 @@ def linear_policy_loss(
     index_M = _row_index(rows, constants.token_weight)
     if index_M is not None:
         inputs, constants = inputs.rows(index_M), constants.pick(index_M)
-    run = _fused_policy_loss
-    if head.impl == "reference":
-        run = partial(_torch_policy_loss, scores=_reference_scores)
-    elif whole:
-        run = partial(_torch_policy_loss, scores=_fused_scores)
-    loss, stats = run(inputs, weight, head, constants)
+    loss, stats = _implementation(head, whole)(inputs, weight, head, constants)
     return loss, _spread(stats, index_M, hidden.shape[0])
+
+
+def _cheapest(objective: PolicyObjective, old_logp: Tensor | None) -> PolicyObjective:
+    """Return an equal objective of tokens in place of one of sequences, where every ratio is 1."""
+    if objective.kind == "gspo" and old_logp is None:
+        return replace(objective, kind="ppo_clip")
+    return objective
+
+
+_PolicyRun = Callable[[chunked.RowInputs, Tensor, HeadOptions, PolicyRows], tuple[Tensor, PolicyStats]]
+
+
+def _implementation(head: HeadOptions, whole: bool) -> _PolicyRun:
+    """Return the function that computes the loss. whole: the loss of a row depends on other rows."""
+    if head.impl == "reference":
+        return partial(_torch_policy_loss, scores=_reference_scores)
+    return partial(_torch_policy_loss, scores=_fused_scores) if whole else _fused_policy_loss
 
 
 @dataclass(frozen=True)

@@ -161,18 +161,21 @@ def engine_weight(objective: PolicyObjective, anchor_N: Tensor, rollout_N: Tenso
 def sequence_ratio(logp_N: Tensor, old_N: Tensor, sequences_N: Tensor) -> Tensor:
     """Return GSPO's ratio of each token: s = exp(1/|y| sum over t of y of (lp_t - old_t)), in value.
 
-    The token form (arXiv:2507.18071 eq. 14): s_t = sg[s] exp(lp_t - sg[lp_t]). So the slope of a token is s times the
-    slope of its own ratio, and the mean over the tokens of y has the gradient of s itself.
+    The token form (arXiv:2507.18071 eq. 14): s_t = sg[s] exp(lp_t - sg[lp_t]), whose derivative by lp_t is s. The mean
+    of s_t over the tokens of y has the gradient of s itself.
 
-    sequences_N  i64[N], tokens of equal number in [0, N) form a sequence; a negative number belongs to none
+    sequences_N  i64[N], tokens of equal number form a sequence
     """
-    size = len(sequences_N)
-    slots_N = torch.where(sequences_N < 0, size, sequences_N)
+    # Numbers below N, found without a look at their values: on a GPU the host would wait for them.
+    sorted_N, order_N = sequences_N.sort()
+    starts_N = torch.zeros_like(sorted_N)
+    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    slots_N = torch.empty_like(starts_N).index_copy_(0, order_N, starts_N.cumsum(0))
     drift_N = (logp_N - old_N).detach().double()
-    totals, counts = drift_N.new_zeros(size + 1), drift_N.new_zeros(size + 1)
-    totals.index_add_(0, slots_N, drift_N)
-    counts.index_add_(0, slots_N, torch.ones_like(drift_N))
-    mean_N = (totals / counts.clamp_min(1))[slots_N].to(logp_N.dtype)
+    totals_N, counts_N = (torch.zeros_like(drift_N) for _ in range(2))
+    totals_N.index_add_(0, slots_N, drift_N)
+    counts_N.index_add_(0, slots_N, torch.ones_like(drift_N))
+    mean_N = (totals_N / counts_N.clamp_min(1))[slots_N].to(logp_N.dtype)
     return (mean_N + logp_N - logp_N.detach()).exp()
 
 

@@ -158,6 +158,10 @@ class LossConfig(Section):
         """True if importance weights correct for an engine that is not the policy which is trained."""
         return self.is_cap is not None or self.mismatch.weighs
 
+    def sees_sequences(self, *, on_policy: bool) -> bool:
+        """Return True if the loss of a token depends on its whole response. A ratio of 1 needs no response."""
+        return self.kind == "gspo" and (self.old_logp == "rollout" or self.scores_first(off_policy=not on_policy))
+
     def scores_first(self, *, off_policy: bool) -> bool:
         """Return True if a forward pass computes old log-probs before the update."""
         return self.old_logp == "recompute" or (self.old_logp == "auto" and (off_policy or self.mismatch.by_sequence))

@@ -53,8 +53,7 @@ def objective_sound(config: Config) -> Iterator[Problem]:
             f'{loss.refill_rounds} has no effect with advantage = "reinforce_pp", where groups of equal rewards have '
             "an advantage and are not rejected; set 0, or remove it",
         )
-    has_old = loss.old_logp == "rollout" or any(loss.scores_first(off_policy=not s.on_policy) for s in config.stage)
-    if loss.kind == "gspo" and has_old and ranks > 1:
+    if ranks > 1 and any(loss.sees_sequences(on_policy=stage.on_policy) for stage in config.stage):
         yield Problem(
             "loss.kind",
             f'"gspo" needs a whole response on one rank, but dist.sequence_parallel = {ranks} divides it; set '

@@ -36,7 +36,7 @@ class Microbatch:
     advantages_N        float[N]
     rollout_logp_N      float[N], the engine's log-probabilities, nats
     lengths_N           float[N], number of trained tokens in the sequence of each token
-    sequences_N         i64[N], number of the sequence of each token, below the number of known tokens
+    sequences_N         i64[N], number of the sequence of each token
     old_logp_N          float[N], nats, or None when on-policy
     ref_logp_N          float[N], nats, or None without a reference model
     all_known           whether every `rollout_logp_N` is known to be finite, so that nobody has to ask the device
@@ -165,18 +165,12 @@ def _to_microbatch(
         advantages_N=floats([np.full(s.trained_tokens, s.advantage) for s in sequences]),
         rollout_logp_N=floats([s.rollout_logp for s in sequences]),
         lengths_N=floats([np.full(s.trained_tokens, s.known_tokens) for s in sequences]),
-        sequences_N=to_device(_numbers(sequences), torch.int64),
+        sequences_N=to_device(np.repeat(np.arange(len(sequences)), [s.trained_tokens for s in sequences]), torch.int64),
         old_logp_N=optional("old_logp"),
         ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
         all_known=all(np.isfinite(s.rollout_logp).all() for s in sequences),
     )
-
-
-def _numbers(sequences: list[TrainSequence]) -> np.ndarray:
-    """Return the number of the sequence of each trained token, i64[N]; sequences that lose all tokens take none."""
-    numbers = np.cumsum([s.known_tokens > 0 for s in sequences]) - 1
-    return np.repeat(np.maximum(numbers, 0), [s.trained_tokens for s in sequences])
 
 
 def keep_known(batch: Microbatch) -> Microbatch:

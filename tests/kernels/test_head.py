@@ -266,6 +266,18 @@ def test_gspo_takes_four_gemms_or_three_with_a_stash_or_on_policy(kit, monkeypat
     torch.testing.assert_close(total - 1, want.dweight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["live", [30, 2, 3, 29, 1, 40]])
+def test_gspo_of_some_rows_compares_their_sequences(kit, order):
+    """Rows in any order, with numbers of sequences beyond their count, give what the same rows give alone."""
+    case = kit.make_case(61, 16, 211, objective=kit.objectives["gspo"])
+    index = case.options["token_weight"].nonzero()[:, 0] if order == "live" else torch.tensor(order)
+    whole, alone = kit.policy(case, rows=order if order == "live" else index), kit.policy(case.rows(index))
+    torch.testing.assert_close(whole.ratio[index], alone.ratio)
+    torch.testing.assert_close(whole.dhidden[index], alone.dhidden)
+    torch.testing.assert_close(whole.dweight, alone.dweight)
+    assert alone.clipped.any() and len(alone.ratio.unique()) > 1
+
+
 def test_gspo_says_what_it_lacks(kit):
     case = kit.make_case(6, 4, 9, objective=kit.objectives["gspo"])
     with pytest.raises(ValueError, match="sequences is missing"):
