@@ -19,6 +19,7 @@ import torch
 from or1.config import StageConfig
 from or1.core.types import TrainSequence
 from or1.magic.entropy import rollout_entropy
+from or1.magic.mismatch import masked_shares, weigh
 from or1.magic.selection import Minibatch, minibatches, select
 from or1.magic.stages import Step
 from or1.reward.scorer import require_rewards
@@ -80,7 +81,9 @@ class Trainer:
                 entropy = rollout_entropy(groups if config.loss.entropy.measure == "all" else chosen.kept)
                 alpha = state.entropy.alpha(entropy)
                 # One optimizer step per minibatch. If there is one alone, the step is on-policy and the clip inert.
-                for batch in self.with_logps(minibatches(chosen, config.loss, step.stage), step.stage):
+                batches = self.with_logps(minibatches(chosen, config.loss, step.stage), step.stage)
+                meter.add(masked_shares(batches, config.loss.mismatch))
+                for batch in batches:
                     took = update(self.policy, self.optimizer, batch.sequences, alpha, stats, batch.normaliser)
                     if not replayed and len(stats.results) == 1 and not meter.staleness:
                         require_rounding(stats, self.engine, config, step.number, self.world)
@@ -100,12 +103,13 @@ class Trainer:
 
     def with_logps(self, batches: list[Minibatch], stage: StageConfig) -> list[Minibatch]:
         """Return the minibatches of all updates, with the log-probs that the objective compares with."""
-        old_logp, off_policy = self.config.loss.old_logp, len(batches) * stage.reuse > 1
-        sequences = [batch.sequences for batch in batches]
-        if old_logp == "rollout":
+        loss, sequences = self.config.loss, [batch.sequences for batch in batches]
+        if loss.old_logp == "rollout":
             sequences = [[_with_engine_logp(s) for s in each] for each in sequences]
-        elif old_logp == "recompute" or off_policy:
+        elif loss.scores_first(off_policy=len(batches) * stage.reuse > 1):
             sequences = [with_old_logp(self.policy, each) for each in sequences]
+        if loss.mismatch.by_sequence:
+            sequences = [weigh(each, loss.mismatch) for each in sequences]
         if self.reference is not None:
             sequences = [with_ref_logp(self.reference, each) for each in sequences]
         return [replace(batch, sequences=s) for batch, s in zip(batches, sequences, strict=True)] * stage.reuse

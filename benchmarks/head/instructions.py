@@ -28,6 +28,7 @@ _TYPES = {
     "low": "fp32",
     "high": "fp32",
     "kl_coef": "fp32",
+    "is_floor": "fp32",
     "is_cap": "fp32",
 }
 # The launcher finds these divisible by 16: the head pads its rows, and the vocabularies of Qwen2 are.
@@ -123,7 +124,7 @@ def passes() -> dict[str, tuple[Any, dict[str, Any], str]]:
     from or1_kernels.rows import triton_kernel as t
     from or1_kernels.rows import triton_policy as p
 
-    plain = {"CAPPED": False, "KIND": 0, "HAS_OLD": True, "HAS_CAP": False, "HAS_KL": False}
+    plain = {"CAPPED": False, "KIND": 0, "HAS_OLD": True, "CAP": 0, "HAS_KL": False}
     return {
         "pass 1": (t.row_sums_kernel, plain, "*fp32"),
         "pass 2, fp32": (t.row_grads_kernel, plain, "*fp32"),

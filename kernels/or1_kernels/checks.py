@@ -57,6 +57,18 @@ def as_constant(name: str, value_N: Tensor, like_N: Tensor) -> Tensor:
     return value_N.detach().to(like_N.device, like_N.dtype)
 
 
+def sequences(given_N: Tensor | None, token_weight_N: Tensor) -> Tensor | None:
+    """Return the sequence of each row, -1 where token_weight is 0. Raises ValueError unless i64[N] or None."""
+    if given_N is None:
+        return None
+    if given_N.dtype != torch.int64 or given_N.shape != token_weight_N.shape:
+        raise ValueError(
+            f"sequences are {given_N.dtype}{list(given_N.shape)}; they must be "
+            f"torch.int64{list(token_weight_N.shape)}, the number of each row's sequence"
+        )
+    return torch.where(token_weight_N == 0, -1, given_N.to(token_weight_N.device))
+
+
 def inverse_temperature(temperature: float | Tensor, like_NH: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 / temperature as a [N] tensor of `dtype`. Raises ValueError for a float <= 0 or a tensor not [N]."""
     num_rows = like_NH.shape[0]

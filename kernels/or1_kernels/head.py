@@ -3,7 +3,9 @@
 Legend: N rows (scored tokens), M selected rows, H hidden, V vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -13,10 +15,12 @@ from torch.autograd.function import once_differentiable
 from . import checks, reference
 from .engine import chunked, compiled, host
 from .engine.policy import PolicyRows, policy_pass
-from .objective import PolicyObjective, as_objective, check_inputs
+from .objective import PolicyObjective, as_objective, check_inputs, needs_sequences
 from .options import HeadOptions, HeadOptionsDict, head_options
 from .rows import RowStats
 
+# (logp [N], entropy [N], implementation)
+_Scores = tuple[Tensor, Tensor, str]
 # (loss [], logp [N], entropy [N], ratio [N], clipped [N], left_out [] or None)
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -27,8 +31,8 @@ class PolicyStats:
 
     logp      f32[N], nats
     entropy   f32[N], nats
-    ratio     f32[N] = exp(logp - old_logp)
-    clipped   bool[N]: the clip changed the row's gradient (ppo_clip) or weight (cispo)
+    ratio     f32[N] = exp(logp - old_logp), or the ratio of the row's sequence (gspo)
+    clipped   bool[N]: the clip changed the row's gradient (ppo_clip, gspo) or weight (cispo)
     impl      implementation that ran
     left_out  with grad_row_eps, an upper bound on the L1 norm of the dropped part of dloss/dlogits, f32[]
 
@@ -67,10 +71,16 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadOptions) ->
     inputs = head.row_inputs(hidden, weight, targets)
     if head.impl == "reference":
         return reference.logprob_entropy(_reference_logits(inputs, weight, head), targets)
+    return _scores(inputs, weight, head)
+
+
+def _scores(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
+    """Return (logp, entropy) of the fused head, differentiable."""
     if torch.compiler.is_compiling() and head.traceable():
-        stats = compiled.logprob_entropy(hidden, weight, head.bias, inputs.targets, inputs.inv_tau, **head.scalars())
+        rows = (inputs.targets, inputs.inv_tau)
+        stats = compiled.logprob_entropy(inputs.hidden, weight_VH, head.bias, *rows, **head.scalars())
         return stats[0], stats[1]
-    return _eager_logprob_entropy(inputs, weight, head)
+    return _eager_logprob_entropy(inputs, weight_VH, head)
 
 
 def linear_policy_loss(
@@ -83,6 +93,7 @@ def linear_policy_loss(
     old_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sequences: Tensor | None = None,
     objective: PolicyObjective | str | None = None,
     entropy_coef: float | Tensor = 0.0,
     rows: Tensor | str | None = None,
@@ -95,16 +106,20 @@ def linear_policy_loss(
 
     token_weight  mask / denominator; the caller chooses every normaliser
     old_logp      None means on-policy: the ratio is 1 and the clip has no effect
+    sequences     i64[N]: rows of equal number, at least 0, form a sequence. Only "gspo" with old_logp reads them, and
+                  needs them; rows of token_weight 0 do not count in their sequence
     objective     None: PPO's clip with both bounds 0.2. Text such as "cispo" means PolicyObjective(kind="cispo")
     rows          i64[M]: only these rows enter a GEMM. "live": rows with token_weight != 0; on a GPU the host waits
                   for their number. None: all rows, and a nan in a row of weight 0 propagates
 
-    This call computes the gradients, and backward only scales them: three GEMMs a chunk in all. With N = 0 the loss
-    is 0 and still connected to hidden and weight.
+    This call computes the gradients, and backward only scales them: three GEMMs a chunk in all. "gspo" with old_logp
+    needs all log-probs of a sequence before the first slope: backward computes the gradients, with a fourth GEMM a
+    chunk unless stash_bytes keeps the logits. With N = 0 the loss is 0 and still connected to hidden and weight.
 
-    Raises the errors of linear_logprob_entropy, and ValueError if a log-prob that the objective needs is missing.
+    Raises the errors of linear_logprob_entropy, and ValueError if an input that the objective needs is missing.
     """
-    head, objective = head_options(options), as_objective(objective)
+    head, objective = head_options(options), _cheapest(as_objective(objective), old_logp)
+    whole = needs_sequences(objective, old_logp)
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
     inputs = head.row_inputs(hidden, weight, targets)
@@ -120,14 +135,31 @@ def linear_policy_loss(
         old_logp=optional("old_logp", old_logp),
         rollout_logp=optional("rollout_logp", rollout_logp),
         ref_logp=optional("ref_logp", ref_logp),
+        sequences=checks.sequences(sequences, token_weight) if whole else None,
         grad_row_eps=head.grad_row_eps,
     )
     index_M = _row_index(rows, constants.token_weight)
     if index_M is not None:
         inputs, constants = inputs.rows(index_M), constants.pick(index_M)
-    run = _reference_policy_loss if head.impl == "reference" else _fused_policy_loss
-    loss, stats = run(inputs, weight, head, constants)
+    loss, stats = _implementation(head, whole)(inputs, weight, head, constants)
     return loss, _spread(stats, index_M, hidden.shape[0])
+
+
+def _cheapest(objective: PolicyObjective, old_logp: Tensor | None) -> PolicyObjective:
+    """Return an equal objective of tokens in place of one of sequences, where every ratio is 1."""
+    if objective.kind == "gspo" and old_logp is None:
+        return replace(objective, kind="ppo_clip")
+    return objective
+
+
+_PolicyRun = Callable[[chunked.RowInputs, Tensor, HeadOptions, PolicyRows], tuple[Tensor, PolicyStats]]
+
+
+def _implementation(head: HeadOptions, whole: bool) -> _PolicyRun:
+    """Return the function that computes the loss. whole: the loss of a row depends on other rows."""
+    if head.impl == "reference":
+        return partial(_torch_policy_loss, scores=_reference_scores)
+    return partial(_torch_policy_loss, scores=_fused_scores) if whole else _fused_policy_loss
 
 
 @dataclass(frozen=True)
@@ -285,6 +317,8 @@ def _traced_policy_loss(
         high=o.clip_high,
         kl_coef=o.kl_coef,
         is_cap=o.is_cap,
+        is_floor=o.is_floor,
+        is_mask=o.is_mask,
         eps=head.grad_row_eps,
         needs=list(needs),
         **head.scalars(),
@@ -293,10 +327,11 @@ def _traced_policy_loss(
     return loss, logp, entropy, ratio, clipped, left_out
 
 
-def _reference_policy_loss(
-    inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows
+def _torch_policy_loss(
+    inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions, rows: PolicyRows, scores: Callable[..., _Scores]
 ) -> tuple[Tensor, PolicyStats]:
-    logp_N, entropy_N = reference.logprob_entropy(_reference_logits(inputs, weight_VH, head), inputs.targets)
+    """Return the loss of log-probs that autograd differentiates. scores: returns log-probs and entropies."""
+    logp_N, entropy_N, impl = scores(inputs, weight_VH, head)
     loss, terms = reference.policy_loss(
         logp_N,
         entropy_N,
@@ -307,9 +342,20 @@ def _reference_policy_loss(
         old_logp_N=rows.old_logp,
         rollout_logp_N=rows.rollout_logp,
         ref_logp_N=rows.ref_logp,
+        sequences_N=rows.sequences,
     )
     logp, entropy, ratio, clipped = (x.detach() for x in (logp_N, entropy_N, terms.ratio_N, terms.clipped_N))
-    return loss, PolicyStats(logp, entropy, ratio, clipped, impl="reference")
+    return loss, PolicyStats(logp, entropy, ratio, clipped, impl=impl)
+
+
+def _reference_scores(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> _Scores:
+    return *reference.logprob_entropy(_reference_logits(inputs, weight_VH, head), inputs.targets), "reference"
+
+
+def _fused_scores(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> _Scores:
+    if head.grad_row_eps is not None:
+        raise ValueError('grad_row_eps is set, but an objective of whole sequences such as "gspo" uses every row')
+    return *_scores(inputs, weight_VH, head), head.settings(weight_VH).backend.name
 
 
 def _reference_logits(inputs: chunked.RowInputs, weight_VH: Tensor, head: HeadOptions) -> Tensor:

@@ -19,6 +19,7 @@ class PolicyLossDict(HeadOptionsDict, total=False):
     old_logp: Tensor | None
     rollout_logp: Tensor | None
     ref_logp: Tensor | None
+    sequences: Tensor | None
     objective: PolicyObjective | str | None
     entropy_coef: float | Tensor
     rows: Tensor | str | None

@@ -1,9 +1,9 @@
 """Policy objectives: each maps token log-probabilities to (loss, dloss/dlogp), one value a token.
 
 The LM head needs only the slope g = dloss/dlogp of an objective. A new objective is one function of `_Terms` and one
-line in `_SURROGATES`; kernels/README.md lists all steps.
+line in `_SURROGATES`; kernels/README.md lists all steps, docs/objectives.md compares the objectives.
 
-Legend: N tokens. Log-probs of the sampled token, in nats:
+Legend: N tokens; y a sequence and |y| its tokens. Log-probs of the sampled token, in nats:
     lp       under the current policy
     old      under the policy that the clip compares with
     rollout  as the engine sampled the token
@@ -27,12 +27,16 @@ class PolicyObjective:
     """Kind of token loss, and its constants.
 
     kind        "ppo_clip": PPO with separate clip bounds (DAPO's clip-higher, arXiv:2503.14476 eq. 8);
-                "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5)
+                "cispo": REINFORCE weighted by a clipped, detached ratio (arXiv:2506.13585 eq. 4-5);
+                "gspo": PPO's clip of the sequence's ratio (arXiv:2507.18071 eq. 5 and 14), see `sequence_ratio`
     clip_low    the ratio is clipped below at 1 - clip_low
     clip_high   the ratio is clipped above at 1 + clip_high
     kl_coef     weight of the k3 estimate of KL(policy || reference), clamped at K3_MAX; needs ref_logp unless 0
-    is_cap      cap C of the truncated importance weight min(exp(old - rollout), C). The weight corrects for an engine
+    is_cap      upper bound C of the importance weight rho = exp(old - rollout). The weight corrects for an engine
                 whose log-probs differ from the trainer's; needs rollout_logp. None: no correction
+    is_floor    lower bound of the weight; 0: none. Needs is_cap
+    is_mask     treatment of a weight outside [is_floor, is_cap]. False: moved to the bound (`truncated_weight`).
+                True: 0 (`masked_weight`), so the token has no policy gradient
 
     Raises ValueError for a value outside these limits.
     """
@@ -42,6 +46,8 @@ class PolicyObjective:
     clip_high: float = 0.2
     kl_coef: float = 0.0
     is_cap: float | None = None
+    is_floor: float = 0.0
+    is_mask: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _SURROGATES:
@@ -56,6 +62,13 @@ class PolicyObjective:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}; it must be at least 0")
         if self.is_cap is not None and not self.is_cap > 0:
             raise ValueError(f"objective.is_cap is {self.is_cap}; it must be above 0, or None for no correction")
+        if self.is_cap is None and (self.is_floor or self.is_mask):
+            raise ValueError(
+                f"objective.is_floor is {self.is_floor} and is_mask {self.is_mask}, but is_cap is None; set is_cap, or "
+                "math.inf for no upper bound"
+            )
+        if self.is_cap is not None and not 0 <= self.is_floor <= self.is_cap:
+            raise ValueError(f"objective.is_floor is {self.is_floor}; it must lie in [0, is_cap = {self.is_cap}]")
 
 
 def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
@@ -76,7 +89,10 @@ def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
 
 
 class TokenLoss(NamedTuple):
-    """Loss of each token, slope dloss/dlogp, ratio exp(lp - old), and clipped: bool[N], the clip changed the token."""
+    """Loss of each token, slope dloss/dlogp, ratio, and clipped: bool[N], the clip changed the token.
+
+    The ratio is exp(lp - old), or that of the token's sequence for "gspo".
+    """
 
     loss_N: Tensor
     slope_N: Tensor
@@ -109,7 +125,58 @@ def _cispo(t: _Terms) -> TokenLoss:
     return TokenLoss(slope_N * t.logp_N, slope_N, t.ratio_N, clipped_N)
 
 
-_SURROGATES: dict[str, Callable[[_Terms], TokenLoss]] = {"ppo_clip": _ppo_clip, "cispo": _cispo}
+# GSPO is PPO's clip with another ratio.
+_SURROGATES: dict[str, Callable[[_Terms], TokenLoss]] = {"ppo_clip": _ppo_clip, "cispo": _cispo, "gspo": _ppo_clip}
+
+
+def truncated_weight(ratio_N: Tensor, floor: float, cap: float) -> Tensor:
+    """Return min(max(rho, floor), cap): truncated importance sampling (TIS; Yao et al. 2025, fengyao.notion.site).
+
+    TRL calls this "token_truncate". A nan stays nan.
+    """
+    return ratio_N.clamp(floor, cap)
+
+
+def masked_weight(ratio_N: Tensor, floor: float, cap: float) -> Tensor:
+    """Return rho where floor <= rho <= cap, else 0. A nan stays nan.
+
+    With both bounds this is IcePop's M(rho; alpha, beta) (Ring-1T, arXiv:2510.18855; INTELLECT-3, arXiv:2512.16144
+    eq. 1). With floor 0 this is masked importance sampling, MIS (Liu et al. 2025, richardli.xyz/rl-collapse), which
+    TRL calls "token_mask".
+    """
+    return torch.where((ratio_N < floor) | (ratio_N > cap), 0.0, ratio_N)
+
+
+def engine_weight(objective: PolicyObjective, anchor_N: Tensor, rollout_N: Tensor) -> Tensor:
+    """Return the importance weight of every token, of rho = exp(anchor - rollout). Raises ValueError without is_cap.
+
+    anchor_N  log-probs of the trainer's policy that rollout_N, the engine's log-probs, stand for
+    """
+    if objective.is_cap is None:
+        raise ValueError("objective.is_cap is None, so there is no importance weight; set is_cap")
+    weigh = masked_weight if objective.is_mask else truncated_weight
+    return weigh((anchor_N - rollout_N).exp(), objective.is_floor, objective.is_cap)
+
+
+def sequence_ratio(logp_N: Tensor, old_N: Tensor, sequences_N: Tensor) -> Tensor:
+    """Return GSPO's ratio of each token: s = exp(1/|y| sum over t of y of (lp_t - old_t)), in value.
+
+    The token form (arXiv:2507.18071 eq. 14): s_t = sg[s] exp(lp_t - sg[lp_t]), whose derivative by lp_t is s. The mean
+    of s_t over the tokens of y has the gradient of s itself.
+
+    sequences_N  i64[N], tokens of equal number form a sequence
+    """
+    # Numbers below N, found without a look at their values: on a GPU the host would wait for them.
+    sorted_N, order_N = sequences_N.sort()
+    starts_N = torch.zeros_like(sorted_N)
+    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    slots_N = torch.empty_like(starts_N).index_copy_(0, order_N, starts_N.cumsum(0))
+    drift_N = (logp_N - old_N).detach().double()
+    totals_N, counts_N = (torch.zeros_like(drift_N) for _ in range(2))
+    totals_N.index_add_(0, slots_N, drift_N)
+    counts_N.index_add_(0, slots_N, torch.ones_like(drift_N))
+    mean_N = (totals_N / counts_N.clamp_min(1))[slots_N].to(logp_N.dtype)
+    return (mean_N + logp_N - logp_N.detach()).exp()
 
 
 def token_loss(
@@ -120,22 +187,27 @@ def token_loss(
     old_logp_N: Tensor | None = None,
     rollout_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
+    sequences_N: Tensor | None = None,
 ) -> TokenLoss:
     """Return loss and slope of every token, not summed, masked or normalised. loss_N is differentiable as well.
 
-    All tensors are f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp, detached, so the
-    ratio is exactly 1. is_cap multiplies the advantage by the constant min(exp(old - rollout), is_cap). kl_coef adds
+    All tensors but sequences_N are f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp,
+    detached, so the ratio is exactly 1. is_cap multiplies the advantage by the constant `engine_weight`. kl_coef adds
     kl_coef * min(exp(ref - lp) - (ref - lp) - 1, K3_MAX), Schulman's k3 estimate, without a slope beyond the bound.
+    sequences_N as in `sequence_ratio`; read by "gspo" with old_logp.
 
-    Raises ValueError if the objective needs rollout_logp or ref_logp and the log-probs are missing.
+    Raises ValueError if an input that the objective needs is missing.
     """
     check_inputs(objective, rollout_logp_N, ref_logp_N)
     anchor_N = (logp_N if old_logp_N is None else old_logp_N).detach()
     weighted_N = advantages_N
     if objective.is_cap is not None:
         rollout_N = _rollout_of(objective, rollout_logp_N)
-        weighted_N = advantages_N * (anchor_N - rollout_N).exp().clamp_max(objective.is_cap)
-    ratio_N = (logp_N - anchor_N).exp()
+        weighted_N = advantages_N * engine_weight(objective, anchor_N, rollout_N)
+    if needs_sequences(objective, old_logp_N):
+        ratio_N = sequence_ratio(logp_N, anchor_N, _sequences_of(objective, sequences_N))
+    else:
+        ratio_N = (logp_N - anchor_N).exp()
     terms = _Terms(logp_N, ratio_N, weighted_N, 1 - objective.clip_low, 1 + objective.clip_high)
     out = _SURROGATES[objective.kind](terms)
     if objective.kl_coef == 0:
@@ -156,6 +228,20 @@ def check_inputs(objective: PolicyObjective, rollout_logp_N: Tensor | None, ref_
         _rollout_of(objective, rollout_logp_N)
     if objective.kl_coef != 0:
         _ref_of(objective, ref_logp_N)
+
+
+def needs_sequences(objective: PolicyObjective, old_logp_N: Tensor | None) -> bool:
+    """Return True if the loss of a token depends on its whole sequence. On-policy the ratio of any sequence is 1."""
+    return objective.kind == "gspo" and old_logp_N is not None
+
+
+def _sequences_of(objective: PolicyObjective, sequences_N: Tensor | None) -> Tensor:
+    if sequences_N is None:
+        raise ValueError(
+            f"objective.kind is {objective.kind!r} and old_logp is given, but sequences is missing; pass the number of "
+            "each row's sequence, i64[N]"
+        )
+    return sequences_N
 
 
 def _rollout_of(objective: PolicyObjective, rollout_logp_N: Tensor | None) -> Tensor:

@@ -54,9 +54,16 @@ def policy_loss(
     old_logp_N: Tensor | None = None,
     rollout_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
+    sequences_N: Tensor | None = None,
 ) -> tuple[Tensor, TokenLoss]:
     """Return (loss [], per-token terms). Autograd of the loss equals TokenLoss.slope_N, the closed form."""
     terms = token_loss(
-        objective, logp_N, advantages_N, old_logp_N=old_logp_N, rollout_logp_N=rollout_logp_N, ref_logp_N=ref_logp_N
+        objective,
+        logp_N,
+        advantages_N,
+        old_logp_N=old_logp_N,
+        rollout_logp_N=rollout_logp_N,
+        ref_logp_N=ref_logp_N,
+        sequences_N=sequences_N,
     )
     return (token_weight_N * (terms.loss_N - entropy_coef * entropy_N)).sum(), terms

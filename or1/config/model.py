@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from or1.config.section import MOST_TOKENS, FilePath, Section
+from or1.config.section import MOST_MIB, MOST_TOKENS, FilePath, Section
 
 # Other names for the same types and devices, as other trainers use them.
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "float": "float32", "double": "float64"}
@@ -68,10 +68,12 @@ class ModelConfig(Section):
     the type of the weights, for least memory. auto: fast, unless lean was measured to be faster (`tune`)."""
     head_chunk_rows: int = Field(0, ge=0, le=MOST_TOKENS)
     """Rows of logits that the LM head computes at once. 0: by measurement (`tune`), or by the size of the model."""
-
     router_aux_coef: float | None = Field(None, ge=0, le=1e3)
     """Factor of the load-balancing loss of a mixture-of-experts model, as its architecture defines it, over trained
     tokens. Above 0, an update makes one more forward. Absent: as config.json says (output_router_logits)."""
+    head_stash_mib: int = Field(0, ge=0, le=MOST_MIB)
+    """Raw logits in MiB that the LM head keeps until backward, with loss.kind = "gspo" and several updates a rollout: 4
+    bytes times vocabulary for each token. They save one of its four GEMMs. 0 keeps none."""
 
     @property
     def tile_tokens(self) -> int:

@@ -15,6 +15,7 @@ from or1.config.file_rules import (
     reward_file_exists,
     training_files,
 )
+from or1.config.loss_rules import mismatch_sound, objective_sound, weights_given
 from or1.config.vllm_rules import VLLM_RULES
 from or1.core.errors import Problem
 
@@ -201,7 +202,7 @@ def _eval_names_unique(config: Config) -> Iterator[Problem]:
 
 def _importance_weights_sound(config: Config) -> Iterator[Problem]:
     rollout, loss = config.rollout, config.loss
-    if loss.is_cap is None:
+    if not loss.weighs_engine:
         stale = {name: getattr(rollout, name) for name in ("partial_tokens", "overlap", "max_staleness")}
         for name, value in stale.items():
             if value:
@@ -210,21 +211,23 @@ def _importance_weights_sound(config: Config) -> Iterator[Problem]:
                     f"{str(value).lower()} trains on tokens of older policies, which "
                     "needs importance weights; set loss.is_cap, for example to 2.0, or remove this",
                 )
+    given = weights_given(config.loss)
+    if not given:
         return
     for name, setting, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if setting != off:
             yield Problem(
                 f"rollout.{name}",
-                f"{setting} together with loss.is_cap = {loss.is_cap}: tokens are sampled "
+                f"{setting} together with {given[0]} = {given[1]}: tokens are sampled "
                 "from a truncated distribution, whose probabilities are those of the whole one divided by "
                 "the mass that survives, so every importance weight would be multiplied by that mass; set "
-                f"{name} = {off}, or remove loss.is_cap",
+                f"{name} = {off}, or remove {given[0]}",
             )
     if loss.old_logp == "rollout":
         yield Problem(
-            "loss.is_cap",
-            f'{loss.is_cap} has no effect with loss.old_logp = "rollout", where the ratio '
-            'itself compares with the engine; set old_logp = "auto", or remove is_cap',
+            given[0],
+            f'{given[1]} has no effect with loss.old_logp = "rollout", where the ratio '
+            f'itself compares with the engine; set old_logp = "auto", or remove {given[0].rpartition(".")[2]}',
         )
 
 
@@ -381,6 +384,8 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _eval_names_unique,
     _sampled_from_all_tokens,
     _importance_weights_sound,
+    mismatch_sound,
+    objective_sound,
     _engine_fits,
     _staleness_sound,
     _vllm_samples,

@@ -85,7 +85,7 @@ def rounded_engine(config: Config) -> Iterator[Problem]:
     vllm = config.rollout.vllm
     rounding = {"quantization": vllm.quantization, "kv_cache_dtype": vllm.kv_cache_dtype}
     for name, value in rounding.items():
-        if value not in (None, "auto") and config.loss.is_cap is None:
+        if value not in (None, "auto") and not config.loss.weighs_engine:
             yield Problem(
                 f"rollout.vllm.{name}",
                 f'"{value}" samples from a rounded policy, which needs importance weights; set loss.is_cap, for '

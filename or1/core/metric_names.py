@@ -177,7 +177,21 @@ METRICS = (
         NUMBER,
         "short",
         "largest ratio",
-        "Largest exp(trainer's logp - engine's logp) of a trained token, before loss.is_cap.",
+        "Largest exp(trainer's logp - engine's logp) of a trained token, before loss.is_cap and loss.mismatch.",
+    ),
+    Metric(
+        "mismatch/masked_tokens",
+        SHARE,
+        "percent",
+        "masked tokens",
+        "Trained tokens that loss.mismatch removes from the policy gradient, with their responses or alone.",
+    ),
+    Metric(
+        "mismatch/masked_sequences",
+        SHARE,
+        "percent",
+        "masked responses",
+        "Trained responses that loss.mismatch removes from the policy gradient; only for masks of responses.",
     ),
     Metric(
         "mismatch/check_max",

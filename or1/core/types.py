@@ -153,6 +153,7 @@ class TrainSequence:
     advantage     advantage of every token of the response
     old_logp      float[L], log-probabilities of the old policy in the ratio; None for an on-policy update
     ref_logp      float[L], log-probabilities of the reference model for the KL term
+    weight        importance weight or mask of the whole response, which `advantage` contains already
     """
 
     prompt_ids: np.ndarray
@@ -161,6 +162,7 @@ class TrainSequence:
     advantage: float
     old_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
+    weight: float = 1.0
 
     @property
     def packed_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Group-relative advantages (Skywork-OR1 report, Eq. 2.5), truncation masks (section 3.2.3), and a length penalty.
+"""Group-relative advantages (Skywork-OR1 report, Eq. 2.5), and truncation masks (section 3.2.3).
 
 or1/magic/tensors.py has the same functions for tensors.
 """
@@ -74,19 +74,3 @@ def has_advantage(group: Group) -> bool:
     term would act on prompts that are solved or hopeless.
     """
     return bool(have_advantages(group.rewards[None])[0])
-
-
-def overlong_penalty(lengths_PM: np.ndarray, limit: int, buffer: int) -> np.ndarray:
-    """Return DAPO's soft overlong punishment (arXiv:2503.14476, Eq. 13), to be added to the rewards; f64[P, M] <= 0.
-
-        0                            up to limit - buffer tokens
-        (limit - buffer - L)/buffer  beyond, falling linearly
-        -1                           at the limit, where the response is truncated
-
-    lengths_PM  i64[P, M] response tokens
-    limit       max_response_tokens
-    buffer      1 <= buffer <= limit tokens; other values raise ValueError
-    """
-    if not 1 <= buffer <= limit:
-        raise ValueError(f"overlong buffer is {buffer} tokens; it must lie between 1 and the response limit {limit}")
-    return np.asarray(-np.clip((lengths_PM - (limit - buffer)) / buffer, 0.0, 1.0))

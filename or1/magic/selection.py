@@ -12,8 +12,10 @@ import numpy as np
 
 from or1.config import LossConfig, RewardConfig, StageConfig
 from or1.core.types import Group, TrainSequence
-from or1.magic.advantage import group_advantages, has_advantage, overlong_penalty
+from or1.magic.advantage import has_advantage
+from or1.magic.baselines import advantages
 from or1.magic.denominator import Normaliser
+from or1.magic.overlong import overlong_penalty
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def select(groups: Sequence[Group], loss: LossConfig, reward: RewardConfig, stag
     """Compute advantages (Eq. 2.5) and reject groups: T_k = {i : some A_ij is not 0} (Eq. 3.1).
 
     Rejection looks at the rewards as they were given: a penalty for length alone is no reason to train on a problem
-    that is solved or hopeless (DAPO, section 3.2). A group whose log-probs are all unknown cannot be trained.
+    that is solved or hopeless (DAPO, section 3.2). "reinforce_pp" compares all responses of the step, so there a group
+    of equal rewards has an advantage. A group whose log-probs are all unknown cannot be trained.
     """
     if not groups:
         return Selection([], np.empty((0, 0)), [])
@@ -49,12 +52,11 @@ def select(groups: Sequence[Group], loss: LossConfig, reward: RewardConfig, stag
         penalty_PM = overlong_penalty(lengths_PM, stage.max_response_tokens, reward.overlong_buffer)
         rewards_PM = rewards_PM + reward.overlong_penalty * penalty_PM
     truncated_PM = np.array([[r.truncated for r in group.responses] for group in groups])
-    advantages_PM = group_advantages(
-        rewards_PM, truncated_PM=truncated_PM, mask=loss.advantage_mask, scale_std=loss.advantage_std
-    )
+    kind, mask = loss.advantage, loss.advantage_mask
+    advantages_PM = advantages(rewards_PM, kind, truncated_PM=truncated_PM, mask=mask, scale_std=loss.advantage_std)
     keep_P = np.array([is_known(group) for group in groups])
     if loss.reject_zero_advantage:
-        keep_P &= np.array([has_advantage(group) for group in groups])
+        keep_P &= np.array([loss.advantage == "reinforce_pp" or has_advantage(group) for group in groups])
         keep_P &= (np.nan_to_num(advantages_PM) != 0).any(axis=1)
     kept = [group for group, keep in zip(groups, keep_P, strict=True) if keep]
     return Selection(kept, advantages_PM[keep_P], keep_P.tolist())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from or1.magic import advantage
+from or1.magic.baselines import AdvantageKind, advantages
 from or1.magic.entropy import EntropyController
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ __all__ = [
 ]
 
 
-def group_advantages(rewards_PM: Tensor, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards_PM: Tensor, eps: float = 1e-6, kind: AdvantageKind = "group") -> Tensor:
     """Return Eq. 2.5: A_ij = (r_ij - mean_i) / (std_i + eps), with the sample standard deviation; float [P, M], M >= 2.
 
-    A row of equal rewards becomes exactly 0. Computed on the CPU in fp64.
+    A row of equal rewards becomes exactly 0. Computed on the CPU in fp64. kind: another baseline, see
+    or1.magic.baselines.advantages.
     """
-    return torch.from_numpy(advantage.group_advantages(_array(rewards_PM), eps)).to(rewards_PM)
+    return torch.from_numpy(advantages(_array(rewards_PM), kind, eps=eps)).to(rewards_PM)
 
 
 def has_advantage(rewards_PM: Tensor) -> Tensor:

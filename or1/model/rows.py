@@ -36,6 +36,7 @@ class Microbatch:
     advantages_N        float[N]
     rollout_logp_N      float[N], the engine's log-probabilities, nats
     lengths_N           float[N], number of trained tokens in the sequence of each token
+    sequences_N         i64[N], number of the sequence of each token
     old_logp_N          float[N], nats, or None when on-policy
     ref_logp_N          float[N], nats, or None without a reference model
     all_known           whether every `rollout_logp_N` is known to be finite, so that nobody has to ask the device
@@ -52,6 +53,7 @@ class Microbatch:
     advantages_N: Tensor
     rollout_logp_N: Tensor
     lengths_N: Tensor
+    sequences_N: Tensor
     old_logp_N: Tensor | None = None
     ref_logp_N: Tensor | None = None
     kv_rows_U: Tensor | None = None
@@ -113,6 +115,7 @@ def _anchor(device: torch.device | str, float_dtype: torch.dtype) -> Microbatch:
         advantages_N=no_floats,
         rollout_logp_N=no_floats,
         lengths_N=no_floats,
+        sequences_N=no_rows,
         # An objective with a KL term needs a tensor here, even an empty one; old log-probs may be None.
         ref_logp_N=no_floats,
     )
@@ -162,6 +165,7 @@ def _to_microbatch(
         advantages_N=floats([np.full(s.trained_tokens, s.advantage) for s in sequences]),
         rollout_logp_N=floats([s.rollout_logp for s in sequences]),
         lengths_N=floats([np.full(s.trained_tokens, s.known_tokens) for s in sequences]),
+        sequences_N=to_device(np.repeat(np.arange(len(sequences)), [s.trained_tokens for s in sequences]), torch.int64),
         old_logp_N=optional("old_logp"),
         ref_logp_N=optional("ref_logp"),
         kv_rows_U=to_device(np.concatenate(key_rows), torch.int64) if shared else None,
@@ -176,6 +180,7 @@ def keep_known(batch: Microbatch) -> Microbatch:
     known_N = batch.rollout_logp_N.isfinite()
     if known_N.all():
         return batch
-    per_token = ("rows_N", "targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
-    present = {name: values for name in per_token if (values := getattr(batch, name)) is not None}
+    per_token = ("rows_N", "targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "sequences_N")
+    logps = ("old_logp_N", "ref_logp_N")
+    present = {name: values for name in per_token + logps if (values := getattr(batch, name)) is not None}
     return replace(batch, **{name: values[known_N] for name, values in present.items()})

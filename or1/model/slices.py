@@ -12,7 +12,7 @@ from or1.dist.world import World
 from or1.model.rows import Microbatch
 
 # Fields of a Microbatch with one value per trained token, except `rows_N`.
-_PER_TOKEN = ("targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "old_logp_N", "ref_logp_N")
+_PER_TOKEN = ("targets_N", "advantages_N", "rollout_logp_N", "lengths_N", "sequences_N", "old_logp_N", "ref_logp_N")
 
 
 def my_slice(batch: Microbatch, world: World) -> Microbatch:

@@ -68,6 +68,7 @@ class Workload:
     engine                      "hf", "vllm" (on the trainer's GPUs) or "server" (on other GPUs)
     engine_share                share of a GPU's memory that vllm reserves
     tensor_parallel             GPUs that share the engine's weights
+    logits_twice                whether the LM head computes its logits again in backward
     """
 
     max_prompt: int
@@ -82,6 +83,7 @@ class Workload:
     engine: str = "hf"
     engine_share: float = 0.0
     tensor_parallel: int = 1
+    logits_twice: bool = False
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
@@ -131,7 +133,8 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         sequences=sequences,
         updates=updates,
         reuse=stage.reuse,
-        old_logp_pass=config.loss.old_logp == "recompute" or (config.loss.old_logp == "auto" and not stage.on_policy),
+        old_logp_pass=config.loss.scores_first(off_policy=not stage.on_policy),
+        logits_twice=config.model.head_stash_mib == 0 and config.loss.sees_sequences(on_policy=stage.on_policy),
         generated_together=engine.together,
         engine=engine.name,
         engine_share=engine.share,

@@ -100,6 +100,8 @@ def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
     # Gradient checkpointing runs the forward of the layers, but not of the head, a second time.
     forwards = 1 + (choices.checkpointing != "none")
     parts = _pass_seconds(shape, choices, device, work, forwards=forwards, backwards=1)
+    if work.logits_twice:
+        parts["LM head"] *= 4 / 3
     if choices.checkpointing == "selective":
         # 3.5 forwards of attention instead of 4.5: backward costs 2.5, and the first output is kept.
         parts["attention"] *= 3.5 / 4.5

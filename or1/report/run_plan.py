@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from or1.config import Config, EntropyConfig, RewardConfig
+from or1.config import Config, EntropyConfig, LossConfig, RewardConfig
 from or1.config.section import each_of
 from or1.report.console import default_console, print_pairs
 
@@ -34,7 +34,7 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
         (
             "loss",
             f"{config.loss.kind}, clip {config.loss.clip_low:g} / {config.loss.clip_high:g}, "
-            f"temperature {config.rollout.temperature:g}",
+            f"temperature {config.rollout.temperature:g}{_variants_text(config.loss)}",
         ),
         ("entropy", _entropy_text(entropy)),
     ]
@@ -77,6 +77,19 @@ def _stage_table(config: Config) -> Table:
         )
         first += stage.steps
     return table
+
+
+def _variants_text(loss: LossConfig) -> str:
+    """Return the baseline and the corrections that are not the default, each after a comma."""
+    parts = [f"advantage {loss.advantage}"] if loss.advantage != "group" else []
+    if loss.is_cap is not None:
+        parts.append(f"importance weights <= {loss.is_cap:g}")
+    if loss.mismatch.kind != "none":
+        bounds = "{} to {}".format(
+            *("any" if bound is None else f"{bound:g}" for bound in (loss.mismatch.lower, loss.mismatch.upper))
+        )
+        parts.append(f"mismatch {loss.mismatch.kind} ({bounds})")
+    return "".join(f", {part}" for part in parts)
 
 
 def _entropy_text(entropy: EntropyConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from itertools import chain
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from or1.config import Config, ModelConfig
+from or1.config import Config, LossConfig, ModelConfig
 from or1.core.display import StepDisplay
 from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
@@ -166,14 +167,11 @@ def _policy(
     budget = RowBudget(
         config.optim.max_tokens_per_rank, message=display.message, cap=partial(cap_rows, config.run_path)
     )
-    objective = PolicyObjective(
-        kind=loss.kind, clip_low=loss.clip_low, clip_high=loss.clip_high, kl_coef=loss.kl_coef, is_cap=loss.is_cap
-    )
     return Policy(
         model,
         budget,
         config.rollout.temperature,
-        objective,
+        objective_of(loss),
         config.optim.share_prompts,
         world,
         old_is_engine=loss.old_logp == "rollout",
@@ -181,6 +179,16 @@ def _policy(
         head=head,
         routers=routers_of(model, config.model.router_aux_coef),
     )
+
+
+def objective_of(loss: LossConfig) -> PolicyObjective:
+    """Return the objective of a token. Weights of whole responses are in the advantages (or1.magic.mismatch)."""
+    objective = PolicyObjective(loss.kind, loss.clip_low, loss.clip_high, loss.kl_coef, loss.is_cap)
+    mismatch = loss.mismatch
+    if mismatch.kind == "none" or mismatch.by_sequence:
+        return objective
+    cap = math.inf if mismatch.upper is None else mismatch.upper
+    return replace(objective, is_cap=cap, is_floor=mismatch.lower or 0.0, is_mask=mismatch.masks)
 
 
 def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy | None:

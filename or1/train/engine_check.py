@@ -149,7 +149,7 @@ def require_rounding(stats: UpdateStats, engine: Engine, config: Config, step: i
     `stats` are those of the first update after a rollout with the present weights: from the second on they differ. With
     loss.is_cap a mismatch is expected and weighed, so nothing is checked.
     """
-    if not engine.shares_weights or config.loss.is_cap is not None:
+    if not engine.shares_weights or config.loss.weighs_engine:
         return
     mine = torch.as_tensor(stats.sums.get("mismatch/kl", 0.0), dtype=torch.float64, device="cpu")
     kl, tokens = world.sum(torch.stack([mine, torch.tensor(float(stats.tokens), dtype=torch.float64)])).tolist()

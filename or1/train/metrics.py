@@ -25,6 +25,7 @@ from or1.run.state import TrainState, unknown_tokens
 from or1.train.optim import UpdateResult
 from or1.train.source_metrics import Sources, complete_reward
 from or1_kernels.head import PolicyStats
+from or1_kernels.objective import PolicyObjective, engine_weight
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -108,8 +109,18 @@ class UpdateStats:
     losses: list[float] = field(default_factory=list)
     routing: list[dict[str, float]] = field(default_factory=list)
 
-    def add_row(self, batch: Microbatch, stats: PolicyStats, old_is_engine: bool = False) -> None:
-        """Add one packed row. old_is_engine: its old log-probs came from the engine and not from the trainer."""
+    def add_row(
+        self,
+        batch: Microbatch,
+        stats: PolicyStats,
+        objective: PolicyObjective | None = None,
+        old_is_engine: bool = False,
+    ) -> None:
+        """Add one packed row.
+
+        objective      of the update, whose masked tokens are counted
+        old_is_engine  True if old log-probs came from the engine and not from the trainer
+        """
         # After the first update of a rollout, the current log-probs include the movement of the policy.
         own = stats.logp if batch.old_logp_N is None or old_is_engine else batch.old_logp_N
         drift = own.double() - batch.rollout_logp_N.double()
@@ -120,6 +131,8 @@ class UpdateStats:
             # k3 estimator of KL(engine || trainer), non-negative for every token.
             "mismatch/kl": drift.exp() - 1 - drift,
         }
+        if objective is not None and objective.is_mask:
+            values["mismatch/masked_tokens"] = engine_weight(objective, own, batch.rollout_logp_N) == 0
         if len(drift):  # a rank's anchor row has none
             self._note_ratio(drift.max().exp())
         self.tokens += len(stats.logp)

@@ -58,7 +58,7 @@ def update(
                 batch = keep_known(my_slice(row, policy.world))
                 row_loss, token_stats = on_all_ranks(policy, train, batch)
                 loss += row_loss
-                row_stats.add_row(batch, token_stats, policy.old_is_engine)
+                row_stats.add_row(batch, token_stats, policy.objective, policy.old_is_engine)
     sum_replicas(optimizer.gradients().values(), policy.world)
     stats.add_rows(row_stats)
     if policy.routers is not None:
@@ -83,6 +83,7 @@ def _train_row(
         token_weight=normaliser.weights(batch.lengths_N) / denominator,
         old_logp=batch.old_logp_N,
         ref_logp=batch.ref_logp_N,
+        sequences=batch.sequences_N,
         rollout_logp=None if policy.objective.is_cap is None else batch.rollout_logp_N,
         objective=policy.objective,
         entropy_coef=alpha,

@@ -36,4 +36,9 @@ def settled(model: ModelConfig, choice: Choice) -> ModelConfig:
 def head_options(model: ModelConfig) -> HeadOptionsDict:
     """Return the options of the head for settled settings."""
     preset = "fast" if model.head_preset == "auto" else model.head_preset
-    return {"impl": model.head_impl, "preset": preset, "chunk_rows": model.head_chunk_rows or None}
+    return {
+        "impl": model.head_impl,
+        "preset": preset,
+        "chunk_rows": model.head_chunk_rows or None,
+        "stash_bytes": model.head_stash_mib << 20,
+    }

@@ -29,7 +29,7 @@ class Case:
         """Return hidden, weight and bias in dtype; constants are fp64 for fp64, otherwise unchanged."""
         constants = torch.float64 if dtype == torch.float64 else torch.float32
         options = {
-            k: v.to(dtype if k == "bias" else constants) if isinstance(v, Tensor) else v
+            k: v.to(dtype if k == "bias" else constants) if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in self.options.items()
         }
         return Case(self.hidden.to(dtype), self.weight.to(dtype), self.targets, self.advantages.to(constants), options)
@@ -62,6 +62,7 @@ def make_case(n: int, h: int, v: int, *, seed: int = 0, dtype: torch.dtype = tor
         "rollout_logp": logp + noise[1],
         "ref_logp": logp + noise[2],
         "entropy_coef": 0.01,
+        "sequences": torch.arange(n) // 7,
     }
     return Case(hidden, weight, targets, torch.randn(n, generator=gen), base | options)
 
@@ -104,6 +105,7 @@ def plain(case: Case) -> SimpleNamespace:
         token_weight_N=o["token_weight"],
         entropy_coef=o["entropy_coef"],
         objective=o.get("objective") or PolicyObjective(),
+        sequences_N=torch.where(o["token_weight"] == 0, -1, o["sequences"]),
         **{f"{n}_N": o.get(n) for n in names},
     )
     loss.backward()

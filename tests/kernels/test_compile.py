@@ -95,6 +95,8 @@ def test_operators_pass_torchs_own_checks(kit, op):
             "high": 0.2,
             "kl_coef": 0.0,
             "is_cap": None,
+            "is_floor": 0.0,
+            "is_mask": False,
             "eps": None,
             "needs": [True, True, False],
         },

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from or1_kernels import PolicyObjective, linear_logprob_entropy, linear_policy_loss
+from tests.helpers.objectives import OBJECTIVES
 
 # n: none, one, odd, several chunks; h: one that no vector width divides; v: tiny, prime, wider than a tile
 SHAPES = [(1, 8, 7), (127, 33, 7), (127, 64, 5003), (300, 19, 1031)]
@@ -20,7 +21,7 @@ def test_error_is_at_most_twice_plain_torchs(kit, impl, shape, dtype):
     kit.assert_as_exact(mine, kit.plain(case), kit.plain(case.to(torch.float64)))
 
 
-@pytest.mark.parametrize("objective", ["ppo", "clip_higher", "ppo_kl_is", "cispo", "cispo_kl"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(kit, impl, objective):
     case = kit.make_case(127, 32, 501, objective=kit.objectives[objective])
     truth = kit.plain(case.to(torch.float64))
@@ -29,7 +30,7 @@ def test_every_objective(kit, impl, objective):
     assert mine.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("objective", ["ppo", "clip_higher", "ppo_kl_is", "cispo", "cispo_kl"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_fp64_inputs_are_fp64_throughout(kit, objective):
     case = kit.make_case(127, 32, 501, objective=kit.objectives[objective]).to(torch.float64)
     mine, want = kit.policy(case, chunk_rows=50), kit.plain(case)
@@ -239,3 +240,49 @@ def test_bad_arguments_are_named(change, error, word):
     }
     with pytest.raises(error, match=word):
         linear_policy_loss(**(good | change))
+
+
+@pytest.mark.parametrize(("stash", "old", "gemms"), [(0, True, 4), (1 << 30, True, 3), (0, False, 3)])
+def test_gspo_takes_four_gemms_or_three_with_a_stash_or_on_policy(kit, monkeypatch, stash, old, gemms):
+    """One chunk. The results do not depend on what is kept, nor on where the weight's gradient is summed."""
+    from or1_kernels.engine import chunked
+
+    case = kit.make_case(61, 16, 211, objective=kit.objectives["gspo"], chunk_rows=100)
+    if not old:
+        case = case.with_options(old_logp=None)
+    want, seen = kit.policy(case, impl="reference"), []
+    for name in ("logits", "_gemms_2_and_3"):
+        inner = getattr(chunked.Engine, name)
+        count = 1 if name == "logits" else 2
+        monkeypatch.setattr(
+            chunked.Engine, name, lambda *a, inner=inner, count=count, **k: seen.append(count) or inner(*a, **k)
+        )
+    got = kit.policy(case, impl="torch", stash_bytes=stash)
+    assert sum(seen) == gemms
+    for name in ("loss", "logp", "ratio", "dhidden", "dweight"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-6)
+    total = torch.ones_like(case.weight)
+    assert kit.policy(case, impl="torch", main_grad=total).dweight is None
+    torch.testing.assert_close(total - 1, want.dweight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["live", [30, 2, 3, 29, 1, 40]])
+def test_gspo_of_some_rows_compares_their_sequences(kit, order):
+    """Rows in any order, with numbers of sequences beyond their count, give what the same rows give alone."""
+    case = kit.make_case(61, 16, 211, objective=kit.objectives["gspo"])
+    index = case.options["token_weight"].nonzero()[:, 0] if order == "live" else torch.tensor(order)
+    whole, alone = kit.policy(case, rows=order if order == "live" else index), kit.policy(case.rows(index))
+    torch.testing.assert_close(whole.ratio[index], alone.ratio)
+    torch.testing.assert_close(whole.dhidden[index], alone.dhidden)
+    torch.testing.assert_close(whole.dweight, alone.dweight)
+    assert alone.clipped.any() and len(alone.ratio.unique()) > 1
+
+
+def test_gspo_says_what_it_lacks(kit):
+    case = kit.make_case(6, 4, 9, objective=kit.objectives["gspo"])
+    with pytest.raises(ValueError, match="sequences is missing"):
+        kit.policy(case.with_options(sequences=None))
+    with pytest.raises(ValueError, match=r"sequences are torch.float32\[6\]"):
+        kit.policy(case.with_options(sequences=torch.zeros(6)))
+    with pytest.raises(ValueError, match="grad_row_eps"):
+        kit.policy(case, grad_row_eps=0.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from or1_kernels import PolicyObjective, token_loss
-from or1_kernels.objective import _SURROGATES
+from or1_kernels.objective import _SURROGATES, engine_weight
 from tests.helpers.objectives import OBJECTIVES
 
 GRID = OBJECTIVES | {
@@ -12,8 +12,8 @@ GRID = OBJECTIVES | {
     "ppo_is": PolicyObjective(is_cap=1.1),
     "cispo_kl_is": PolicyObjective(kind="cispo", kl_coef=0.1, is_cap=2.0),
 }
-# Their weight is detached, so the slope is no plain difference quotient.
-DETACHED = {"cispo"}
+# A part of their ratio is detached, so the slope is no plain difference quotient.
+DETACHED = {"cispo", "gspo"}
 
 
 def test_every_kind_of_objective_is_tested():
@@ -26,7 +26,7 @@ def inputs(n=257):
     draw = lambda scale: torch.randn(n, generator=gen, dtype=torch.float64) * scale  # noqa: E731
     logp = -draw(2).abs()
     logs = {"old_logp_N": logp + draw(0.3), "rollout_logp_N": logp + draw(0.3), "ref_logp_N": logp + draw(0.3)}
-    return logp, draw(1), logs
+    return logp, draw(1), logs | {"sequences_N": torch.arange(n) // 5}
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -86,6 +86,69 @@ def test_importance_weight_is_truncated_at_the_cap():
     torch.testing.assert_close(-out.slope_N, torch.tensor([1.0, 2.0, torch.e**-1], dtype=torch.float64))
 
 
+# rho = 1/4, 1, 2, 3. TIS moves a weight to the bound, MIS and IcePop drop the token.
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [
+        (PolicyObjective(is_cap=2.0), [0.25, 1, 2, 2]),
+        (PolicyObjective(is_cap=2.0, is_floor=0.5), [0.5, 1, 2, 2]),
+        (PolicyObjective(is_cap=2.0, is_mask=True), [0.25, 1, 2, 0]),
+        (PolicyObjective(is_cap=2.5, is_floor=0.5, is_mask=True), [0, 1, 2, 0]),
+        (PolicyObjective(kind="cispo", is_cap=torch.inf, is_floor=0.5, is_mask=True), [0, 1, 2, 3]),
+    ],
+    ids=["TIS", "TIS, both bounds", "MIS", "IcePop", "no upper bound"],
+)
+def test_importance_weights_by_hand(objective, weights):
+    rho = torch.tensor([0.25, 1.0, 2.0, 3.0, torch.nan], dtype=torch.float64)
+    logp, zero = torch.zeros(5, dtype=torch.float64, requires_grad=True), torch.zeros(5, dtype=torch.float64)
+    out = token_loss(objective, logp, torch.full_like(zero, -2.0), old_logp_N=zero, rollout_logp_N=-rho.log())
+    assert engine_weight(objective, zero, -rho.log())[:4].tolist() == pytest.approx(weights, rel=1e-12)
+    assert out.slope_N[:4].tolist() == pytest.approx([2 * w for w in weights], rel=1e-12)
+    assert out.slope_N[4].isnan() and out.loss_N[4].isnan()
+    (grad,) = torch.autograd.grad(out.loss_N[:4].sum(), logp)
+    torch.testing.assert_close(grad[:4], out.slope_N[:4])
+
+
+def test_gspo_is_the_papers_clipped_sequence_ratio():
+    """Eq. 5: J = 1/G sum_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean of lp - old over y_i), by plain autograd.
+
+    Lengths 1 to 7. Both signs of A, ratios inside and outside of the clip; the fifth sequence has a row that is masked.
+    """
+    gen = torch.Generator().manual_seed(5)
+    numbers = torch.arange(7).repeat_interleave(torch.arange(7) + 1)
+    logp = -torch.rand(28, generator=gen, dtype=torch.float64).requires_grad_()
+    old = logp.detach() + 0.1 * torch.randn(28, generator=gen, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1, 2, -2, 1, 1, -1], dtype=torch.float64)
+    masked = torch.arange(28) == 12
+    parts, clipped = [], []
+    for i in range(7):
+        mine = (numbers == i) & ~masked
+        s = (logp - old)[mine].mean().exp()
+        parts.append(torch.min(s * advantages[i], s.clamp(0.97, 1.02) * advantages[i]))
+        clipped += [bool(s > 1.02 if advantages[i] > 0 else s < 0.97)] * int((numbers == i).sum())
+    (want,) = torch.autograd.grad(-torch.stack(parts).mean(), logp)
+
+    objective = PolicyObjective(kind="gspo", clip_low=0.03, clip_high=0.02)
+    given = {"old_logp_N": old, "sequences_N": torch.where(masked, -1, numbers)}
+    out = token_loss(objective, logp, advantages[numbers], **given)
+    counts = torch.bincount(numbers[~masked])
+    weight = torch.where(masked, 0.0, 1 / counts[numbers].double() / 7)
+    (grad,) = torch.autograd.grad((weight * out.loss_N).sum(), logp)
+    torch.testing.assert_close((weight * out.loss_N).sum(), -torch.stack(parts).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(weight * out.slope_N, want, rtol=1e-12, atol=1e-15)
+    assert out.clipped_N[~masked].tolist() == [c for c, m in zip(clipped, masked.tolist(), strict=True) if not m]
+    assert 0 < sum(clipped) < 28
+
+
+def test_gspo_without_old_log_probs_is_the_token_form():
+    logp, advantages, _ = inputs()
+    gspo, ppo = (token_loss(PolicyObjective(kind=kind), logp, advantages) for kind in ("gspo", "ppo_clip"))
+    assert all(torch.equal(a, b) for a, b in zip(gspo, ppo, strict=True))
+    with pytest.raises(ValueError, match="sequences is missing"):
+        token_loss(PolicyObjective(kind="gspo"), logp, advantages, old_logp_N=logp)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_k3_is_bounded_whatever_the_reference_says(dtype):
     """ref - lp = 2: k3 = e^2 - 3. Beyond 10, at e^3 - 4 = 16 and at 11 + e^-12, the bound and no slope, never inf."""
@@ -107,6 +170,9 @@ def test_k3_is_bounded_whatever_the_reference_says(dtype):
         ({"clip_high": -0.1}, "clip_high"),
         ({"kl_coef": float("nan")}, "kl_coef"),
         ({"is_cap": 0.0}, "is_cap"),
+        ({"is_floor": 0.5}, "is_floor"),
+        ({"is_mask": True}, "is_mask"),
+        ({"is_cap": 1.0, "is_floor": 1.5}, "is_floor"),
     ],
 )
 def test_bad_constants_are_refused_by_name(fields, word):

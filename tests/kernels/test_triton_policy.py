@@ -35,6 +35,11 @@ OBJECTIVES = [
         ("ppo_clip", "cispo"), ((0.2, 0.28), (1.0, 0.0)), (0.0, 0.05), (None, 1.1)
     )
 ]
+OBJECTIVES += [
+    PolicyObjective(is_cap=1.2, is_floor=0.9),
+    PolicyObjective(is_cap=1.2, is_floor=0.9, is_mask=True),
+    PolicyObjective(kind="cispo", kl_coef=0.05, is_cap=1.0, is_mask=True),
+]
 
 
 def draws(gen, *scales):
@@ -81,12 +86,12 @@ def test_the_twin_is_the_objective(objective, old):
     torch.testing.assert_close(draw, want, rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["ppo_clip", "cispo"])
+@pytest.mark.parametrize(("kind", "is_mask"), [("ppo_clip", False), ("cispo", True)])
 @pytest.mark.parametrize("field", ["advantages_C", "old_C", "rollout_C", "ref_C"])
-def test_a_nan_constant_poisons_its_row_and_no_other(kind, field):
+def test_a_nan_constant_poisons_its_row_and_no_other(kind, is_mask, field):
     from or1_kernels.rows import triton_policy
 
-    objective = PolicyObjective(kind=kind, kl_coef=0.1, is_cap=2.0)
+    objective = PolicyObjective(kind=kind, kl_coef=0.1, is_cap=2.0, is_floor=0.5, is_mask=is_mask)
     given = dict.fromkeys(("advantages_C", "weight_C", "old_C", "rollout_C", "ref_C"))
     given = {name: torch.full((3,), -0.5) for name in given}
     given[field][1] = torch.nan

@@ -11,9 +11,10 @@ import torch
 
 from or1.config import Config, LossConfig, RewardConfig, StageConfig
 from or1.magic import group_advantages as torch_advantages
-from or1.magic.advantage import group_advantages, overlong_penalty
+from or1.magic.advantage import group_advantages
 from or1.magic.alarms import BASELINE_STEPS, PATIENCE, REPEAT, EntropyWatch
 from or1.magic.denominator import Normaliser
+from or1.magic.overlong import overlong_penalty
 from or1.magic.plateau import has_plateaued
 from or1.magic.selection import minibatches, select
 from or1.magic.stages import Stages

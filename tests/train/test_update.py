@@ -73,9 +73,16 @@ def gradient_of_update(
 
 
 def naive_gradient(
-    model: PreTrainedModel, sequences: list[TrainSequence], kl_coef: float = 0.0, normaliser: str = "token"
+    model: PreTrainedModel,
+    sequences: list[TrainSequence],
+    kl_coef: float = 0.0,
+    normaliser: str = "token",
+    variant: str = "",
 ) -> tuple[dict, float]:
-    """Eq. 3.1 as written: padded rows, full logits, no packing, nothing of or1. With KL and other normalisers."""
+    """Eq. 3.1 as written: padded rows, full logits, no packing, nothing of or1. With KL and other normalisers.
+
+    variant  "gspo": ratios of whole sequences; "icepop": a weight exp(old - rollout) in [0.5, 1.5], else 0
+    """
     width = max(len(s.prompt_ids) + len(s.response_ids) for s in sequences)
     ids_BL = torch.zeros(len(sequences), width, dtype=torch.int64)
     attend_BL = torch.zeros_like(ids_BL)
@@ -91,13 +98,21 @@ def naive_gradient(
     }[normaliser]
     for b, s in enumerate(sequences):
         first = len(s.prompt_ids)
+        log_p_TV = logits_BLV[b, first - 1 : first - 1 + len(s.response_ids)].log_softmax(-1)
         for t, token in enumerate(s.response_ids.tolist()):
-            log_p_V = logits_BLV[b, first + t - 1].log_softmax(-1)
+            log_p_V = log_p_TV[t]
             entropy = -(log_p_V.exp() * log_p_V).sum()
             old = log_p_V[token].detach() if s.old_logp is None else torch.tensor(s.old_logp[t])
             ratio = (log_p_V[token] - old).exp()
+            if variant == "gspo":
+                own_T = log_p_TV.gather(1, torch.tensor(s.response_ids[:, None].astype(np.int64)))[:, 0]
+                ratio = (own_T - torch.tensor(s.old_logp)).mean().exp()
+            advantage = s.advantage
+            if variant == "icepop":
+                weight = np.exp(s.old_logp[t] - s.rollout_logp[t])
+                advantage *= weight if 0.5 <= weight <= 1.5 else 0.0
             clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
-            term = -torch.minimum(ratio * s.advantage, clipped * s.advantage) - ALPHA * entropy
+            term = -torch.minimum(ratio * advantage, clipped * advantage) - ALPHA * entropy
             if kl_coef:
                 gap = s.ref_logp[t] - log_p_V[token]
                 term = term + kl_coef * (gap.exp() - gap - 1).clamp(max=10)
@@ -139,6 +154,45 @@ def test_kl_and_normalisers_give_the_gradient_of_the_naive_loss(adder: Path, nor
     for name, grad in found.items():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-10 * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "normaliser", "objective"),
+    [
+        ("gspo", "sequence", replace(OBJECTIVE, kind="gspo")),
+        ("icepop", "token", replace(OBJECTIVE, is_cap=1.5, is_floor=0.5, is_mask=True)),
+    ],
+)
+def test_whole_sequences_and_masks_give_the_gradient_of_the_naive_loss(
+    adder: Path, variant: str, normaliser: str, objective: PolicyObjective
+) -> None:
+    """GSPO sums over a sequence the gradient of its ratio, here without a stop-gradient, over several packed rows."""
+    sequences = [replace(s, old_logp=s.old_logp + 0.15) for s in sequences_of(6, True)]
+    sequences = [replace(s, rollout_logp=s.old_logp + 0.5 * s.rollout_logp + 1) for s in sequences]
+    reference = AutoModelForCausalLM.from_pretrained(adder, dtype=torch.float64, attn_implementation="sdpa").train()
+    expected, expected_loss = naive_gradient(reference, sequences, normaliser=normaliser, variant=variant)
+    found, stats = gradient_of_update(adder, sequences, MAX_TOKENS, objective, Normaliser(normaliser))
+    metrics = stats.metrics()
+    assert metrics["optim/loss"] == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
+    assert 0.05 < metrics["policy/clip_frac"] < 0.95
+    for name, grad in found.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-10 * scale, msg=name)
+    if variant == "icepop":
+        weights = np.exp(np.concatenate([s.old_logp - s.rollout_logp for s in sequences]))
+        outside = float(np.mean((weights < 0.5) | (weights > 1.5)))
+        assert metrics["mismatch/masked_tokens"] == pytest.approx(outside) and 0.05 < outside < 0.95
+
+
+def test_a_sequence_that_loses_its_tokens_does_not_disturb_the_ratio_of_others(adder: Path) -> None:
+    """The first sequence of a row has no known token, another only some: their ratio is that of the known ones."""
+    sequences = sequences_of(3, True)[:5]
+    nan = np.full(len(sequences[0].response_ids), np.nan)
+    lost = [replace(sequences[0], rollout_logp=nan), *sequences[1:]]
+    objective = replace(OBJECTIVE, kind="gspo")
+    found, _ = gradient_of_update(adder, lost, 4096, objective)
+    want, _ = gradient_of_update(adder, sequences[1:], 64, objective)
+    assert all(torch.allclose(grad, want[name], rtol=1e-9, atol=1e-12) for name, grad in found.items())
 
 
 def test_a_non_finite_advantage_skips_the_update_and_repeats_stop_the_run(adder: Path) -> None:

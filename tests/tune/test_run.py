@@ -150,10 +150,10 @@ def test_an_explicit_setting_wins(config_of: Any) -> None:
     model = settled(config.model, given)
     assert (model.head_impl, model.head_chunk_rows, model.mlp_tile_tokens) == ("torch", 100, 16384)
     assert (model.head_preset, model.attention) == ("lean", "sdpa")
-    assert head_options(model) == {"impl": "torch", "preset": "lean", "chunk_rows": 100}
+    assert head_options(model) == {"impl": "torch", "preset": "lean", "chunk_rows": 100, "stash_bytes": 0}
     assert settled(config_of("model.mlp_tile_tokens=auto").model, given).tile_tokens == 2048
     assert settled(config_of("model.mlp_tile_tokens=0").model, given).tile_tokens == 0
-    assert head_options(config_of().model) == {"impl": "auto", "preset": "fast", "chunk_rows": None}
+    assert head_options(config_of().model) == {"impl": "auto", "preset": "fast", "chunk_rows": None, "stash_bytes": 0}
 
 
 def test_a_choice_that_the_settings_do_not_allow_is_not_used(config_of: Any, tmp_path: Path) -> None:

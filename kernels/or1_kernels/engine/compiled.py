@@ -46,6 +46,8 @@ def policy_loss(
     high: float,
     kl_coef: float,
     is_cap: float | None,
+    is_floor: float,
+    is_mask: bool,
     scale: float,
     softcap: float | None,
     impl: str,
@@ -61,7 +63,7 @@ def policy_loss(
     settings = _settings(weight_VH, Transform(scale, softcap), (impl, preset, chunk_rows))
     per_row = dict(zip(names.split(","), per_row_PN, strict=True))
     inputs = chunked.RowInputs(hidden_NH, targets_N, per_row.pop("inv_tau"))
-    objective = PolicyObjective(kind=kind, clip_low=low, clip_high=high, kl_coef=kl_coef, is_cap=is_cap)
+    objective = PolicyObjective(kind, low, high, kl_coef, is_cap, is_floor, is_mask)
     engine = chunked.Engine(weight_VH, bias_V, settings, len(hidden_NH))
     rows = PolicyRows(objective=objective, entropy_coef=entropy_coef, grad_row_eps=eps, **per_row)
     out = policy_pass(engine, inputs, rows, (needs[0], needs[1], needs[2]))

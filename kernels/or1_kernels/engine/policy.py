@@ -18,6 +18,7 @@ from . import chunked, wide
 class PolicyRows:
     """Constants of one policy loss; tensors are [N] in the compute dtype.
 
+    sequences     i64[N], the sequence of each row, for an objective that needs whole sequences; policy_pass ignores it
     grad_row_eps  rows whose gradient bound (`row_bound`) is at most this skip the backward GEMMs; None: no row does
     """
 
@@ -28,14 +29,18 @@ class PolicyRows:
     old_logp: Tensor | None = None
     rollout_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+    sequences: Tensor | None = None
     grad_row_eps: float | None = None
 
     def pick(self, index: slice | Tensor) -> "PolicyRows":
         """Return the rows that a slice or an index tensor selects."""
-        old, rollout, ref = (None if x is None else x[index] for x in (self.old_logp, self.rollout_logp, self.ref_logp))
-        advantages, token_weight = self.advantages[index], self.token_weight[index]
+        optional = ("old_logp", "rollout_logp", "ref_logp", "sequences")
+        given = {name: x for name in optional if (x := getattr(self, name)) is not None}
         return replace(
-            self, advantages=advantages, token_weight=token_weight, old_logp=old, rollout_logp=rollout, ref_logp=ref
+            self,
+            advantages=self.advantages[index],
+            token_weight=self.token_weight[index],
+            **{name: x[index] for name, x in given.items()},
         )
 
     def terms(self, logp_N: Tensor) -> TokenLoss:

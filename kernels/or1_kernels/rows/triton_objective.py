@@ -6,12 +6,17 @@ tests/kernels/test_triton_policy.py holds the twin equal to objective.py: value,
 import triton
 import triton.language as tl
 
-from ..objective import K3_MAX
+from ..objective import K3_MAX, PolicyObjective
 
 KINDS = ("ppo_clip", "cispo")
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _K3_MAX = tl.constexpr(K3_MAX)
+
+
+def cap_of(objective: PolicyObjective) -> int:
+    """Return 0 for no importance weight, 1 for a truncated one, 2 for a masked one."""
+    return 0 if objective.is_cap is None else 2 if objective.is_mask else 1
 
 
 @triton.jit
@@ -71,21 +76,20 @@ def _clamped(x, low, high):
 
 @triton.jit
 def token_loss(
-    logp,
-    advantage,
-    logs,
-    constants,
-    KIND: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_KL: tl.constexpr,
+    logp, advantage, logs, constants, KIND: tl.constexpr, HAS_OLD: tl.constexpr, CAP: tl.constexpr, HAS_KL: tl.constexpr
 ):
-    """Return loss, slope, ratio and clipped. logs: old, rollout, ref; constants: low, high, kl_coef, is_cap."""
+    """Return loss, slope, ratio and clipped.
+
+    logs: old, rollout, ref; constants: low, high, kl_coef, is_floor, is_cap. CAP: see `cap_of`.
+    """
     old, rollout, ref = logs
-    low, high, kl_coef, is_cap = constants
+    low, high, kl_coef, is_floor, is_cap = constants
     anchor = old if HAS_OLD else logp
-    if HAS_CAP:
-        advantage = advantage * _least(exp(anchor - rollout), is_cap)
+    if CAP == 1:
+        advantage = advantage * _clamped(exp(anchor - rollout), is_floor, is_cap)
+    if CAP == 2:
+        weight = exp(anchor - rollout)
+        advantage = advantage * tl.where((weight < is_floor) | (weight > is_cap), 0.0, weight)
     ratio = exp(logp - anchor)
     clamped = _clamped(ratio, low, high)
     if KIND == 0:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import triton_kernel as t
 from .stats import PolicyDraw, TokenConstants, Transform
-from .triton_objective import KINDS, log, log1p, token_loss
+from .triton_objective import KINDS, cap_of, log, log1p, token_loss
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -50,20 +50,20 @@ def _slope(
     constants,
     KIND: tl.constexpr,
     HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_KL: tl.constexpr,
 ):
     """Store logp, entropy, loss, ratio and clipped of a row, and return dL/dlogp and dL/dentropy."""
     old, rollout, ref = 0.0, 0.0, 0.0
     if HAS_OLD:
         old = tl.load(per_row_6C + 3 * num_rows + row)
-    if HAS_CAP:
+    if CAP != 0:
         rollout = tl.load(per_row_6C + 4 * num_rows + row)
     if HAS_KL:
         ref = tl.load(per_row_6C + 5 * num_rows + row)
     advantage = tl.load(per_row_6C + row)
     logs = (old, rollout, ref)
-    loss, slope, ratio, clipped = token_loss(logp, advantage, logs, constants, KIND, HAS_OLD, HAS_CAP, HAS_KL)
+    loss, slope, ratio, clipped = token_loss(logp, advantage, logs, constants, KIND, HAS_OLD, CAP, HAS_KL)
     tl.store(out_5C + row, logp)
     tl.store(out_5C + num_rows + row, entropy)
     tl.store(out_5C + 2 * num_rows + row, loss)
@@ -89,11 +89,12 @@ def two_sweeps_kernel(
     low,
     high,
     kl_coef,
+    is_floor,
     is_cap,
     CAPPED: tl.constexpr,
     KIND: tl.constexpr,
     HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -106,8 +107,8 @@ def two_sweeps_kernel(
     peak, rest, moment = t._row_sums(logits_V, y, 0, vocab, scale, rate, softcap, CAPPED, BLOCK, LANES)
     target = t._capped(tl.load(logits_V + y), scale, softcap, CAPPED)
     logp, entropy, log_norm, _ = _finish((target - peak) * rate, rest, moment)
-    constants = (low, high, kl_coef, is_cap)
-    slopes = _slope(logp, entropy, row, num_rows, per_row_6C, out_5C, constants, KIND, HAS_OLD, HAS_CAP, HAS_KL)
+    constants = (low, high, kl_coef, is_floor, is_cap)
+    slopes = _slope(logp, entropy, row, num_rows, per_row_6C, out_5C, constants, KIND, HAS_OLD, CAP, HAS_KL)
     chain = (scale, rate, softcap, inv_tau * scale)
     # The target is read above, by every thread, before the first thread overwrites column y.
     tl.debug_barrier()
@@ -210,11 +211,12 @@ def one_sweep_kernel(
     low,
     high,
     kl_coef,
+    is_floor,
     is_cap,
     CAPPED: tl.constexpr,
     KIND: tl.constexpr,
     HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -243,8 +245,8 @@ def one_sweep_kernel(
     if fits == 0:
         d, rest, moment, gain = _redo(rows, bound, vocab, y, target, chain, (rest, moment), CAPPED, BLOCK, LANES)
     logp, entropy, _, norm = _finish(d, rest, moment)
-    constants = (low, high, kl_coef, is_cap)
-    g, _ = _slope(logp, entropy, row, num_rows, per_row_6C, out_5C, constants, KIND, HAS_OLD, HAS_CAP, HAS_KL)
+    constants = (low, high, kl_coef, is_floor, is_cap)
+    g, _ = _slope(logp, entropy, row, num_rows, per_row_6C, out_5C, constants, KIND, HAS_OLD, CAP, HAS_KL)
     tl.store(factor_C + row, -g * (inv_tau * scale) / (norm * gain))
     # Another thread has stored 0 into column y.
     tl.debug_barrier()
@@ -286,11 +288,12 @@ def policy_rows_(
             1 - objective.clip_low,
             1 + objective.clip_high,
             objective.kl_coef,
+            objective.is_floor,
             objective.is_cap or 1.0,
             CAPPED=transform.softcap is not None,
             KIND=KINDS.index(objective.kind),
             HAS_OLD=constants.old_C is not None,
-            HAS_CAP=objective.is_cap is not None,
+            CAP=cap_of(objective),
             HAS_KL=objective.kl_coef != 0,
             BLOCK=t.BLOCK,
             LANES=t.LANES,
