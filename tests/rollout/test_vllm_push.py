@@ -84,7 +84,7 @@ class Worker(WeightReceiver):
     def __init__(self, rank):
         self.rank, self.model_runner = rank, Runner()
     def sums(self):
-        return {n: t.double().sum().item() for n, t in self.model_runner.held.items()}
+        return {n: round(t.double().sum().item(), 9) for n, t in self.model_runner.held.items()}
 
 def reply(worker, call):
     try:
@@ -140,7 +140,7 @@ class Model:
 
 
 def sums(weights: dict[str, Tensor]) -> dict[str, float]:
-    return {name: tensor.double().sum().item() for name, tensor in weights.items()}
+    return {name: round(tensor.double().sum().item(), 9) for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("kind", ["mapped", "broadcast"])
