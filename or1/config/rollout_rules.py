@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from or1.config import Config
+from or1.config.loss_rules import weights_given
 from or1.core.errors import Problem
 
 _VLLM_HOTTEST = 2.0
 
 
 def importance_weights_sound(config: Config) -> Iterator[Problem]:
+    """Find samples of older policies without importance weights, and weights that cannot be had."""
     rollout, loss = config.rollout, config.loss
     if not loss.weighs_engine:
         stale = {name: getattr(rollout, name) for name in ("partial_tokens", "overlap", "max_staleness")}
@@ -66,6 +68,7 @@ def sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
 
 
 def engine_fits(config: Config) -> Iterator[Problem]:
+    """Find settings that the engine does not have."""
     rollout, vllm = config.rollout, config.rollout.vllm
     if vllm.url is not None and vllm.placement != "server":
         yield Problem(
@@ -81,6 +84,7 @@ def engine_fits(config: Config) -> Iterator[Problem]:
 
 
 def staleness_sound(config: Config) -> Iterator[Problem]:
+    """Find staleness that the engine or other settings do not allow."""
     rollout, k = config.rollout, config.rollout.max_staleness
     name, value = ("overlap", "true") if rollout.overlap else ("max_staleness", str(k))
     if rollout.steps_ahead and rollout.engine != "vllm":
