@@ -12,7 +12,7 @@ _VLLM_HOTTEST = 2.0
 
 
 def importance_weights_sound(config: Config) -> Iterator[Problem]:
-    """Find samples of older policies without importance weights, and weights that cannot be had."""
+    """Find samples of older policies without importance weights, and weights that are not available."""
     rollout, loss = config.rollout, config.loss
     if not loss.weighs_engine:
         stale = {name: getattr(rollout, name) for name in ("partial_tokens", "overlap", "max_staleness")}
