@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section
+from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, Section, UrlList
 
 
 class VllmConfig(Section):
@@ -14,9 +14,10 @@ class VllmConfig(Section):
 
     placement: Literal["colocate", "server"] = "colocate"
     """colocate: inside the trainer, one engine per rank under torchrun. server: a separate process."""
-    url: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
+    url: UrlList | None = Field(None, min_length=1)
     """With placement = "server": a server started with `or1 serve`, as http://host:port, or as https://host:port behind
-    a TLS proxy. Absent: or1 starts one."""
+    a TLS proxy; or a list of several. Each response goes to a server that has room. A server that dies during a rollout
+    is left out, and the others generate its responses again. Absent: or1 starts one."""
     transport: Literal["auto", "file", "broadcast"] = "auto"
     """Transport of weights to a server. file: safetensors in a shared folder. broadcast: NCCL, or gloo on a CPU. auto:
     file for a server that or1 started, else broadcast."""

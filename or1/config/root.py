@@ -59,7 +59,8 @@ class DistConfig(Section):
     """Ranks that share one packed row, each with part of its tokens (Ulysses). Must divide the number of ranks and the
     model's query and key-value heads. Raise it if the activations of one row do not fit into memory."""
     timeout_s: float = Field(1800.0, ge=1, le=MOST_SECONDS)
-    """Longest time in seconds that a rank waits for the others, including the slowest generation; then the run ends."""
+    """Longest silence in seconds of a rank that others wait for; then the run ends. A rank that generates or scores is
+    not silent, and waiting for it has no limit. It also limits a single collective and the start of all ranks."""
     heartbeat_timeout_s: float = Field(60.0, ge=1, le=MOST_SECONDS)
     """A rank without a heartbeat for this many seconds counts as dead, and the run ends on all ranks."""
 

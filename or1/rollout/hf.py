@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from or1.core.pulse import pulse
 from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
 from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
+from or1.rollout.dealing import Given, Supply
 from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
 
 # Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
@@ -31,6 +33,7 @@ class HfEngine:
 
     shares_weights = True
     continuous_batching = False
+    ranks_per_model = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -51,12 +54,14 @@ class HfEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
         """Yield responses batch by batch, as `Engine.generate`. Collective if the model is sharded."""
-        jobs = list(jobs_of(prompts, sampling, slots))
+        yield from self.generate_from(Given(jobs_of(prompts, sampling, slots)), sampling)
+
+    def generate_from(self, supply: Supply, sampling: Sampling) -> Iterator[Finished]:
+        """Yield responses batch by batch, as `TakingEngine.generate_from`. Collective if the model is sharded."""
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         # A rank without jobs takes part too: gathering the weights is collective.
         with gathered(self.model):
-            for start in range(0, len(jobs), self.batch_size):
-                batch = jobs[start : start + self.batch_size]
+            while batch := supply.take(self.batch_size):
                 left_s = deadline - time.monotonic()
                 if left_s > 0:
                     responses = self._generate_batch(batch, sampling, left_s)
@@ -135,6 +140,7 @@ class RowSampler(LogitsProcessor):
 
         scores and the result are float[B, V]; the result is 0 for the sampled token and -inf for all others.
         """
+        pulse()
         wide_BV = scores.to(torch.promote_types(scores.dtype, torch.float32))
         logp_BV = (wide_BV / (self.temperature or 1.0)).log_softmax(-1)
         token_B1 = self._draw(logp_BV) if self.temperature > 0 else logp_BV.argmax(-1, keepdim=True)

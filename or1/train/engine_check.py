@@ -14,7 +14,7 @@ from or1.core.errors import RunError
 from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import World
-from or1.rollout.engine import Engine, Sampling
+from or1.rollout.engine import Engine, MeteredEngine, Sampling
 from or1.run.state import TrainState
 from or1.train.metrics import UpdateStats
 from or1.train.rank_rows import Policy
@@ -71,15 +71,17 @@ def push_weights(
 
     prompts  of the last rollout: an engine that kept a cache of old weights kept it for these
 
-    Returns metrics of the check, none if there was none. Raises RunError if engine and trainer disagree. Collective.
+    Returns metrics of the engine and of the check, if there are any. Collective.
+    Raises RunError if engine and trainer disagree.
     """
     version = state.policy_version + 1
     engine.update_weights(version)
     state.policy_version = version
+    found: dict[str, float] = engine.metrics() if isinstance(engine, MeteredEngine) else {}
     every = config.rollout.verify_every
     if engine.shares_weights or not every or version % every:
-        return {}
-    return compare_engine(engine, model, prompts, config).require().metrics()
+        return found
+    return found | compare_engine(engine, model, prompts, config).require().metrics()
 
 
 def compare_engine(engine: Engine, model: PreTrainedModel, prompts: Sequence[Prompt], config: Config) -> Parity:

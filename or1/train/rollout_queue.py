@@ -18,6 +18,7 @@ from or1.magic.stages import Step
 from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.collect import Progress, Rollout
+from or1.rollout.dealing import ResponseLengths
 from or1.rollout.engine import Engine, Sampling
 from or1.run.state import TrainState
 
@@ -92,7 +93,9 @@ class RolloutQueue:
         if not stages.may_end(step.number) and stages.steps_left(step.number):
             prompts, sampling, carried = self._next_work(stages.step(step.number + 1))
             self._work = prompts, carried
-            self._making = self._pool.submit(self._make, prompts, sampling, carried, self._check_stop)
+            # A copy: the lengths must be the same on all ranks, and this step adds its own to them meanwhile.
+            lengths = self._state.lengths.copy()
+            self._making = self._pool.submit(self._make, prompts, sampling, carried, self._check_stop, lengths)
 
     def settle(self) -> None:
         """Wait for the rollout that `start_next` started. Raises the error that ended it. Collective."""
@@ -117,7 +120,7 @@ class RolloutQueue:
         if in_flight.ahead is not None:
             rollout, in_flight.ahead = in_flight.ahead, None
             # Its generation time was already counted in the previous step.
-            return replace(rollout, generate_s=0.0, reward_s=0.0)
+            return replace(rollout, generate_s=0.0, reward_s=0.0, idle_s=0.0)
         prompts, sampling, carried = self._next_work(step)
         rollout = exchange(self._world, self._make(prompts, sampling, carried, progress), prompts, carried)
         in_flight.carried = list(rollout.open)
@@ -163,8 +166,22 @@ class RolloutQueue:
             top_k=rollout.top_k,
         )
 
-    def _make(self, prompts: list[Prompt], sampling: Sampling, carried: list[OpenGroup], progress: Progress) -> Rollout:
+    def _make(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        carried: list[OpenGroup],
+        progress: Progress,
+        lengths: ResponseLengths | None = None,
+    ) -> Rollout:
         """Generate this rank's share."""
         return collect_share(
-            self._world, self._engine, self._scorer, prompts, sampling, carried=carried, progress=progress
+            self._world,
+            self._engine,
+            self._scorer,
+            prompts,
+            sampling,
+            carried=carried,
+            progress=progress,
+            lengths=self._state.lengths if lengths is None else lengths,
         )

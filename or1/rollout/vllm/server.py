@@ -26,7 +26,9 @@ DRAIN_S = 30.0
 class ServerEngine(ServerClient):
     """A vLLM server as an `Engine`. A server that or1 started is restarted at most once per call if it dies.
 
-    process  the server's process; None if another program started the server (`rollout.vllm.url`)
+    process   the server's process; None if another program started the server (`rollout.vllm.url`)
+    clients   number of ranks that use the server
+    push_now  push the weights at once; False for one of several servers
     """
 
     process: ServerProcess | None
@@ -38,6 +40,9 @@ class ServerEngine(ServerClient):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
+        *,
+        clients: int = 1,
+        push_now: bool = True,
     ):
         self._push = _make_push(setup, config, model, run_path)
         if config.url is None:
@@ -45,11 +50,22 @@ class ServerEngine(ServerClient):
             address = Address(self.process.url, self.process.token, own=True)
         else:
             self.process = None
-            address = Address(config.url, _token_of_another_server(config.url), own=False)
-        super().__init__(setup, model, tokenizer, address)
+            address = Address(config.url[0], token_of_another_server(config.url[0]), own=False)
+        super().__init__(setup, model, tokenizer, address, clients=clients)
         if self.process is not None:
             self.process.await_ready()
-        self.update_weights(0)
+        if push_now:
+            self.update_weights(0)
+
+    @property
+    def pushes_file(self) -> bool:
+        """True if a push writes a file, which several servers can read."""
+        return self._push.folder is not None
+
+    def push(self, version: int, *, again: bool) -> None:
+        """Push the weights without a restart of the server. again: send the file that was written last."""
+        self._complete = False
+        self._commit(self._repeat(version) if again else self._send_again(version), version)
 
     def update_weights(self, version: int) -> None:
         """Push the weights, as `Engine.update_weights`; restart the server once if or1 started it and it died."""
@@ -119,7 +135,8 @@ class ServerEngine(ServerClient):
         process.await_ready()
 
 
-def _token_of_another_server(url: str) -> str:
+def token_of_another_server(url: str) -> str:
+    """Return the token of a server that or1 did not start. Raises EngineError if there is none."""
     if TOKEN_VARIABLE not in os.environ:
         raise EngineError(
             f"rollout.vllm.url = {url!r}, but {TOKEN_VARIABLE} is not set; set it to the token that "
@@ -133,5 +150,5 @@ def _make_push(setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, run
     if config.transport == "file" or (own and config.transport == "auto"):
         folder = shared_folder(run_path)
         return FilePush(needs=file_bytes(model), spare=folder) if own else FilePush(folder)
-    url = "http://127.0.0.1" if config.url is None else config.url
+    url = "http://127.0.0.1" if config.url is None else config.url[0]
     return BroadcastPush(url, setup.tensor_parallel, "nccl" if setup.on_gpu else "gloo")

@@ -38,7 +38,7 @@ class LeadingEngine(ServerEngine):
         run_path: Path,
     ):
         self._world = world
-        super().__init__(setup, config, model, tokenizer, run_path)
+        super().__init__(setup, config, model, tokenizer, run_path, clients=world.size)
 
     def update_weights(self, version: int) -> None:
         """Push the weights, and send the server's address to the other ranks. Collective."""
@@ -60,7 +60,7 @@ class FollowingEngine(ServerClient):
         self, world: World, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self._world = world
-        super().__init__(setup, model, tokenizer, _gather_address(world, model))
+        super().__init__(setup, model, tokenizer, _gather_address(world, model), clients=world.size)
         self._complete = True
 
     def update_weights(self, version: int) -> None:
