@@ -186,8 +186,8 @@ class ResponseLengths:
         row's counts of solved attempts. An unfinished response that is already longer is expected to grow by half.
         """
         # Without any visit, half of the limit: what is carried over is then compared with something.
-        known = np.array([*self.tokens.values()] or [job.max_new / 2 for job in jobs] or [0.0])
-        typical = float(known.mean())
+        known: list[float] = [*self.tokens.values()]
+        typical = float(np.mean(known or [job.max_new / 2 for job in jobs] or [0.0]))
         whole = [self.tokens.get(p.id, typical * (0.5 + _difficulty(p))) for p in prompts]
         for i, group in enumerate(carried):
             finished = [r for r, s in zip(group.responses, group.scores, strict=True) if s is not None]

@@ -18,12 +18,17 @@ pytest.importorskip("vllm")
 
 import httpx
 
+from or1.config import VllmConfig
 from or1.core.errors import EngineError
-from or1.rollout.engine import Sampling
+from or1.dist.world import SINGLE
+from or1.rollout.engine import Job, Sampling
+from or1.rollout.vllm.fleet import LeadingFleet
 from or1.rollout.vllm.process import ServerProcess, bearer
 from or1.rollout.vllm.push import BroadcastPush, FilePush
+from or1.rollout.vllm.sending import Line
 from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
 from .conftest import Side, prompts_of
 
@@ -107,6 +112,47 @@ def test_responses_go_on_under_the_next_policy(side: Side) -> None:
     for slot, response in second.items():
         assert response.token_ids[:10].tolist() == begun[slot].token_ids.tolist()
         assert response.token_versions.tolist() == [old] * 10 + [new] * (len(response.token_ids) - 10)
+
+
+def test_two_servers_share_the_responses_and_one_may_die(
+    side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, prompts = side.engine, prompts_of(6)
+    alone = side.generate(prompts)
+    # A second server as `or1 serve` starts one, with the same token.
+    monkeypatch.setattr("or1.rollout.vllm.process.secrets.token_hex", lambda count: first.address.token)
+    monkeypatch.setenv(TOKEN_VARIABLE, first.address.token)
+    second = ServerProcess(first.setup, None, tmp_path / "log")
+    second.await_ready()
+    sent: dict[str, int] = {}
+    send = Line.send
+
+    def counted(line: Line, job: Job) -> None:
+        sent[line.server.url] = sent.get(line.server.url, 0) + 1
+        send(line, job)
+
+    monkeypatch.setattr(Line, "send", counted)
+    settings = VllmConfig(placement="server", url=(first.url, second.url))
+    fleet = LeadingFleet(SINGLE, first.setup, settings, side.model, side.tokenizer, tmp_path)
+    both = Side(side.config, side.model, side.tokenizer, fleet)
+    found = both.generate(prompts)
+    assert [f.response.token_ids.tolist() for f in found] == [f.response.token_ids.tolist() for f in alone]
+    assert sent.keys() == {first.url, second.url} and sum(sent.values()) == 24
+    side.disturb(1)
+    fleet.update_weights(1)
+    assert fleet.metrics() == {"rollout/servers": 2.0} and both.drift(prompts, both.generate(prompts)) < 1e-4
+
+    with side.endless():
+        fleet.update_weights(2)
+        threading.Timer(0.3, second.close).start()
+        found = both.generate(prompts, max_tokens=600, samples=8)
+    assert len(found) == 48 and {len(f.response.token_ids) for f in found} == {600}
+    assert f"vLLM at {second.url}" in (told := capsys.readouterr().err) and "The other 1 of 2 servers go on" in told
+    fleet.update_weights(3)
+    assert fleet.metrics() == {"rollout/servers": 1.0} and both.drift(prompts, both.generate(prompts)) < 1e-4
+    assert f"version 3 of the weights is not at {second.url}" in capsys.readouterr().err
+    fleet.close()
+    next_version(side)
 
 
 def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
