@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.rollout.engine import BATCH_SIZE, SimulatedEngine, run
 from or1.core.types import Prompt
-from or1.rollout.dealing import Alone, Dealt, Given, Hand, ResponseLengths, first_room, single_units
+from or1.rollout.dealing import Alone, Dealt, Given, Hand, ResponseLengths, Supply, first_room, single_units
 from or1.rollout.engine import Job, Sampling, jobs_of
 
 PROMPTS, SAMPLES, LIMIT = 128, 64, 32768
@@ -49,30 +49,22 @@ def simulate(step: Step, ranks: int, order: str, speeds: Callable[[int], float] 
     """
     prompts = [Prompt(str(p), "simulated", "", np.zeros(1, np.int32)) for p in range(len(step.lengths))]
     jobs = list(jobs_of(prompts, Sampling(1.0, LIMIT, SAMPLES, seed=0), None))
-    calls = 0
 
     def lengths(job: Job) -> int:
         return int(step.lengths[job.slot])
 
-    engines = []
+    supplies: list[Supply]
     if order == "static":
-        for rank in range(ranks):
-            supply = Given([job for job in jobs if job.slot[0] % ranks == rank])
-            engines.append(SimulatedEngine(supply.take, lengths, shared=False, speed=speeds(rank)))
+        supplies = [Given([job for job in jobs if job.slot[0] % ranks == rank]) for rank in range(ranks)]
     else:
         known = ResponseLengths()
         if order == "demand":
             known.tokens = {str(p): round(mean) for p, mean in enumerate(step.earlier.mean(1))}
-        units, counter = single_units(jobs, known.expected(prompts, jobs)), Alone()
-        for rank in range(ranks):
-            dealt = Dealt(units, Hand(len(units), ranks, rank, first_room(BATCH_SIZE), counter))
-
-            def take(room: int, dealt: Dealt = dealt) -> list[Job]:
-                nonlocal calls
-                calls += 1
-                return dealt.take(room)
-
-            engines.append(SimulatedEngine(take, lengths, shared=True, speed=speeds(rank)))
+        expected, counter = known.expected(prompts, jobs), Alone()
+        units, tokens = single_units(jobs, expected), {job.slot: e for job, e in zip(jobs, expected, strict=True)}
+        room = first_room(BATCH_SIZE)
+        supplies = [Dealt(units, Hand(len(units), ranks, rank, room, counter), tokens) for rank in range(ranks)]
+    engines = [SimulatedEngine(supply, lengths, speed=speeds(rank)) for rank, supply in enumerate(supplies)]
     run(engines)
     ends = np.array([engine.ended for engine in engines])
     tokens = sum(engine.tokens for engine in engines)
@@ -82,5 +74,6 @@ def simulate(step: Step, ranks: int, order: str, speeds: Callable[[int], float] 
         "seconds": float(ends.max()),
         "idle": float(1 - ends.mean() / ends.max()),
         "wait_s": float(ends.max() - ends.min()),
-        "calls": float(calls),
+        "calls": float(sum(engine.calls for engine in engines)) if order != "static" else 0.0,
+        "preempted": float(sum(engine.preempted for engine in engines)),
     }

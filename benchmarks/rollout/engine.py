@@ -10,14 +10,14 @@ cache of every running response are read once a step, at 80 % of 3,350 GB/s, or 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 
 from or1.plan.devices import Device, find_device
 from or1.plan.generation import Decoding
 from or1.plan.shapes import parse_shape
-from or1.rollout.dealing import Window
+from or1.rollout.dealing import Dealt, Supply, Window
 from or1.rollout.engine import Job
 
 BATCH_SIZE, PROMPT_TOKENS = 256, 200
@@ -33,9 +33,9 @@ _QWEN_7B = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-Take = Callable[[int], list[Job]]
 
 
+@cache
 def costs() -> tuple[Decoding, int]:
     """Return the costs of a step, and the tokens that the cache holds."""
     device: Device = find_device("h100", "cuda")[0]
@@ -59,87 +59,105 @@ class Running:
 
     def __init__(self, job: Job, tokens: int):
         self.job, self.left, self.context = job, tokens, PROMPT_TOKENS
+        self.since, self.end, self.runs = 0, 0, False
 
 
 class SimulatedEngine:
     """The engine of one rank. `event` advances it to the next change of its batch.
 
-    take     returns the next jobs; the code under test
+    supply   hands out the jobs; the code under test
     lengths  tokens of a job's response
     speed    1 for the planned speed, 0.5 for half
     """
 
-    def __init__(self, take: Take, lengths: Callable[[Job], int], *, shared: bool, speed: float = 1.0):
+    def __init__(self, supply: Supply, lengths: Callable[[Job], int], *, speed: float = 1.0):
         self._decoding, self._cache = costs()
-        self._take, self._lengths, self._speed = take, lengths, speed
-        self._window = Window(BATCH_SIZE, shared=shared)
-        self._more, self._number = True, 0
+        self._supply, self._lengths, self._speed = supply, lengths, speed
+        shared = isinstance(supply, Dealt)
+        typical = supply.typical if isinstance(supply, Dealt) else 0.0
+        self._window = Window(BATCH_SIZE, shared=shared, cache_tokens=self._cache, typical=typical)
+        self._more, self._number, self._held = True, 0, 0.0
         self._waiting: deque[Running] = deque()
-        # (tick at the end, order of the start, tick at the start, response); a tick is a token of every response.
-        self._running: list[tuple[int, int, int, Running]] = []
-        self._tick, self._used = 0, 0
-        self.now, self.ended, self.tokens = 0.0, 0.0, 0
+        # (tick at the end, order of the start, response); a tick is a token of every response. Preempted ones stay.
+        self._ends: list[tuple[int, int, Running]] = []
+        self._begun: list[Running] = []
+        self._tick, self._used, self._count = 0, 0, 0
+        self.now, self.ended, self.tokens, self.calls, self.preempted = 0.0, 0.0, 0, 0, 0
 
     def event(self) -> bool:
         """Take and start what there is room for, and run to the next event. Return False if all is done."""
         asked = self._ask()
         self._start()
-        if not self._running:
+        if not self._count:
             return asked
-        ticks = self._running[0][0] - self._tick
+        while not self._ends[0][2].runs or self._ends[0][2].end != self._ends[0][0]:
+            heapq.heappop(self._ends)
+        ticks = self._ends[0][0] - self._tick
         if asked:
             ticks = min(ticks, 1)  # The engine asks again after its next step.
         free = self._cache - self._used
-        if len(self._running) * ticks > free:
-            ticks = max(free // len(self._running), 1)
+        if self._count * ticks > free:
+            ticks = max(free // self._count, 1)
         self._advance(ticks)
         return True
 
     def _ask(self) -> bool:
-        room = self._window.room(len(self._running) + len(self._waiting), len(self._waiting))
+        room = self._window.room(self._count + len(self._waiting), len(self._waiting), self._held)
         if not self._more or not room:
             return False
-        jobs = self._take(room)
+        self.calls += 1
+        jobs = self._supply.take(room)
         self._more = bool(jobs)
         self._waiting.extend(Running(job, self._lengths(job)) for job in jobs)
+        self._held += sum(self._context(job) for job in jobs)
         return bool(jobs)
+
+    def _context(self, job: Job) -> float:
+        return self._supply.context(job) if isinstance(self._supply, Dealt) else 0.0
 
     def _start(self) -> None:
         """Start waiting responses while their tokens fit, with room for every running one to grow a little."""
-        while self._waiting and len(self._running) < BATCH_SIZE:
+        while self._waiting and self._count < BATCH_SIZE:
             first = self._waiting[0]
-            if self._running and self._used + first.context + 16 * len(self._running) > self._cache:
+            if self._count and self._used + first.context + 16 * self._count > self._cache:
                 return
             self._waiting.popleft()
             self._number += 1
-            heapq.heappush(self._running, (self._tick + first.left, self._number, self._tick, first))
+            first.since, first.end, first.runs = self._tick, self._tick + first.left, True
+            heapq.heappush(self._ends, (first.end, self._number, first))
+            self._begun.append(first)
             self._used += first.context
+            self._count += 1
             self._spend(first.context * self._decoding.token_s)
 
     def _advance(self, ticks: int) -> None:
-        running = len(self._running)
-        context = (self._used + running * ticks / 2) / running
-        self._spend(ticks * self._decoding.step_seconds(running, context))
+        context = (self._used + self._count * ticks / 2) / self._count
+        self._spend(ticks * self._decoding.step_seconds(self._count, context))
         self._tick += ticks
-        self._used += running * ticks
-        self.tokens += running * ticks
-        while self._running and self._running[0][0] <= self._tick:
-            _, _, since, done = heapq.heappop(self._running)
-            self._used -= done.context + self._tick - since
-            self.ended = self.now
-        while self._used + len(self._running) > self._cache and len(self._running) > 1:
+        self._used += self._count * ticks
+        self.tokens += self._count * ticks
+        while self._ends and self._ends[0][0] <= self._tick:
+            end, _, done = heapq.heappop(self._ends)
+            if done.runs and done.end == end:
+                self._stop(done)
+                self._held -= self._context(done.job)
+                self.ended = self.now
+        while self._used + self._count > self._cache and self._count > 1:
             self._preempt()
+
+    def _stop(self, response: Running) -> None:
+        response.runs = False
+        self._used -= response.context + self._tick - response.since
+        self._count -= 1
 
     def _preempt(self) -> None:
         """Move the response that started last back to the waiting ones, as vLLM does; its cache is computed again."""
-        entry = max(self._running, key=lambda each: each[1])
-        self._running.remove(entry)
-        heapq.heapify(self._running)
-        end, _, since, response = entry
-        done = self._tick - since
-        self._used -= response.context + done
-        response.context, response.left = response.context + done, end - self._tick
-        self._waiting.appendleft(response)
+        while not (last := self._begun.pop()).runs:
+            pass
+        self._stop(last)
+        self.preempted += 1
+        last.context, last.left = last.context + self._tick - last.since, last.end - self._tick
+        self._waiting.appendleft(last)
 
     def _spend(self, seconds: float) -> None:
         self.now += seconds / self._speed
@@ -152,4 +170,4 @@ def run(engines: list[SimulatedEngine]) -> None:
     while order:
         _, i = heapq.heappop(order)
         if engines[i].event():
-            heapq.heappush(order, (engines[i].now if math.isfinite(engines[i].now) else 0.0, i))
+            heapq.heappush(order, (engines[i].now, i))

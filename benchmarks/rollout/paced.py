@@ -1,4 +1,4 @@
-"""Two real ranks, one of them with a slow engine: the dealing of `or1.rollout.across_ranks`, with delays for a model."""
+"""Two real ranks, one with a slow engine: the dealing of `or1.rollout.across_ranks`, with delays for a model."""
 
 from __future__ import annotations
 

@@ -97,7 +97,8 @@ def _dealt(
     takers, taker = world.size // engine.ranks_per_model, world.rank // engine.ranks_per_model
     if getattr(engine, "continuous_batching", False):
         units, room = single_units(jobs, expected), first_room(engine.batch_size)
-        return Dealt(units, Hand(len(units), takers, taker, room, counter))
+        tokens = {job.slot: value for job, value in zip(jobs, expected, strict=True)}
+        return Dealt(units, Hand(len(units), takers, taker, room, counter), tokens)
     units = fixed_units(jobs, expected, engine.batch_size, world.size)
     return Dealt(units, Hand(len(units), takers, taker, 1, counter), batches=True)
 

@@ -8,6 +8,7 @@ numbers of a response depend on its prompt and its sample alone.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from or1.core.types import Group, OpenGroup, Prompt
-from or1.rollout.engine import Job
+from or1.rollout.engine import Job, Slot
 
 AHEAD = 8
 """An engine of batch_size B holds at most B / AHEAD responses that have no token yet: others might start them now."""
+FILL = 1.5
+"""Expected tokens of the open responses at their ends, over the tokens of the cache: they do not end all at once.
+Simulated for a 7B model (benchmarks/rollout): 1 leaves the cache half empty, and 3 costs as much as no limit."""
 MOST_SOLVED = 16
 """Samples behind a count of extra_info.model_difficulty."""
 
@@ -83,17 +87,31 @@ class Hand:
 class Window:
     """How many responses an engine takes at a time.
 
-    batch_size  most open responses
-    shared      others take from the same supply, so few responses may wait here for a first token
+    batch_size    most open responses
+    shared        others take from the same supply, so few responses may wait here for a first token
+    cache_tokens  tokens that the engine's cache holds, None if unknown. Responses begin short, so an engine that takes
+                  what fits now takes too many, and must drop and compute again what it has begun
+    typical       tokens of a response at its end, with its prompt
     """
 
-    def __init__(self, batch_size: int, *, shared: bool):
+    def __init__(self, batch_size: int, *, shared: bool, cache_tokens: int | None = None, typical: float = 0.0):
         self._batch_size = batch_size
         self._ahead = first_room(batch_size) if shared else batch_size
+        self._cache = FILL * cache_tokens if shared and cache_tokens and typical else math.inf
+        self._typical = max(typical, 1.0)
 
-    def room(self, open_: int, waiting: int) -> int:
-        """Return the number of responses to take now, given those that are open and those of them without a token."""
-        return max(min(self._batch_size - open_, self._ahead - waiting), 0)
+    def room(self, open_: int, waiting: int, held: float = 0.0) -> int:
+        """Return the number of responses to take now.
+
+        open_    responses that the engine has
+        waiting  those of them without a token
+        held     expected tokens of all of them at their end
+        """
+        room = min(self._batch_size - open_, self._ahead - waiting)
+        if self._cache < math.inf:
+            room = min(room, int((self._cache - held) / self._typical))
+        # An engine without any response takes one, however long it is expected to be.
+        return max(room, int(open_ == 0))
 
 
 def first_room(batch_size: int) -> int:
@@ -121,10 +139,31 @@ class Given:
 
 
 class Dealt:
-    """Units of jobs that several takers share: single jobs, or the batches of an engine with fixed batches."""
+    """Units of jobs that several takers share: single jobs, or the batches of an engine with fixed batches.
 
-    def __init__(self, units: Sequence[Sequence[Job]], hand: Hand, *, batches: bool = False):
+    expected  tokens that the job of each slot is expected to add
+    batches   the units are batches, of which `take` returns one at a time
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Sequence[Job]],
+        hand: Hand,
+        expected: Mapping[Slot, float] | None = None,
+        *,
+        batches: bool = False,
+    ):
         self._units, self._hand, self._batches = units, hand, batches
+        self._expected = expected or {}
+
+    @property
+    def typical(self) -> float:
+        """Mean over all jobs of `context`."""
+        return float(np.mean([self.context(job) for unit in self._units for job in unit])) if self._units else 0.0
+
+    def context(self, job: Job) -> float:
+        """Return the tokens of a job's sequence at its end, as expected, with its prompt."""
+        return len(job.context_ids) + self._expected.get(job.slot, 0.0)
 
     def take(self, room: int) -> list[Job]:
         """Return the jobs of the next units, as `Supply.take`; of one batch, if the units are batches."""

@@ -95,7 +95,7 @@ def test_a_rank_that_stops_to_work_ends_the_meeting_after_the_limit(monkeypatch:
 
 def test_a_rank_that_was_never_heard_of_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks({1: np.inf}, lambda rank, now: None)
-    with pytest.raises(RankSilent, match="rank 1 .*its last status: none"):
+    with pytest.raises(RankSilent, match=r"rank 1 .*its last status: none"):
         ranks.meet(monkeypatch)
     assert LIMIT_S <= ranks.now < LIMIT_S + 15
 

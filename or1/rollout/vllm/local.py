@@ -64,8 +64,7 @@ class LocalEngine:
                 f"vLLM has no complete set of weights (the push after version {self.version} failed or has not "
                 "happened yet); call update_weights first"
             )
-        window = Window(self.batch_size, shared=isinstance(supply, Dealt))
-        requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}", window)
+        requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}", self._window(supply))
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         try:
             while requests.fill(supply, self._ranks):
@@ -77,6 +76,13 @@ class LocalEngine:
                         yield from self._finished([(job, [], [], "deadline") for job in late])
         finally:
             requests.abort()
+
+    def _window(self, supply: Supply) -> Window:
+        if not isinstance(supply, Dealt):
+            return Window(self.batch_size, shared=False)
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        return Window(self.batch_size, shared=True, cache_tokens=tokens, typical=supply.typical)
 
     def _finished(self, done: list[_Done]) -> Iterator[Finished]:
         for (job, own), tokens, logp, finish in done:
@@ -130,12 +136,17 @@ class _Requests:
         """Submit jobs while vLLM has room; return False if no request is open and no job is left."""
         # Equal on ranks that share a model: they see the same requests in the same state.
         waiting = sum(not tokens for _, tokens, _ in self.open.values())
-        while self._more and (room := self._window.room(len(self.open), waiting)):
+        held = sum(self._held(supply, each) for each, _, _ in self.open.values())
+        while self._more and (room := self._window.room(len(self.open), waiting, held)):
             jobs = ranks.take(supply, room)
             self._more = bool(jobs)
             self.add(jobs)
             waiting += len(jobs)
+            held += sum(self._held(supply, each) for each in jobs)
         return bool(self.open)
+
+    def _held(self, supply: Supply, each: RankJob) -> float:
+        return supply.context(each.job) if isinstance(supply, Dealt) else 0.0
 
     def add(self, jobs: Sequence[RankJob]) -> None:
         """Submit jobs; vLLM schedules them."""
