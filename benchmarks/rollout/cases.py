@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.rollout.engine import BATCH_SIZE, SimulatedEngine, run
 from or1.core.types import Prompt
-from or1.rollout.dealing import Alone, Dealt, Given, Hand, ResponseLengths, Supply, first_room, single_units
-from or1.rollout.engine import Job, Sampling, jobs_of
+from or1.rollout.dealing import Alone, Dealt, Given, Hand, ResponseLengths, first_room, single_units
+from or1.rollout.engine import Job, Sampling, Supply, jobs_of
 
 PROMPTS, SAMPLES, LIMIT = 128, 64, 32768
 """Stage 3.5 of OR1-Math-7B: responses of a step, and their limit in tokens."""

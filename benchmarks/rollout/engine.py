@@ -1,8 +1,8 @@
 """One GPU's engine in simulated time: continuous batching, a cache of limited size, steps that slow with the load.
 
-Seconds of a decoding step come from `or1.plan.generation.Decoding`, for a 7B model on an H100: the weights and the
-cache of every running response are read once a step, at 80 % of 3,350 GB/s, or the products take longer, at 70 % of
-989 TFLOP/s. No time here was measured on a GPU.
+Seconds of a decoding step come from `or1.plan.generation.Decoding`, for a 7B model on an H100. A step reads the weights
+and the cache of every running response, at 80 % of 3,350 GB/s. If the products take longer, at 70 % of 989 TFLOP/s,
+their time counts. No time here was measured on a GPU.
 """
 
 # C tokens in the cache
@@ -17,8 +17,8 @@ from functools import cache
 from or1.plan.devices import Device, find_device
 from or1.plan.generation import Decoding
 from or1.plan.shapes import parse_shape
-from or1.rollout.dealing import Dealt, Supply, Window
-from or1.rollout.engine import Job
+from or1.rollout.dealing import Dealt, Window
+from or1.rollout.engine import Job, Supply
 
 BATCH_SIZE, PROMPT_TOKENS = 256, 200
 GPU_MEMORY, OVERHEAD_BYTES = 0.5, 2.5e9
@@ -116,7 +116,7 @@ class SimulatedEngine:
         return self._supply.context(job) if isinstance(self._supply, Dealt) else 0.0
 
     def _start(self) -> None:
-        """Start waiting responses while their tokens fit, with room for every running one to grow a little."""
+        """Start waiting responses while their tokens fit, while every running one can still grow a little."""
         while self._waiting and self._count < BATCH_SIZE:
             first = self._waiting[0]
             if self._count and self._used + first.context + 16 * self._count > self._cache:

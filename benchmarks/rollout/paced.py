@@ -14,8 +14,8 @@ from or1.core.types import Prompt, Response, Score, Status
 from or1.dist.world import World, join
 from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.collect import Rollout
-from or1.rollout.dealing import Dealt, Given, ResponseLengths, Supply, Window
-from or1.rollout.engine import Engine, Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.rollout.dealing import Dealt, Given, ResponseLengths, Window
+from or1.rollout.engine import Engine, Finished, Job, Sampling, Slot, Supply, continued, jobs_of
 
 PROMPTS, SAMPLES, LIMIT = 12, 4, 200
 

@@ -12,7 +12,7 @@ _done = 0
 
 
 def pulse() -> None:
-    """Count one unit of work. Safe in any thread, and cheap enough for every step of an engine."""
+    """Count one unit of work. Safe in any thread, and cheap beside a step of an engine."""
     global _done
     _done = next(_counter)
 

@@ -1,8 +1,8 @@
 """Counters that all ranks share, and meetings without a time limit, in torchrun's key-value store.
 
-A collective ends the run when one rank comes later than the others by `dist.timeout_s`. A rank whose responses are
-longer than those of the others is not lost, so ranks meet here before the collective at the end of a rollout. What ends
-a meeting is silence: a rank that has not come and whose work has not moved for `dist.timeout_s`.
+A collective ends the run when one rank comes later than the others by `dist.timeout_s`. But a rank with the longest
+responses is not lost. So ranks meet here before the collective at the end of a rollout. Only silence ends a meeting: a
+rank that has not come and whose work has not moved for `dist.timeout_s`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from or1.core.pulse import pulse
 from or1.core.types import Group, OpenGroup, Prompt, Response, Score
 from or1.reward.scorer import Scorer, scored
-from or1.rollout.dealing import Supply
-from or1.rollout.engine import Engine, Job, Sampling, Slot, TakingEngine, jobs_of
+from or1.rollout.engine import Engine, Job, Sampling, Slot, Supply, TakingEngine, jobs_of
 
 Progress = Callable[[int, int], None]
 """progress(finished, total): called with numbers of responses."""

@@ -1,7 +1,7 @@
 """Order and distribution of the responses of a rollout: longest expected first, taken as engines have room.
 
-Every rank makes the same list of units. A counter that all ranks share hands the units out, so no rank waits with an
-idle engine while another has work in its queue. The expected length decides the order and nothing else: the random
+Every rank makes the same list of units, and a counter that all ranks share hands the units out. So no engine is idle
+while another has work in its queue. The expected length decides the order and nothing else: the random
 numbers of a response depend on its prompt and its sample alone.
 """
 
@@ -119,14 +119,6 @@ def first_room(batch_size: int) -> int:
     return max(batch_size // AHEAD, 1)
 
 
-class Supply(Protocol):
-    """The jobs of a call, which an engine takes as it has room."""
-
-    def take(self, room: int) -> list[Job]:
-        """Return the next jobs, about `room` of them at most; an empty list if there are no more."""
-        ...
-
-
 class Given:
     """The jobs of one caller, in order."""
 
@@ -221,8 +213,8 @@ class ResponseLengths:
         prompts  of the call, those of `carried` first
         carried  groups of an earlier call; their finished responses tell most about the others
 
-        The length is the mean of the finished siblings, else that of the prompt's last visit, else a guess from the
-        row's counts of solved attempts. An unfinished response that is already longer is expected to grow by half.
+        The length is the mean of the finished siblings, else that of the prompt's last visit. Without a visit it is a
+        guess from the row's counts of solved attempts. An unfinished response beyond that grows by half.
         """
         # Without any visit, half of the limit: what is carried over is then compared with something.
         known: list[float] = [*self.tokens.values()]

@@ -14,8 +14,6 @@ from or1.core.types import Prompt, Response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from or1.rollout.dealing import Supply
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -99,6 +97,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop every process that the engine started. Idempotent."""
+        ...
+
+
+class Supply(Protocol):
+    """The jobs of a call, which an engine takes as it has room."""
+
+    def take(self, room: int) -> list[Job]:
+        """Return the next jobs, about `room` of them at most; an empty list if there are no more."""
         ...
 
 

@@ -21,8 +21,8 @@ from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
 from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
-from or1.rollout.dealing import Given, Supply
-from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.rollout.dealing import Given
+from or1.rollout.engine import Finished, Job, Sampling, Slot, Supply, continued, jobs_of
 
 # Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
 _WHOLE = 2.0**52

@@ -10,8 +10,8 @@ import httpx
 
 from or1.core.errors import EngineError, ServerLost
 from or1.core.types import Prompt, Response
-from or1.rollout.dealing import Given, Supply
-from or1.rollout.engine import Finished, Sampling, Slot, jobs_of
+from or1.rollout.dealing import Given
+from or1.rollout.engine import Finished, Sampling, Slot, Supply, jobs_of
 from or1.rollout.vllm.process import bearer, may_take_proxy
 from or1.rollout.vllm.sending import Sending
 from or1.rollout.vllm.setup import VllmSetup
@@ -141,7 +141,7 @@ class ServerClient:
         self.version, self._complete = version, True
 
     def ask(self, path: str, limit_s: float) -> None:
-        """GET a path. Raises ServerLost without an answer within `limit_s`, EngineError if the server refuses."""
+        """Request a path. Raises ServerLost without an answer within `limit_s`, EngineError if the server refuses."""
         try:
             reply = self._http.get(self.url + path, timeout=limit_s)
         except httpx.TransportError as error:

@@ -20,8 +20,8 @@ from or1.core.terminal import tell
 from or1.core.types import Prompt, Response
 from or1.dist.world import World
 from or1.model.export import named_weights
-from or1.rollout.dealing import Given, Supply
-from or1.rollout.engine import Finished, Sampling, Slot, jobs_of
+from or1.rollout.dealing import Given
+from or1.rollout.engine import Finished, Sampling, Slot, Supply, jobs_of
 from or1.rollout.vllm.client import Address, ServerClient
 from or1.rollout.vllm.sending import Sending
 from or1.rollout.vllm.server import ServerEngine, token_of_another_server

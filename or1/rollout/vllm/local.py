@@ -18,8 +18,8 @@ from or1.core.errors import EngineError
 from or1.core.pulse import pulse
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
-from or1.rollout.dealing import Dealt, Given, Supply, Window
-from or1.rollout.engine import Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.dealing import Dealt, Given, Window
+from or1.rollout.engine import Finished, Sampling, Slot, Supply, continued, decoded, jobs_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from or1.core.errors import EngineError
-from or1.rollout.dealing import Dealt, Supply
-from or1.rollout.engine import Job
+from or1.rollout.dealing import Dealt
+from or1.rollout.engine import Job, Supply
 
 
 class RankJob(NamedTuple):
@@ -106,8 +106,8 @@ class Ranks:
         places = torch.zeros(room + 1, dtype=torch.int64)
         places[: len(claimed) + 1] = torch.tensor([len(claimed), *claimed])
         dist.broadcast(places, group=self.group, group_src=0)
-        jobs = supply.jobs(places[1 : int(places[0]) + 1].tolist())
-        return [RankJob(job, own=i % self.size == self.rank) for i, job in enumerate(jobs)]
+        taken = places[1 : int(places[0]) + 1].tolist()
+        return [RankJob(job, own=at % self.size == self.rank) for at in taken for job in supply.jobs([at])]
 
     def agree(self, late: bool) -> bool:
         """Return `late` of the group's first rank. Collective in the group."""

@@ -15,8 +15,8 @@ import numpy as np
 from or1.core.errors import EngineError, ServerLost
 from or1.core.pulse import pulse
 from or1.core.types import Response
-from or1.rollout.dealing import Dealt, Supply, Window
-from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, decoded
+from or1.rollout.dealing import Dealt, Window
+from or1.rollout.engine import Finished, Job, Sampling, Slot, Supply, continued, decoded
 from or1.rollout.vllm.process import MODEL_NAME
 from or1.rollout.vllm.streams import Failed, Part, Streams
 
