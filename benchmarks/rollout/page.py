@@ -39,6 +39,9 @@ another has, mean over the ranks.
 
 {_grown(rows)}
 
+What is left is the tail: the last responses that a rank takes are expected to be short, but some are not. The tail
+takes about 100 s whatever the step, so its share is largest where the step is shortest.
+
 ## One step of {PROMPTS} prompts of {SAMPLES}, on more and more ranks
 
 {_fixed(rows)}

@@ -13,7 +13,7 @@ from or1.core.types import Prompt, Response
 from or1.rollout.dealing import Given
 from or1.rollout.engine import Finished, Sampling, Slot, Supply, jobs_of
 from or1.rollout.vllm.process import bearer, may_take_proxy
-from or1.rollout.vllm.sending import Sending
+from or1.rollout.vllm.sending import Sending, Server
 from or1.rollout.vllm.setup import VllmSetup
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class ServerClient:
         return self.address.url
 
     @property
+    def token(self) -> str:
+        """The bearer token that the server checks."""
+        return self.address.token
+
+    @property
     def batch_size(self) -> int:
         """Most responses that this process has open at the server, which its other clients use as much."""
         return max(-(-self.setup.batch_size // self.clients), 1)
@@ -84,7 +89,7 @@ class ServerClient:
         """Yield responses, as `TakingEngine.generate_from`; restart the server once if this process may."""
         restarted = False
 
-        def lost(server: ServerClient, cause: ServerLost, open_: int, left: int) -> ServerClient:
+        def lost(server: Server, cause: ServerLost, open_: int, left: int) -> Server:
             nonlocal restarted
             if restarted or not self._recover():
                 raise self.loss(cause, open_) from cause

@@ -23,7 +23,7 @@ from or1.model.export import named_weights
 from or1.rollout.dealing import Given
 from or1.rollout.engine import Finished, Sampling, Slot, Supply, jobs_of
 from or1.rollout.vllm.client import Address, ServerClient
-from or1.rollout.vllm.sending import Sending
+from or1.rollout.vllm.sending import Sending, Server
 from or1.rollout.vllm.server import ServerEngine, token_of_another_server
 from or1.rollout.vllm.setup import VllmSetup
 
@@ -82,9 +82,8 @@ class Fleet:
         for server in self.servers:
             server.close()
 
-    def _lost(self, server: ServerClient, cause: ServerLost, open_: int, left: int) -> None:
-        if server in self.live:
-            self.live.remove(server)
+    def _lost(self, server: Server, cause: ServerLost, open_: int, left: int) -> None:
+        self.live = [each for each in self.live if each is not server]
         if not left:
             raise server.loss(cause, open_) from cause
         tell(f"or1: {cause}. The other {left} of {len(self.servers)} servers go on with its responses")

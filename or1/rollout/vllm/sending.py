@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,13 +18,44 @@ from or1.core.types import Response
 from or1.rollout.dealing import Dealt, Window
 from or1.rollout.engine import Finished, Job, Sampling, Slot, Supply, continued, decoded
 from or1.rollout.vllm.process import MODEL_NAME
+from or1.rollout.vllm.setup import VllmSetup
 from or1.rollout.vllm.streams import Failed, Part, Streams
 
 if TYPE_CHECKING:
-    from or1.rollout.vllm.client import ServerClient
+    from transformers import PreTrainedTokenizerBase
 
 WATCH_S = 2.0
 """Seconds between checks of a silent server, so also the delay after which a dead server is noticed."""
+
+
+class Server(Protocol):
+    """What a call needs of a server; see `ServerClient`."""
+
+    version: int
+    setup: VllmSetup
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        ...
+
+    @property
+    def token(self) -> str:
+        """The bearer token that the server checks."""
+        ...
+
+    def require_version(self) -> None:
+        """Raise ServerLost if the server has weights of another version."""
+        ...
+
+    def require_life(self, heard: float) -> None:
+        """Raise ServerLost if the server is dead, or has sent nothing since `heard` for too long."""
+        ...
+
+    def loss(self, cause: ServerLost, open_: int) -> ServerLost:
+        """Return the error of a lost server, with the remedy."""
+        ...
 
 
 @dataclass
@@ -44,12 +75,12 @@ class Unfinished:
 class Line:
     """The requests of one call that one server works on."""
 
-    def __init__(self, server: ServerClient, sampling: Sampling, events: queue.SimpleQueue[tuple[Line, Part | Failed]]):
+    def __init__(self, server: Server, sampling: Sampling, events: queue.SimpleQueue[tuple[Line, Part | Failed]]):
         server.require_version()
         self.server, self._sampling = server, sampling
         self.waiting: dict[Slot, Unfinished] = {}
         self.heard = time.monotonic()
-        self._streams = Streams(server.url, server.address.token, lambda event: events.put((self, event)))
+        self._streams = Streams(server.url, server.token, lambda event: events.put((self, event)))
 
     def room(self, window: Window) -> int:
         """Return the number of responses that the server takes now."""
@@ -99,11 +130,11 @@ class Sending:
 
     def __init__(
         self,
-        servers: Sequence[ServerClient],
+        servers: Sequence[Server],
         supply: Supply,
         sampling: Sampling,
         room: int,
-        lost: Callable[[ServerClient, ServerLost, int, int], ServerClient | None],
+        lost: Callable[[Server, ServerLost, int, int], Server | None],
     ):
         self._supply, self._sampling, self._lost = supply, sampling, lost
         shared = len(servers) > 1 or isinstance(supply, Dealt)
@@ -144,7 +175,7 @@ class Sending:
             for line in self._lines:
                 line.close()
 
-    def _open(self, server: ServerClient) -> None:
+    def _open(self, server: Server) -> None:
         try:
             self._lines.append(Line(server, self._sampling, self._events))
         except ServerLost as cause:
@@ -195,7 +226,7 @@ class Sending:
         line.close()
         self._replace(line.server, cause)
 
-    def _replace(self, server: ServerClient, cause: ServerLost) -> None:
+    def _replace(self, server: Server, cause: ServerLost) -> None:
         self._servers.remove(server)
         if (instead := self._lost(server, cause, self.open, len(self._servers))) is not None:
             self._servers.append(instead)
