@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
+from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section, UrlList
 
 Quantization = Literal[
     "fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "int8_per_channel_weight_only"
@@ -40,9 +40,10 @@ class VllmConfig(Section):
 
     placement: Literal["colocate", "server"] = "colocate"
     """colocate: inside the trainer, one engine per rank under torchrun. server: a separate process."""
-    url: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
+    url: UrlList | None = Field(None, min_length=1)
     """With placement = "server": a server started with `or1 serve`, as http://host:port, or as https://host:port behind
-    a TLS proxy. Absent: or1 starts one."""
+    a TLS proxy; or a list of several. Each response goes to a server that has room. A server that dies during a rollout
+    is left out, and the others generate its responses again. Absent: or1 starts one."""
     transport: Literal["auto", "ipc", "broadcast", "file"] = "auto"
     """Transport of weights to a server. ipc: memory that both processes map, on one machine. broadcast: NCCL, or gloo
     on a CPU. file: safetensors in a shared folder. auto, on a GPU: the first of the three that works; on a CPU: file

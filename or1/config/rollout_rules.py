@@ -67,14 +67,21 @@ def sampled_from_all_tokens(config: Config) -> Iterator[Problem]:
             )
 
 
+def _shown_urls(urls: tuple[str, ...]) -> str:
+    return repr(urls[0]) if len(urls) == 1 else repr(list(urls))
+
+
 def engine_fits(config: Config) -> Iterator[Problem]:
     """Find settings that the engine does not have."""
     rollout, vllm = config.rollout, config.rollout.vllm
     if vllm.url is not None and vllm.placement != "server":
         yield Problem(
             "rollout.vllm.url",
-            f'{vllm.url!r} has no effect with placement = "{vllm.placement}"; set placement = "server", or remove url',
+            f"{_shown_urls(vllm.url)} has no effect with placement = "
+            f'"{vllm.placement}"; set placement = "server", or remove url',
         )
+    if vllm.url is not None and len(set(vllm.url)) < len(vllm.url):
+        yield Problem("rollout.vllm.url", f"{_shown_urls(vllm.url)} names a server twice; name each once")
     if rollout.partial_tokens is not None and len({stage.group_size for stage in config.stage}) > 1:
         yield Problem(
             "rollout.partial_tokens",

@@ -63,7 +63,8 @@ class DistConfig(Section):
     node can be such a group. Groups exchange only sums of gradients, once an update. Must divide the number of ranks.
     Absent: all ranks share one copy, which takes the least memory."""
     timeout_s: float = Field(1800.0, ge=1, le=MOST_SECONDS)
-    """Longest time in seconds that a rank waits for the others, including the slowest generation; then the run ends."""
+    """Longest silence in seconds of a rank that others wait for; then the run ends. A rank that generates or scores is
+    not silent, and waiting for it has no limit. It also limits a single collective and the start of all ranks."""
     heartbeat_timeout_s: float = Field(60.0, ge=1, le=MOST_SECONDS)
     """A rank without a heartbeat for this many seconds counts as dead, and the run ends on all ranks."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
 # Far beyond any run, yet small enough that a product of two fits into 64 bits and a clock accepts the seconds.
@@ -59,6 +59,8 @@ def _usable_path(value: str) -> str:
 
 
 FilePath = Annotated[str, AfterValidator(_usable_path)]
+_Url = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+$")]
+UrlList = Annotated[tuple[_Url, ...], BeforeValidator(_listed)]
 StringList = Annotated[tuple[FilePath, ...], BeforeValidator(_listed)]
 FilePaths = FilePath | tuple[FilePath, ...]
 

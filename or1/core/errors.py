@@ -99,6 +99,12 @@ class DistError(Or1Error):
     """Arrangement of ranks that is impossible; the message names the numbers."""
 
 
+class RankSilent(DistError):
+    """A rank that others wait for shows no progress."""
+
+    exit_code = EXIT_RETRY
+
+
 class RowMemoryError(RuntimeError):
     """Out of memory on a packed row; the message names the rank. All ranks raise this error unless `here_only`."""
 

@@ -231,8 +231,22 @@ METRICS = (
         "tokens a pass",
         "Mean tokens that a response gains in a pass with a draft: the accepted ones and the one after them.",
     ),
+    Metric(
+        "rollout/servers",
+        COUNT,
+        "count",
+        "servers",
+        "Servers of rollout.vllm.url that took the last push, if there are several.",
+    ),
     Metric("data/epoch", COUNT, "count", "epoch", "Completed passes over the training prompts."),
     Metric("data/dropped_solved", COUNT, "count", "prompts dropped", "Prompts dropped as solved (data.drop_solved)."),
+    Metric(
+        "perf/rollout_idle",
+        SHARE,
+        "percent",
+        "ranks idle",
+        "Part of the rollout in which a rank waits for the slowest one, mean over the ranks.",
+    ),
     Metric(
         "perf/tokens_per_s",
         TOKENS_PER_S,

@@ -21,12 +21,13 @@ from typing import Any
 import torch.distributed as dist
 
 from or1.core.errors import EXIT_RETRY
+from or1.core.pulse import pulses
 from or1.core.terminal import tell, tell_traceback
+from or1.dist.board import STATUS_KEY
 from or1.dist.world import World
 
 _PERIOD_S = 1.0
 _DIAGNOSIS_S = 6.0
-_KEY = "or1/alive/{}"
 
 
 class Watchdog:
@@ -96,7 +97,9 @@ class Watchdog:
     def _publish(self) -> None:
         with self._lock:
             self._beats += 1
-            self._store.set(_KEY.format(self.world.rank), json.dumps(self._mine | {"beat": self._beats}))
+            self._store.set(
+                STATUS_KEY.format(self.world.rank), json.dumps(self._mine | {"beat": self._beats, "work": pulses()})
+            )
 
     def _watch(self) -> None:
         others = [r for r in range(self.world.size) if r != self.world.rank]
@@ -104,7 +107,7 @@ class Watchdog:
         while not self._stopped.wait(self._period):
             try:
                 self._publish()
-                found = self._store.multi_get([_KEY.format(r) for r in others])
+                found = self._store.multi_get([STATUS_KEY.format(r) for r in others])
             except RuntimeError as error:
                 self._give_up(f"the store of rank 0's node is gone ({str(error).splitlines()[0]})")
             now = time.monotonic()

@@ -7,10 +7,11 @@ A decision that affects collectives must have the same result on all ranks, or t
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from or1.config import DistConfig
 from or1.core.errors import DistError
+from or1.dist.board import Board
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class World:
 
     Ranks of one sequence group are adjacent: rank = data_rank * sequence_size + sequence_rank. They exchange
     activations in every layer and should share a node.
+
+    board  counters and meetings of the ranks; None in a single process, and where no run has been joined
     """
 
     rank: int = 0
@@ -39,6 +43,7 @@ class World:
     mesh: DeviceMesh | None = None
     replicas: int = 1
     grid: DeviceMesh | None = None
+    board: Board | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -135,6 +140,14 @@ class World:
         """Return the main rank's bytes on every rank; those of the other ranks are ignored. Collective."""
         return self.gather(payload if self.is_main else b"")[0]
 
+    def meet(self) -> None:
+        """Wait until every rank has called this method, without a time limit for a rank that works. Collective.
+
+        Raises RankSilent. Call before the collective that ends work of different length, such as a rollout.
+        """
+        if self.board is not None:
+            self.board.meet()
+
     def barrier(self) -> None:
         """Wait until every rank has called this method. Collective."""
         self.any(False)
@@ -183,23 +196,27 @@ def join(config: DistConfig, device: torch.device) -> Iterator[World]:
         device_id=bound,
     )
     try:
-        yield world_of(device.type, config.sequence_parallel, config.shard_ranks)
+        yield world_of(device.type, config.sequence_parallel, config.timeout_s, config.shard_ranks)
     finally:
         dist.destroy_process_group()
 
 
-def world_of(device_type: str, sequence_size: int, shard_ranks: int | None = None) -> World:
+def world_of(device_type: str, sequence_size: int, timeout_s: float, shard_ranks: int | None = None) -> World:
     """Return the world over the ranks of the initialised process group. Collective.
 
+    timeout_s    longest silence of a rank that others wait for in `World.meet`
     shard_ranks  ranks that hold one copy of the model; None: all
     """
     size = dist.get_world_size()
     mesh = init_device_mesh(device_type, (size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence"))
     replicas = size // (shard_ranks or size)
-    if replicas == 1:
-        return World(dist.get_rank(), size, sequence_size, mesh)
-    grid = init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
-    return World(dist.get_rank(), size, sequence_size, mesh, replicas, grid)
+    grid = None
+    if replicas > 1:
+        grid = init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
+    world = World(dist.get_rank(), size, sequence_size, mesh, replicas, grid)
+    # The store of torchrun's agent outlives a restart of the ranks, so every start has keys of its own.
+    session = world.from_main(secrets.token_hex(8).encode()).decode()
+    return replace(world, board=Board.open(world.rank, size, session=session, timeout_s=timeout_s))
 
 
 def open_store(address: str) -> dist.TCPStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -104,6 +104,42 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop every process that the engine started. Idempotent."""
+        ...
+
+
+class Supply(Protocol):
+    """The jobs of a call, which an engine takes as it has room."""
+
+    def take(self, room: int) -> list[Job]:
+        """Return the next jobs, about `room` of them at most; an empty list if there are no more."""
+        ...
+
+
+@runtime_checkable
+class TakingEngine(Protocol):
+    """An engine that takes jobs as it has room, so that ranks can share the jobs of a rollout. Optional.
+
+    batch_size       most responses generated together, the same on all ranks
+    ranks_per_model  neighbouring ranks that share one model and take their jobs together
+    """
+
+    batch_size: int
+    ranks_per_model: int
+
+    def generate_from(self, supply: Supply, sampling: Sampling) -> Iterator[Finished]:
+        """Take jobs until there are none, and yield every response once, as `Engine.generate`.
+
+        After the deadline, take the remaining jobs too and yield them with the tokens so far, none for a new response.
+        """
+        ...
+
+
+@runtime_checkable
+class MeteredEngine(Protocol):
+    """An engine with metrics of its own. Optional."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics by name, for the record of the step; called after each push."""
         ...
 
 

@@ -20,8 +20,9 @@ from or1.core.types import Prompt, Response
 from or1.dist.fsdp import gathered
 from or1.model.forward import eval_mode
 from or1.model.load import eos_token_ids
+from or1.rollout.dealing import Given
 from or1.rollout.decode import can_decode, decode
-from or1.rollout.engine import Finished, Job, Sampling, Slot, continued, jobs_of
+from or1.rollout.engine import Finished, Job, Sampling, Slot, Supply, continued, jobs_of
 from or1.rollout.row_sampler import RowSampler, Stopped
 
 __all__ = ["HfEngine", "RowSampler"]
@@ -32,6 +33,7 @@ class HfEngine:
 
     shares_weights = True
     continuous_batching = False
+    ranks_per_model = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -52,12 +54,14 @@ class HfEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
         """Yield responses batch by batch, as `Engine.generate`. Collective if the model is sharded."""
-        jobs = list(jobs_of(prompts, sampling, slots))
+        yield from self.generate_from(Given(jobs_of(prompts, sampling, slots)), sampling)
+
+    def generate_from(self, supply: Supply, sampling: Sampling) -> Iterator[Finished]:
+        """Yield responses batch by batch, as `TakingEngine.generate_from`. Collective if the model is sharded."""
         deadline = math.inf if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         # A rank without jobs takes part too: gathering the weights is collective.
         with gathered(self.model), contextlib.suppress(Stopped):
-            for start in range(0, len(jobs), self.batch_size):
-                batch = jobs[start : start + self.batch_size]
+            while batch := supply.take(self.batch_size):
                 left_s = deadline - time.monotonic()
                 if left_s > 0:
                     responses = self._generate_batch(batch, sampling, left_s)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from or1.core.errors import EngineError
+from or1.dist.world import SINGLE, World
 from or1.model.load import eos_token_ids
 from or1.rollout.hf import HfEngine
 from or1.rollout.vllm.drafts import require_sound_sampling
@@ -20,7 +21,6 @@ from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from or1.config import Config
-    from or1.dist.world import World
     from or1.rollout.engine import Engine
 
 
@@ -46,18 +46,32 @@ def make_engine(
     _require_arguments(setup, starts=config.rollout.vllm.url is None)
     # The engines of vLLM are imported here because they need the optional libraries vllm and httpx.
     if config.rollout.vllm.placement == "server":
-        if world is not None and world.size > 1:
-            from or1.rollout.vllm.shared import FollowingEngine, LeadingEngine
-
-            if not world.is_main:
-                return FollowingEngine(world, setup, model, tokenizer)
-            return LeadingEngine(world, setup, config.rollout.vllm, model, tokenizer, config.run_path)
-        from or1.rollout.vllm.server import ServerEngine
-
-        return ServerEngine(setup, config.rollout.vllm, model, tokenizer, config.run_path)
+        return _server_engine(config, setup, model, tokenizer, world or SINGLE)
     from or1.rollout.vllm.local import LocalEngine
 
     return LocalEngine(setup, model, tokenizer)
+
+
+def _server_engine(
+    config: Config, setup: VllmSetup, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
+) -> Engine:
+    """Return the engine of placement = "server": one server, or the several of `rollout.vllm.url`. Collective."""
+    vllm, run_path = config.rollout.vllm, config.run_path
+    if len(vllm.url or ()) > 1:
+        from or1.rollout.vllm.fleet import FollowingFleet, LeadingFleet
+
+        if not world.is_main:
+            return FollowingFleet(world, setup, vllm, model, tokenizer)
+        return LeadingFleet(world, setup, vllm, model, tokenizer, run_path)
+    if world.size > 1:
+        from or1.rollout.vllm.shared import FollowingEngine, LeadingEngine
+
+        if not world.is_main:
+            return FollowingEngine(world, setup, model, tokenizer)
+        return LeadingEngine(world, setup, vllm, model, tokenizer, run_path)
+    from or1.rollout.vllm.server import ServerEngine
+
+    return ServerEngine(setup, vllm, model, tokenizer, run_path)
 
 
 def engine_kind(config: Config, device: torch.device) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from or1.core import faults
+from or1.core.pulse import pulse
 from or1.rollout.engine import Sampling
 
 # Probability 1 in the integers that tokens are sampled from; probabilities below 1e-16 round to 0.
@@ -65,6 +66,7 @@ class RowSampler(LogitsProcessor):
         Raises Stopped.
         """
         faults.hit("rollout.token")
+        pulse()
         if self._stop():
             raise Stopped
         uniform_B = torch.zeros(len(rows), dtype=torch.float64)

@@ -18,9 +18,10 @@ from or1.magic.alarms import EntropyWatch
 from or1.magic.empty_steps import note_step
 from or1.magic.entropy import EntropyController, rollout_entropy
 from or1.magic.stages import Stages, Step
+from or1.rollout.dealing import ResponseLengths
 from or1.run.in_flight import InFlight
 
-_PARTS = ("entropy", "solved", "stages", "watch")
+_PARTS = ("entropy", "solved", "stages", "watch", "lengths")
 _NUMBERS = ("step", "policy_version", "updates", "nonfinite_in_a_row")
 
 
@@ -35,6 +36,7 @@ class TrainState:
     totals              counts over the run, for its summary
     budget              `state_dict` of the RowBudget
     inputs              fingerprints of what the run reads, by name (or1.data.fingerprint)
+    lengths             mean response length of each prompt at its last visit, for the order of later rollouts
     in_flight           responses that outlive their step; saved apart, because most of it is tensors
 
     Random numbers need no state: every step derives its seed from (seed, step).
@@ -52,6 +54,7 @@ class TrainState:
     watch: EntropyWatch = field(default_factory=EntropyWatch)
     budget: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    lengths: ResponseLengths = field(default_factory=ResponseLengths)
     in_flight: InFlight = field(default_factory=InFlight)
 
     @classmethod
@@ -124,7 +127,8 @@ class TrainState:
         return found
 
     def count(self, groups: Sequence[Group], config: Config) -> None:
-        """Count the scores of a step, and record which prompts it solved."""
+        """Count the scores of a step, and record its response lengths and which prompts it solved."""
+        self.lengths.note(groups)
         for group in groups:
             self.totals.update(score.status.value for score in group.scores)
             self.totals["graded_truncated"] += sum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -14,7 +15,8 @@ from or1.magic.stages import Step
 from or1.reward.scorer import Scorer
 from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.collect import Progress, Rollout
-from or1.rollout.engine import Engine, Finished, Sampling, Slot
+from or1.rollout.dealing import ResponseLengths
+from or1.rollout.engine import Engine, Finished, Sampling, Slot, Supply, TakingEngine
 from or1.run.in_flight import Begun
 
 Work = Sequence[Group | OpenGroup | Prompt]
@@ -52,15 +54,18 @@ class Making:
         """Prompts that the rollout begins with."""
         return [cast(Prompt, self._work[i]) for i in self._fresh]
 
-    def share(self, world: World, engine: Engine, scorer: Scorer, progress: Progress) -> Rollout:
-        """Return this rank's share, and note what is finished on the way."""
+    def share(
+        self, world: World, engine: Engine, scorer: Scorer, progress: Progress, lengths: ResponseLengths
+    ) -> Rollout:
+        """Return this rank's share, and note what is finished on the way. lengths: as `collect_share`."""
 
         def noting(finished: int, total: int) -> None:
             self.finished, self.total = finished, total
             progress(finished, total)
 
         noted = cast(Engine, _NotingEngine(engine, self)), cast(Scorer, _NotingScorer(scorer, self))
-        return collect_share(world, *noted, self.prompts, self.sampling, carried=self.carried, progress=noting)
+        options = {"carried": self.carried, "progress": noting, "lengths": lengths}
+        return collect_share(world, *noted, self.prompts, self.sampling, **options)
 
     def whole(self, world: World, share: Rollout) -> Rollout:
         """Return the whole rollout, given this rank's share. Collective."""
@@ -70,7 +75,7 @@ class Making:
         # Groups that were complete in the checkpoint take their places among the others.
         made = dict(zip([*self._carried, *self._fresh], rollout.groups, strict=True))
         groups = [each if isinstance(each, Group) else made[i] for i, each in enumerate(self._work)]
-        return Rollout(groups, rollout.generate_s, rollout.reward_s)
+        return replace(rollout, groups=groups)
 
     def require_success(self) -> None:
         """Raise the error that ended the thread, if it has ended by one."""
@@ -147,7 +152,13 @@ class _NotingEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
         numbers = range(len(prompts)) if sampling.numbers is None else sampling.numbers
-        call = self._engine.generate(prompts, sampling, slots)
+        yield from self._noting(self._engine.generate(prompts, sampling, slots), numbers)
+
+    def generate_from(self, supply: Supply, sampling: Sampling) -> Iterator[Finished]:
+        # A supply has the jobs of the whole rollout, by their own numbers.
+        yield from self._noting(cast(TakingEngine, self._engine).generate_from(supply, sampling), _EVERY_NUMBER)
+
+    def _noting(self, call: Iterator[Finished], numbers: Sequence[int]) -> Iterator[Finished]:
         if isinstance(call, _Interruptible):
             self._making.note_call(numbers, call)
         try:
@@ -176,6 +187,9 @@ class _NotingScorer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scorer, name)
+
+
+_EVERY_NUMBER = range(1 << 40)
 
 
 def _earlier(group: OpenGroup | None, sample: int) -> tuple[Response, Score | None] | None:

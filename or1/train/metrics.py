@@ -232,6 +232,7 @@ class StepMeter:
                 "optim/row_tokens": float(budget.max_tokens),
                 "data/epoch": float(state.sampler.epoch),
                 "data/dropped_solved": float(len(state.solved.dropped)),
+                "perf/rollout_idle": rollout.idle_s / rollout.generate_s if rollout.generate_s else 0.0,
                 "perf/tokens_per_s": tokens
                 / (rollout.generate_s + rollout.reward_s + seconds["train"] + seconds["wait"]),
                 # A rollout that is made during training costs the step only what it waits for it after training.

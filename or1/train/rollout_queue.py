@@ -156,7 +156,7 @@ class RolloutQueue:
         if in_flight.ahead is not None:
             rollout, in_flight.ahead = in_flight.ahead, None
             # Its generation time was already counted in the previous step.
-            return replace(rollout, generate_s=0.0, reward_s=0.0)
+            return replace(rollout, generate_s=0.0, reward_s=0.0, idle_s=0.0)
         rollout = self._made_here(Making(step, *self._next_work(step)), progress)
         in_flight.carried = list(rollout.open)
         if rollout.interrupted:
@@ -200,7 +200,8 @@ class RolloutQueue:
             seed = seed_of(step.seed, self._state.policy_version)
             making = Making(step, begun.groups, self._sampling(step.stage, seed))
         parts = self._world, self._engine, self._scorer
-        making.future = self._pool.submit(making.share, *parts, self._check_stop)
+        # A copy: the lengths must be the same on all ranks, and this step adds its own to them meanwhile.
+        making.future = self._pool.submit(making.share, *parts, self._check_stop, self._state.lengths.copy())
         self._making[step.number] = making
 
     def _result(self, making: Making) -> Rollout:
@@ -210,7 +211,8 @@ class RolloutQueue:
 
     def _made_here(self, making: Making, progress: Progress) -> Rollout:
         """Return the whole rollout, made in this thread. Collective."""
-        return making.whole(self._world, making.share(self._world, self._engine, self._scorer, progress))
+        share = making.share(self._world, self._engine, self._scorer, progress, self._state.lengths)
+        return making.whole(self._world, share)
 
     def _begun(self) -> list[Begun]:
         """Return the rollouts in the making, for a checkpoint. Collective."""

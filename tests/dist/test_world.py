@@ -24,7 +24,7 @@ def test_a_rank_has_its_own_gpu_and_is_bound_to_it_where_groups_are_split(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append((backend, options)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(("end", None)))
-    monkeypatch.setattr(world, "world_of", lambda kind, size, shards: (kind, size))
+    monkeypatch.setattr(world, "world_of", lambda kind, size, limit_s, shards: (kind, size))
     with join(DistConfig(sequence_parallel=2), torch.device("cuda")) as found:
         assert found == ("cuda", 2)
     own = torch.device("cuda", 3)

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.rollout.paced import LengthScorer
 from or1.config import Config
 from or1.core.types import Prompt, TrainSequence
 from or1.dist.oom_retry import RowBudget
+from or1.dist.world import world_of
 from or1.model.load import load_model, load_tokenizer
 from or1.rollout import make_engine
+from or1.rollout.across_ranks import collect_share, exchange
 from or1.rollout.engine import Sampling
 from or1.train.rank_rows import Policy
 from or1.train.score import with_old_logp
@@ -24,7 +27,7 @@ def main() -> None:
     """Generate for this rank's own prompts, push, generate again with a deadline; write what happened."""
     config = Config.model_validate_json(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, world = dist.get_rank(), world_of("cpu", 1, 60)
     model, tokenizer = load_model(config.model).train(), load_tokenizer(config.model.path)
     engine = make_engine(config, model, tokenizer)
     # Unequal work: rank 0 has three prompts, rank 1 two.
@@ -45,6 +48,12 @@ def main() -> None:
         scored = with_old_logp(Policy(model, RowBudget(4096)), sequences)
         result["drift"].append(max(float(np.abs(s.old_logp - s.rollout_logp).max()) for s in scored))
         result["slots"].append(sorted([f.prompt, f.sample] for f in found))
+    # Prompts of all ranks: the first rank takes responses for both, and they keep them in turn.
+    asked = [Prompt(f"all:{i}", "made", "", np.array([5 + i, 6, 7], np.int32), ("0",)) for i in range(5)]
+    share = collect_share(world, engine, LengthScorer(), asked, Sampling(1.0, 24, 4, seed=3))
+    whole = exchange(world, share, asked, ())
+    result["share"] = len(share.parts)
+    result["shared"] = [[r.token_ids.tolist() for r in group.responses] for group in whole.groups]
     late = list(engine.generate(prompts, Sampling(1.0, 64, 4, seed=9, deadline_s=1e-6 if rank == 0 else 100.0)))
     result["late"] = [f.response.finish for f in late]
     Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(result))

@@ -92,7 +92,7 @@ def test_an_answer_that_no_parser_reads_is_an_error_with_a_remedy(body: bytes) -
 
 @pytest.mark.parametrize("url", ["http://node:8000", "https://node:8000", "https://node"])
 def test_a_vllm_server_may_stand_behind_tls(url: str) -> None:
-    assert VllmConfig(placement="server", url=url).url == url
+    assert VllmConfig(placement="server", url=url).url == (url,)
 
 
 @pytest.mark.parametrize("url", ["ftp://node", "https://node/v1", "node:8000", "https://no de", "http://node:8000\n"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -204,8 +205,10 @@ def test_a_token_for_loopback_goes_to_no_proxy(monkeypatch: pytest.MonkeyPatch) 
         url = f"http://127.0.0.1:{server.server_address[1]}"
         with http_client(url, "right") as client:
             assert client.post(url + "/health").status_code == 418
-        streams = Streams(url, "right", [([(0, 0)], {})])
-        assert isinstance(streams.events.get(timeout=10), Failed)
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        streams = Streams(url, "right", events.put)
+        streams.send([(0, 0)], {})
+        assert isinstance(events.get(timeout=10), Failed)
         streams.close()
         for each in (proxy, server):
             each.shutdown()

@@ -45,8 +45,10 @@ def test_two_ranks_share_a_model_and_keep_their_own_responses(
         command, cwd=root, capture_output=True, text=True, timeout=390, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        result = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert results[0]["shared"] == results[1]["shared"] and [len(group) for group in results[0]["shared"]] == [4] * 5
+    assert [result["share"] for result in results] == [10, 10]
+    for rank, result in enumerate(results):
         every = [[p, s] for p in range(3 - rank) for s in range(4)]
         assert result["prompts"] == 3 - rank and result["slots"] == [every] * 3
         assert max(result["drift"]) < 1e-4

@@ -20,14 +20,19 @@ pytest.importorskip("vllm")
 
 import httpx
 
+from or1.config import VllmConfig
 from or1.core.errors import EngineError
-from or1.core.types import Prompt, TrainSequence
+from or1.core.types import Prompt, Response, TrainSequence
 from or1.dist.oom_retry import RowBudget
-from or1.rollout.engine import Finished, Sampling
+from or1.dist.world import SINGLE
+from or1.rollout.engine import INTERRUPTED, Finished, Sampling, Slot
+from or1.rollout.vllm.fleet import LeadingFleet
 from or1.rollout.vllm.process import ServerProcess, bearer
 from or1.rollout.vllm.push import BroadcastPush, FilePush, MappedPush, places_of
+from or1.rollout.vllm.sending import Line, Unfinished
 from or1.rollout.vllm.server import ServerEngine
 from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.worker import TOKEN_VARIABLE
 from or1.train.rank_rows import Policy
 from or1.train.score import with_old_logp
 
@@ -113,6 +118,16 @@ def test_a_straggler_is_aborted_at_the_deadline(side: Side) -> None:
     assert side.drift(prompts, side.generate(prompts)) < 1e-4
 
 
+def test_a_stop_hands_over_the_tokens_so_far(side: Side) -> None:
+    prompts = prompts_of(2)
+    with side.endless():
+        sampling = Sampling(1.0, 2000, 4, 3, stop=lambda: any(len(each.tokens) > 20 for each in call._waiting.values()))
+        call = side.engine.generate(prompts, sampling)
+        found = list(call)
+        assert len(found) == 8 and {f.response.finish for f in found} == {INTERRUPTED}
+        assert any(0 < len(f.response.token_ids) == len(f.response.logp) < 2000 for f in found)
+
+
 def test_responses_go_on_under_the_next_policy(side: Side) -> None:
     prompts = prompts_of(4)
     sampling = Sampling(1.0, 40, 4, 3, new_tokens=10)
@@ -133,7 +148,8 @@ class InBackground(threading.Thread):
         super().__init__()
         self.found: list[Finished] = []
         self.error: Exception | None = None
-        self.call = side.engine.generate(prompts, Sampling(**({"temperature": 1.0} | settings)))
+        sampling = Sampling(**({"temperature": 1.0} | settings))
+        self.total, self.call = len(prompts) * sampling.samples, side.engine.generate(prompts, sampling)
         self.start()
 
     def run(self) -> None:
@@ -142,13 +158,22 @@ class InBackground(threading.Thread):
         except EngineError as error:
             self.error = error
 
+    def lengths(self) -> list[int]:
+        """Return the numbers of tokens that the pending responses have since the last push."""
+        assert self.is_alive(), self.error or [(f.response.finish, len(f.response.token_ids)) for f in self.found]
+        time.sleep(0.005)
+        return [len(each.tokens) for each in dict(self.call._waiting).values()]
+
     def await_tokens(self, count: int) -> None:
         """Wait until every response has tokens, and one so many."""
-        while not all(lengths := [len(each.tokens) for each in dict(self.call._waiting).values()]) or (
-            max(lengths) < count
-        ):
-            assert self.is_alive(), self.error
-            time.sleep(0.005)
+        while len(lengths := self.lengths()) < self.total or min(lengths) == 0 or max(lengths) < count:
+            pass
+
+    def at_push(self) -> dict[Slot, Response]:
+        """Return the pending responses as of the last push, which every one of them has met."""
+        while len(found := self.call.unfinished()) < self.total:
+            self.lengths()
+        return found
 
     def all_found(self) -> list[Finished]:
         self.join(400)
@@ -167,7 +192,7 @@ def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_ver
     with side.endless():
         first, by_version = side.engine.version, {}
         calls = [
-            InBackground(side, prompts, max_tokens=600, samples=4, seed=3),
+            InBackground(side, prompts, max_tokens=1800, samples=4, seed=3),
             InBackground(side, other, max_tokens=300, samples=2, seed=4),
         ]
         weights = {}
@@ -177,8 +202,9 @@ def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_ver
             before = calls[0].call.unfinished()
             side.disturb(update, scale=0.02)
             next_version(side)
-            began = calls[0].call.unfinished()
-            assert len(began) == 24 and all(len(r.token_ids) >= 1 for r in began.values())
+            began = calls[0].at_push()
+            while {r.version for r in began.values()} != {first + update}:
+                began = calls[0].at_push()
             for slot, earlier in before.items():
                 assert began[slot].token_ids[: len(earlier.token_ids)].tolist() == earlier.token_ids.tolist()
         weights[side.engine.version] = {name: p.clone() for name, p in side.model.named_parameters()}
@@ -190,7 +216,7 @@ def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_ver
                     p.copy_(tensors[name])
             by_version[version] = scored(side, prompts, found)
     versions = [f.response.token_versions for f in found]
-    assert all(len(v) == 600 and set(v) == {first, first + 1, first + 2} and (np.diff(v) >= 0).all() for v in versions)
+    assert all(len(v) == 1800 and set(v) == {first, first + 1, first + 2} and (np.diff(v) >= 0).all() for v in versions)
     drifts = []
     for own, others_ in ((0, False), (1, True)):
         # By the weights that sampled each token, and by those one version later: only the first agree.
@@ -211,17 +237,17 @@ def test_a_death_in_flight_keeps_the_tokens_of_older_weights(side: Side) -> None
     prompts = prompts_of(4)
     with side.endless():
         first = side.engine.version
-        calls = [InBackground(side, prompts, max_tokens=900, samples=4, seed=seed) for seed in (1, 2)]
+        calls = [InBackground(side, prompts, max_tokens=1500, samples=4, seed=seed) for seed in (1, 2)]
         for call in calls:
             call.await_tokens(20)
         next_version(side)
-        kept = [call.call.unfinished() for call in calls]
+        kept = [call.at_push() for call in calls]
         for call in calls:
             call.await_tokens(20)
         os.kill(core_of(side.engine.process), signal.SIGKILL)
-        starts = side.engine._starts
+        starts = side.engine.starts
         found = [call.all_found() for call in calls]
-        assert side.engine._starts == starts + 1, "restarted once, whatever the number of calls"
+        assert side.engine.starts == starts + 1, "restarted once, whatever the number of calls"
         next_version(side)
     for before, after in zip(kept, found, strict=True):
         assert len(after) == len(before) == 16
@@ -229,8 +255,63 @@ def test_a_death_in_flight_keeps_the_tokens_of_older_weights(side: Side) -> None
             old = before[f[:2]]
             assert f.response.token_ids[: len(old.token_ids)].tolist() == old.token_ids.tolist()
             assert f.response.token_versions.tolist() == [first] * len(old.token_ids) + [first + 1] * (
-                900 - len(old.token_ids)
+                1500 - len(old.token_ids)
             )
+
+
+@pytest.mark.nightly
+def test_two_servers_share_the_responses_and_one_may_die(
+    side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, prompts = side.engine, prompts_of(6)
+    alone = side.generate(prompts)
+    # A second server as `or1 serve` starts one, with the same token.
+    monkeypatch.setattr("or1.rollout.vllm.process.secrets.token_hex", lambda count: first.address.token)
+    monkeypatch.setenv(TOKEN_VARIABLE, first.address.token)
+    second = ServerProcess(first.setup, None, tmp_path / "log")
+    second.await_ready()
+    sent: dict[str, int] = {}
+    send = Line.send
+
+    def counted(line: Line, each: Unfinished) -> None:
+        sent[line.server.url] = sent.get(line.server.url, 0) + 1
+        send(line, each)
+
+    monkeypatch.setattr(Line, "send", counted)
+    settings = VllmConfig(placement="server", url=(first.url, second.url))
+    fleet = LeadingFleet(SINGLE, first.setup, settings, side.model, side.tokenizer, tmp_path)
+    both = Side(side.config, side.model, side.tokenizer, fleet)
+    found = both.generate(prompts)
+    assert [f.response.token_ids.tolist() for f in found] == [f.response.token_ids.tolist() for f in alone]
+    assert sent.keys() == {first.url, second.url} and sum(sent.values()) == 24
+    side.disturb(1)
+    fleet.update_weights(1)
+    assert fleet.metrics() == {"rollout/servers": 2.0} and both.drift(prompts, both.generate(prompts)) < 1e-4
+
+    with side.endless():
+        fleet.update_weights(2)
+        call = InBackground(both, prompts, max_tokens=1800, samples=4, seed=3)
+        while max(call.lengths(), default=0) < 40:
+            pass
+        side.disturb(2, scale=0.02)
+        fleet.update_weights(3)
+        found, crossed = call.all_found(), 0
+        assert len(found) == 24
+        for f, logp in zip(found, scored(side, prompts, found), strict=True):
+            old, new = (int((f.response.token_versions == version).sum()) for version in (2, 3))
+            assert f.response.token_versions.tolist() == [2] * old + [3] * new and old + new == 1800
+            assert np.abs(logp - f.response.logp)[old:].max(initial=0.0) < 1e-4
+            crossed += old > 0 and new > 0
+        assert crossed > 0
+        threading.Timer(0.3, second.close).start()
+        found = both.generate(prompts, max_tokens=600, samples=8)
+    assert len(found) == 48 and {len(f.response.token_ids) for f in found} == {600}
+    assert f"vLLM at {second.url}" in (told := capsys.readouterr().err) and "The other 1 of 2 servers go on" in told
+    fleet.update_weights(4)
+    assert fleet.metrics() == {"rollout/servers": 1.0} and both.drift(prompts, both.generate(prompts)) < 1e-4
+    assert f"version 4 of the weights is not at {second.url}" in capsys.readouterr().err
+    fleet.close()
+    next_version(side)
 
 
 def test_a_push_cut_midway_never_advances_the_version(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ import torch
 
 from or1.core import faults
 from or1.core.errors import EngineError
+from or1.core.pulse import pulse
 from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
-from or1.rollout.engine import INTERRUPTED, Finished, Sampling, Slot, continued, decoded, jobs_of
+from or1.rollout.dealing import Dealt, Given, Window
+from or1.rollout.engine import INTERRUPTED, Finished, Sampling, Slot, Supply, continued, decoded, jobs_of
 from or1.rollout.vllm.drafts import DraftCounts, counts_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
@@ -59,6 +61,7 @@ class LocalEngine:
         self.version = 0
         self._setup, self._model, self._tokenizer = setup, model, tokenizer
         self._ranks = Ranks.of(setup.tensor_parallel)
+        self.batch_size, self.ranks_per_model = setup.batch_size, self._ranks.size
         self._call = itertools.count()
         # _complete is False from the start of a push until its end: vLLM may have part of the new weights.
         self._complete, self._asleep = True, False
@@ -69,26 +72,38 @@ class LocalEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, slots: Mapping[Slot, Response | None] | None = None
     ) -> Iterator[Finished]:
         """Yield responses, as `Engine.generate`. Collective in a group of ranks that share a model."""
+        yield from self.generate_from(Given(jobs_of(prompts, sampling, slots)), sampling)
+
+    def generate_from(self, supply: Supply, sampling: Sampling) -> Iterator[Finished]:
+        """Yield responses, as `TakingEngine.generate_from`. Collective in a group of ranks that share a model."""
         if not self._complete or self._asleep:
             raise EngineError(
                 f"vLLM has no complete set of weights (the push after version {self.version} failed or has not "
                 "happened yet); call update_weights first"
             )
-        jobs = self._ranks.share(list(jobs_of(prompts, sampling, slots)))
-        requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}")
-        requests.add(jobs)
+        requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}", self._window(supply))
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         steps = itertools.count(1)
         try:
-            while requests.open:
+            while requests.fill(supply, self._ranks):
                 yield from self._finished(requests.step())
                 # Ranks that share a model must abort at the same step, so the first rank's clock decides.
                 if deadline is not None and self._ranks.agree(time.monotonic() > deadline):
                     yield from self._finished(requests.abort("deadline"))
+                    while late := self._ranks.take(supply, self.batch_size):
+                        yield from self._finished([(_Request(job), "deadline") for job in late])
                 elif next(steps) % _STOP_STEPS == 0 and self._ranks.agree(sampling.stop()):
                     yield from self._finished(requests.abort(INTERRUPTED))
+                    return
         finally:
             requests.abort(INTERRUPTED)
+
+    def _window(self, supply: Supply) -> Window:
+        if not isinstance(supply, Dealt):
+            return Window(self.batch_size, shared=False)
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        return Window(self.batch_size, shared=True, cache_tokens=tokens, typical=supply.typical)
 
     def _finished(self, done: list[_Done]) -> Iterator[Finished]:
         for request, finish in done:
@@ -141,18 +156,35 @@ class LocalEngine:
 class _Requests:
     """Requests of one call of `generate`, and the tokens and log-probs of each so far."""
 
-    def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str):
+    def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str, window: Window):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
+        self._window, self._number, self._more = window, itertools.count(), True
         self.open: dict[str, _Request] = {}
 
+    def fill(self, supply: Supply, ranks: Ranks) -> bool:
+        """Submit jobs while vLLM has room; return False if no request is open and no job is left."""
+        # Equal on ranks that share a model: they see the same requests in the same state.
+        waiting = sum(not each.tokens for each in self.open.values())
+        held = sum(self._held(supply, each.job) for each in self.open.values())
+        while self._more and (room := self._window.room(len(self.open), waiting, held)):
+            jobs = ranks.take(supply, room)
+            self._more = bool(jobs)
+            self.add(jobs)
+            waiting += len(jobs)
+            held += sum(self._held(supply, each) for each in jobs)
+        return bool(self.open)
+
+    def _held(self, supply: Supply, each: RankJob) -> float:
+        return supply.context(each.job) if isinstance(supply, Dealt) else 0.0
+
     def add(self, jobs: Sequence[RankJob]) -> None:
-        """Submit all jobs; vLLM schedules them."""
+        """Submit jobs; vLLM schedules them."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        for number, rank_job in enumerate(jobs):
+        for rank_job in jobs:
             job = rank_job.job
-            name = f"{self._prefix}-{number}"
+            name = f"{self._prefix}-{next(self._number)}"
             parameters = SamplingParams(
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
@@ -167,6 +199,7 @@ class _Requests:
     def step(self) -> list[_Done]:
         """Run one iteration of vLLM; return the requests that finished in this iteration."""
         done: list[_Done] = []
+        pulse()
         # Even if every request has a seed, vLLM's sampler draws from torch's default generator, which the trainer uses.
         with torch.random.fork_rng(devices=[]):
             outputs = self._engine.step()

@@ -6,6 +6,7 @@ and must step and abort together with the others. A rank keeps only the response
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from or1.core.errors import EngineError
-from or1.rollout.engine import Job
+from or1.rollout.dealing import Dealt
+from or1.rollout.engine import Job, Supply
 
 
 class RankJob(NamedTuple):
@@ -89,6 +91,23 @@ class Ranks:
                 shared.append(RankJob(job, own=False))
                 at += 3 + length
         return shared
+
+    def take(self, supply: Supply, room: int) -> list[RankJob]:
+        """Return the next jobs of a supply, in the same order on every rank of the group. Collective in the group.
+
+        Jobs that several groups share are claimed by the group's first rank, and its ranks keep the responses in turn.
+        `room` must be equal in the group. Jobs of one caller are exchanged, all of them at once.
+        """
+        if self.size == 1:
+            return [RankJob(job, own=True) for job in supply.take(room)]
+        if not isinstance(supply, Dealt):
+            return self.share(supply.take(sys.maxsize))
+        claimed = supply.claim(room) if self.rank == 0 else []
+        places = torch.zeros(room + 1, dtype=torch.int64)
+        places[: len(claimed) + 1] = torch.tensor([len(claimed), *claimed])
+        dist.broadcast(places, group=self.group, group_src=0)
+        taken = places[1 : int(places[0]) + 1].tolist()
+        return [RankJob(job, own=at % self.size == self.rank) for at in taken for job in supply.jobs([at])]
 
     def agree(self, late: bool) -> bool:
         """Return `late` of the group's first rank. Collective in the group."""

@@ -12,7 +12,7 @@ from or1.config import VllmConfig
 from or1.core.errors import EngineError, ServerLost
 from or1.rollout.vllm.client import Address, ServerClient
 from or1.rollout.vllm.process import ServerProcess
-from or1.rollout.vllm.push import make_push
+from or1.rollout.vllm.push import FilePush, make_push
 from or1.rollout.vllm.setup import VllmSetup
 from or1.rollout.vllm.worker import TOKEN_VARIABLE
 
@@ -26,7 +26,9 @@ DRAIN_S = 30.0
 class ServerEngine(ServerClient):
     """A vLLM server as an `Engine`. A server that or1 started is restarted at most once per call if it dies.
 
-    process  the server's process; None if another program started the server (`rollout.vllm.url`)
+    process   the server's process; None if another program started the server (`rollout.vllm.url`)
+    clients   number of ranks that use the server
+    push_now  push the weights at once; False for one of several servers
     """
 
     process: ServerProcess | None
@@ -38,6 +40,9 @@ class ServerEngine(ServerClient):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         run_path: Path,
+        *,
+        clients: int = 1,
+        push_now: bool = True,
     ):
         self._push = make_push(setup, config, model, run_path)
         if config.url is None:
@@ -45,18 +50,34 @@ class ServerEngine(ServerClient):
             address = Address(self.process.url, self.process.token, own=True)
         else:
             self.process = None
-            address = Address(config.url, _token_of_another_server(config.url), own=False)
-        super().__init__(setup, model, tokenizer, address)
+            address = Address(config.url[0], token_of_another_server(config.url[0]), own=False)
+        super().__init__(setup, model, tokenizer, address, clients=clients)
         self._paused = False  # True from a pause until the push after it has succeeded.
         if self.process is not None:
             self.process.await_ready()
-        self.update_weights(0)
+        if push_now:
+            self.update_weights(0)
+
+    @property
+    def pushes_file(self) -> bool:
+        """True if a push writes a file, which several servers can read."""
+        return isinstance(self._push, FilePush)
+
+    def push(self, version: int, *, again: bool) -> None:
+        """Push the weights without a restart of the server. again: send the file that was written last."""
+        self.drop_version()
+        self._commit(self._repeat(version) if again else self._send_again(version), version)
+        self._resume()
 
     def update_weights(self, version: int) -> None:
         """Push the weights, as `Engine.update_weights`; restart the server once if or1 started it and it died."""
-        with self._gate:
-            self._pause()
-            self._complete = False
+        with self.gate:
+            if self._is_generating():
+                self.pause()
+                self._await_ranks()
+                self.end_requests()
+                self._await_ranks()
+            self.drop_version()
             try:
                 replies = self._push.send(self._rpc, self._model, version)
             except ServerLost:
@@ -67,6 +88,17 @@ class ServerEngine(ServerClient):
             self._commit(replies, version)
             self._resume()
 
+    def pause(self) -> None:
+        """Let the server abort its requests and report their tokens; later ones wait until the next push.
+
+        Not vLLM's mode "keep", which continues with the cache of the old weights: a part of a stream could then hold
+        tokens of two versions, and the completions API of vLLM 0.32 does not tell them apart.
+        """
+        self._paused = True
+        # Of a dead server nothing is left to abort; the push notices that.
+        with contextlib.suppress(ServerLost):
+            self._post("/pause?mode=abort")
+
     def close(self) -> None:
         """Stop the server if or1 started it, and delete pushed weights."""
         self._closed = True  # First, so that no call restarts the server.
@@ -76,32 +108,16 @@ class ServerEngine(ServerClient):
         super().close()
 
     def _recover(self, starts: int) -> bool:
-        with self._gate:
+        with self.gate:
             if self.process is None or self._closed:
                 return False
             # A push or another call may have restarted the server, while this call waited for the gate.
-            if self._starts == starts:
+            if self.starts == starts:
                 self._restart()
         return True
 
     def _is_alive(self) -> bool:
         return self.process is None or self.process.alive()
-
-    def _pause(self) -> None:
-        """Let the server abort its requests and report their tokens, if any are open; hold later ones back.
-
-        Not vLLM's mode "keep", which continues with the cache of the old weights: a part of a stream could then hold
-        tokens of two versions, and the completions API of vLLM 0.32 does not tell them apart.
-        """
-        if not self._is_generating():
-            return
-        self._paused = True
-        # Of a dead server nothing is left to abort; the push notices and restarts it.
-        with contextlib.suppress(ServerLost):
-            self._post("/pause?mode=abort")
-        self._await_ranks()
-        self._end_requests()
-        self._await_ranks()
 
     def _resume(self) -> None:
         if self._paused:
@@ -110,7 +126,7 @@ class ServerEngine(ServerClient):
 
     def _is_generating(self) -> bool:
         """Return True if requests of any rank are open."""
-        return bool(self._open)
+        return bool(self.lines)
 
     def _await_ranks(self) -> None:
         """Wait for the other ranks that use the server."""
@@ -132,7 +148,7 @@ class ServerEngine(ServerClient):
                     "another client use it; give this run a server that nothing else uses"
                 )
             time.sleep(0.02)
-        self.version, self._complete = version, True
+        self.take_version(version)
 
     def _restart(self) -> None:
         """Restart the server, and load the weights of the last push."""
@@ -151,12 +167,13 @@ class ServerEngine(ServerClient):
 
     def _start_again(self, process: ServerProcess) -> None:
         process.restart()
-        self._starts += 1
+        self.starts += 1
         self.address = Address(process.url, process.token, own=True)
         process.await_ready()
 
 
-def _token_of_another_server(url: str) -> str:
+def token_of_another_server(url: str) -> str:
+    """Return the token of a server that or1 did not start. Raises EngineError if there is none."""
     if TOKEN_VARIABLE not in os.environ:
         raise EngineError(
             f"rollout.vllm.url = {url!r}, but {TOKEN_VARIABLE} is not set; set it to the token that "

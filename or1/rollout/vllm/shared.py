@@ -1,4 +1,4 @@
-"""One vLLM server for all ranks: the main rank starts it and pushes the weights; each rank sends its own prompts.
+"""One vLLM server for all ranks: the main rank starts it and pushes the weights; each rank sends its own requests.
 
 If the server dies during generation, the run ends: some ranks may not have noticed, and others may have all of their
 responses. A push is collective, so a push may restart the server and send its new address to every rank.
@@ -39,7 +39,7 @@ class LeadingEngine(ServerEngine):
         run_path: Path,
     ):
         self._world = world
-        super().__init__(setup, config, model, tokenizer, run_path)
+        super().__init__(setup, config, model, tokenizer, run_path, clients=world.size)
 
     def update_weights(self, version: int) -> None:
         """Push the weights, and send the server's address to the other ranks. Collective."""
@@ -50,7 +50,7 @@ class LeadingEngine(ServerEngine):
         return False
 
     def _is_generating(self) -> bool:
-        return self._world.any(bool(self._open))
+        return self._world.any(bool(self.lines))
 
     def _await_ranks(self) -> None:
         self._world.barrier()
@@ -68,8 +68,8 @@ class FollowingEngine(ServerClient):
     ) -> None:
         self._world = world
         world.any(False)  # As in every push: no rank has open requests.
-        super().__init__(setup, model, tokenizer, _gather_address(world, model))
-        self._complete = True
+        super().__init__(setup, model, tokenizer, _gather_address(world, model), clients=world.size)
+        self.take_version(0)
 
     def take_drafts(self) -> DraftCounts:
         """Return no counts: the main rank reads those of the server."""
@@ -77,14 +77,14 @@ class FollowingEngine(ServerClient):
 
     def update_weights(self, version: int) -> None:
         """Help to gather the weights, and receive the server's address from the main rank. Collective."""
-        with self._gate:
-            if self._world.any(bool(self._open)):
+        with self.gate:
+            if self._world.any(bool(self.lines)):
                 # The main rank pauses the server before the first barrier, and pushes after the second.
                 self._world.barrier()
-                self._end_requests()
+                self.end_requests()
                 self._world.barrier()
             self.address = _gather_address(self._world, self._model)
-            self.version, self._complete = version, True
+            self.take_version(version)
 
 
 def _gather_address(world: World, model: PreTrainedModel) -> Address:

@@ -1,13 +1,12 @@
-"""Concurrent streamed completions of a vLLM server, as one queue of parts."""
+"""Concurrent streamed completions of a vLLM server, as parts in the order of their arrival."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httpx
@@ -42,20 +41,27 @@ class Switch(NamedTuple):
     """The server changes its weights: every part before this event is of the old ones, and no part follows."""
 
 
-class Streams:
-    """A thread that POSTs every body to /v1/completions and puts the replies into `events`.
+Event = Part | Failed | Switch
 
-    bodies  (slots, body) pairs; slots[i] is choice i of the reply to the body
+
+class Streams:
+    """A thread that POSTs every body to /v1/completions and passes each part of the replies to `put`.
 
     `close` drops open requests, which aborts them in vLLM.
     """
 
-    def __init__(self, url: str, token: str, bodies: Sequence[tuple[list[Slot], dict[str, Any]]]):
-        self.events: queue.SimpleQueue[Part | Failed | Switch] = queue.SimpleQueue()
-        self._url, self._token, self._bodies = url + "/v1/completions", token, bodies
+    def __init__(self, url: str, token: str, put: Callable[[Event], None]):
+        self._put, self._url, self._token = put, url + "/v1/completions", token
         self._loop = asyncio.new_event_loop()
+        # None: no request follows.
+        self._bodies: asyncio.Queue[tuple[list[Slot], dict[str, Any]] | None] = asyncio.Queue()
         self._thread = threading.Thread(target=self._run, name="or1-vllm", daemon=True)
         self._thread.start()
+
+    def send(self, slots: list[Slot], body: dict[str, Any]) -> None:
+        """Send a request. slots[i] is choice i of the reply."""
+        with contextlib.suppress(RuntimeError):  # Raised after an end of the loop, which `put` has been told.
+            self._loop.call_soon_threadsafe(self._bodies.put_nowait, (slots, body))
 
     def close(self) -> None:
         """Drop open requests, and wait for the thread."""
@@ -67,11 +73,13 @@ class Streams:
         """End with a `Switch`, once the server is paused: it has aborted what it worked on and reports every token.
 
         A request that reached the server after the pause waits there without a token. Such requests are dropped after
-        `limit_s` seconds.
+        `limit_s` seconds. Send no request afterwards.
         """
+        with contextlib.suppress(RuntimeError):  # Raised after an end of the loop.
+            self._loop.call_soon_threadsafe(self._bodies.put_nowait, None)
         self._thread.join(limit_s)
         self.close()
-        self.events.put(Switch())
+        self._put(Switch())
 
     def _cancel(self) -> None:
         for task in asyncio.all_tasks(self._loop):
@@ -82,19 +90,18 @@ class Streams:
             self._loop.run_until_complete(self._all())
         except asyncio.CancelledError:
             pass
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            # A truncated or malformed answer. Without this event the reader of `events` would wait until its timeout.
-            self.events.put(Failed(f"an answer cannot be read ({type(error).__name__}: {error})", lost=True))
         finally:
             self._loop.close()
 
     async def _all(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=CONNECT_S)
-        async with httpx.AsyncClient(
+        client = httpx.AsyncClient(
             headers=bearer(self._token), limits=limits, timeout=timeout, trust_env=may_take_proxy(self._url)
-        ) as client:
-            await asyncio.gather(*(self._one(client, slots, body) for slots, body in self._bodies))
+        )
+        async with client, asyncio.TaskGroup() as tasks:
+            while (request := await self._bodies.get()) is not None:
+                tasks.create_task(self._one(client, *request))
 
     async def _one(self, client: httpx.AsyncClient, slots: list[Slot], body: dict[str, Any]) -> None:
         unfinished = set(slots)
@@ -102,20 +109,24 @@ class Streams:
             async with client.stream("POST", self._url, json=body) as reply:
                 if reply.status_code != 200:
                     cause = (await reply.aread()).decode(errors="replace")[:500]
-                    self.events.put(Failed(f"{reply.status_code}: {cause}", lost=reply.status_code >= 500))
+                    self._put(Failed(f"{reply.status_code}: {cause}", lost=reply.status_code >= 500))
                     return
                 async for line in reply.aiter_lines():
                     if line.startswith("data: {"):
                         self._note(json.loads(line[6:]), slots, unfinished)
-        except httpx.TransportError as error:
-            self.events.put(Failed(f"the connection broke ({type(error).__name__}: {error})", lost=True))
+        except httpx.HTTPError as error:
+            self._put(Failed(f"the connection broke ({type(error).__name__}: {error})", lost=True))
+            return
+        except (ValueError, KeyError, TypeError) as error:
+            # A malformed answer. Without this event the reader would wait until its timeout.
+            self._put(Failed(f"an answer cannot be read ({type(error).__name__}: {error})", lost=True))
             return
         if unfinished:
-            self.events.put(Failed("a stream ended before its responses", lost=True))
+            self._put(Failed("a stream ended before its responses", lost=True))
 
     def _note(self, chunk: dict[str, Any], slots: list[Slot], unfinished: set[Slot]) -> None:
         if "choices" not in chunk:
-            self.events.put(Failed(f"{chunk.get('error', chunk)}", lost=True))
+            self._put(Failed(f"{chunk.get('error', chunk)}", lost=True))
             return
         for choice in chunk["choices"]:
             slot, finish = slots[choice["index"]], choice["finish_reason"]
@@ -123,8 +134,8 @@ class Streams:
             logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
             # "abort" is the answer to a pause; the last tokens before the pause come with it.
             if len(token_ids) != len(logp) or finish not in (None, "stop", "length", "abort"):
-                self.events.put(Failed(f"{len(token_ids)} tokens with {len(logp)} log-probs, finish {finish!r}", True))
+                self._put(Failed(f"{len(token_ids)} tokens with {len(logp)} log-probs, finish {finish!r}", True))
                 return
-            self.events.put(Part(slot, token_ids, logp, None if finish == "abort" else finish))
+            self._put(Part(slot, token_ids, logp, None if finish == "abort" else finish))
             if finish is not None:
                 unfinished.discard(slot)
