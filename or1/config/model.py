@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from or1.config.lora import LoraConfig
 from or1.config.section import MOST_TOKENS, FilePath, Section
 
 # Other names for the same types and devices, as other trainers use them.
@@ -64,6 +65,8 @@ class ModelConfig(Section):
     the type of the weights, for least memory. auto: fast, unless lean was measured to be faster (`tune`)."""
     head_chunk_rows: int = Field(0, ge=0, le=MOST_TOKENS)
     """Rows of logits that the LM head computes at once. 0: by measurement (`tune`), or by the size of the model."""
+    lora: LoraConfig | None = None
+    """Adapters to train instead of the weights."""
 
     @property
     def tile_tokens(self) -> int:

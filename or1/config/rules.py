@@ -14,6 +14,7 @@ from or1.config.file_rules import (
     reward_file_exists,
     training_files,
 )
+from or1.config.lora_rules import adapters_fit
 from or1.core.errors import Problem
 
 Verb = Literal["train", "filter", "eval"]
@@ -326,6 +327,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vllm_samples,
     _magic_variants_sound,
     _tuning_sound,
+    adapters_fit,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),

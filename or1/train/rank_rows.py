@@ -40,6 +40,7 @@ class Policy:
     old_is_engine  True if `old_logp` of the sequences came from the engine and not from this model
     progress       called with (rows done, rows)
     head           implementation options of the LM head (impl, preset, chunk_rows)
+    adapters       False: the frozen weights alone compute, as the reference model of a run with [model.lora]
     """
 
     model: PreTrainedModel
@@ -51,6 +52,7 @@ class Policy:
     old_is_engine: bool = False
     progress: Progress = no_progress
     head: HeadOptionsDict = field(default_factory=HeadOptionsDict)
+    adapters: bool = True
 
     @property
     def float_dtype(self) -> torch.dtype:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from or1.core.errors import EngineError
 from or1.rollout.engine import Job, Sampling
+from or1.rollout.vllm.adapter_push import adapter_options
 
 if TYPE_CHECKING:
     from or1.config import Config
@@ -71,6 +72,7 @@ class VllmSetup:
     sleeps      free GPU memory while training
     seeded      give each response its own seed
     eos_ids     ids of tokens that end a response
+    adapters    engine arguments for `model.lora.push` = "adapter"; empty if merged weights are pushed
     """
 
     path: str
@@ -83,6 +85,7 @@ class VllmSetup:
     sleeps: bool
     seeded: bool
     eos_ids: tuple[int, ...]
+    adapters: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool, positions: int | None, eos_ids: Sequence[int] = ()) -> VllmSetup:
@@ -113,6 +116,7 @@ class VllmSetup:
             sleeps=on_gpu and not config.rollout.overlap and config.rollout.vllm.placement == "colocate",
             seeded=config.rollout.reproducible,
             eos_ids=tuple(eos_ids),
+            adapters=adapter_options(config),
         )
 
     def engine_options(self) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class VllmSetup:
             "logprobs_mode": "processed_logprobs",
             # The checkpoint's own sampling settings would bias every sample.
             "generation_config": "vllm",
-        }
+        } | self.adapters
         if self.on_gpu:
             return options | {"gpu_memory_utilization": self.gpu_memory}
         # Chunked prefill of a request with a seed crashes vLLM's CPU worker ("does not use offset").
