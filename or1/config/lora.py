@@ -23,9 +23,9 @@ def _targets(value: tuple[str, ...]) -> tuple[str, ...]:
     refused = [name for name in value if name.rpartition(".")[2] in _OUTSIDE]
     if refused:
         reason = (
-            f"{refused[0]} is refused as a target. An adapter on the head brings back the third product of the head and "
-            "a gradient of vocabulary times hidden size; one on the embedding unties a tied head. Name layers of the "
-            f'decoder, or "{ALL_LINEAR}"'
+            f"{refused[0]} is refused as a target. An adapter on the head brings back the third product of the head "
+            "and a gradient of vocabulary times hidden size; one on the embedding unties a tied head. Name layers of "
+            f'the decoder, or "{ALL_LINEAR}"'
         )
         raise PydanticCustomError("targets", "{reason}", {"reason": reason})
     if not value or not all(name and all(part.isidentifier() for part in name.split(".")) for name in _plain(value)):
@@ -52,7 +52,7 @@ def _no_dropout(value: float) -> float:
 
 
 class LoraConfig(Section):
-    """`[model.lora]`: train adapters and leave the weights as they are. Absent: all weights are trained. docs/lora.md"""
+    """`[model.lora]`: train adapters beside frozen weights (docs/lora.md). Absent: all weights are trained."""
 
     rank: int = Field(32, ge=1, le=4096)
     """Rank of the adapters. Each target of shape [out, in] gets rank * (in + out) parameters."""

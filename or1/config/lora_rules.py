@@ -51,6 +51,6 @@ def _adapter_can_be_pushed(config: Config) -> Iterator[Problem]:
     if lora is not None and lora.quantize == "nf4":
         yield Problem(
             where,
-            '"adapter" with quantize = "nf4": vLLM would add the adapter to weights that are not the rounded ones it was '
-            'trained on; set push = "merged"',
+            '"adapter" with quantize = "nf4": vLLM would add the adapter to other weights than the rounded ones that '
+            'it was trained on; set push = "merged"',
         )

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _named_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = model.state_dict()
+    state: dict[str, Any] = dict(model.state_dict())
     if has_adapters(model):
         # By parameter and not by state_dict: the packed form of a 4-bit weight has its scales beside it there.
         kept = dict(model.named_parameters(remove_duplicate=False))
@@ -116,7 +117,7 @@ def _untied_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class and config without values, adapters and quantization, for its save_pretrained."""
+    """Return a model of the same class without values, adapters and quantization, for its save_pretrained."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""The base weights of a run with `[model.lora]`: its checkpoints hold the adapters alone, which fit no other weights."""
+"""The base weights of a run with `[model.lora]`, whose checkpoints hold the adapters alone."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def require_base(recorded: Mapping[str, str], found: Mapping[str, str], path: st
     if BASE in found and recorded.get(BASE, found[BASE]) != found[BASE]:
         raise RunError(
             f"the weights in {path} are not those that the adapters of this run were trained on (fingerprint "
-            f"{found[BASE][:12]}, the checkpoint has {recorded[BASE][:12]}); the checkpoint holds adapters alone. Put the "
-            "original weights back, or start anew with --fresh"
+            f"{found[BASE][:12]}, the checkpoint has {recorded[BASE][:12]}), and the checkpoint holds adapters alone. "
+            "Put the original weights back, or start anew with --fresh"
         )

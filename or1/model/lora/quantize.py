@@ -28,8 +28,8 @@ def quantization_options(config: ModelConfig, device: torch.device, ranks: int, 
         )
     if ranks > 1:
         raise ModelError(
-            f"{setting} runs on one rank, not on {ranks}: FSDP shards rows, and the 4-bit blocks of a weight cross them; "
-            "use one rank, or remove the setting, since FSDP shards the bf16 weights"
+            f"{setting} runs on one rank, not on {ranks}: FSDP shards rows, and the 4-bit blocks of a weight cross "
+            "them; use one rank, or remove the setting, since FSDP shards the bf16 weights"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f'{setting} needs bitsandbytes; pip install "or1[qlora]", or remove the setting')
