@@ -125,7 +125,7 @@ def _pass_seconds(
     """Return the seconds of all sequences of a GPU: `forwards` and `backwards` of the layers, one pass of the head."""
     peak, e = device.tflops * 1e12, device.efficiency
     sequences, length = work.sequences / choices.gpus, work.mean_prompt + work.mean_response
-    # Backward costs a matrix product twice its forward, attention 2.5 times. A frozen matrix has no gradient of its own.
+    # Backward costs a matrix product twice its forward, attention 2.5 times. A frozen matrix has no gradient.
     products = 2 * backwards if choices.adapters is None else backwards
     matrices = 2.0 * shape.matrix_parameters * length * (forwards + products)
     if choices.adapters is not None:
