@@ -178,6 +178,27 @@ def test_the_plan_counts_the_tensors_of_adapters(adder: Path, dtype: str) -> Non
     assert activations(shape, planned, 64).saved > 0
 
 
+def test_four_bits_are_trained_and_merged_as_they_are_rounded(adder: Path, tmp_path: Path) -> None:
+    """On a CPU, where a run refuses nf4: bitsandbytes is slow there, but the same code."""
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(path=str(adder), dtype="bfloat16", device="cpu", lora=lora_work.LORA | {"quantize": "nf4"})
+    model = load_model(config, packs=False).train()
+    lora_work.fill(model)
+    packed = [p for p in model.parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 7 * 3 and not any(p.requires_grad for p in packed)
+    optimizer, stats = MasterAdamW(model, OptimConfig(lr=1e-3)), UpdateStats()
+    assert all("lora_" in name for name in optimizer.names)
+    assert update(policy_of(model, SINGLE), optimizer, sequences_of(5), ALPHA, stats)
+    folder = export_model(model, load_tokenizer(str(adder)), tmp_path / "merged")
+    assert "quantization" not in (folder / "config.json").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert merged.dtype == torch.bfloat16
+    gap = (lora_work.logp_of(merged, IDS) - lora_work.logp_of(model.eval(), IDS)).abs().mean()
+    assert gap < 0.05, "rounding of merged weights to bf16"
+    forms = [(name, tensor.dtype, tensor.shape) for name, tensor in named_weights(model)]
+    assert forms == weight_forms(model)
+
+
 NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
