@@ -3,8 +3,7 @@
     python -m benchmarks.step.lora_memory          prints MiB above the process without a model, beside `or1 plan`
 
 The shape is that of SmolLM2-135M, with random weights. Each update runs in a process of its own: bf16 weights, fp32
-masters, moments and gradient sums, layers checkpointed. On a GPU the peak is that of torch's allocator, else that of the
-resident set.
+masters, moments and gradient sums, layers checkpointed. The peak is torch's allocator's on a GPU, else the resident set's.
 """
 
 from __future__ import annotations

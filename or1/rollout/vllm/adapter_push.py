@@ -1,7 +1,7 @@
 """The push of an adapter alone to vLLM inside the trainer: a few megabytes, under a new id each time.
 
-vLLM keeps the base weights and adds the adapter in its own LoRA layers. An adapter that vLLM has seen is never read
-again under the same id, so every push has an id of its own, and the one before is removed.
+vLLM keeps the base weights and adds the adapter in its own LoRA layers. vLLM never reads an id twice. So every push has
+an id of its own, and the one before is removed.
 """
 
 from __future__ import annotations
