@@ -3,7 +3,7 @@
     python -m benchmarks.step.lora_memory          prints MiB above the process without a model, beside `or1 plan`
 
 The shape is that of SmolLM2-135M, with random weights. Each update runs in a process of its own: bf16 weights, fp32
-masters, moments and gradient sums, layers checkpointed. The peak is torch's allocator's on a GPU, else the resident set's.
+masters, moments and gradient sums, layers checkpointed. The peak is torch's own count on a GPU, else the resident set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from or1.config import LoraConfig, ModelConfig, OptimConfig
-from or1.core.memory import peak_memory_gib
 from or1.core.types import TrainSequence
 from or1.dist.oom_retry import RowBudget
 
@@ -45,7 +44,13 @@ def settings(path: str, adapters: bool) -> ModelConfig:
 def save_model(folder: Path) -> None:
     """Save a model of SHAPE with random bf16 weights."""
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, dtype="bfloat16")).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    model.save_pretrained(folder)
 
 
 def measure(path: str, adapters: bool) -> float:
@@ -60,7 +65,7 @@ def measure(path: str, adapters: bool) -> float:
     if adapters:
         import peft  # noqa: F401
 
-    before = peak_memory_gib()
+    before = _mib("VmRSS")
     model = load_model(settings(path, adapters), packs=False).train()
     optimizer = MasterAdamW(model, OptimConfig(lr=1e-5))
     optimizer.reserve()
@@ -68,7 +73,13 @@ def measure(path: str, adapters: bool) -> float:
     ids = rng.integers(0, SHAPE["vocab_size"], ROW).astype(np.int32)
     sequence = TrainSequence(ids[:64], ids[64:], np.zeros(ROW - 64, np.float32), 1.0)
     assert update(Policy(model, RowBudget(ROW)), optimizer, [sequence], 0.0, UpdateStats())
-    return (peak_memory_gib() - before) * 1024
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _mib("VmHWM") - before
+
+
+def _mib(key: str) -> float:
+    """Return a number of /proc/self/status. Not ru_maxrss: a process inherits that peak from its parent."""
+    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(key))
+    return int(line.split()[1]) / 1024
 
 
 def measured(path: Path) -> dict[str, float]:

@@ -193,7 +193,9 @@ def test_four_bits_are_trained_and_merged_as_they_are_rounded(adder: Path, tmp_p
     assert "quantization" not in (folder / "config.json").read_text()
     merged = AutoModelForCausalLM.from_pretrained(folder)
     assert merged.dtype == torch.bfloat16
-    gap = (lora_work.logp_of(merged, IDS) - lora_work.logp_of(model.eval(), IDS)).abs().mean()
+    # With gradients on: without, bitsandbytes has another path on a CPU, for other widths than the adder's.
+    ours = model(input_ids=IDS, use_cache=False).logits[:, :-1].double().log_softmax(-1).gather(-1, IDS[:, 1:, None])
+    gap = (lora_work.logp_of(merged, IDS) - ours[..., 0]).abs().mean()
     assert gap < 0.05, "rounding of merged weights to bf16"
     forms = [(name, tensor.dtype, tensor.shape) for name, tensor in named_weights(model)]
     assert forms == weight_forms(model)
