@@ -65,7 +65,7 @@ class LoraConfig(Section):
     decoder's layers. Head and embedding are refused."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), so that the size of an update does not shrink with the rank (arXiv 2312.03732)."""
-    dropout: Annotated[float, AfterValidator(_no_dropout)] = 0.0
+    dropout: Annotated[float, Field(ge=0, le=1), AfterValidator(_no_dropout)] = 0.0
     """Dropout before the adapters; only 0, because the trained policy must be the policy that sampled."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the adapters' first factors. The second factors start at 0, so the first policy is the base model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -24,7 +24,8 @@ def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     inner = [each for each in get_args(annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
-    return (inner[0], True) if inner else (None, False)
+    # An optional section, such as [model.lora], is no list.
+    return (inner[0], get_origin(annotation) is tuple) if inner else (None, False)
 
 
 def _listed(value: object) -> object:
