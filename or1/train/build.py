@@ -26,6 +26,7 @@ from or1.reward.scorer import Scorer
 from or1.reward.scorers import remarks_of
 from or1.rollout.engine import Engine
 from or1.rollout.make import engine_warnings, make_engine
+from or1.run.base_weights import base_input, require_base
 from or1.run.checkpoint import committed_steps
 from or1.run.directory import cap_rows, checkpoints_of
 from or1.run.resume import Checkpointed
@@ -102,7 +103,8 @@ def build(
             optimizer = MasterAdamW(model, config.optim, world)
             optimizer.reserve()
         reference = _reference(config, settings, policy)
-        require_room(config, model, optimizer, reference.model if reference else None)
+        other = reference.model if reference is not None and reference.model is not model else None
+        require_room(config, model, optimizer, other)
         engine = _engine(config, model, tokenizer, display, world)
         stack.callback(engine.close)
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
@@ -141,9 +143,11 @@ def _engine(
 def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:
     """Return the state to start from, with its weights in the model and the engine. Collective."""
     state = saved.restore(resume, display.message)
+    inputs = inputs_of(saved.config, data) | base_input(saved.config, saved.world)
+    require_base(state.inputs, inputs, saved.config.model.path)
     if state.step:
         engine.update_weights(state.policy_version)
-    for changed in state.note_inputs(inputs_of(saved.config, data)):
+    for changed in state.note_inputs(inputs):
         display.message(changed)
     if resume is None:
         saved.cap_rows(display.message)
@@ -192,9 +196,14 @@ def objective_of(loss: LossConfig) -> PolicyObjective:
 
 
 def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy | None:
-    """Return the reference model of the KL term, None without one."""
+    """Return the reference model of the KL term, None without one.
+
+    With [model.lora] and no `loss.reference`, the policy itself is the reference with its adapters off.
+    """
     if config.loss.kl_coef == 0:
         return None
+    if settings.lora is not None and config.loss.reference is None:
+        return replace(policy, adapters=False)
     path = config.loss.reference or config.model.path
-    reference = settings.model_copy(update={"path": path})
+    reference = settings.model_copy(update={"path": path, "lora": None})
     return replace(policy, model=load_model(reference, policy.world).requires_grad_(False), routers=None)

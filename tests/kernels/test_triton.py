@@ -67,7 +67,7 @@ def test_interpreter_runs_the_policy_loss_inside_the_kernel():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_whole_head():
-    run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py"])
+    run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py", "test_frozen_head.py"])
 
 
 def test_explicit_triton_on_a_cpu_says_why_not():
