@@ -93,9 +93,8 @@ def build(
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
             for remark in remarks_of(scorer, config.run_path):
                 display.message(remark)
-        settings = _tuned(
-            config, display, world, first=not resume and not committed_steps(checkpoints_of(config.run_path))
-        )
+        first = not resume and not committed_steps(checkpoints_of(config.run_path))
+        settings = _tuned(config, display, world, first=first)
         model = load_model(settings, world).train()
         policy = _policy(config, model, display, world, head_options(settings))
         # Everything that stays on the device comes before the engine, which takes a share of what is left.

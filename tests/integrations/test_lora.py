@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
 
-from or1.config import ModelConfig, OptimConfig  # noqa: E402
+from or1.config import DistConfig, ModelConfig, OptimConfig  # noqa: E402
 from or1.core.errors import ModelError, RunError  # noqa: E402
 from or1.dist.oom_retry import RowBudget  # noqa: E402
 from or1.dist.world import SINGLE  # noqa: E402
@@ -167,7 +167,7 @@ def test_the_plan_counts_the_tensors_of_adapters(adder: Path, dtype: str) -> Non
 
     model, device = lora_work.load(adder, dtype), find_device("cpu", "auto")[0]
     config = ModelConfig(path=str(adder), dtype=dtype, device="cpu", lora=lora_work.LORA)
-    planned = choices_of(SimpleNamespace(model=config, optim=OptimConfig()), device, gpus=1)
+    planned = choices_of(SimpleNamespace(model=config, optim=OptimConfig(), dist=DistConfig()), device, gpus=1)
     shape = shape_of(str(adder))
     assert trainer_weight_bytes(shape, planned) == storage_bytes(model.parameters())
     optimizer = MasterAdamW(model, OptimConfig())
