@@ -41,12 +41,13 @@ def _download(name: str, dataset: Dataset) -> list[str]:
     endpoint = os.environ.get("HF_ENDPOINT") or None
     revision = dataset.revision or ("main" if dataset.file else CONVERTED)
     options: dict[str, Any] = {"repo_id": dataset.repo, "repo_type": "dataset"}
-    if dataset.file:
-        return [hf_hub_download(filename=dataset.file, revision=revision, endpoint=endpoint, **options)]
     api = HfApi(endpoint=endpoint)
+    # Asked first, because a download tries an unreachable hub for half a minute.
     info = _listing_or_none(lambda: api.dataset_info(dataset.repo, revision=revision))
     if info is None:
         return _cached(name, dataset, revision)
+    if dataset.file:
+        return [hf_hub_download(filename=dataset.file, revision=revision, endpoint=endpoint, **options)]
     names = [each.rfilename for each in info.siblings or []]
     wanted = sorted(fnmatch.filter(names, f"{dataset.config}/{dataset.split}/*.parquet"))
     if not wanted:
@@ -87,12 +88,14 @@ def _record_of(dataset: Dataset, revision: str) -> Path:
 
 
 def _cached(name: str, dataset: Dataset, revision: str) -> list[str]:
-    """Return the files of a split in the cache. Raises DataError unless the copy is whole."""
+    """Return the files of a dataset in the cache. Raises DataError unless the copy is whole."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        record = json.loads(_record_of(dataset, revision).read_bytes())
-        options = {"repo_type": "dataset", "revision": record["commit"]}
+        record: dict[str, Any] = {"commit": revision, "files": [dataset.file]}
+        if not dataset.file:
+            record = json.loads(_record_of(dataset, revision).read_bytes())
+        options: dict[str, Any] = {"repo_type": "dataset", "revision": record["commit"]}
         found = [try_to_load_from_cache(dataset.repo, each, **options) for each in record["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         found = []
