@@ -17,7 +17,10 @@ from tests.helpers.objectives import OBJECTIVES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With OR1_TEST_EVERY = n, keep the first case of each test and every n-th after that: Triton's interpreter is slow."""
+    """With OR1_TEST_EVERY = n, keep the first case of each test and every n-th after that.
+
+    Triton's interpreter is slow.
+    """
     every, seen, kept = int(os.environ.get("OR1_TEST_EVERY", "1")), Counter(), []
     for item in items:
         name = item.nodeid.partition("[")[0]
