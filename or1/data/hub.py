@@ -48,7 +48,7 @@ def _download(name: str, dataset: Dataset) -> list[str]:
     api = HfApi(endpoint=endpoint)
     info = _listing_or_none(lambda: api.dataset_info(dataset.repo, revision=revision))
     if dataset.file:
-        where = {"endpoint": endpoint, "local_files_only": info is None}
+        where: dict[str, Any] = {"endpoint": endpoint, "local_files_only": info is None}
         return [hf_hub_download(filename=dataset.file, revision=revision, **where, **options)]
     if info is None:
         return _cached(name, dataset, revision)

@@ -159,10 +159,7 @@ def _commit_of(file: Path) -> str:
 def _from_web(url: str, path: Path) -> Path:
     """Download one small file to `path`. Raises DataError, in one line."""
     try:
-        with (
-            urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer,
-            open(path, "wb", opener=without_links) as file,
-        ):
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(path, "wb", opener=without_links) as file:
             shutil.copyfileobj(answer, file)
     except urllib.error.HTTPError as error:
         raise DataError(f"{url}: cannot be downloaded (status {error.code}); try again later") from error

@@ -90,7 +90,8 @@ def serving(
     server.asked = []
     server.repos = repos
     server.pages = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # The default of half a second would be the time that each test waits at its end.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     try:
