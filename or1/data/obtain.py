@@ -188,7 +188,7 @@ def _write(partial: Path, made: Made, parts: Sequence[Path]) -> int:
 
 
 def _rows(made: Made, parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all parts that are to be kept. Raises DataError for a broken row."""
+    """Yield the rows of all parts that the file keeps. Raises DataError for a broken row."""
     for part in parts:
         for number, row in read_rows(str(part)):
             if isinstance(row, RowError):

@@ -3,8 +3,8 @@
 Every revision, row count and hash here was looked up, none was computed from a guess:
 
 - Commits of the hub are those that other public projects pin for the same datasets.
-- Row counts are those of the dataset cards. None: the card gives no count of the rows that are kept, so the first
-  download records the count, and later calls compare with the record.
+- Row counts are those of the dataset cards. Where the card gives none, the count is None and the first download
+  records it.
 - A sha256 is given for files of a git repository that were hashed. Other hashes are recorded at the first download.
   The hub names a large file by its sha256, and each download is compared with that name.
 """
