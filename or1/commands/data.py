@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from or1.config.published import PUBLISHED
 from or1.core.quiet import quiet_libraries
-from or1.data.published import PUBLISHED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

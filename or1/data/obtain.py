@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from or1.config.data_paths import HUB
+from or1.config.published import Made, Published
 from or1.core.errors import DataError, RowError
 from or1.core.files import file_entry, is_unbroken, replacing, sealed, without_links, write_whole
 from or1.data.hub import files_of
-from or1.data.published import Made, Published
 from or1.data.rows import read_rows
 
 _HASH = re.compile(r"[0-9a-f]{64}")

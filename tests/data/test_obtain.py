@@ -13,11 +13,12 @@ import pyarrow.parquet
 import pytest
 
 from or1.cli import main
+from or1.config import published
 from or1.config.data_paths import HUB, dataset_of
+from or1.config.published import PUBLISHED, Made, Published
 from or1.core.errors import EXIT_DATA
-from or1.data import load_prompts, published
+from or1.data import load_prompts
 from or1.data.obtain import obtain
-from or1.data.published import PUBLISHED, Made, Published
 from tests.helpers.hub import NOWHERE, SHA, parquet_of, serving
 
 AUTHORS = {

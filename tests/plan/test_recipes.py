@@ -13,8 +13,8 @@ import pytest
 from or1.cli import main
 from or1.config import Config
 from or1.config.load import load_config
+from or1.config.published import PUBLISHED
 from or1.config.section import each_of
-from or1.data.published import PUBLISHED
 from or1.plan.devices import find_device
 from or1.plan.estimate import make_plan
 from or1.plan.shapes import shape_of
