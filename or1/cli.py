@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, demo, doctor, export, init, plan, replay, report, serve, train, tune
+from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, serve, train, tune
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
@@ -44,6 +44,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(demo, "train a tiny model on this CPU in a few minutes, to see what a run looks like"),
     "init": Verb(init, "write a folder with a config, a reward and data, for a task of your own"),
+    "data": Verb(data, "download a published dataset as files that train and evaluate, and verify them"),
     "train": Verb(train, "train from a TOML config; resumes a run that stopped"),
     "eval": Verb(evaluate, "avg@k and pass@k of a config, run, checkpoint or server; resumes"),
     "filter": Verb(measure, "measure how often a model solves each training prompt; resumes"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from or1.config.data import ColumnsConfig, DataConfig, MixConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
+from or1.config.lora import LoraConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
@@ -29,6 +30,7 @@ __all__ = [
     "EvalSet",
     "FilterConfig",
     "LogConfig",
+    "LoraConfig",
     "LossConfig",
     "MixConfig",
     "ModelConfig",

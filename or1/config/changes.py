@@ -20,6 +20,7 @@ _FREE = (
     "eval",
     "dist",
     "model.gradient_checkpointing",
+    "model.lora.push",
     "rollout.vllm",
     "rollout.verify_every",
     "reward.workers",

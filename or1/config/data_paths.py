@@ -14,7 +14,8 @@ ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """Endings of the files that are read from a folder. Folders in a folder need a pattern, such as data/**/*.parquet."""
 HUB = "hf:"
 """Start of the name of a dataset on the hub."""
-_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+/)?([\w.-]+)|/([^:@\s]+))")
+# A commit ends at the first slash. The name of a branch may contain one, so there the last slash decides.
+_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}|[\w./-]+))?(?::([\w.-]+/)?([\w.-]+)|/([^:@\s]+))")
 
 
 class Dataset(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from or1.config.lora import LoraConfig
 from or1.config.section import MOST_MIB, MOST_TOKENS, FilePath, Section
 
 # Other names for the same types and devices, as other trainers use them.
@@ -74,6 +75,8 @@ class ModelConfig(Section):
     head_stash_mib: int = Field(0, ge=0, le=MOST_MIB)
     """Raw logits in MiB that the LM head keeps until backward, with loss.kind = "gspo" and several updates a rollout: 4
     bytes times vocabulary for each token. They save one of its four GEMMs. 0 keeps none."""
+    lora: LoraConfig | None = None
+    """Adapters to train instead of the weights."""
 
     @property
     def tile_tokens(self) -> int:

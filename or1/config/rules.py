@@ -15,6 +15,7 @@ from or1.config.file_rules import (
     reward_file_exists,
     training_files,
 )
+from or1.config.lora_rules import adapters_fit
 from or1.config.loss_rules import mismatch_sound, objective_sound
 from or1.config.rollout_rules import (
     engine_fits,
@@ -281,6 +282,7 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _magic_variants_sound,
     _tuning_sound,
     _trackers_installed,
+    adapters_fit,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),

@@ -24,6 +24,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     inner = [each for each in get_args(annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
+    # An optional section, such as [model.lora], is no list.
     return (inner[0], get_origin(annotation) is tuple) if inner else (None, False)
 
 

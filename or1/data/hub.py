@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,10 +42,14 @@ def _download(name: str, dataset: Dataset) -> list[str]:
     endpoint = os.environ.get("HF_ENDPOINT") or None
     revision = dataset.revision or ("main" if dataset.file else CONVERTED)
     options: dict[str, Any] = {"repo_id": dataset.repo, "repo_type": "dataset"}
-    if dataset.file:
-        return [hf_hub_download(filename=dataset.file, revision=revision, endpoint=endpoint, **options)]
+    if dataset.file and _is_fixed(dataset, revision):
+        return [hf_hub_download(filename=dataset.file, revision=revision, local_files_only=True, **options)]
+    # Without network this call fails at once. hf_hub_download first retries for half a minute.
     api = HfApi(endpoint=endpoint)
     info = _listing_or_none(lambda: api.dataset_info(dataset.repo, revision=revision))
+    if dataset.file:
+        where: dict[str, Any] = {"endpoint": endpoint, "local_files_only": info is None}
+        return [hf_hub_download(filename=dataset.file, revision=revision, **where, **options)]
     if info is None:
         return _cached(name, dataset, revision)
     names = [each.rfilename for each in info.siblings or []]
@@ -58,6 +63,14 @@ def _download(name: str, dataset: Dataset) -> list[str]:
     record.parent.mkdir(parents=True, exist_ok=True)
     write_whole(record, json.dumps({"commit": info.sha, "files": wanted}))
     return found
+
+
+def _is_fixed(dataset: Dataset, revision: str) -> bool:
+    """Return True if a file of a commit, which never changes, is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(dataset.repo, dataset.file, repo_type="dataset", revision=revision)
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None and isinstance(found, str)
 
 
 def _listing_or_none(ask: Callable[[], T]) -> T | None:

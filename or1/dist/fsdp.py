@@ -30,6 +30,7 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
 
     Shards are at least fp32 and serve as the optimizer's master weights. Forward and backward run in the model's dtype.
     Gradients are reduced in fp32 or wider. A tied head stays in the root's group, together with the embedding.
+    A model with frozen weights keeps the dtype of each tensor instead: frozen weights have no masters.
     """
     # The override of `to` in transformers has wrong types.
     module: nn.Module = model
@@ -38,14 +39,15 @@ def shard_model(model: PreTrainedModel, world: World, device: torch.device) -> P
         return model
     compute, full = model.dtype, torch.promote_types(model.dtype, torch.float32)
     # Inputs are not cast: token ids must stay integers, and the loss takes fp32 weights and advantages.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=full, cast_forward_inputs=False)
+    frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    policy = MixedPrecisionPolicy(param_dtype=None if frozen else compute, reduce_dtype=full, cast_forward_inputs=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     groups = [*decoder_layers(model)]
     if head.weight is not embedding.weight:
         groups.append(head)
     # The root last: FSDP2 gives it the parameters that no group has.
     for group in (*groups, module):
-        fully_shard(group.to(full), mesh=world.shard_mesh, mp_policy=policy)
+        fully_shard(group if frozen else group.to(full), mesh=world.shard_mesh, mp_policy=policy)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     for sharded in _sharded_modules(model):

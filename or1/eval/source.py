@@ -35,6 +35,8 @@ def open_source(config: Config) -> Iterator[Source]:
         yield Source(endpoint, None, {"url": config.endpoint.url, "model": endpoint.model})
         return
     tokenizer = load_tokenizer(config.model.path)
+    # Without adapters: those of a run are merged into its exported weights, and fresh ones compute the base model.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
     engine = make_engine(config, load_model(config.model, packs=False).eval(), tokenizer)
     try:
         yield Source(engine, tokenizer, _identity(config))

@@ -223,7 +223,8 @@ def _sequences(model: PreTrainedModel) -> list[TrainSequence]:
 def _embedded(model: PreTrainedModel, batch: Microbatch) -> tuple[Tensor, Tensor]:
     """Return hidden states of a packed row in training mode, and the token embeddings they were computed from."""
     seen: list[Tensor] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: seen.append(output))
+    # Frozen embeddings ([model.lora]) have outputs without a gradient; this makes no difference for others.
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.requires_grad_()))
     try:
         with torch.enable_grad():
             hidden_TH = hidden_states(model, batch)

@@ -39,6 +39,8 @@ from or1.model.folder import (
     silence_dropout,
 )
 from or1.model.isolation import require_isolation
+from or1.model.lora.layers import add_adapters, require_peft
+from or1.model.lora.quantize import quantization_options
 from or1.model.prepare import prepare_model, put_head
 from or1.model.source import require_source, require_tokenizer
 
@@ -74,7 +76,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -> PreTrainedModel:
     """Load weights from safetensors into a model with packed attention, without dropout, and with an LMHead.
 
-    The LMHead shares the parameter of the `lm_head` that it replaces.
+    The LMHead shares the parameter of the `lm_head` that it replaces. With [model.lora], PEFT's adapters are on the
+    layers, and only the adapters require a gradient.
     `packs` checks that packed rows give the same result as single sequences (or1.model.isolation).
 
     Raises ModelError if that check fails, or if the folder lacks a tensor or a plain `lm_head`; AttentionError and
@@ -86,18 +89,21 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     settings, remarks = read_config(config.path, name)
     require_features(config.attention, settings, device)
     _require_safetensors(config.path)
+    if config.lora is not None:
+        require_peft()
+    quantized = quantization_options(config, device, world.size, trains=packs)
     options = {"config": settings, "dtype": dtype, "attn_implementation": name, "trust_remote_code": False}
     # Before minutes of reading weights: errors that architecture and config.json alone reveal.
     with torch.device("meta"), making(config.path, settings):
         put_head(AutoModelForCausalLM.from_config(**options | {"config": copy.deepcopy(settings)}), config.path)
     if world.size == 1:
-        model = prepare_model(_read(config.path, options), config, device)
+        model = prepare_model(_read(config.path, options | quantized), config, device)
         if packs:
             # The check asks for several gradients of one graph, and compiled graphs free their buffers.
             with uncompiled():
                 require_isolation(model, config.path)
     else:
-        whole = _read_on_main(config.path, options, world, packs)
+        whole = _read_on_main(config, options, world, packs)
         model = prepare_model(_without_values(config.path, options), config, device, world)
         fill_shards(model, whole, world)
     # Not by assignment: torch's types allow only tensors and modules as attributes of a module.
@@ -105,7 +111,7 @@ def load_model(config: ModelConfig, world: World = SINGLE, packs: bool = True) -
     return model
 
 
-def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool) -> PreTrainedModel | None:
+def _read_on_main(config: ModelConfig, options: dict[str, Any], world: World, packs: bool) -> PreTrainedModel | None:
     """Load the whole model into the main rank's host memory; return None on the other ranks. Collective.
 
     An error on the main rank is raised on every rank: as itself on the main rank, as a ModelError on the others.
@@ -114,9 +120,11 @@ def _read_on_main(path: str, options: dict[str, Any], world: World, packs: bool)
     problem: Or1Error | None = None
     if world.is_main:
         try:
-            whole = _read(path, options)
+            whole = _read(config.path, options)
             if packs:
-                require_isolation(put_head(whole, path), path)
+                require_isolation(put_head(whole, config.path), config.path)
+            if config.lora is not None:
+                add_adapters(whole, config.lora, config.path)
         except (ModelError, AttentionError) as error:
             problem = error
     found = world.gather(str(problem or "").encode())[0].decode()

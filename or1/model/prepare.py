@@ -12,6 +12,7 @@ from or1.dist.fsdp import shard_model
 from or1.dist.ulysses import check_heads
 from or1.dist.world import SINGLE, World
 from or1.model.compiled import compile_elementwise
+from or1.model.lora.layers import add_adapters
 from or1.model.memory import apply_liger, checkpoint_layers, checkpointing_mode, tile_mlps
 from or1_kernels.lm_head import LMHead
 
@@ -50,4 +51,7 @@ def prepare_model(
     # "auto" leaves a model alone that transformers cannot checkpoint; an explicit wish is refused with a reason.
     if mode != "none" and (config.gradient_checkpointing != "auto" or model.supports_gradient_checkpointing):
         checkpoint_layers(model, mode)
+    # After tiles, which look for linear layers, and before shards, which are made of the adapters too.
+    if config.lora is not None:
+        add_adapters(model, config.lora, config.path)
     return shard_model(model, world, device)

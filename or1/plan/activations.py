@@ -68,7 +68,8 @@ def layer_saved(shape: ModelShape, choices: Choices, tokens: int) -> int:
     norms = 2 * (_norm(h, 1, choices) + e * h)
     if shape.qk_norm:
         norms += _norm(q, shape.heads, choices) + _norm(k, shape.kv_heads, choices)
-    return tokens * (norms + _attention(shape, choices)) + _mlp(shape, choices, tokens)
+    own = 0 if choices.adapters is None else e * choices.adapters.saved_per_token(shape)
+    return tokens * (norms + _attention(shape, choices) + own) + _mlp(shape, choices, tokens)
 
 
 def _norm(width: int, groups: int, choices: Choices) -> int:
@@ -127,6 +128,10 @@ def _transient(shape: ModelShape, choices: Choices, tokens: int) -> int:
     mlp = (1 if choices.liger else 2) * e * i * wide
     if tiled:
         # The forward of one tile, and the gradients of the weights, which are summed in fp32.
-        mlp += (3 if choices.liger else 4) * e * i * wide + 3 * h * i * (choices.arithmetic + e)
+        mlp += (3 if choices.liger else 4) * e * i * wide
+        mlp += 3 * h * i * (choices.arithmetic + e) if choices.adapters is None else 0
+    if choices.adapters is not None:
+        # The product of the adapter's second factor, and the same times its scale.
+        mlp += 2 * e * i * wide
     # Gradients of the residual stream and of the MLP's output.
     return mlp + 2 * e * h * tokens

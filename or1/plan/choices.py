@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from or1.config import Config, StageConfig
 from or1.core.errors import PlanError
+from or1.plan.adapters import Adapters
 from or1.plan.devices import Device
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -30,6 +31,7 @@ class Choices:
     max_tokens       tokens of a packed row
     gpus             GPUs of the run
     shard_gpus       GPUs that share one copy of the model (dist.shard_ranks); 0: all
+    adapters         of [model.lora]; None: all weights are trained
     """
 
     weight: int
@@ -43,6 +45,7 @@ class Choices:
     max_tokens: int
     gpus: int = 1
     shard_gpus: int = 0
+    adapters: Adapters | None = None
 
     @property
     def shards(self) -> int:
@@ -110,6 +113,7 @@ def choices_of(config: Config, device: Device, gpus: int) -> Choices:
         max_tokens=optim.max_tokens_per_rank,
         gpus=gpus,
         shard_gpus=0 if shards is None or shards >= gpus else shards,
+        adapters=Adapters.of(model.lora),
     )
 
 
@@ -178,15 +182,30 @@ def alternatives(config: Config, choices: Choices, work: Workload) -> Iterator[t
         yield f"dist.shard_ranks={wider}", replace(choices, shard_gpus=wider % choices.gpus), work
     if choices.optimizer == "adamw":
         yield "optim.optimizer=adamw8bit", replace(choices, optimizer="adamw8bit"), work
+    if choices.adapters is not None:
+        yield from _with_adapters(choices, work)
+        return
     if choices.masters:
         yield "optim.weights=stochastic", replace(choices, masters=False), work
     if choices.weight == 2 < choices.grad:
         yield "optim.grad_dtype=bfloat16", replace(choices, grad=2), work
-    if choices.checkpointing == "selective":
-        yield "model.gradient_checkpointing=layer", replace(choices, checkpointing="layer"), work
-    if choices.checkpointing == "layer":
-        yield "model.gradient_checkpointing=offload", replace(choices, checkpointing="offload"), work
+    yield from _fewer_activations(choices, work)
     if choices.optimizer != "offload":
         yield "optim.optimizer=offload", replace(choices, optimizer="offload"), work
     if choices.weight > 2:
         yield "model.dtype=bfloat16", replace(choices, weight=2, grad=min(choices.grad, 4), masters=True), work
+
+
+def _fewer_activations(choices: Choices, work: Workload) -> Iterator[tuple[str, Choices, Workload]]:
+    if choices.checkpointing == "selective":
+        yield "model.gradient_checkpointing=layer", replace(choices, checkpointing="layer"), work
+    if choices.checkpointing == "layer":
+        yield "model.gradient_checkpointing=offload", replace(choices, checkpointing="offload"), work
+
+
+def _with_adapters(choices: Choices, work: Workload) -> Iterator[tuple[str, Choices, Workload]]:
+    """Yield what else helps with [model.lora], where gradients and optimizer state are small."""
+    yield from _fewer_activations(choices, work)
+    found = choices.adapters
+    if found is not None and not found.four_bit and not found.alone and choices.weight == 2 and choices.gpus == 1:
+        yield "model.lora.quantize=nf4", replace(choices, adapters=replace(found, four_bit=True)), work

@@ -52,6 +52,9 @@ def head_buffers(shape: ModelShape, choices: Choices, device: Device, rows: int)
     # The tensor cores of a GPU read bf16; a CPU may need an upcast copy of the weight.
     operand = a if wide else e
     upcast = v * h * a if wide else 0
-    picked, dhidden, dweight = rows * h * e, rows * h * operand, v * h * a
+    # A frozen head has no gradient, so the third GEMM and its sum are left out.
+    frozen = choices.adapters is not None
+    picked, dhidden, dweight = rows * h * e, rows * h * operand, 0 if frozen else v * h * a
     kept = picked + dhidden + dweight
-    return HeadBuffers(forward=kept + logits + upcast, kept=kept, backward=kept + rows * h * e + v * h * e)
+    converted = 0 if frozen else v * h * e
+    return HeadBuffers(forward=kept + logits + upcast, kept=kept, backward=kept + rows * h * e + converted)

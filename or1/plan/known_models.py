@@ -39,6 +39,7 @@ def _config(
 
 
 _SMALL_VOCAB = 151_936
+_QWEN2_0B5 = _qwen2(896, 4864, 24, (14, 2), vocab=_SMALL_VOCAB, tied=True)
 _QWEN2_1B5 = _qwen2(1536, 8960, 28, (12, 2), vocab=_SMALL_VOCAB, tied=True)
 _QWEN2_7B = _qwen2(3584, 18_944, 28, (28, 4))
 _QWEN2_14B = _qwen2(5120, 13_824, 48, (40, 8))
@@ -46,8 +47,10 @@ _QWEN2_32B = _qwen2(5120, 27_648, 64, (40, 8))
 _LLAMA_8B = _llama(4096, 14_336, 32, (32, 8), tied=False)
 
 KNOWN: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, (14, 2), vocab=_SMALL_VOCAB, tied=True),
+    "Qwen/Qwen2.5-0.5B": _QWEN2_0B5,
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN2_0B5,
     "Qwen/Qwen2.5-1.5B": _QWEN2_1B5,
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN2_1B5,
     "Qwen/Qwen2.5-3B": _qwen2(2048, 11_008, 36, (16, 2), vocab=_SMALL_VOCAB, tied=True),
     "Qwen/Qwen2.5-7B": _QWEN2_7B,
     "Qwen/Qwen2.5-14B": _QWEN2_14B,

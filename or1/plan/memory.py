@@ -6,6 +6,7 @@ With dist.shard_ranks each such group of GPUs holds a copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from or1.plan.activations import activations
@@ -64,18 +65,49 @@ class MemoryPlan:
 
 
 def weight_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Return the bytes of the parameters of the whole model, as used in forward and backward."""
+    """Return the bytes of the parameters of the whole model without adapters, as an engine has them."""
     return shape.parameters * choices.weight
 
 
+def trainer_weight_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Return the bytes of the trainer's parameters, as used in forward and backward; adapters are in fp32."""
+    if choices.adapters is None:
+        return weight_bytes(shape, choices)
+    own = choices.arithmetic * sum(choices.adapters.sizes(shape))
+    return choices.adapters.frozen_bytes(shape, choices.weight) + own
+
+
+def trained_sizes(shape: ModelShape, choices: Choices) -> Iterator[int]:
+    """Yield the number of scalars of every trained tensor."""
+    return shape.tensor_sizes() if choices.adapters is None else choices.adapters.sizes(shape)
+
+
 def gradient_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Return the bytes of the gradients of the whole model, summed over packed rows."""
-    return shape.parameters * choices.grad
+    """Return the bytes of the gradients of all trained tensors, summed over packed rows."""
+    scalar = choices.grad if choices.adapters is None else choices.arithmetic
+    return sum(trained_sizes(shape, choices)) * scalar
+
+
+def checkpoint_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Return the bytes of a checkpoint's tensors: the trained weights in the optimizer's dtype, and moments."""
+    kept = choices.masters or choices.adapters is not None
+    scalar = choices.arithmetic if kept else choices.weight
+    own = replace(choices, masters=False, optimizer="adamw" if choices.optimizer == "offload" else choices.optimizer)
+    return scalar * sum(trained_sizes(shape, choices)) + optimizer_bytes(shape, own)
+
+
+def push_bytes(shape: ModelShape, choices: Choices) -> int:
+    """Return the bytes that an engine with weights of its own gets after each update."""
+    alone = choices.adapters is not None and choices.adapters.alone
+    return 4 * sum(trained_sizes(shape, choices)) if alone else weight_bytes(shape, choices)
 
 
 def optimizer_bytes(shape: ModelShape, choices: Choices) -> int:
     """Return the bytes of masters, moments and step counts of the whole model, on the device or in host memory."""
-    return sum(_state_bytes(size, choices) for size in shape.tensor_sizes())
+    if choices.adapters is not None:
+        # fp32 beside any base, so without masters.
+        choices = replace(choices, weight=choices.arithmetic, masters=False)
+    return sum(_state_bytes(size, choices) for size in trained_sizes(shape, choices))
 
 
 def _state_bytes(size: int, choices: Choices) -> int:
@@ -99,7 +131,7 @@ def plan_memory(
 
     trained_tokens  trained tokens of a full packed row; None: all tokens, which is the upper bound
     """
-    weights = _shard(weight_bytes(shape, choices), choices)
+    weights = _shard(trainer_weight_bytes(shape, choices), choices)
     states = _shard(optimizer_bytes(shape, choices), choices)
     offloaded = choices.optimizer == "offload" and device.is_gpu
     held = {"weights": weights, "optimizer": 0 if offloaded else states}
@@ -137,20 +169,27 @@ def _row(shape: ModelShape, choices: Choices, device: Device, trained: int) -> d
     """Return activations and head buffers at the peak of a packed row's forward and backward."""
     acts, head = activations(shape, choices, choices.max_tokens), head_buffers(shape, choices, device, trained)
     moments = [(acts.saved + acts.final, head.forward), (acts.saved + acts.final, head.backward), (acts.backward, 0)]
-    # The gradient of a weight exists in the dtype of the weight before it is added to a wider sum.
-    largest = max(shape.tensor_sizes()) if choices.grad > choices.weight else 0
     worst = max(moments, key=sum)
-    return {"activations": worst[0], "head buffers": worst[1], "temporaries": largest * choices.weight}
+    return {"activations": worst[0], "head buffers": worst[1], "temporaries": _row_temporaries(shape, choices)}
+
+
+def _row_temporaries(shape: ModelShape, choices: Choices) -> int:
+    if choices.adapters is not None:
+        # A 4-bit weight is expanded for its product.
+        return shape.hidden * shape.intermediate * choices.weight if choices.adapters.four_bit else 0
+    # The gradient of a weight exists in the dtype of the weight before it is added to a wider sum.
+    return max(shape.tensor_sizes()) * choices.weight if choices.grad > choices.weight else 0
 
 
 def _update_temporaries(shape: ModelShape, choices: Choices, device: Device) -> int:
     """Return the bytes of copies of the largest tensor during its update; tensors are updated one after the other."""
-    copies = int(choices.grad < choices.arithmetic) + (not device.is_gpu)
-    if choices.weight == 2 and not choices.masters:
+    lora = choices.adapters is not None
+    copies = int(choices.grad < choices.arithmetic and not lora) + (not device.is_gpu)
+    if choices.weight == 2 and not choices.masters and not lora:
         copies += 3  # the weight in fp32, random bits, the rounded sum
     if choices.optimizer == "offload" and device.is_gpu:
         copies = 2  # a weight in fp32 that arrives while the one before is rounded
-    return _shard(max(shape.tensor_sizes()), choices) * choices.arithmetic * copies
+    return _shard(max(trained_sizes(shape, choices)), choices) * choices.arithmetic * copies
 
 
 def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
@@ -159,6 +198,10 @@ def _gathered(shape: ModelShape, choices: Choices) -> dict[str, int]:
         return {}
     root = shape.parameters - shape.layers * shape.layer_parameters
     weights = (root + 2 * shape.layer_parameters) * choices.weight
+    if choices.adapters is not None:
+        return {
+            "gathered layers": weights + 3 * choices.arithmetic * sum(trained_sizes(shape, choices)) // shape.layers
+        }
     return {"gathered layers": weights + (root + shape.layer_parameters) * choices.arithmetic}
 
 

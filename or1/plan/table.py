@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from or1.core.text import count_text, duration, visible
 from or1.plan.devices import GIB
 from or1.plan.estimate import Plan
-from or1.plan.memory import COMPONENTS
+from or1.plan.memory import COMPONENTS, checkpoint_bytes, push_bytes, trained_sizes
 from or1.report.console import default_console
 
 if TYPE_CHECKING:
@@ -78,6 +78,15 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
         f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "
         f"{choices.optimizer}, weights {8 * choices.weight} bit, gradients {8 * choices.grad} bit"
     )
+    if (adapters := choices.adapters) is not None:
+        trained, bits = sum(trained_sizes(shape, choices)), 4 if adapters.four_bit else 8 * choices.weight
+        sizes = (checkpoint_bytes(shape, choices) / GIB, push_bytes(shape, choices) / GIB)
+        yield (
+            f"  adapters     rank {adapters.rank}, {count_text(trained)} trained parameters "
+            f"({trained / shape.parameters:.2%}) in 32 bit, frozen layers in {bits} bit; the LM head runs two GEMMs "
+            "of three"
+        )
+        yield f"               checkpoint {sizes[0]:,.2f} GiB, push to an engine of its own {sizes[1]:,.2f} GiB"
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -182,6 +191,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.shape.name,
         "parameters": plan.shape.parameters,
+        "trained_parameters": sum(trained_sizes(plan.shape, plan.choices)),
+        "checkpoint_bytes": checkpoint_bytes(plan.shape, plan.choices),
+        "push_bytes": push_bytes(plan.shape, plan.choices),
         "device": asdict(plan.device),
         "usable_bytes": plan.device.usable,
         "gpus": plan.choices.gpus,

@@ -14,7 +14,7 @@ from or1.plan.activations import layer_saved
 from or1.plan.choices import Choices, Workload
 from or1.plan.devices import Device
 from or1.plan.generation import rollout_seconds
-from or1.plan.memory import optimizer_bytes, weight_bytes
+from or1.plan.memory import gradient_bytes, optimizer_bytes, push_bytes, weight_bytes
 from or1.plan.shapes import ModelShape
 
 # Passes over the saved tensors of a layer: write and read in forward, read in backward, and their gradients.
@@ -83,15 +83,19 @@ def step_time(shape: ModelShape, choices: Choices, device: Device, work: Workloa
     if work.engine != "hf":
         parts["weight sync"] = _sync_seconds(shape, choices, device)
     length = work.mean_prompt + work.mean_response
-    model_flops = work.reuse * sequences * _flops(shape, length, work.mean_response)
+    model_flops = (
+        work.reuse * sequences * _flops(shape, length, work.mean_response, frozen=choices.adapters is not None)
+    )
     mfu = model_flops / (sum(update.values()) * device.tflops * 1e12)
     return StepTime(parts, round(tokens * choices.gpus), mfu)
 
 
-def _flops(shape: ModelShape, length: float, trained: float) -> float:
+def _flops(shape: ModelShape, length: float, trained: float, *, frozen: bool) -> float:
     cost = sequence_cost(shape)
     head = 6.0 * shape.vocab * shape.hidden
-    return (cost.linear - head) * length + head * trained + cost.quadratic * length**2
+    # A frozen matrix has no gradient: two products of three.
+    part = 2 / 3 if frozen else 1.0
+    return part * ((cost.linear - head) * length + head * trained) + cost.quadratic * length**2
 
 
 def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: Workload) -> dict[str, float]:
@@ -105,12 +109,14 @@ def _update_seconds(shape: ModelShape, choices: Choices, device: Device, work: W
     if choices.checkpointing == "selective":
         # 3.5 forwards of attention instead of 4.5: backward costs 2.5, and the first output is kept.
         parts["attention"] *= 3.5 / 4.5
-    gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + choices.arithmetic)
+    reduced = choices.arithmetic if choices.adapters is None else 0
+    gathered = _gather_seconds(shape, choices, device, work, 2 * choices.weight + reduced)
     exposed = max(0.0, gathered - sum(parts.values()))
     states = optimizer_bytes(shape, choices) / choices.shards
-    update = (2 * states + 3 * weight_bytes(shape, choices) / choices.shards) / bandwidth
+    weights = gradient_bytes(shape, choices) if choices.adapters is not None else weight_bytes(shape, choices)
+    update = (2 * states + 3 * weights / choices.shards) / bandwidth
     if choices.optimizer == "offload" and device.is_gpu:
-        update = 2 * states / 40e9 + 3 * weight_bytes(shape, choices) / choices.shards / _HOST_LINK
+        update = 2 * states / 40e9 + 3 * weights / choices.shards / _HOST_LINK
     parts = {name: work.reuse * seconds for name, seconds in (parts | {"collectives": exposed}).items()}
     parts["collectives"] += work.updates * work.reuse * _replica_seconds(shape, choices, device)
     return parts | {"optimizer": work.updates * work.reuse * update}
@@ -122,9 +128,12 @@ def _pass_seconds(
     """Return the seconds of all sequences of a GPU: `forwards` and `backwards` of the layers, one pass of the head."""
     peak, e = device.tflops * 1e12, device.efficiency
     sequences, length = work.sequences / choices.gpus, work.mean_prompt + work.mean_response
-    # Backward costs a matrix product twice its forward, attention 2.5 times.
-    matrices = 2.0 * shape.matrix_parameters * length * (forwards + 2 * backwards)
-    head = 2.0 * shape.vocab * shape.hidden * work.mean_response * (1 + 2 * backwards)
+    # Backward costs a matrix product twice its forward, attention 2.5 times. A frozen matrix has no gradient.
+    products = 2 * backwards if choices.adapters is None else backwards
+    matrices = 2.0 * shape.matrix_parameters * length * (forwards + products)
+    if choices.adapters is not None:
+        matrices += 2.0 * sum(choices.adapters.sizes(shape)) * length * (forwards + 2 * backwards)
+    head = 2.0 * shape.vocab * shape.hidden * work.mean_response * (1 + products)
     attention = sequence_cost(shape).quadratic / 3.5 * length**2 * (forwards + 2.5 * backwards)
     passes = 2 * forwards + (_ACTIVATION_PASSES - 2) * backwards
     moved = shape.layers * layer_saved(shape, choices, round(length)) * passes
@@ -161,6 +170,6 @@ def _replica_seconds(shape: ModelShape, choices: Choices, device: Device) -> flo
 
 def _sync_seconds(shape: ModelShape, choices: Choices, device: Device) -> float:
     """Return the seconds of a weight sync: every GPU gathers all shards, and the engine copies its weights."""
-    weights = weight_bytes(shape, choices)
+    weights = push_bytes(shape, choices)
     gathered = 0.0 if choices.shards == 1 else weights / device.link_bytes(choices.shards)
     return gathered + 2 * weights / (device.bandwidth * 1e9 * device.efficiency.memory)

@@ -25,6 +25,9 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     stages = "1 stage" if len(config.stage) == 1 else f"{len(config.stage)} stages"
     console.print(Text(f"or1 plan: {config.total_steps} steps in {stages}", style="bold"), soft_wrap=True)
     pairs = [("model", f"{config.model.path} ({config.model.dtype}, device {config.model.device})")]
+    if (lora := config.model.lora) is not None:
+        four = ", frozen layers in 4 bits" if lora.quantize == "nf4" else ""
+        pairs.append(("", f"adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}{four}"))
     pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.files)]
     print_pairs(pairs, console)
     console.print(_stage_table(config))

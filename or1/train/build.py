@@ -26,6 +26,7 @@ from or1.reward.scorer import Scorer
 from or1.reward.scorers import remarks_of
 from or1.rollout.engine import Engine
 from or1.rollout.make import engine_warnings, make_engine
+from or1.run.base_weights import base_input, require_base
 from or1.run.checkpoint import committed_steps
 from or1.run.directory import cap_rows, checkpoints_of
 from or1.run.resume import Checkpointed
@@ -92,9 +93,8 @@ def build(
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
             for remark in remarks_of(scorer, config.run_path):
                 display.message(remark)
-        settings = _tuned(
-            config, display, world, first=not resume and not committed_steps(checkpoints_of(config.run_path))
-        )
+        first = not resume and not committed_steps(checkpoints_of(config.run_path))
+        settings = _tuned(config, display, world, first=first)
         model = load_model(settings, world).train()
         policy = _policy(config, model, display, world, head_options(settings))
         # Everything that stays on the device comes before the engine, which takes a share of what is left.
@@ -102,7 +102,8 @@ def build(
             optimizer = MasterAdamW(model, config.optim, world)
             optimizer.reserve()
         reference = _reference(config, settings, policy)
-        require_room(config, model, optimizer, reference.model if reference else None)
+        other = reference.model if reference is not None and reference.model is not model else None
+        require_room(config, model, optimizer, other)
         engine = _engine(config, model, tokenizer, display, world)
         stack.callback(engine.close)
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
@@ -141,9 +142,11 @@ def _engine(
 def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:
     """Return the state to start from, with its weights in the model and the engine. Collective."""
     state = saved.restore(resume, display.message)
+    inputs = inputs_of(saved.config, data) | base_input(saved.config, saved.world)
+    require_base(state.inputs, inputs, saved.config.model.path)
     if state.step:
         engine.update_weights(state.policy_version)
-    for changed in state.note_inputs(inputs_of(saved.config, data)):
+    for changed in state.note_inputs(inputs):
         display.message(changed)
     if resume is None:
         saved.cap_rows(display.message)
@@ -192,9 +195,14 @@ def objective_of(loss: LossConfig) -> PolicyObjective:
 
 
 def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy | None:
-    """Return the reference model of the KL term, None without one."""
+    """Return the reference model of the KL term, None without one.
+
+    With [model.lora] and no `loss.reference`, the policy itself is the reference with its adapters off.
+    """
     if config.loss.kl_coef == 0:
         return None
+    if settings.lora is not None and config.loss.reference is None:
+        return replace(policy, adapters=False)
     path = config.loss.reference or config.model.path
-    reference = settings.model_copy(update={"path": path})
+    reference = settings.model_copy(update={"path": path, "lora": None})
     return replace(policy, model=load_model(reference, policy.world).requires_grad_(False), routers=None)

@@ -64,8 +64,9 @@ class Making:
             progress(finished, total)
 
         noted = cast(Engine, _NotingEngine(engine, self)), cast(Scorer, _NotingScorer(scorer, self))
-        options = {"carried": self.carried, "progress": noting, "lengths": lengths}
-        return collect_share(world, *noted, self.prompts, self.sampling, **options)
+        return collect_share(
+            world, *noted, self.prompts, self.sampling, carried=self.carried, progress=noting, lengths=lengths
+        )
 
     def whole(self, world: World, share: Rollout) -> Rollout:
         """Return the whole rollout, given this rank's share. Collective."""

@@ -42,6 +42,7 @@ class Policy:
     progress       called with (rows done, rows)
     head           implementation options of the LM head (impl, preset, chunk_rows)
     routers        routers of a mixture-of-experts model; None for other models
+    adapters       False: the frozen weights alone compute, as the reference model of a run with [model.lora]
     """
 
     model: PreTrainedModel
@@ -54,6 +55,7 @@ class Policy:
     progress: Progress = no_progress
     head: HeadOptionsDict = field(default_factory=HeadOptionsDict)
     routers: Routers | None = None
+    adapters: bool = True
 
     @property
     def float_dtype(self) -> torch.dtype:

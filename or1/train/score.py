@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from or1.core.types import TrainSequence
 from or1.dist.world import World
 from or1.model.forward import eval_mode, hidden_states, lm_head, trained_rows
+from or1.model.lora.layers import adapters_off
 from or1.model.rows import Microbatch
 from or1.model.slices import join_slices, my_slice
 from or1.train.rank_rows import Policy, longest_of, on_all_ranks, rank_rows
@@ -35,7 +37,7 @@ def score(policy: Policy, sequences: Sequence[TrainSequence]) -> list[np.ndarray
     Rows are packed as in an update. Every rank scores its rows and gets the scores of all: an update that is retried
     after out-of-memory distributes the rows anew.
     """
-    with eval_mode(policy.model):
+    with eval_mode(policy.model), nullcontext() if policy.adapters else adapters_off(policy.model):
         for attempt in policy.budget.attempts(longest_of(sequences)):
             with attempt:
                 scored: dict[int, np.ndarray] = {}

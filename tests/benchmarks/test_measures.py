@@ -148,7 +148,7 @@ def test_an_absent_peer_is_named_with_the_reason() -> None:
         imports.load("no_such_peer.kernels", "no_such_peer")
     for variant in VARIANTS.values():
         why = head.why_skipped(variant, head.Setting(SHAPE, 8), CPU)
-        assert why is None or "import" in why or "GPU" in why
+        assert why is None or any(word in why for word in ("import", "GPU", "installed"))
     huge = head.Setting(Shape("", 8, 152064), 32768)
     assert "GiB" in head.why_skipped(VARIANTS["naive torch"], huge, CPU)
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import threading
-from collections.abc import Iterable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
+from or1.config.data_paths import dataset_of
 from or1.data import DataError, load_prompts
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
+from tests.helpers.hub import NOWHERE, SHA, Hub, listing, parquet_of, serving
 
 
 def parquet(*questions: str) -> bytes:
-    file = io.BytesIO()
-    rows = [{"question": question, "answer": f"so #### {len(question)}"} for question in questions]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return file.getvalue()
+    return parquet_of([{"question": question, "answer": f"so #### {len(question)}"} for question in questions])
 
 
 FILES = {
@@ -35,56 +25,10 @@ FILES = {
 }
 
 
-def listing(names: Iterable[str]) -> bytes:
-    return json.dumps({"id": "openai/gsm8k", "sha": SHA, "siblings": [{"rfilename": name} for name in names]}).encode()
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The parts of the hub's API that a download uses."""
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(path)
-        if path.startswith("/api/datasets/openai/gsm8k/revision/"):
-            content = listing(FILES)
-        elif path.startswith("/datasets/openai/gsm8k/resolve/") and (name := path.split("/", 6)[6]) in FILES:
-            content = FILES[name]
-        else:
-            self.send_response(404)
-            code = "EntryNotFound" if "gsm8k" in path else "RepoNotFound"
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", SHA)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving({"openai/gsm8k": FILES}, tmp_path / "cache", monkeypatch) as server:
+        yield server
 
 
 def load(name: str):
@@ -101,12 +45,25 @@ def test_a_split_is_downloaded_once_numbered_through_and_read_without_network(
     again = load("hf:openai/gsm8k:main/train")
     assert [p.text for p in again.prompts] == ["a", "bb", "ccc"]
     assert [path for path in hub.asked if "/resolve/" in path] == downloads, "the files came from the cache"
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     assert [p.text for p in load("hf:openai/gsm8k:main/train").prompts] == ["a", "bb", "ccc"]
 
 
 def test_one_file_of_a_repository(hub: ThreadingHTTPServer) -> None:
     assert load("hf:openai/gsm8k/data/x.jsonl").prompts[0].id == "openai/gsm8k/data/x.jsonl:1"
+
+
+def test_a_file_of_a_commit_is_read_without_network_once_it_is_there(
+    hub: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"hf:openai/gsm8k@{SHA}/main/test/0000.parquet"
+    dataset = dataset_of(name)
+    assert dataset is not None and (dataset.revision, dataset.file) == (SHA, "main/test/0000.parquet")
+    assert [p.text for p in load(name).prompts] == ["dddd"]
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    asked = len(hub.asked)
+    assert [p.text for p in load(name).prompts] == ["dddd"]
+    assert len(hub.asked) == asked
 
 
 @pytest.mark.parametrize(
@@ -126,7 +83,7 @@ def test_a_wrong_name_is_one_line(hub: ThreadingHTTPServer, name: str, message: 
 
 @pytest.mark.parametrize("name", ["hf:openai/gsm8k:main/train", "hf:openai/gsm8k/data/x.jsonl"])
 def test_no_network_and_no_copy_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataError, match=rf"^{name}: the hub cannot be reached, and no [^\n]+; start once with network"):
         load(name)
@@ -138,7 +95,7 @@ def test_a_partial_copy_is_not_taken_for_the_split(hub: ThreadingHTTPServer, mon
     monkeypatch.setattr(Hub, "answer", _without_second(whole, Hub.answer))
     with pytest.raises(DataError):
         load("hf:openai/gsm8k:main/train")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     with pytest.raises(DataError, match="no whole copy is in the cache"):
         load("hf:openai/gsm8k:main/train")
 
@@ -149,7 +106,7 @@ def _without_second(names: dict[str, bytes], answer):
     def partly(self: Hub, *, body: bool) -> None:
         if "/api/" not in self.path:
             return answer(self, body=body)
-        content = listing(names)
+        content = listing("openai/gsm8k", names)
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

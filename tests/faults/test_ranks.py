@@ -117,7 +117,11 @@ def test_f14_a_second_sigterm_ends_at_once_and_the_last_commit_stands(tmp_path: 
     run_dir, log = tmp_path / "run", tmp_path / "log"
     fault = "train.forward:rank0:step2:hang"
     with started(or1_command, 1, arguments(run_dir), str(log), OR1_FAULT=fault) as ranks:
-        wait_for_step(run_dir, 1)
+        # Not in the rollout, which a SIGTERM ends.
+        deadline = time.monotonic() + 60
+        while not (run_dir / "rollouts" / "step_2.parquet").is_file():
+            assert time.monotonic() < deadline, "step 2 has no rollout within 60 s"
+            time.sleep(0.02)
         process = ranks[0][0]
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(1)

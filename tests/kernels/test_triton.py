@@ -27,11 +27,18 @@ TARGETS = {
 }
 
 
-def run_interpreted(*groups: list[str]) -> list[str]:
-    """pytest in a child for each group of files, at once, with the interpreter on; fails the test unless all pass."""
+def run_interpreted(*groups: list[str], every: int = 1) -> list[str]:
+    """pytest in a child for each group of files, at once, with the interpreter on; fails the test unless all pass.
+
+    every  run one in so many cases of each test (tests/kernels/conftest.py)
+    """
     if why := interpreter.why_not():
         pytest.skip(why)
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OR1_TEST_EVERY": str(every),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     outputs = []
     with ExitStack() as stack:
@@ -55,19 +62,26 @@ def run_interpreted(*groups: list[str]) -> list[str]:
 
 
 def test_interpreter_runs_both_passes():
-    assert "skipped" not in run_interpreted(["test_triton_rows.py"])[0]
+    assert "skipped" not in run_interpreted(["test_triton_rows.py"], every=3)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_policy_loss_inside_the_kernel():
-    assert "skipped" not in run_interpreted(["test_triton_policy.py", "test_triton_far.py"])[0]
+    assert "skipped" not in run_interpreted(["test_triton_policy.py", "test_triton_far.py"], every=3)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_runs_the_whole_head():
-    run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py"])
+    run_interpreted(["test_head.py"], ["test_extremes.py", "test_options.py", "test_frozen_head.py"], every=3)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+def test_interpreter_runs_every_case():
+    rows = ["test_triton_rows.py", "test_triton_policy.py", "test_triton_far.py"]
+    run_interpreted(["test_head.py", "test_frozen_head.py"], [*rows, "test_extremes.py", "test_options.py"])
 
 
 def test_explicit_triton_on_a_cpu_says_why_not():

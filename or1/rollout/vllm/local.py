@@ -22,6 +22,7 @@ from or1.core.types import Prompt, Response
 from or1.model.export import named_weights
 from or1.rollout.dealing import Dealt, Given, Window
 from or1.rollout.engine import INTERRUPTED, Finished, Sampling, Slot, Supply, continued, decoded, jobs_of
+from or1.rollout.vllm.adapter_push import AdapterPush
 from or1.rollout.vllm.drafts import DraftCounts, counts_of
 from or1.rollout.vllm.ranks import RankJob, Ranks
 from or1.rollout.vllm.setup import STREAM_TOKENS, VllmSetup, vllm_environment
@@ -66,6 +67,7 @@ class LocalEngine:
         # _complete is False from the start of a push until its end: vLLM may have part of the new weights.
         self._complete, self._asleep = True, False
         self._drafts = DraftCounts()
+        self._adapter = AdapterPush(model) if setup.adapters else None
         self._llm: Any = _start(setup, self._ranks)
 
     def generate(
@@ -81,7 +83,10 @@ class LocalEngine:
                 f"vLLM has no complete set of weights (the push after version {self.version} failed or has not "
                 "happened yet); call update_weights first"
             )
-        requests = _Requests(self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}", self._window(supply))
+        adapter = self._adapter.request if self._adapter else None
+        requests = _Requests(
+            self._llm.llm_engine, self._setup, sampling, f"{next(self._call)}", self._window(supply), adapter
+        )
         deadline = None if sampling.deadline_s is None else time.monotonic() + sampling.deadline_s
         steps = itertools.count(1)
         try:
@@ -118,10 +123,8 @@ class LocalEngine:
         self._complete = False
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        # Cloned: vLLM may keep a tensor until its layer is complete, and the trainer updates its tensors in place.
-        copies = ((name, tensor.clone()) for name, tensor in named_weights(self._model))
         if faults.hit("push.weights") != "skip":
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
+            self._push(version)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -133,10 +136,19 @@ class LocalEngine:
             )
         self.version, self._complete = version, True
 
+    def _push(self, version: int) -> None:
+        if self._adapter is not None:
+            self._adapter.send(self._llm.llm_engine, version)
+            return
+        # Cloned: vLLM may keep a tensor until its layer is complete, and the trainer updates its tensors in place.
+        copies = ((name, tensor.clone()) for name, tensor in named_weights(self._model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
+
     def release(self) -> None:
         """Sleep until the next push, if `VllmSetup.sleeps`."""
         if self._setup.sleeps and not self._asleep:
-            self._llm.sleep(level=self._setup.sleep_level)
+            # Base weights that no push brings back move to host memory; others are dropped.
+            self._llm.sleep(level=self._setup.sleep_level if self._adapter is None else 1)
             self._asleep = True
 
     def take_drafts(self) -> DraftCounts:
@@ -148,17 +160,24 @@ class LocalEngine:
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Idempotent."""
+        if self._adapter is not None:
+            self._adapter.close()
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
 
 class _Requests:
-    """Requests of one call of `generate`, and the tokens and log-probs of each so far."""
+    """Requests of one call of `generate`, and the tokens and log-probs of each so far.
 
-    def __init__(self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str, window: Window):
+    adapter  the LoRARequest to sample with; None: the plain weights
+    """
+
+    def __init__(
+        self, engine: Any, setup: VllmSetup, sampling: Sampling, prefix: str, window: Window, adapter: Any = None
+    ):
         self._engine, self._setup, self._sampling, self._prefix = engine, setup, sampling, prefix
-        self._window, self._number, self._more = window, itertools.count(), True
+        self._window, self._number, self._more, self._adapter = window, itertools.count(), True, adapter
         self.open: dict[str, _Request] = {}
 
     def fill(self, supply: Supply, ranks: Ranks) -> bool:
@@ -193,7 +212,8 @@ class _Requests:
                 flat_logprobs=True,
                 **self._setup.sampling_options(job, self._sampling),
             )
-            self._engine.add_request(name, {"prompt_token_ids": job.context_ids.tolist()}, parameters)
+            prompt = {"prompt_token_ids": job.context_ids.tolist()}
+            self._engine.add_request(name, prompt, parameters, lora_request=self._adapter)
             self.open[name] = _Request(rank_job)
 
     def step(self) -> list[_Done]:

@@ -323,7 +323,7 @@ def places_of(rpc: Rpc, device: torch.device) -> list[dict[str, Any]]:
 def make_push(setup: VllmSetup, config: VllmConfig, model: PreTrainedModel, run_path: Path) -> Push:
     """Return the transport of `rollout.vllm.transport`."""
     own = config.url is None
-    url = "http://127.0.0.1" if config.url is None else config.url
+    url = "http://127.0.0.1" if config.url is None else config.url[0]
     alone = not (dist.is_initialized() and dist.get_world_size() > 1)
     workers, live = setup.tensor_parallel, alone and not setup.ahead
     automatic = config.transport == "auto"

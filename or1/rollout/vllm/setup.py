@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from or1.core.errors import EngineError
 from or1.rollout.engine import Job, Sampling
+from or1.rollout.vllm.adapter_push import adapter_options
 
 if TYPE_CHECKING:
     from or1.config import Config, SpeculativeConfig
@@ -75,6 +76,7 @@ class VllmSetup:
     drafts      vLLM's speculative_config; None: no drafts
     extra       further engine arguments of the user
     ahead       True if the trainer changes its weights while the engine generates
+    adapters    engine arguments for `model.lora.push` = "adapter"; empty if merged weights are pushed
     """
 
     path: str
@@ -91,6 +93,7 @@ class VllmSetup:
     drafts: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     ahead: bool = False
+    adapters: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool, positions: int | None, eos_ids: Sequence[int] = ()) -> VllmSetup:
@@ -124,7 +127,8 @@ class VllmSetup:
             rounding=_rounding(config),
             drafts=_drafts(config.rollout.vllm.speculative),
             extra=dict(config.rollout.vllm.engine),
-            ahead=config.rollout.overlap,
+            ahead=config.rollout.steps_ahead > 0,
+            adapters=adapter_options(config),
         )
 
     @property
@@ -150,7 +154,7 @@ class VllmSetup:
             "generation_config": "vllm",
             # The counts of accepted tokens are among vLLM's statistics.
             "disable_log_stats": self.drafts is None,
-        }
+        } | self.adapters
         if self.drafts is not None:
             options["speculative_config"] = dict(self.drafts)
         if self.on_gpu:
