@@ -71,6 +71,7 @@ def found_from(source: Path, config: Config) -> Config:
             "reward": reward.model_copy(update={"kind": function(reward.kind), "parts": parts}),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "data": given.model_copy(update=files),
+            "environment": config.environment.model_copy(update={"id": data(config.environment.id)}),
         }
     )
 

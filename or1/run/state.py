@@ -134,4 +134,4 @@ class TrainState:
 
 def unknown_tokens(groups: Sequence[Group]) -> int:
     """Return the number of tokens whose log-probability the engine reported as NaN or infinite."""
-    return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)
+    return sum(r.unknown_tokens for group in groups for r in group.responses)

@@ -17,8 +17,9 @@ from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
+from or1.environment.open import open_environment
 from or1.eval.evaluator import Evaluator
-from or1.model.load import load_model, load_tokenizer
+from or1.model.load import eos_token_ids, load_model, load_tokenizer
 from or1.model.routers import routers_of
 from or1.reward import make_scorer
 from or1.reward.scorer import Scorer
@@ -85,8 +86,9 @@ def build(
     """
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.path)
-        data = load_problems(config, tokenizer)
-        if scorer is None:
+        environment = stack.enter_context(open_environment(config, world)) if config.environment.id else None
+        data = environment.problems if environment else load_problems(config, tokenizer)
+        if scorer is None and environment is None:
             prompts = chain(data.prompts, *data.eval_prompts.values())
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
             for remark in remarks_of(scorer, config.run_path):
@@ -104,10 +106,15 @@ def build(
         require_room(config, model, optimizer, reference.model if reference else None)
         engine = make_engine(config, model, tokenizer, world)
         stack.callback(engine.close)
+        player: Engine = engine
+        if environment is not None:
+            player = episodes = environment.engine(engine, tokenizer, eos_token_ids(model, tokenizer))
+            scorer = episodes.scorer
+        assert scorer is not None
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
-        rollouts = RolloutQueue(config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world)
+        rollouts = RolloutQueue(config, data.prompts, player, scorer, state, display, sampler=sampler, world=world)
         stack.callback(rollouts.close)
         return Parts(
             config=config,
@@ -120,7 +127,7 @@ def build(
             optimizer=optimizer,
             engine=engine,
             rollouts=rollouts,
-            evaluator=Evaluator(config, data.eval_prompts, engine, scorer, state, display, world=world),
+            evaluator=Evaluator(config, data.eval_prompts, player, scorer, state, display, world=world),
             session=Session(config, state, saved, display, world, stop=stop),
             stack=stack.pop_all(),
         )

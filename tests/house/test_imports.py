@@ -22,6 +22,7 @@ ROOMS = (
     "tune",
     "eval",
     "run",
+    "environment",
     "rollout",
     "model",
     "data",
@@ -40,7 +41,7 @@ ANNEXES = {"plan": {"cli", "commands"}, "integrations": set()}
 HEAVY = {"torch", "transformers", "pyarrow", "matplotlib", "or1_kernels"}
 # Libraries that a room's modules may import at their top, of HEAVY; a room that is not named may import all of them.
 LIGHT = {"core": set(), "config": set(), "cli": set(), "commands": set(), "reward": set(), "data": {"pyarrow"}}
-ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn"}
+ONLY_WHERE_USED = {"vllm", "wandb", "trl", "verl", "triton", "liger_kernel", "flash_attn", "verifiers"}
 MAX_ARROWS, MAX_FLOORS = 100, 12
 
 
