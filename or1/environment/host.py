@@ -24,6 +24,7 @@ from or1.core.errors import EngineError
 _KEY_VARIABLE = "OR1_ENVIRONMENT_API_KEY"
 """Holds the token of the endpoint. verifiers keeps variables named API_KEY from the programs of an environment."""
 _MOST_BYTES = 1 << 30
+_END_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ class Host:
         self._thread = threading.Thread(target=self._loop.run_forever, name="or1-environment", daemon=True)
         self._thread.start()
         self._stack = AsyncExitStack()
-        self._on_loop(self._start()).result()
+        try:
+            self._on_loop(self._start()).result()
+        except Exception as error:
+            self.close()
+            raise EngineError(f"the environment did not start: {type(error).__name__}: {error}") from error
 
     def play(self, episode: int, task: vf.Task, temperature: float) -> None:
         """Start an episode. Thread-safe."""
@@ -155,7 +160,7 @@ class Host:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=5)
+            await asyncio.wait(tasks, timeout=_END_S)
 
     async def _play(self, episode: int, task: vf.Task, temperature: float) -> None:
         mine: list[str] = []

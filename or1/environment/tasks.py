@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ def taskset_id(name: str) -> str:
         raise DataError(f"environment.id = {name!r}: {path} does not exist")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+    # Tool servers are processes that import the file by its name.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(path.parent) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(path.parent), *filter(None, paths)])
     return path.stem
 
 
