@@ -28,7 +28,14 @@ _GATHER_S = 0.01
 """How long requests to an engine with continuous batching are gathered."""
 _PATIENCE_S = 10.0
 """How long a cancelled episode may take to end; then it is given up, and its thread is left to it."""
-_KNOWN = {"temperature", "max_tokens", "logprobs", "stop_token_ids", "skip_special_tokens", "routed_experts_prompt_start"}
+_KNOWN = {
+    "temperature",
+    "max_tokens",
+    "logprobs",
+    "stop_token_ids",
+    "skip_special_tokens",
+    "routed_experts_prompt_start",
+}
 """Fields of a request that or1 obeys, or that have no effect on what is sampled."""
 
 
@@ -220,7 +227,9 @@ class EnvironmentEngine:
     def _outcome(self, each: _Live, result: Any) -> tuple[Trained, Score]:
         """Return what an episode leaves, and its score. `result`: verifiers' Episode, a reason, or None."""
         try:
-            sequence = NOTHING if result is None or isinstance(result, str) else sequence_of(result, each.prompt.token_ids)
+            sequence = (
+                NOTHING if result is None or isinstance(result, str) else sequence_of(result, each.prompt.token_ids)
+            )
             unusable = ""
         except Unusable as error:
             sequence, unusable = NOTHING, str(error)

@@ -16,7 +16,11 @@ from or1.config import Config
 from or1.config.load import load_config
 from or1.core.errors import DataError, EngineError
 from or1.core.types import Group
+from or1.environment.open import open_environment
 from or1.magic.selection import minibatches, select
+from or1.model.load import load_tokenizer
+from or1.rollout.collect import collect
+from or1.rollout.engine import Finished, Sampling, continued, jobs_of
 from or1.train.build import Parts, build
 from or1.train.metrics import UpdateStats
 from or1.train.update import update
@@ -112,11 +116,12 @@ def first_rollout(parts: Parts) -> tuple[Any, list[Group]]:
 
 def test_a_single_turn_environment_is_trained(tmp_path: Path, adder: Path, root: Path) -> None:
     rows = root / "examples/tiny-adder/train.jsonl"
-    taskset = f'args = {{taskset = {{path = "{rows}"}}}}'
-    steps = trained(settings(tmp_path, adder, "adder", taskset, 3e-4, max_response_tokens=40, prompts_per_step=16))
+    taskset = f'args = {{taskset = {{path = "{rows}", tasks = 8}}}}'
+    steps = trained(settings(tmp_path, adder, "adder", taskset, 1e-4, max_response_tokens=40))
     rewards = [step["reward/mean"] for step in steps]
     print("single turn:", rewards)
-    assert np.mean(rewards[3:]) > rewards[0]
+    # The same eight problems in every step, so a rise is no luck with problems.
+    assert np.mean(rewards[3:]) > rewards[0] + 0.05
     for step in steps:
         # The parts are before their weights.
         total = step["reward/part/right"] + 0.5 * step["reward/part/brief"]
@@ -207,42 +212,40 @@ def test_faults_of_an_environment_are_counted(tmp_path: Path, chatter: Path) -> 
         assert ("timeout" in {s.status.value for s in group.scores}) == bool(group.prompt.row["idx"] % 2)
 
 
-def test_a_tool_is_called_and_its_result_is_masked(tmp_path: Path, chatter: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in chatter.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    config = settings(tmp_path, model, "calculator", f"renderer = {QWEN3}", prompts_per_step=1, max_response_tokens=160)
-    call = '<tool_call>\n{"name": "calculator_add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
-    teach(config, call)
-    with build(config, Quiet()) as parts:
-        _, (group,) = first_rollout(parts)
-        used = [r for r, score in zip(group.responses, group.scores, strict=True) if score.reward >= 1]
-        assert used, group.scores
-        for response in used:
-            text = parts.tokenizer.decode(response.token_ids.tolist())
-            written = parts.tokenizer.decode(response.token_ids[~response.sampled].tolist())
-            assert "<tool_response>\n7\n</tool_response>" in written
-            assert text.startswith(call)
-            assert response.sampled[: len(parts.tokenizer(call).input_ids)].all()
+class Script:
+    """An engine that begins with a given text, and then ends its turn."""
+
+    shares_weights, continuous_batching, version = True, False, 3
+
+    def __init__(self, tokenizer: Any, text: str):
+        self.first, self.last = tokenizer(text).input_ids, tokenizer("7<|im_end|>").input_ids
+
+    def generate(self, prompts: Any, sampling: Any, slots: Any = None) -> Any:
+        for job in jobs_of(prompts, sampling, slots):
+            ids = np.array(self.first if job.unfinished is None else self.last, np.int32)
+            logp = np.full(len(ids), -0.5, np.float32)
+            yield Finished(*job.slot, continued(job, ids, logp, "stop", self.version))
 
 
-def teach(config: Config, call: str) -> None:
-    """Let the model learn by heart to begin its response with `call`."""
-    with build(config, Quiet()) as parts:
-        prompt = parts.rollouts.prompts[0].token_ids
-        answer = parts.tokenizer(call).input_ids
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    ids = torch.tensor([*prompt.tolist(), *answer])[None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    for _ in range(120):
-        logits = model(ids).logits[0, len(prompt) - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    model.save_pretrained(config.model.path)
+def test_the_result_of_a_tool_is_masked(tmp_path: Path, chatter: Path) -> None:
+    config = settings(tmp_path, chatter, "calculator", f"renderer = {QWEN3}")
+    tokenizer = load_tokenizer(config.model.path)
+    call = '<tool_call>\n{"name": "calculator_add", "arguments": {"a": 30, "b": 4}}\n</tool_call><|im_end|>'
+    with open_environment(config) as environment:
+        engine = environment.engine(Script(tokenizer, call), tokenizer, [tokenizer.eos_token_id])
+        (prompt,) = environment.problems.prompts
+        # Tools are in the prompt, as the first request of an episode has them.
+        assert "calculator_add" in tokenizer.decode(prompt.token_ids)
+        rollout = collect(engine, engine.scorer, [prompt], Sampling(1.0, 300, 2, seed=1))
+    for response, score in zip(rollout.groups[0].responses, rollout.groups[0].scores, strict=True):
+        assert score.reward == 1 and response.finish == "stop" and response.version == 3
+        assert response.token_ids[response.sampled].tolist() == engine_script(tokenizer, call)
+        written = "".join(tokenizer.decode(response.token_ids[~response.sampled]).split())
+        assert written == "<|im_start|>user<tool_response>34</tool_response><|im_end|><|im_start|>assistant"
+
+
+def engine_script(tokenizer: Any, call: str) -> list[int]:
+    return [*tokenizer(call).input_ids, *tokenizer("7<|im_end|>").input_ids]
 
 
 def test_what_cannot_be_played_is_refused(tmp_path: Path, chatter: Path) -> None:

@@ -24,10 +24,11 @@ class AdderTask(vf.Task[AdderData]):
 
 class AdderConfig(vf.TasksetConfig):
     path: str
+    tasks: int
 
 
 class AdderTaskset(vf.Taskset[AdderTask, AdderConfig]):
     def load(self):
-        for line in Path(self.config.path).read_text(encoding="utf-8").splitlines():
+        for line in Path(self.config.path).read_text(encoding="utf-8").splitlines()[: self.config.tasks]:
             row = json.loads(line)
             yield AdderTask(AdderData(prompt=row["question"], answer=row["answer"]), self.config.task)
