@@ -7,6 +7,7 @@ from importlib.metadata import distributions
 from typing import Literal
 
 from or1.config import Config
+from or1.config.environment_rules import environment_alone, no_environment
 from or1.config.file_rules import (
     files_exist,
     nothing_to_execute,
@@ -77,11 +78,6 @@ def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
             )
 
     return rule
-
-
-def _no_environment(config: Config) -> Iterator[Problem]:
-    if config.environment.id:
-        yield Problem("environment.id", "only `or1 train` plays environments; remove the section, and name files")
 
 
 def _no_endpoint(config: Config) -> Iterator[Problem]:
@@ -332,39 +328,6 @@ def _tuning_sound(config: Config) -> Iterator[Problem]:
         )
 
 
-def _environment_alone(config: Config) -> Iterator[Problem]:
-    """Refuse what an environment cannot be combined with; `or1.environment` says what it replaces."""
-    environment = config.environment
-    if not environment.id:
-        for name in ("args", "renderer"):
-            if getattr(environment, name):
-                yield Problem(f"environment.{name}", "has no effect without environment.id; set it, or remove this")
-        return
-    taskset = environment.args.get("taskset", {})
-    if not isinstance(taskset, dict) or "id" in taskset:
-        yield Problem("environment.args", "taskset must be a table without id; environment.id names the taskset")
-    no_rows = "the tasks of an environment are not rows of a file"
-    no_score = "the environment gives the rewards"
-    no_later = "an episode cannot be continued or saved in the middle"
-    for where, is_set, why in (
-        ("data.train", bool(config.data.train), no_rows),
-        ("data.mix", bool(config.data.mix), no_rows),
-        ("data.keep_difficulty", config.data.keep_difficulty is not None, no_rows),
-        ("data.system_prompt", bool(config.data.system_prompt), no_rows),
-        ("data.prompt_suffix", bool(config.data.prompt_suffix), no_rows),
-        ("data.chat_template", bool(config.data.chat_template), "environment.renderer has these settings"),
-        ("eval.sets", bool(config.eval.sets), "a file of problems has no environment"),
-        ("reward.kind", config.reward.kind != "auto", no_score),
-        ("reward.parts", bool(config.reward.parts), no_score),
-        ("reward.require_think_close", config.reward.require_think_close, no_score),
-        ("reward.grade_truncated", config.reward.grade_truncated is not None, no_score),
-        ("rollout.partial_tokens", config.rollout.partial_tokens is not None, no_later),
-        ("rollout.overlap", config.rollout.overlap, no_later),
-    ):
-        if is_set:
-            yield Problem(where, f"cannot be combined with environment.id: {why}; remove it")
-
-
 def _trackers_installed(config: Config) -> Iterator[Problem]:
     for name, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
         # By its metadata: a folder named wandb, as earlier runs leave it, can be imported too.
@@ -394,11 +357,11 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vllm_samples,
     _magic_variants_sound,
     _tuning_sound,
-    _environment_alone,
+    environment_alone,
     _trackers_installed,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),
-    "filter": (_no_environment, _data_given, training_files, _limit_given("filter")),
-    "eval": (_no_environment, _sets_given, _limit_given("eval")),
+    "filter": (no_environment, _data_given, training_files, _limit_given("filter")),
+    "eval": (no_environment, _sets_given, _limit_given("eval")),
 }

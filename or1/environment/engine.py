@@ -8,6 +8,7 @@ soon as there is one.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,14 @@ import numpy as np
 
 from or1.core.errors import EngineError
 from or1.core.seeds import seed_of
+from or1.core.text import visible
 from or1.core.types import Prompt, Response, Score, Status
 from or1.environment.outcome import NOTHING, Trained, Unusable, failure_of, response_of, score_of, sequence_of
 from or1.reward.scorer import scored
 from or1.rollout.engine import Engine, Finished, Sampling, Slot
 
+_log = logging.getLogger(__name__)
+_LOGGED_CRASHES = 5
 _GATHER_S = 0.01
 """How long requests to an engine with continuous batching are gathered."""
 _PATIENCE_S = 10.0
@@ -57,7 +61,7 @@ class _Live:
     calls    its requests that wait for an answer
     turns    answers so far
     cut      why it ends early: "length" or "deadline"
-    fault    what is wrong with its requests
+    fault    reason why its requests are a fault of the environment
     cancelled  when it was cancelled, None if it was not
     """
 
@@ -72,17 +76,25 @@ class _Live:
 
 
 class EnvironmentEngine:
-    """Plays episodes with `engine`. Implements `Engine`; the scores of its responses are with its `scorer`.
+    """Plays episodes with `engine`. Implements `Engine`; `scorer` gets the scores of its responses.
 
     tasks      the task of each prompt, by the prompt's id
     timeout_s  longest time that an episode may spend between two requests
     """
 
-    def __init__(self, engine: Engine, stage: Stage, tasks: Mapping[str, Any], tokenizer: Any, timeout_s: float):
+    def __init__(
+        self,
+        engine: Engine,
+        stage: Stage,
+        tasks: Mapping[str, Any],
+        tokenizer: Any,
+        timeout_s: float,
+        scorer: EpisodeScorer,
+    ):
         self._engine, self._stage, self._tasks = engine, stage, tasks
         self._tokenizer, self._timeout_s = tokenizer, timeout_s
         self._numbers = itertools.count()
-        self.scorer = EpisodeScorer()
+        self._scorer = scorer
         self.shares_weights, self.continuous_batching = engine.shares_weights, engine.continuous_batching
 
     @property
@@ -221,7 +233,7 @@ class EnvironmentEngine:
     def _finished(self, each: _Live, result: Any) -> Finished:
         sequence, score = self._outcome(each, result)
         response = response_of(sequence, self.version, self._tokenizer)
-        self.scorer.note(response, score)
+        self._scorer.note(response, score)
         return Finished(*each.slot, response)
 
     def _outcome(self, each: _Live, result: Any) -> tuple[Trained, Score]:
@@ -254,9 +266,13 @@ class EpisodeScorer:
 
     def __init__(self) -> None:
         self._scores: dict[int, tuple[Response, Score]] = {}
+        self._crashes = 0
 
     def note(self, response: Response, score: Score) -> None:
         """Keep the score of a response until `submit` asks for it."""
+        self._crashes += score.status is Status.CRASH
+        if score.status is Status.CRASH and self._crashes <= _LOGGED_CRASHES:
+            _log.warning("an episode crashed: %.500s", visible(score.cause))
         # The response is kept too, so that no other object gets its id.
         self._scores[id(response)] = response, score
 

@@ -204,7 +204,7 @@ def made(settings: Mapping[str, Any], harness: str) -> vf.Env:
     Raises EngineError for settings that verifiers refuses.
     """
     try:
-        raw: dict[str, Any] = {key: value for key, value in settings.items()}
+        raw: dict[str, Any] = dict(settings)
         taskset = raw["taskset"]["id"]
         config = vf.env_config_type(taskset, raw.get("id", ""))
         chats = vf.default_harness_id(taskset) == "bash"

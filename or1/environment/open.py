@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from or1.core.errors import EngineError
 from or1.dist.world import SINGLE, World
-from or1.environment.engine import EnvironmentEngine
+from or1.environment.engine import EnvironmentEngine, EpisodeScorer
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Environment:
-    """An environment in its thread. `problems` are its tasks as prompts."""
+    """An environment in its thread. `problems` are its tasks as prompts, `scorer` has the rewards of its episodes."""
 
     def __init__(self, config: Config, host: Host, problems: Problems, tasks: dict[str, vf.Task], stops: set[int]):
-        self.problems = problems
+        self.problems, self.scorer = problems, EpisodeScorer()
         self._timeout_s, self._host, self._tasks, self._stops = config.environment.timeout_s, host, tasks, stops
 
-    def engine(self, engine: Engine, tokenizer: Any, eos_ids: list[int]) -> EnvironmentEngine:
+    def engine(self, engine: Engine, tokenizer: Any, eos_ids: list[int]) -> Engine:
         """Return an engine that plays episodes with `engine`.
 
         eos_ids  the tokens at which `engine` ends a response
@@ -38,7 +38,9 @@ class Environment:
                 f"the renderer ends a turn at tokens {sorted(self._stops)}, the engine at {sorted(eos_ids)}; set "
                 "eos_token_id in the model's generation_config.json, or choose another environment.renderer"
             )
-        return EnvironmentEngine(engine, self._host, self._tasks, tokenizer, self._timeout_s)
+        episodes = EnvironmentEngine(engine, self._host, self._tasks, tokenizer, self._timeout_s, self.scorer)
+        # Its version is the engine's and cannot be set, while the protocol has a plain attribute.
+        return cast("Engine", episodes)
 
 
 @contextmanager

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Group, Status

@@ -17,7 +17,7 @@ from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
-from or1.environment.open import open_environment
+from or1.environment.open import Environment, open_environment
 from or1.eval.evaluator import Evaluator
 from or1.model.load import eos_token_ids, load_model, load_tokenizer
 from or1.model.routers import routers_of
@@ -86,9 +86,9 @@ def build(
     """
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.path)
-        environment = stack.enter_context(open_environment(config, world)) if config.environment.id else None
-        data = environment.problems if environment else load_problems(config, tokenizer)
-        if scorer is None and environment is None:
+        environment, data = _source(config, tokenizer, world, stack)
+        scorer = environment.scorer if environment else scorer
+        if scorer is None:
             prompts = chain(data.prompts, *data.eval_prompts.values())
             scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
             for remark in remarks_of(scorer, config.run_path):
@@ -106,11 +106,7 @@ def build(
         require_room(config, model, optimizer, reference.model if reference else None)
         engine = make_engine(config, model, tokenizer, world)
         stack.callback(engine.close)
-        player: Engine = engine
-        if environment is not None:
-            player = episodes = environment.engine(engine, tokenizer, eos_token_ids(model, tokenizer))
-            scorer = episodes.scorer
-        assert scorer is not None
+        player = environment.engine(engine, tokenizer, eos_token_ids(model, tokenizer)) if environment else engine
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
@@ -131,6 +127,16 @@ def build(
             session=Session(config, state, saved, display, world, stop=stop),
             stack=stack.pop_all(),
         )
+
+
+def _source(
+    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, stack: ExitStack
+) -> tuple[Environment | None, Problems]:
+    """Return the environment, if there is one, and the problems of the run."""
+    if not config.environment.id:
+        return None, load_problems(config, tokenizer)
+    environment = stack.enter_context(open_environment(config, world))
+    return environment, environment.problems
 
 
 def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:

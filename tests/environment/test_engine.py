@@ -15,7 +15,7 @@ from or1.core import codec
 from or1.core.errors import EngineError
 from or1.core.seeds import seed_of
 from or1.core.types import Group, Prompt, Response, Score, Status
-from or1.environment.engine import EnvironmentEngine
+from or1.environment.engine import EnvironmentEngine, EpisodeScorer
 from or1.environment.outcome import Unusable, failure_of, score_of, sequence_of
 from or1.magic.entropy import rollout_entropy
 from or1.rollout.collect import collect
@@ -95,9 +95,10 @@ def episode_of(ids: list[int], mask: list[bool], logp: list[float], **other: Any
 
 
 def played(stage: Stage, engine: Engine | None = None, samples: int = 2, **sampling: Any) -> Group:
-    plays = EnvironmentEngine(engine or Engine(), stage, {PROMPT.id: None}, Words(), 0.05)
+    scorer = EpisodeScorer()
+    plays = EnvironmentEngine(engine or Engine(), stage, {PROMPT.id: None}, Words(), 0.05, scorer)
     asked = Sampling(**({"temperature": 1.0, "max_tokens": 20, "samples": samples, "seed": 3} | sampling))
-    return collect(plays, plays.scorer, [PROMPT], asked).groups[0]
+    return collect(plays, scorer, [PROMPT], asked).groups[0]
 
 
 def test_a_turn_of_the_environment_is_masked() -> None:

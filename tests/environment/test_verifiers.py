@@ -236,7 +236,7 @@ def test_the_result_of_a_tool_is_masked(tmp_path: Path, chatter: Path) -> None:
         (prompt,) = environment.problems.prompts
         # Tools are in the prompt, as the first request of an episode has them.
         assert "calculator_add" in tokenizer.decode(prompt.token_ids)
-        rollout = collect(engine, engine.scorer, [prompt], Sampling(1.0, 300, 2, seed=1))
+        rollout = collect(engine, environment.scorer, [prompt], Sampling(1.0, 300, 2, seed=1))
     for response, score in zip(rollout.groups[0].responses, rollout.groups[0].scores, strict=True):
         assert score.reward == 1 and response.finish == "stop" and response.version == 3
         assert response.token_ids[response.sampled].tolist() == engine_script(tokenizer, call)
