@@ -175,7 +175,8 @@ class EnvironmentEngine:
         left_s = ends - time.monotonic()
         asked: dict[int | None, list[tuple[_Live, Any]]] = {}
         # By slot, not by arrival, so that a batch of the embedded engine is the same in every run.
-        for each in sorted(live.values(), key=lambda each: each.slot):
+        answered = sorted((each for each in live.values() if each.calls), key=lambda each: each.slot)
+        for each in answered:
             calls, each.calls = each.calls, []
             for call in calls:
                 if refusal := self._refusal(each, call, sampling, left_s):
@@ -186,8 +187,8 @@ class EnvironmentEngine:
             timed = replace(sampling, new_tokens=limit, deadline_s=left_s if math.isfinite(left_s) else None)
             self._sample(group, timed)
         now = time.monotonic()
-        for each in live.values():
-            each.since = now if each.cancelled is None else each.since
+        for each in answered:
+            each.since = now
 
     def _refusal(self, each: _Live, call: Any, sampling: Sampling, left_s: float) -> str:
         """Return why a request gets no completion, "" if it gets one. The episode then ends early."""

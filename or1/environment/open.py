@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from or1.rollout.engine import Engine
 
 
+def problems_of_run(config: Config, tokenizer: Any) -> Problems:
+    """Return the tasks of `[environment]`, or else the problems of `[data]`. The environment is closed again."""
+    from or1.data.problems import load_problems
+
+    if not config.environment.id:
+        return load_problems(config, tokenizer)
+    with open_environment(config) as environment:
+        return environment.problems
+
+
 class Environment:
     """An environment in its thread. `problems` are its tasks as prompts, `scorer` has the rewards of its episodes."""
 

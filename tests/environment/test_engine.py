@@ -35,7 +35,8 @@ class Words:
 class Engine:
     """Answers every request with one token and EOS, and keeps the seeds and limits of its calls."""
 
-    shares_weights, continuous_batching, version = True, False, 4
+    shares_weights, version = True, 4
+    continuous_batching = False
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[int, int]]] = []
@@ -56,9 +57,10 @@ class Stage:
         self.turns, self.sampling, self.hangs = turns, sampling or {}, hangs
         self.events: list[Any] = []
         self.cancelled: list[int] = []
+        self.hanging: set[int] = set()
 
     def play(self, episode: int, task: Any, temperature: float) -> None:
-        if not self.hangs:
+        if not self.hangs and episode not in self.hanging:
             self._ask(episode, [1, 2], [False] * 2, [0.0] * 2, self.turns)
 
     def _ask(self, episode: int, ids: list[int], mask: list[bool], logp: list[float], left: int) -> None:
@@ -153,6 +155,16 @@ def test_an_episode_that_hangs_is_a_timeout() -> None:
     group = played(Stage(hangs=True))
     assert [score.status for score in group.scores] == [Status.TIMEOUT] * 2
     assert np.isnan(group.rewards).all()
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_one_episode_that_hangs_does_not_stop_the_others(continuous: bool) -> None:
+    engine, stage = Engine(), Stage(turns=3)
+    engine.continuous_batching = continuous
+    stage.hanging = {1}
+    group = played(stage, engine, samples=3)
+    assert [score.status for score in group.scores] == [Status.OK, Status.TIMEOUT, Status.OK]
+    assert [len(r.token_ids) for r in group.responses] == [10, 0, 10]
 
 
 @pytest.mark.parametrize(
