@@ -73,7 +73,7 @@ class Trainer:
         chosen = select(groups, config.loss, config.reward, step.stage)
         if not replayed:
             self.session.log_rollout(step, groups, chosen.advantages_by_group())
-        if config.reward.functions:
+        if config.own_rewards:
             require_rewards(step.number, groups)
 
         with meter.timed("train"):

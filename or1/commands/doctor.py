@@ -147,7 +147,7 @@ def _vllm_line(config: Config | None) -> Line:
 def _canary(config: Config) -> Iterator[Line]:
     """Compare the log-probs of engine and trainer, with the weights as loaded and again after a push of the weights."""
     from or1.core.errors import AttentionError, EngineError, ModelError
-    from or1.data import load_problems
+    from or1.environment.open import problems_of_run
     from or1.model.load import load_model, load_tokenizer, remarks_of
     from or1.report.live import RunDisplay
     from or1.rollout.make import engine_warnings, make_engine
@@ -165,7 +165,7 @@ def _canary(config: Config) -> Iterator[Line]:
         yield Line("engine", "problem" if model.device.type == "cuda" else "absent", warning)
     for remark in remarks_of(model):
         yield Line("model", "ok", remark)
-    prompts = load_problems(config, tokenizer).prompts
+    prompts = problems_of_run(config, tokenizer).prompts
     with RunDisplay(1, config.stage) as display:
         display.phase("engine")
         try:

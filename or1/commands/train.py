@@ -168,7 +168,8 @@ def rehearse(config: Config, fresh: bool = False) -> None:
         refused = str(error)
         tell(f"or1: {refused}")
     quiet_libraries()
-    from or1.data import load_problems, prompt_lines
+    from or1.data import prompt_lines
+    from or1.environment.open import problems_of_run
     from or1.model.load import load_tokenizer
     from or1.model.source import require_source
     from or1.run.checkpoint import committed_steps
@@ -177,7 +178,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     if config.loss.kl_coef > 0 and config.loss.reference is not None:
         require_source(config.loss.reference)
     remarks = _rehearse_models(config)
-    data = load_problems(config, tokenizer)
+    data = problems_of_run(config, tokenizer)
     print_plan(config, data.lines() + prompt_lines(data.prompts, tokenizer))
     for line in missing_here(config):
         print(visible(line))

@@ -7,6 +7,7 @@ The docstring under a field is its help text. `or1.config.load` prints it with a
 from __future__ import annotations
 
 from or1.config.data import ColumnsConfig, DataConfig, MixConfig
+from or1.config.environment import EnvironmentConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
 from or1.config.lora import LoraConfig
 from or1.config.loss import EntropyConfig, LossConfig
@@ -26,6 +27,7 @@ __all__ = [
     "DistConfig",
     "EndpointConfig",
     "EntropyConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "EvalSet",
     "FilterConfig",

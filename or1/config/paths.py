@@ -75,6 +75,7 @@ def found_from(source: Path, config: Config) -> Config:
             "rollout": config.rollout.model_copy(update={"vllm": vllm}),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "data": given.model_copy(update=files),
+            "environment": config.environment.model_copy(update={"id": data(config.environment.id)}),
         }
     )
 

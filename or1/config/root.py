@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from or1.config.data import DataConfig
+from or1.config.environment import EnvironmentConfig
 from or1.config.eval import EndpointConfig, EvalConfig, FilterConfig
 from or1.config.loss import LossConfig
 from or1.config.model import ModelConfig
@@ -120,6 +121,7 @@ class Config(Section):
     `deterministic` nothing is measured."""
     model: ModelConfig
     data: DataConfig = DataConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
@@ -137,6 +139,11 @@ class Config(Section):
     def total_steps(self) -> int:
         """Number of rollout steps of all stages."""
         return sum(stage.steps for stage in self.stage)
+
+    @property
+    def own_rewards(self) -> bool:
+        """True if a function or an environment of the user's decides rewards."""
+        return bool(self.reward.functions or self.environment.id)
 
     @property
     def eval_max_response_tokens(self) -> int:

@@ -7,6 +7,7 @@ from importlib.metadata import distributions
 from typing import Literal
 
 from or1.config import Config
+from or1.config.environment_rules import environment_alone, no_environment
 from or1.config.file_rules import (
     files_exist,
     nothing_to_execute,
@@ -52,7 +53,7 @@ def _stages_given(config: Config) -> Iterator[Problem]:
 
 def _data_given(config: Config) -> Iterator[Problem]:
     data = config.data
-    if not data.files:
+    if not data.files and not config.environment.id:
         yield Problem("data.train", "missing; name JSONL, JSON-array or parquet files of training problems")
     if data.train and data.mix:
         yield Problem("data.mix", "cannot be combined with data.train; name the files in one of them")
@@ -281,11 +282,12 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *VLLM_RULES,
     _magic_variants_sound,
     _tuning_sound,
+    environment_alone,
     _trackers_installed,
     adapters_fit,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),
-    "filter": (_data_given, training_files, _limit_given("filter")),
-    "eval": (_sets_given, _limit_given("eval")),
+    "filter": (no_environment, _data_given, training_files, _limit_given("filter")),
+    "eval": (no_environment, _sets_given, _limit_given("eval")),
 }

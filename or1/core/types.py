@@ -86,6 +86,8 @@ class Response:
                generation was aborted at its deadline; such a response may have no tokens
     version    policy version that sampled its last token
     versions   i32[L], policy version that sampled each token, or None if `version` sampled all of them
+    sampled    bool[L], True for tokens of the policy, or None if it sampled all. An environment wrote the others, such
+               as results of tools: their `logp` is NaN, and the loss and statistics of tokens leave them out
     """
 
     token_ids: np.ndarray
@@ -94,6 +96,18 @@ class Response:
     version: int
     text: str
     versions: np.ndarray | None = None
+    sampled: np.ndarray | None = None
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Number of tokens that the policy sampled."""
+        return len(self.token_ids) if self.sampled is None else int(self.sampled.sum())
+
+    @property
+    def unknown_tokens(self) -> int:
+        """Number of sampled tokens whose log-probability the engine reported as NaN or infinite."""
+        unknown = ~np.isfinite(self.logp)
+        return int((unknown if self.sampled is None else unknown & self.sampled).sum())
 
     @property
     def truncated(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from or1.config import Config
 from or1.core.types import Prompt
@@ -15,11 +16,14 @@ from or1.reward.custom import file_of
 def inputs_of(config: Config, data: Problems) -> dict[str, str]:
     """Return the sha256 of each input by its name for people. For a reward function, its file without its imports."""
     functions = config.reward.functions
-    own = bool(functions)
+    own = config.own_rewards
     found = {"the training problems": fingerprint(data.prompts, own)}
     found |= {f"the problems of {name}": fingerprint(prompts, own) for name, prompts in data.eval_prompts.items()}
     for file in filter(None, map(file_of, functions)):
         found[f"the reward function in {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if config.environment.id.endswith(".py"):
+        file = Path(config.environment.id)
+        found[f"the environment in {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 

@@ -53,7 +53,7 @@ class Outcome:
             samples=len(group.responses),
             correct=int((group.rewards >= RIGHT).sum()),
             reward=mean_reward(group.rewards),
-            tokens=float(np.mean([len(r.token_ids) for r in group.responses])),
+            tokens=float(np.mean([r.sampled_tokens for r in group.responses])),
             truncated=sum(r.truncated for r in group.responses),
             statuses=Counter(score.status.value for score in group.scores),
             best=best_reward(group.rewards),

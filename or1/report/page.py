@@ -277,7 +277,8 @@ def _clipped(items: _Clipped, head: int, tail: int, unit: str, show: Callable[[_
 def _shaded(pieces: Sequence[tuple[str, float]]) -> str:
     parts = []
     for text, logp in pieces:
-        probability = math.exp(min(logp, 0.0)) if math.isfinite(logp) else 0.0
+        # NaN: an environment wrote the token.
+        probability = 1.0 if math.isnan(logp) else math.exp(min(logp, 0.0))
         shade = next(name for limit, name in _SHADES if probability >= limit)
         parts.append(f'<i class="{shade}" title="p {probability:.3g}">{_text(text)}</i>' if shade else _text(text))
     return "".join(parts)

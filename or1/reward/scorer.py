@@ -47,7 +47,7 @@ def require_rewards(step: int, groups: Sequence[Group]) -> None:
         return
     last = next((f"; the last: {score.cause}" for score in reversed(scores) if score.cause), "")
     raise ScorerError(
-        f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind crashed on "
-        f"{crashes} and took longer than reward.timeout_s on {timeouts}{last}. Fix the function or raise the limit, "
-        "then resume the run with the same command"
+        f"none of the {len(scores)} responses of step {step} has a reward: the function of reward.kind or the "
+        f"environment crashed on {crashes} and took longer than its timeout_s on "
+        f"{timeouts}{last}. Fix it or raise the limit, then resume the run with the same command"
     )

@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
 
 WITH_PARTS = SCHEMA.append(pa.field("parts", pa.string()))
 """The schema with `[[reward.parts]]`: JSON pairs of name and reward without its weight."""
+WITH_SAMPLED = WITH_PARTS.append(pa.field("sampled", pa.list_(pa.bool_())))
+"""The schema with tokens that an environment wrote: False for these, null for a response without any."""
 _SUM = b"or1.sha256"
 _REMEDY = "restore that file, or replay a step after a later checkpoint"
 
@@ -71,6 +73,7 @@ def write_rollouts(
             "finish": response.finish,
             "version": response.version,
             "versions": response.versions,
+            "sampled": response.sampled,
             "advantage": None if advantage is None else advantage[i],
             "kept": advantage is not None,
         }
@@ -85,7 +88,9 @@ def write_rollouts(
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.parquet"
     with_parts = any(score.parts for group in groups for score in group.scores)
-    table = pa.Table.from_pylist(rows, schema=WITH_PARTS if with_parts else SCHEMA)
+    with_sampled = any(response.sampled is not None for group in groups for response in group.responses)
+    schema = WITH_SAMPLED if with_sampled else WITH_PARTS if with_parts else SCHEMA
+    table = pa.Table.from_pylist(rows, schema=schema)
     table = table.replace_schema_metadata({_SUM: _content_sum(table)})
     # Not durable: a power cut costs a file that only `or1 replay` and the report read, an fsync costs every step.
     with replacing(path, durable=False) as partial:
@@ -128,7 +133,7 @@ def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _is_known(schema: pa.Schema) -> bool:
-    return bool(schema.equals(SCHEMA) or schema.equals(WITH_PARTS))
+    return any(schema.equals(known) for known in (SCHEMA, WITH_PARTS, WITH_SAMPLED))
 
 
 def _score(row: Mapping[str, Any]) -> Score:
@@ -161,4 +166,7 @@ def _content_sum(table: pa.Table) -> bytes:
 
 def _response(row: Mapping[str, Any]) -> Response:
     token_ids, logp = np.array(row["token_ids"], np.int32), np.array(row["logp"], np.float32)
-    return Response(token_ids, logp, finish=row["finish"], version=row["version"], text=row["response"])
+    sampled = None if row.get("sampled") is None else np.array(row["sampled"], np.bool_)
+    return Response(
+        token_ids, logp, finish=row["finish"], version=row["version"], text=row["response"], sampled=sampled
+    )

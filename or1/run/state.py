@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Group, Status
@@ -143,4 +141,4 @@ class TrainState:
 
 def unknown_tokens(groups: Sequence[Group]) -> int:
     """Return the number of tokens whose log-probability the engine reported as NaN or infinite."""
-    return sum(int((~np.isfinite(r.logp)).sum()) for group in groups for r in group.responses)
+    return sum(r.unknown_tokens for group in groups for r in group.responses)

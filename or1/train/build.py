@@ -18,8 +18,9 @@ from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
 from or1.dist.oom_retry import RowBudget
 from or1.dist.world import SINGLE, World
+from or1.environment.open import Environment, open_environment
 from or1.eval.evaluator import Evaluator
-from or1.model.load import load_model, load_tokenizer
+from or1.model.load import eos_token_ids, load_model, load_tokenizer
 from or1.model.routers import routers_of
 from or1.reward import make_scorer
 from or1.reward.scorer import Scorer
@@ -87,12 +88,8 @@ def build(
     """
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.path)
-        data = load_problems(config, tokenizer)
-        if scorer is None:
-            prompts = chain(data.prompts, *data.eval_prompts.values())
-            scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
-            for remark in remarks_of(scorer, config.run_path):
-                display.message(remark)
+        environment, data = _source(config, tokenizer, world, stack)
+        scorer = environment.scorer if environment else scorer or _scorer(config, data, display, stack)
         first = not resume and not committed_steps(checkpoints_of(config.run_path))
         settings = _tuned(config, display, world, first=first)
         model = load_model(settings, world).train()
@@ -106,11 +103,12 @@ def build(
         require_room(config, model, optimizer, other)
         engine = _engine(config, model, tokenizer, display, world)
         stack.callback(engine.close)
+        player = environment.engine(engine, tokenizer, eos_token_ids(model, tokenizer)) if environment else engine
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
         rollouts = RolloutQueue(
-            config, data.prompts, engine, scorer, state, display, sampler=sampler, world=world, stop=stop
+            config, data.prompts, player, scorer, state, display, sampler=sampler, world=world, stop=stop
         )
         stack.callback(rollouts.close)
         return Parts(
@@ -124,10 +122,19 @@ def build(
             optimizer=optimizer,
             engine=engine,
             rollouts=rollouts,
-            evaluator=Evaluator(config, data.eval_prompts, engine, scorer, state, display, world=world),
+            evaluator=Evaluator(config, data.eval_prompts, player, scorer, state, display, world=world),
             session=Session(config, state, saved, display, world, stop=stop),
             stack=stack.pop_all(),
         )
+
+
+def _scorer(config: Config, data: Problems, display: StepDisplay, stack: ExitStack) -> Scorer:
+    """Start the scorer of `[reward]`, and show its remarks."""
+    prompts = chain(data.prompts, *data.eval_prompts.values())
+    scorer = stack.enter_context(make_scorer(config.reward, prompts, config.run_path))
+    for remark in remarks_of(scorer, config.run_path):
+        display.message(remark)
+    return scorer
 
 
 def _engine(
@@ -137,6 +144,16 @@ def _engine(
     for warning in engine_warnings(config, model.device):
         display.message(warning)
     return make_engine(config, model, tokenizer, world)
+
+
+def _source(
+    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, stack: ExitStack
+) -> tuple[Environment | None, Problems]:
+    """Return the environment, if there is one, and the problems of the run."""
+    if not config.environment.id:
+        return None, load_problems(config, tokenizer)
+    environment = stack.enter_context(open_environment(config, world))
+    return environment, environment.problems
 
 
 def _state(saved: Checkpointed, data: Problems, engine: Engine, display: StepDisplay, resume: int | None) -> TrainState:

@@ -40,7 +40,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if not groups:
         return {}
     rewards = np.stack([group.rewards for group in groups])
-    lengths = np.array([len(response.token_ids) for group in groups for response in group.responses])
+    lengths = np.array([response.sampled_tokens for group in groups for response in group.responses])
     statuses = Counter(score.status for group in groups for score in group.scores)
     constant = np.array([not has_advantage(group) for group in groups])
     # A response may have no reward (NaN), and so may all of a group; such a group is neither solved nor failed.
@@ -220,7 +220,7 @@ class StepMeter:
     def finish(self, stats: UpdateStats, kept: int, state: TrainState, budget: RowBudget) -> dict[str, float]:
         """Return all metrics of the step. stats: of its updates, summed over ranks. kept: number of trained groups."""
         rollout, seconds = self._rollout, self._seconds
-        tokens = sum(len(r.token_ids) for g in rollout.groups for r in g.responses)
+        tokens = sum(r.sampled_tokens for g in rollout.groups for r in g.responses)
         return (
             self._metrics
             | stats.metrics()

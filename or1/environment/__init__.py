@@ -1,0 +1,1 @@
+"""Environments of the package verifiers: tasks, episodes of several turns, and their rewards."""
