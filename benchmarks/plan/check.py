@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.plan.tensor_bytes import row_loss, saved_bytes, storage_bytes
-from or1.config import ModelConfig, OptimConfig
+from or1.config import DistConfig, ModelConfig, OptimConfig
 from or1.core.types import TrainSequence
 from or1.model.forward import hidden_states
 from or1.model.load import load_model
@@ -109,7 +109,9 @@ def main() -> int:
         for name, model_options, optim_options in settings():
             model_config = ModelConfig(path=folder, device="cuda" if on_gpu else "cpu", **model_options)
             optim_config = OptimConfig(max_tokens_per_rank=size.tokens, **optim_options)
-            choices = choices_of(SimpleNamespace(model=model_config, optim=optim_config), device, gpus=1)
+            choices = choices_of(
+                SimpleNamespace(model=model_config, optim=optim_config, dist=DistConfig()), device, gpus=1
+            )
             run = _on_gpu if on_gpu else _on_cpu
             planned = _Planned(shape_of(folder), choices, device, size)
             model = load_model(model_config).train()

@@ -49,6 +49,7 @@ def test_ranks_that_do_not_divide_are_refused(adder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.nightly
 def test_a_run_resumes_bit_for_bit_and_under_other_groups(tmp_path: Path) -> None:
     settings = {"stage__0__steps": 2, "stage__1__steps": 1, "dist__shard_ranks": 2}
     whole = tmp_path / "whole"
