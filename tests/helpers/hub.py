@@ -94,6 +94,8 @@ def serving(
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    # Tests of vLLM set HF_HUB_OFFLINE for their whole process.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     try:
         yield server
     finally:
