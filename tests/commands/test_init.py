@@ -70,6 +70,7 @@ def test_code_rows_are_read(empty: Path) -> None:
     assert len(prompts) == 20 and prompts[0].tests is not None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_or_is_not_known_is_said(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init.run(parsed("big", "--model", "Qwen/Qwen2.5-32B", "--task", "math", "--gpu", "A100-40G")) == 0
     assert "Qwen/Qwen2.5-32B does not fit one A100-40G" in capsys.readouterr().out

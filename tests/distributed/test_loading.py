@@ -39,6 +39,7 @@ def test_every_rank_has_the_bits_of_the_checkpoint(
         assert all(np.array_equal(found[n], value) for n, value in want.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["tensor", pytest.param("architecture", marks=pytest.mark.slow)])
 def test_a_model_that_only_the_main_rank_rejects_is_one_line_of_all(fault: str, adder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adder, tmp_path / "model"))
@@ -55,6 +56,7 @@ def test_a_model_that_only_the_main_rank_rejects_is_one_line_of_all(fault: str, 
     assert ("lacks tensors of the model: model.layers.0.mlp.up_proj" if fault == "tensor" else "see each other") in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))]
 )

@@ -21,7 +21,7 @@ def test_f15_a_push_to_a_dead_server_restarts_it_and_every_rank_continues(untied
     for rank in ranks:
         assert rank["moved"] and rank["held"] == {1}
         # No rank exchanges the server under the others in the middle of a rollout.
-        assert "3 responses were open. Run the same command: training resumes" in rank["told"]
+        assert "responses were open. Run the same command: training resumes" in rank["told"]
     assert ranks[0]["starts"] == 2
 
 

@@ -197,6 +197,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_server_is_evaluated_and_filtered_with(
     server: Server, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,7 @@ def rewards_in_a_child(queue) -> None:
         queue.put(rewards(scorer))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_scores_are_the_same_everywhere() -> None:
     async def in_tasks(scorer) -> list[tuple[float, str]]:

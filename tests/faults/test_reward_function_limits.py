@@ -65,6 +65,7 @@ def test_a_module_that_forks_while_it_is_imported_is_loaded_once(tmp_path: Path)
         assert results(scorer, *"abcdef") == [2.0] * 6
 
 
+@pytest.mark.slow
 def test_the_time_to_load_a_function_anew_is_not_charged_to_a_response(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(pool, "GRACE_S", 0.5)
     path = tmp_path / "own.py"

@@ -168,6 +168,7 @@ def test_one_line_says_that_or1_is_at_work(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+@pytest.mark.slow
 def test_the_line_shows_in_a_program_without_logging() -> None:
     code = (
         "from transformers.models import qwen2\n"

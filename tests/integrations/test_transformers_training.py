@@ -19,6 +19,7 @@ from or1.integrations.transformers import UnsupportedModelError, patch_model, un
 from tests.helpers.tiny_models import assert_same_grads, batch, from_logits, grads, tiny
 
 
+@pytest.mark.slow
 def test_a_compiled_model_scores() -> None:
     model, inputs = patch_model(tiny()), batch()
     want = model(**inputs)

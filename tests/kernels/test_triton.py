@@ -61,6 +61,7 @@ def run_interpreted(*groups: list[str], every: int = 1) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 def test_interpreter_runs_both_passes():
     assert "skipped" not in run_interpreted(["test_triton_rows.py"], every=3)[0]
 

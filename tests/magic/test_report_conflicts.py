@@ -119,6 +119,7 @@ def test_conflict_2_gating_time(variant: str, alphas: list[float], tmp_path: Pat
     assert (c.coef, c.alpha(0.1)) == (pytest.approx(0.005),) * 2 if variant == "paper" else (pytest.approx(0.004), 0.0)
 
 
+@pytest.mark.slow
 def test_conflict_3_entropy_is_measured_over_the_kept_tokens_of_all_ranks(tmp_path: Path) -> None:
     """2 kept tokens of 0.125 nats on one rank, 6 of 0.5 nats on the other: e_k = (2/8 + 6/2) / 8."""
     expected, rank_0, mean_of_ranks, with_rejected = 3.25 / 8, 0.125, (0.125 + 0.5) / 2, (3.25 + 8) / 10

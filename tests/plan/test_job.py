@@ -90,6 +90,7 @@ def test_measured_steps_decide_the_grace_that_a_job_script_reads(
     assert int(capsys.readouterr().out) == grace_of([measured]) == 5305
 
 
+@pytest.mark.slow
 def test_a_dry_run_in_a_job_that_is_too_short_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,9 @@ KINDS = {
 CPU = find_device("cpu", "auto")[0]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) if kind == "mixtral" else kind for kind in KINDS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import AutoModelForCausalLM
 

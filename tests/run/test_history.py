@@ -224,6 +224,7 @@ def test_metrics_taken_from_under_a_run_end_it(how: str, tmp_path: Path) -> None
     writer.close()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_damaged_metrics_and_replays(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_mismatch_that_is_weighed_does_not(spoil, tmp_path: Path) -> None:
     assert main(arguments(tmp_path / "run", **SHORT, loss__is_cap=2)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_that_move_the_policy_within_a_step_are_no_mismatch(dtype: str, tmp_path: Path) -> None:
     settings = {"optim__lr": 0.01, "optim__warmup_steps": 0, "stage__0__minibatch_prompts": 2, "stage__0__reuse": 2}
