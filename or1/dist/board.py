@@ -21,7 +21,8 @@ from or1.core.errors import RankSilent
 
 STATUS_KEY = "or1/alive/{}"
 """Key of the status that the watchdog of a rank publishes."""
-_OPENING_S = 300.0
+OPENING_S = 300.0
+"""Seconds in which a rank may open a connection to the store."""
 _SHORTEST_S, _LONGEST_S = 0.001, 0.25
 
 
@@ -63,7 +64,7 @@ class Board:
         """Connect to the store of torchrun's environment variables."""
         # A separate connection, because that of the process group is locked while a collective is set up.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_OPENING_S))
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=OPENING_S))
         return cls(store, rank, size, session=session, timeout_s=timeout_s)
 
     def counter(self, name: str) -> SharedCounter:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from or1.core.errors import EXIT_RETRY
 from or1.core.pulse import pulses
 from or1.core.terminal import tell, tell_traceback
-from or1.dist.board import STATUS_KEY
+from or1.dist.board import OPENING_S, STATUS_KEY
 from or1.dist.world import World
 
 _PERIOD_S = 1.0
@@ -48,8 +48,10 @@ class Watchdog:
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 is_master=False,
-                timeout=timedelta(seconds=max(timeout_s, 5)),
+                timeout=timedelta(seconds=OPENING_S),
             )
+            # On a busy machine a rank may take longer to open a connection than it may be silent later.
+            self._store.set_timeout(timedelta(seconds=max(timeout_s, 5)))
             self._publish()
             world.barrier()
             self._thread = threading.Thread(target=self._watch, name="or1-watchdog", daemon=True)
