@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from or1.run.checkpoint import committed_steps
 from tests.helpers.ranks import exit_codes, or1_command, or1_ranks, started
 from tests.helpers.small_run import arguments, lines
 
@@ -35,7 +36,7 @@ def test_f15_the_death_of_a_shared_server_ends_a_run_that_then_resumes(tmp_path:
     command = arguments(run_dir, **more, **SETTINGS)
     with started(or1_command, 2, command, str(log)) as ranks:
         deadline = time.monotonic() + 200
-        while not (run_dir / "rollouts" / "step_1.parquet").exists() or len(lines(run_dir)) < 2:
+        while 1 not in committed_steps(run_dir / "checkpoints"):
             assert time.monotonic() < deadline and ranks[0][0].is_alive(), Path(f"{log}.0").read_text()[-3000:]
             time.sleep(0.05)
         os.kill(server_of(ranks[0][0].pid), signal.SIGKILL)

@@ -142,7 +142,11 @@ def test_responses_go_on_under_the_next_policy(side: Side) -> None:
 
 
 class InBackground(threading.Thread):
-    """A call of `generate` in a thread of its own."""
+    """A call of `generate` in a thread of its own.
+
+    On two cores beside vLLM the threads that read the streams can keep the test's own thread from running until the
+    responses are over. So the tests that use this are nightly; tests/rollout/test_fleet.py pushes in flight without.
+    """
 
     def __init__(self, side: Side, prompts: list[Prompt], **settings: Any):
         super().__init__()
@@ -187,6 +191,7 @@ def scored(side: Side, prompts: list[Prompt], found: list[Finished]) -> list[np.
     return [each.old_logp for each in with_old_logp(Policy(side.model, RowBudget(4096), 1.0), rows)]
 
 
+@pytest.mark.nightly
 def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_version(side: Side) -> None:
     prompts, other = prompts_of(6), prompts_of(2, seed=1)
     with side.endless():
@@ -233,6 +238,7 @@ def test_weights_change_in_the_middle_of_responses_and_every_token_keeps_its_ver
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.nightly
 def test_a_death_in_flight_keeps_the_tokens_of_older_weights(side: Side) -> None:
     prompts = prompts_of(4)
     with side.endless():

@@ -196,7 +196,13 @@ class ServerClient:
         except httpx.TransportError as error:
             raise ServerLost(f"vLLM at {self.url} does not answer ({type(error).__name__}: {error})") from error
         if reply.status_code != 200:
-            raise EngineError(f"vLLM at {self.url} refused {path} ({reply.status_code}): {reply.text[:500]}")
+            raise self._refused(path, reply)
+
+    def _refused(self, path: str, reply: httpx.Response) -> EngineError:
+        """Return the error of a request that the server did not accept; ServerLost if its engine process has died."""
+        problem = f"vLLM at {self.url} refused {path} ({reply.status_code}): {reply.text[:500]}"
+        # The API process answers a little longer than the engine process lives.
+        return (ServerLost if "EngineCore encountered an issue" in reply.text else EngineError)(problem)
 
     def _rpc(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
         """Call a method of every worker of the server; return the replies."""
@@ -214,7 +220,7 @@ class ServerClient:
         except httpx.TransportError as error:
             raise ServerLost(f"vLLM at {self.url} does not answer ({type(error).__name__}: {error})") from error
         if reply.status_code != 200:
-            raise EngineError(f"vLLM at {self.url} refused {path} ({reply.status_code}): {reply.text[:500]}")
+            raise self._refused(path, reply)
         return reply.json()
 
 
