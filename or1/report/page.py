@@ -111,7 +111,7 @@ def _header(run: RecordedRun, name: str) -> Iterator[str]:
     if run.config is not None:
         model = Path(run.config.model.path)
         stages = "1 stage" if len(run.config.stage) == 1 else f"{len(run.config.stage)} stages"
-        words = [model.name if model.is_absolute() else str(model), stages, run.config.loss.kind]
+        words = [model.name if model.is_absolute() else str(model), stages, run.config.in_stage(0).loss.kind]
         words.append(f"seed {run.config.seed}")
     first, last = (number(run.records[i].get("time")) for i in (0, -1))
     if math.isfinite(first + last):
