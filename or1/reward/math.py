@@ -142,22 +142,6 @@ def equivalent_job(job: Mapping[str, Any]) -> bool:
     return equivalent(job["box"], job["golds"])
 
 
-def extracted_job(job: Mapping[str, Any]) -> bool:
-    """Return whether math-verify finds one of the golds as the answer of a worked solution; job {"text", "golds"}.
-
-    This is the check of the Skywork-OR1 report (section 6): extract the answer from the solution anew and compare.
-    May never return, or exhaust memory.
-    """
-    from math_verify import parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    box = last_box(job["text"])
-    if box is not None:
-        return equivalent(box, job["golds"])
-    found = parse(job["text"], parsing_timeout=None)
-    return any(_verify(gold, found) for each in job["golds"] for gold in _gold_values(each))
-
-
 def warm_up() -> None:
     """Trigger the lazy imports of math-verify (0.5 to 1 s), so that they do not count towards a response's limit."""
     for gold, box in _WARM_UP:
