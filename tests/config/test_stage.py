@@ -50,7 +50,7 @@ def test_a_stage_has_the_settings_of_the_run_and_its_own() -> None:
 
 
 def test_each_setting_of_a_stage_has_the_limits_of_the_run() -> None:
-    """The bounds are written twice; a value that one refuses, the other must refuse."""
+    """Compare the two places that hold the bounds: a value that one refuses, the other must refuse."""
 
     def limits(section: Any, path: str = "") -> dict[str, Any]:
         found = {}

@@ -32,7 +32,7 @@ def learn(trainer: Trainer, number: int, *rewards: float) -> dict[str, float]:
 
 
 def test_a_term_of_one_stage_is_in_its_loss_alone(tmp_path: Path) -> None:
-    """The KL term of test_report_conflicts is worth 0.25 * kl_coef; the advantages cancel."""
+    """Use the KL term of test_report_conflicts, worth 0.25 * kl_coef; the advantages cancel."""
     other = save_policy(tmp_path / "reference", {ZERO: 0.25, ONE: 0.5, EOS: 0.25})
     kl = {"loss": {"kl_coef": 0.1}, "optim": {"lr": 2e-15}}
     config = config_of(tmp_path, [{}, kl, {}], loss={"reference": str(other)})
