@@ -16,8 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from or1.config import StageConfig
-from or1.core.types import TrainSequence
+from or1.config import Config, StageConfig
 from or1.magic.entropy import rollout_entropy
 from or1.magic.mismatch import masked_shares, weigh
 from or1.magic.selection import Minibatch, minibatches, select
@@ -27,7 +26,9 @@ from or1.rollout.collect import Rollout
 from or1.train.build import Parts
 from or1.train.engine_check import push_weights, require_rounding
 from or1.train.metrics import StepMeter, UpdateStats
+from or1.train.rank_rows import Policy
 from or1.train.score import with_old_logp, with_ref_logp
+from or1.train.stage import enter
 from or1.train.update import update
 
 
@@ -66,7 +67,8 @@ class Trainer:
 
         replayed  the rollout comes from a file (`or1 replay`): do not log it, nor compare it with the current engine
         """
-        config, state, groups = self.config, self.state, rollout.groups
+        state, groups = self.state, rollout.groups
+        config, policy = enter(step, self.config, state, self.policy, self.optimizer)
         meter, stats = StepMeter(rollout, state.policy_version, self.rollouts.sources), UpdateStats()
 
         # Advantages within each group; groups without one are rejected.
@@ -81,10 +83,10 @@ class Trainer:
                 entropy = rollout_entropy(groups if config.loss.entropy.measure == "all" else chosen.kept)
                 alpha = state.entropy.alpha(entropy)
                 # One optimizer step per minibatch. If there is one alone, the step is on-policy and the clip inert.
-                batches = self.with_logps(minibatches(chosen, config.loss, step.stage), step.stage)
+                batches = self.with_logps(minibatches(chosen, config.loss, step.stage), config, policy, step.stage)
                 meter.add(masked_shares(batches, config.loss.mismatch))
                 for batch in batches:
-                    took = update(self.policy, self.optimizer, batch.sequences, alpha, stats, batch.normaliser)
+                    took = update(policy, self.optimizer, batch.sequences, alpha, stats, batch.normaliser)
                     if not replayed and len(stats.results) == 1 and not meter.staleness:
                         require_rounding(stats, self.engine, config, step.number, self.world)
                     state.note_update(took, config.optim.max_nonfinite_steps)
@@ -101,19 +103,17 @@ class Trainer:
         stats.reduce(self.world)
         return meter.finish(stats, len(chosen.kept), state, self.policy.budget)
 
-    def with_logps(self, batches: list[Minibatch], stage: StageConfig) -> list[Minibatch]:
+    def with_logps(
+        self, batches: list[Minibatch], config: Config, policy: Policy, stage: StageConfig
+    ) -> list[Minibatch]:
         """Return the minibatches of all updates, with the log-probs that the objective compares with."""
-        loss, sequences = self.config.loss, [batch.sequences for batch in batches]
+        loss, sequences = config.loss, [batch.sequences for batch in batches]
         if loss.old_logp == "rollout":
-            sequences = [[_with_engine_logp(s) for s in each] for each in sequences]
+            sequences = [[replace(s, old_logp=s.rollout_logp) for s in each] for each in sequences]
         elif loss.scores_first(off_policy=len(batches) * stage.reuse > 1):
-            sequences = [with_old_logp(self.policy, each) for each in sequences]
+            sequences = [with_old_logp(policy, each) for each in sequences]
         if loss.mismatch.by_sequence:
             sequences = [weigh(each, loss.mismatch) for each in sequences]
-        if self.reference is not None:
-            sequences = [with_ref_logp(self.reference, each) for each in sequences]
+        if (reference := self.reference.of(config)) is not None:
+            sequences = [with_ref_logp(reference, each) for each in sequences]
         return [replace(batch, sequences=s) for batch, s in zip(batches, sequences, strict=True)] * stage.reuse
-
-
-def _with_engine_logp(sequence: TrainSequence) -> TrainSequence:
-    return replace(sequence, old_logp=sequence.rollout_logp)

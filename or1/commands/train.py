@@ -175,7 +175,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     from or1.run.checkpoint import committed_steps
 
     tokenizer = load_tokenizer(config.model.path)
-    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+    if config.needs_reference and config.loss.reference is not None:
         require_source(config.loss.reference)
     remarks = _rehearse_models(config)
     data = problems_of_run(config, tokenizer)
@@ -196,7 +196,7 @@ def _rehearse_models(config: Config) -> list[str]:
     from or1.model.isolation import rehearse_model
 
     paths = [config.model.path]
-    if config.loss.kl_coef and config.loss.reference:
+    if config.needs_reference and config.loss.reference:
         paths.append(config.loss.reference)
     each = [rehearse_model(config.model.model_copy(update={"path": path})) for path in paths]
     return list(dict.fromkeys(chain(*each)))

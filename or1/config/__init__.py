@@ -15,8 +15,9 @@ from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import CodeRewardConfig, RewardConfig, RewardPart
 from or1.config.rollout import RolloutConfig, SpeculativeConfig, VllmConfig
-from or1.config.root import CheckpointConfig, Config, DistConfig, LogConfig, StageConfig
+from or1.config.root import CheckpointConfig, Config, DistConfig, LogConfig
 from or1.config.section import Section
+from or1.config.stage import StageConfig
 
 __all__ = [
     "CheckpointConfig",

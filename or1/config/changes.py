@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from or1.config import Config
+from or1.config.section import section_of
 
 # The tuned choice of a run is in its folder, so `tune` may change. The rest are settings of logging and evaluation, of
 # the engine's process, of the division of work, and of memory and the graders' resources.
@@ -31,7 +32,7 @@ _LENGTH = frozenset({"steps", "until", "plateau_evals", "plateau_gain"})
 _ABSENT = object()
 # Fields that only future evaluations are compared with. They have no effect on a stage that has ended.
 _NO_MORE = frozenset({"plateau_evals", "plateau_gain"})
-_STAGE = re.compile(r"stage\.(\d+)(?:\.(\w+))?")
+_STAGE = re.compile(r"stage\.(\d+)(?:\.([\w.]+))?")
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -95,6 +96,11 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
     section: Any = Config
     for name in path:
+        if isinstance(old, list | tuple) and isinstance(new, list | tuple) and name.isdecimal():
+            if int(name) >= min(len(old), len(new)):
+                return False
+            old, new = old[int(name)], new[int(name)]
+            continue
         field = getattr(section, "model_fields", {}).get(name)
         if field is None or not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
             return False
@@ -103,7 +109,7 @@ def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
             value = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
             # A config in JSON has lists where a section has tuples.
             return value is not None and new[name] == (list(value) if isinstance(value, tuple) else value)
-        section, old, new = field.annotation, old[name], new[name]
+        section, old, new = section_of(field.annotation)[0], old[name], new[name]
     return False
 
 

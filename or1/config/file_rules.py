@@ -54,7 +54,7 @@ def files_exist(config: Config) -> Iterator[Problem]:
     if config.endpoint.url is not None:
         return
     yield from _model_there(config, "model.path", config.model.path)
-    if config.loss.kl_coef > 0 and config.loss.reference is not None:
+    if config.needs_reference and config.loss.reference is not None:
         yield from _model_there(config, "loss.reference", config.loss.reference)
     if config.rollout.vllm.speculative.model is not None:
         yield from _model_there(config, "rollout.vllm.speculative.model", config.rollout.vllm.speculative.model)

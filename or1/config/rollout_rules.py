@@ -88,6 +88,13 @@ def engine_fits(config: Config) -> Iterator[Problem]:
             f"{rollout.partial_tokens} carries groups from one stage into the "
             "next, so all stages need the same group_size",
         )
+    sampled = [config.in_stage(i).rollout for i in range(len(config.stage))]
+    if rollout.partial_tokens is not None and len({(each.temperature, each.top_p) for each in sampled}) > 1:
+        yield Problem(
+            "rollout.partial_tokens",
+            f"{rollout.partial_tokens} carries responses from one stage into the "
+            "next, so all stages need the same temperature and top_p",
+        )
 
 
 def staleness_sound(config: Config) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""`Config`, the whole of a TOML file, and its small sections: `[[stage]]`, `[dist]`, `[checkpoint]`, `[log]`."""
+"""`Config`, the whole of a TOML file, and its small sections: `[dist]`, `[checkpoint]`, `[log]`."""
 
 from __future__ import annotations
 
@@ -15,42 +15,8 @@ from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
 from or1.config.reward import RewardConfig
 from or1.config.rollout import RolloutConfig
-from or1.config.section import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, FilePath, Section
-
-
-class StageConfig(Section):
-    """`[[stage]]`: a training stage."""
-
-    steps: int = Field(ge=1, le=MOST_STEPS)
-    """Rollout steps of this stage; with `until = "plateau"`, the largest number of steps."""
-    until: Literal["steps", "plateau"] = "steps"
-    """End of the stage. steps: after `steps`. plateau: as soon as accuracy (mean reward for graded rewards) and the
-    truncation rate of the training steps between evaluations have become flat."""
-    plateau_evals: int = Field(6, ge=1, le=MOST_STEPS)
-    """Evaluations per window. A line fitted through the last two windows gives the gain of a window. Larger windows
-    need more evaluations and tolerate more noise. 1 compares two evaluations and does not account for noise."""
-    plateau_gain: float = Field(0.005, gt=0, le=1e6)
-    """Smallest rise of accuracy or mean reward, or fall of the truncation rate, per window that counts as a gain."""
-    max_response_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    """Response limit of this stage; a longer response is truncated and, by default, scores 0."""
-    prompts_per_step: int = Field(ge=1, le=2**20)
-    """Prompts of one rollout step (the paper's D_R)."""
-    group_size: int = Field(ge=2, le=65536)
-    """Responses per prompt (the paper's gs)."""
-    minibatch_prompts: int | None = Field(None, ge=1, le=2**20)
-    """Prompts of one optimizer step (the paper's D_T); absent means prompts_per_step, which is on-policy."""
-    reuse: int = Field(1, ge=1, le=1000)
-    """Passes over each rollout (the paper's N_reuse); above 1 is off-policy."""
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps per rollout, N_SGD = D_R / D_T * N_reuse (paper, Eq. 4.1), not counting rejected groups."""
-        return -(-self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)) * self.reuse
-
-    @property
-    def on_policy(self) -> bool:
-        """True if one rollout has exactly one optimizer step. The ratio is then 1 and the clip inert."""
-        return self.updates_per_step == 1
+from or1.config.section import MOST_SECONDS, MOST_STEPS, FilePath, Section
+from or1.config.stage import StageConfig, with_settings
 
 
 class DistConfig(Section):
@@ -139,6 +105,28 @@ class Config(Section):
     def total_steps(self) -> int:
         """Number of rollout steps of all stages."""
         return sum(stage.steps for stage in self.stage)
+
+    def in_stage(self, index: int) -> Config:
+        """Return `with_stage` of stage `index`, from 0; past the last stage the run's own settings apply."""
+        return self.with_stage(self.stage[index]) if index < len(self.stage) else self
+
+    def with_stage(self, stage: StageConfig) -> Config:
+        """Return the config with what a stage sets of [loss], [rollout] and [optim]; itself if it sets nothing."""
+        if not (own := stage.own_settings()):
+            return self
+        if own.get("loss.entropy.control") == "none":
+            own.setdefault("loss.entropy.coef", 0.0)
+        return with_settings(self, own)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if a stage has a KL term, so that a reference model is loaded at some time."""
+        return self.with_reference().loss.kl_coef > 0
+
+    def with_reference(self) -> Config:
+        """Return the config in the first stage with a KL term; in the first stage if none has one."""
+        stages = [self.in_stage(i) for i in range(max(len(self.stage), 1))]
+        return next((each for each in stages if each.loss.kl_coef > 0), stages[0])
 
     @property
     def own_rewards(self) -> bool:

@@ -40,7 +40,27 @@ def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> 
     files  False: do not check that training files, evaluation sets and models exist
     """
     rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (training_files, files_exist)]
-    return [problem for rule in rules for problem in rule(config)]
+    return [*(problem for rule in rules for problem in rule(config)), *_stage_problems(config)]
+
+
+def _stage_problems(config: Config) -> Iterator[Problem]:
+    """Yield what the rules about stages find in the settings that are in effect in each stage."""
+    plain = tuple(stage for stage in config.stage if not stage.own_settings())
+    seen: set[Problem] = set()
+    if plain or not config.stage:
+        rest = config.model_copy(update={"stage": plain})
+        seen = {problem for rule in _STAGE_RULES for problem in rule(rest)}
+        yield from (problem for rule in _STAGE_RULES for problem in rule(rest))
+    for i, stage in enumerate(config.stage):
+        if not (own := stage.own_settings()):
+            continue
+        alone = config.in_stage(i).model_copy(update={"stage": (stage,)})
+        for problem in (problem for rule in _STAGE_RULES for problem in rule(alone)):
+            if problem in seen:
+                continue
+            seen.add(problem)
+            where = f"stage.{i}.{problem.path}" if problem.path in own else problem.path
+            yield Problem(where, f"in stage {i}: {problem.message}")
 
 
 def _stages_given(config: Config) -> Iterator[Problem]:
@@ -210,7 +230,7 @@ def _eval_names_unique(config: Config) -> Iterator[Problem]:
 
 def _magic_variants_sound(config: Config) -> Iterator[Problem]:
     loss, reward = config.loss, config.reward
-    if loss.reference is not None and loss.kl_coef == 0:
+    if loss.reference is not None and not config.needs_reference:
         yield Problem(
             "loss.reference",
             f"{loss.reference!r} has no effect with loss.kl_coef = 0; set kl_coef, for example to 1e-3, or remove it",
@@ -268,23 +288,26 @@ _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _heartbeat_is_shorter,
     _stages_fit,
     _temperatures_sound,
-    _entropy_bounds,
     _betas_valid,
     _weights_are_16_bit,
     _eval_names_unique,
-    sampled_from_all_tokens,
-    importance_weights_sound,
-    mismatch_sound,
-    objective_sound,
     engine_fits,
     staleness_sound,
-    vllm_samples,
-    *VLLM_RULES,
     _magic_variants_sound,
     _tuning_sound,
     environment_alone,
     _trackers_installed,
     adapters_fit,
+)
+# Rules about settings that a stage may override: they look at one stage at a time.
+_STAGE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _entropy_bounds,
+    sampled_from_all_tokens,
+    importance_weights_sound,
+    mismatch_sound,
+    objective_sound,
+    vllm_samples,
+    *VLLM_RULES,
 )
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),

@@ -71,6 +71,11 @@ class EntropyWatch:
             f"{MISMATCH:g}); remove rollout.vllm.quantization or kv_cache_dtype, or lower loss.is_cap"
         )
 
+    def restart(self) -> None:
+        """Forget the baseline: the next steps sample in another way."""
+        self.first = []
+        self.beyond |= {"low": 0, "high": 0}
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint's manifest."""
         return asdict(self)

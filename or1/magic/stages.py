@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from or1.config import Config, StageConfig
+from or1.config import Config, EntropyConfig, StageConfig
 from or1.core.seeds import seed_of
+from or1.magic.entropy import EntropyController
 from or1.magic.plateau import Point, eval_level, has_plateaued
 
 
@@ -112,7 +113,11 @@ class Stages:
             self.note_evaluation(number, level)
         ended = self.now.index
         reason = self.advance(number)
-        return None if reason is None or self.finished else f"stage {ended + 1} ends with step {number}: {reason}"
+        if reason is None or self.finished:
+            return None
+        own = self._config.stage[self.now.index].own_settings()
+        sets = "; the next has " + ", ".join(f"{key} = {value}" for key, value in own.items()) if own else ""
+        return f"stage {ended + 1} ends with step {number}: {reason}{sets}"
 
     def note_evaluation(self, number: int, level: float) -> None:
         """Record one evaluation of the current stage, with the mean truncation rate since the evaluation before."""
@@ -148,6 +153,10 @@ class Stages:
         self.now, self.former = last, None
         return f"stage {last.index + 1} continues, up to {self._config.stage[last.index].steps} steps"
 
+    def starts(self, step: Step) -> bool:
+        """Return True if `step` is the first of its stage and another stage came before."""
+        return step.stage_index > 0 and (self.now.index, self.now.began + 1) == (step.stage_index, step.number)
+
     def _is_last(self, record: StageRecord, number: int) -> bool:
         return number >= record.began + self._config.stage[record.index].steps
 
@@ -172,6 +181,19 @@ class Stages:
         self.now, former = record_of(state), state.get("former")
         self.former = None if former is None else record_of(former)
         self.cut = list(state.get("cut", []))
+
+
+def take_settings(controller: EntropyController, settings: EntropyConfig, *, restart: bool) -> None:
+    """Give the entropy controller the settings of a stage. Its state continues within their bounds, or restarts.
+
+    restart  True: c is `settings.coef` and the gate open, as before the first step of a run
+    """
+    for name in ("control", "target", "delta", "coef_min", "coef_max"):
+        setattr(controller, name, getattr(settings, name))
+    if restart or settings.control == "constant":
+        controller.coef, controller.gate = settings.coef, True
+    elif settings.control == "adaptive":
+        controller.coef = min(max(controller.coef, settings.coef_min), settings.coef_max)
 
 
 def record_of(state: Mapping[str, Any]) -> StageRecord:

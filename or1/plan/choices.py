@@ -125,7 +125,7 @@ def _checkpointing(value: str, device: Device) -> str:
 
 def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, mean_response: int | None) -> Workload:
     """Return one step of `stage`. mean_response: tokens; None: half of the stage's limit."""
-    sequences = stage.prompts_per_step * stage.group_size
+    sequences, loss = stage.prompts_per_step * stage.group_size, config.with_stage(stage).loss
     updates = stage.updates_per_step // stage.reuse
     engine = _engine_of(config, device, -(-sequences // gpus))
     mean = _MEAN_SHARE * stage.max_response_tokens if mean_response is None else mean_response
@@ -137,8 +137,8 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         sequences=sequences,
         updates=updates,
         reuse=stage.reuse,
-        old_logp_pass=config.loss.scores_first(off_policy=not stage.on_policy),
-        logits_twice=config.model.head_stash_mib == 0 and config.loss.sees_sequences(on_policy=stage.on_policy),
+        old_logp_pass=loss.scores_first(off_policy=not stage.on_policy),
+        logits_twice=config.model.head_stash_mib == 0 and loss.sees_sequences(on_policy=stage.on_policy),
         generated_together=engine.together,
         engine=engine.name,
         engine_share=engine.share,

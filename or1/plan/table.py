@@ -10,7 +10,8 @@ from or1.core.text import count_text, duration, visible
 from or1.plan.devices import GIB
 from or1.plan.estimate import Plan
 from or1.plan.memory import COMPONENTS, checkpoint_bytes, push_bytes, trained_sizes
-from or1.report.console import default_console
+from or1.report.console import default_console, print_pairs
+from or1.report.run_plan import stage_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,7 @@ def print_plan_table(plan: Plan, why_device: str, console: Console | None = None
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
+    print_pairs(stage_settings(plan.config), console)
     for line in conclusions(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -211,7 +213,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "tokens": stage.time.tokens,
                 "tokens_per_s": stage.time.tokens_per_s,
                 "mfu": stage.time.mfu,
+                "settings": settings.own_settings(),
             }
-            for stage in plan.stages
+            for stage, settings in zip(plan.stages, plan.config.stage, strict=True)
         ],
     }

@@ -23,6 +23,7 @@ from or1.report.page_plots import Plot, render_plots
 from or1.report.page_samples import Sample, SampleStep, load_samples
 from or1.report.page_style import STYLE
 from or1.report.records import Course, EvalHistory, EvalPoint, eval_histories
+from or1.report.run_plan import stage_settings
 from or1.reward.terms import NO_THINK_CLOSE, status_word
 from or1.run.message_log import read_log
 
@@ -111,13 +112,16 @@ def _header(run: RecordedRun, name: str) -> Iterator[str]:
     if run.config is not None:
         model = Path(run.config.model.path)
         stages = "1 stage" if len(run.config.stage) == 1 else f"{len(run.config.stage)} stages"
-        words = [model.name if model.is_absolute() else str(model), stages, run.config.loss.kind]
+        words = [model.name if model.is_absolute() else str(model), stages, run.config.in_stage(0).loss.kind]
         words.append(f"seed {run.config.seed}")
     first, last = (number(run.records[i].get("time")) for i in (0, -1))
     if math.isfinite(first + last):
         words.append(f"{_clock(first).removesuffix(' UTC')} to {_clock(last)}")
     yield f'<header><p class="brand">or1 report</p><h1>{name}{badge}</h1>'
-    yield f'<p class="sub">{_text(_DOT.join(words))}</p></header>'
+    yield f'<p class="sub">{_text(_DOT.join(words))}</p>'
+    for stage, sets in () if run.config is None else stage_settings(run.config):
+        yield f'<p class="sub">{_text(f"{stage}: {sets}")}</p>'
+    yield "</header>"
 
 
 def _eval_cards(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]:
@@ -304,7 +308,9 @@ def _config(raw: Mapping[str, Any]) -> Iterator[str]:
             yield _config_card(f"[{key}]", value)
         elif isinstance(value, list):
             for index, item in enumerate(value, 1):
-                yield _config_card(f"[[{key}]] {index}", item if isinstance(item, dict) else {"": item})
+                # What a stage leaves to the run has no value of its own.
+                shown = {k: v for k, v in _flat(item) if v is not None} if isinstance(item, dict) else {"": item}
+                yield _config_card(f"[[{key}]] {index}", shown)
     yield "</div>"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,11 +173,19 @@ def _groups(graded: bool) -> Chart:
 
 
 def _entropy_target(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:
-    if run.config is None or run.config.loss.entropy.control != "adaptive":
+    if run.config is None:
         return None
-    target = run.config.loss.entropy.target
-    steps = run.series("policy/entropy")[0]
-    return (f"target {target:g}", [steps[0] - 0.5, steps[-1] + 0.5], [target, target]) if steps else None
+    steps, known = set(run.series("policy/entropy")[0]), run.config
+    found = []
+    for record in run.records:
+        if record["step"] in steps and (stage := run.stage_of(record)) is not None:
+            entropy = known.with_stage(stage).loss.entropy
+            found.append((record["step"], entropy.target if entropy.control == "adaptive" else math.nan))
+    targets = {target for _, target in found if math.isfinite(target)}
+    if not targets:
+        return None
+    label = f"target {targets.pop():g}" if len(targets) == 1 else "target"
+    return label, [x for step, _ in found for x in (step - 0.5, step + 0.5)], [y for _, y in found for _ in range(2)]
 
 
 def _limits(run: RecordedRun) -> tuple[str, Sequence[float], Sequence[float]] | None:

@@ -31,6 +31,7 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     pairs += [("" if i else "data", line) for i, line in enumerate(data_lines or config.data.files)]
     print_pairs(pairs, console)
     console.print(_stage_table(config))
+    print_pairs(stage_settings(config), console)
     optim, entropy = config.optim, config.loss.entropy
     pairs = [
         ("reward", _reward_text(config.reward)),
@@ -54,6 +55,12 @@ def print_plan(config: Config, data_lines: Sequence[str], console: Console | Non
     pairs += [("run", config.run_dir), ("seed", str(config.seed))]
     print_pairs(pairs, console)
     console.print()
+
+
+def stage_settings(config: Config) -> list[tuple[str, str]]:
+    """Return a name and what it sets of other sections, for each stage that sets something."""
+    found = [(number, stage.own_settings()) for number, stage in enumerate(config.stage, 1)]
+    return [(f"stage {number}", ", ".join(f"{k} = {v}" for k, v in own.items())) for number, own in found if own]
 
 
 def _reward_text(reward: RewardConfig) -> str:

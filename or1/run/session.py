@@ -120,7 +120,7 @@ class Session:
 
     def warn(self, step: Step, groups: Sequence[Group], trained: bool) -> None:
         """Show the warnings that are due after a step: an entropy out of bounds, nothing trained."""
-        for warning in self._state.warnings(step, groups, trained, self._config):
+        for warning in self._state.warnings(step, groups, trained, self._config.in_stage(step.stage_index)):
             self._display.message(warning)
             self._trackers.alarm(step.number, warning)
 

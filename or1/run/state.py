@@ -15,7 +15,7 @@ from or1.data import SamplerState, SolvedPrompts
 from or1.magic.alarms import EntropyWatch
 from or1.magic.empty_steps import note_step
 from or1.magic.entropy import EntropyController, rollout_entropy
-from or1.magic.stages import Stages, Step
+from or1.magic.stages import Stages, Step, take_settings
 from or1.rollout.dealing import ResponseLengths
 from or1.run.in_flight import InFlight
 
@@ -58,7 +58,7 @@ class TrainState:
     @classmethod
     def start(cls, config: Config) -> TrainState:
         """Return the state before the first step."""
-        return cls(entropy=EntropyController.start(config.loss.entropy), stages=Stages(config))
+        return cls(entropy=EntropyController.start(config.in_stage(0).loss.entropy), stages=Stages(config))
 
     @property
     def begun(self) -> bool:
@@ -84,6 +84,22 @@ class TrainState:
             setattr(self, name, state.get(name, 0))
         self.sampler, self.totals = SamplerState(**state["sampler"]), Counter(state["totals"])
         self.budget, self.inputs = dict(state.get("budget", {})), dict(state.get("inputs", {}))
+
+    def enter(self, step: Step, config: Config) -> Config:
+        """Return the config with the settings of the stage of `step`, and give them to the entropy controller.
+
+        At the first step of a stage the controller restarts if the stage sets `loss.entropy.coef`. It also restarts if
+        the stage before had no adaptive controller. Otherwise its state continues. The entropy alarm forgets its
+        baseline if temperature or top_p change. All of this follows from config and step, so a resumed run repeats it.
+        """
+        settings = config.in_stage(step.stage_index)
+        begins = self.stages.starts(step)
+        before = config.in_stage(step.stage_index - 1) if begins else settings
+        restart = before.loss.entropy.control != "adaptive" or step.stage.loss.entropy.coef is not None
+        take_settings(self.entropy, settings.loss.entropy, restart=begins and restart)
+        if _sampled(before) != _sampled(settings):
+            self.watch.restart()
+        return settings
 
     def note_update(self, took: bool, limit: int) -> None:
         """Count an update; `took` is False if it was skipped for a non-finite loss or gradient.
@@ -137,6 +153,10 @@ class TrainState:
         self.totals["nonfinite_logp"] += unknown_tokens(groups)
         if config.data.drop_solved:
             self.solved.note(groups, config.data.solved_visits)
+
+
+def _sampled(config: Config) -> tuple[float, float]:
+    return config.rollout.temperature, config.rollout.top_p
 
 
 def unknown_tokens(groups: Sequence[Group]) -> int:

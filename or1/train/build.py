@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from or1.config import Config, LossConfig, ModelConfig
+from or1.config import Config, ModelConfig
 from or1.core.display import StepDisplay
 from or1.data import Problems, Sampler, load_problems
 from or1.data.fingerprint import inputs_of
@@ -37,10 +36,10 @@ from or1.train.device_room import require_room, states_fit
 from or1.train.optim import MasterAdamW
 from or1.train.rank_rows import Policy
 from or1.train.rollout_queue import RolloutQueue
+from or1.train.stage import Reference, policy_in
 from or1.tune.apply import head_options, settled
 from or1.tune.choice import Choice
 from or1.tune.run import choice_of_run
-from or1_kernels.objective import PolicyObjective
 from or1_kernels.options import HeadOptionsDict
 
 
@@ -54,7 +53,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
     policy: Policy
-    reference: Policy | None
+    reference: Reference
     optimizer: MasterAdamW
     engine: Engine
     rollouts: RolloutQueue
@@ -98,14 +97,17 @@ def build(
         with states_fit(model.device):
             optimizer = MasterAdamW(model, config.optim, world)
             optimizer.reserve()
-        reference = _reference(config, settings, policy)
-        other = reference.model if reference is not None and reference.model is not model else None
-        require_room(config, model, optimizer, other)
+        reference = Reference(settings, policy)
+        # Loaded here even if a later stage is the first with a KL term: a run must not find then that it does not fit.
+        other = reference.of(config.with_reference())
+        require_room(config, model, optimizer, None if other is None or other.model is model else other.model)
+        del other
         engine = _engine(config, model, tokenizer, display, world)
         stack.callback(engine.close)
         player = environment.engine(engine, tokenizer, eos_token_ids(model, tokenizer)) if environment else engine
         saved = Checkpointed(config, world, optimizer, policy.budget, data.prompts, tokenizer)
         state = _state(saved, data, engine, display, resume)
+        reference.of(config.in_stage(state.stages.index))
         sampler = Sampler(len(data.prompts), config.seed, data.pools)
         rollouts = RolloutQueue(
             config, data.prompts, player, scorer, state, display, sampler=sampler, world=world, stop=stop
@@ -183,43 +185,16 @@ def _tuned(config: Config, display: StepDisplay, world: World, *, first: bool) -
 def _policy(
     config: Config, model: PreTrainedModel, display: StepDisplay, world: World, head: HeadOptionsDict
 ) -> Policy:
-    loss = config.loss
     budget = RowBudget(
         config.optim.max_tokens_per_rank, message=display.message, cap=partial(cap_rows, config.run_path)
     )
-    return Policy(
+    policy = Policy(
         model,
         budget,
-        config.rollout.temperature,
-        objective_of(loss),
-        config.optim.share_prompts,
-        world,
-        old_is_engine=loss.old_logp == "rollout",
+        sharing=config.optim.share_prompts,
+        world=world,
         progress=display.progress("train"),
         head=head,
         routers=routers_of(model, config.model.router_aux_coef),
     )
-
-
-def objective_of(loss: LossConfig) -> PolicyObjective:
-    """Return the objective of a token. Weights of whole responses are in the advantages (or1.magic.mismatch)."""
-    objective = PolicyObjective(loss.kind, loss.clip_low, loss.clip_high, loss.kl_coef, loss.is_cap)
-    mismatch = loss.mismatch
-    if mismatch.kind == "none" or mismatch.by_sequence:
-        return objective
-    cap = math.inf if mismatch.upper is None else mismatch.upper
-    return replace(objective, is_cap=cap, is_floor=mismatch.lower or 0.0, is_mask=mismatch.masks)
-
-
-def _reference(config: Config, settings: ModelConfig, policy: Policy) -> Policy | None:
-    """Return the reference model of the KL term, None without one.
-
-    With [model.lora] and no `loss.reference`, the policy itself is the reference with its adapters off.
-    """
-    if config.loss.kl_coef == 0:
-        return None
-    if settings.lora is not None and config.loss.reference is None:
-        return replace(policy, adapters=False)
-    path = config.loss.reference or config.model.path
-    reference = settings.model_copy(update={"path": path, "lora": None})
-    return replace(policy, model=load_model(reference, policy.world).requires_grad_(False), routers=None)
+    return policy_in(policy, config.in_stage(0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
-from or1.config import Config, StageConfig
+from or1.config import Config
 from or1.core import codec
 from or1.core.display import Display
 from or1.core.errors import RunError
@@ -85,7 +85,7 @@ class RolloutQueue:
         """
         self._drop_solved(step)
         progress = self._display.progress("rollout")
-        first, loss = self._first(step, progress), self._config.loss
+        first, loss = self._first(step, progress), self._config.in_stage(step.stage_index).loss
         rollout, sampler = first, self._state.sampler
         self._require_bound(rollout, step)
         for attempt in range(1, loss.refill_rounds + 1):
@@ -198,7 +198,7 @@ class RolloutQueue:
         else:
             # Not the step's seed, whose random numbers the tokens so far have used.
             seed = seed_of(step.seed, self._state.policy_version)
-            making = Making(step, begun.groups, self._sampling(step.stage, seed))
+            making = Making(step, begun.groups, self._sampling(step, seed))
         parts = self._world, self._engine, self._scorer
         # A copy: the lengths must be the same on all ranks, and this step adds its own to them meanwhile.
         making.future = self._pool.submit(making.share, *parts, self._check_stop, self._state.lengths.copy())
@@ -237,7 +237,7 @@ class RolloutQueue:
             )
 
     def _refill(self, step: Step, attempt: int, count: int, progress: Progress) -> Rollout:
-        sampling = self._sampling(step.stage, seed_of(self._config.seed, step.number, attempt))
+        sampling = self._sampling(step, seed_of(self._config.seed, step.number, attempt))
         return self._made_here(Making(step, self._fresh(count), sampling), progress)
 
     def _drop_solved(self, step: Step) -> None:
@@ -253,7 +253,7 @@ class RolloutQueue:
         """Choose what to generate for a step. In the trainer's thread, which owns the sampler's state."""
         carried = self._state.in_flight.carried
         prompts = self._fresh(max(step.stage.prompts_per_step - len(carried), 0))
-        return [*carried, *prompts], self._sampling(step.stage, step.seed)
+        return [*carried, *prompts], self._sampling(step, step.seed)
 
     def _fresh(self, count: int) -> list[Prompt]:
         if not count:
@@ -262,8 +262,8 @@ class RolloutQueue:
         chosen, self._state.sampler = self._sampler.take(self._state.sampler, count, solved_N)
         return [self.prompts[i] for i in chosen]
 
-    def _sampling(self, stage: StageConfig, seed: int) -> Sampling:
-        rollout = self._config.rollout
+    def _sampling(self, step: Step, seed: int) -> Sampling:
+        rollout, stage = self._config.in_stage(step.stage_index).rollout, step.stage
         return Sampling(
             rollout.temperature,
             stage.max_response_tokens,

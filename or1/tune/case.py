@@ -105,6 +105,7 @@ def case_of(config: Config, sequence_size: int = 1) -> Case:
     prompt, limit = config.data.max_prompt_tokens, max((s.max_response_tokens for s in config.stage), default=row)
     document = min(row, round(min(prompt, 256) + _MEAN_SHARE * limit))
     own = -(-row // sequence_size)
+    stages = [config.in_stage(i) for i in range(max(len(config.stage), 1))]
     return Case(
         device=device,
         dtype=config.model.dtype,
@@ -120,9 +121,9 @@ def case_of(config: Config, sequence_size: int = 1) -> Case:
         kv_heads=max(1, kv_heads // sequence_size),
         head_dim=head_dim,
         checkpointed=config.model.gradient_checkpointing != "none",
-        entropy=config.loss.entropy.control != "none",
-        objective=config.loss.kind,
-        temperature=config.rollout.temperature,
+        entropy=any(each.loss.entropy.control != "none" for each in stages),
+        objective=stages[0].loss.kind,
+        temperature=stages[0].rollout.temperature,
         softcap=getattr(text, "final_logit_softcapping", None),
         logit_scale=getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0),
         why_no_attention=why_no_attention,

@@ -21,6 +21,7 @@ def test_every_setting_is_listed_once_with_a_meaning() -> None:
         if found := re.fullmatch(r"## (?:Top level|`(\[+)(.+?)\]+`)", line):
             section = f"{found[2] or ''}{'.0' if found[1] == '[[' else ''}".lstrip(".")
             section = section.replace("eval.sets.columns", "eval.sets.0.columns")  # a table in a list of tables
+            section = re.sub(r"^stage\.(?=[a-z])", "stage.0.", section)
         elif found := re.match(r"\| `(\w+)` \| .* \| (.*) \|$", line):
             assert found[2], line
             listed.append(f"{section}.{found[1]}".lstrip("."))

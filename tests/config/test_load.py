@@ -191,7 +191,8 @@ def test_every_number_has_a_bound_above() -> None:
         for key, schema in section.get("properties", {}).items():
             look(f"{name}.{key}", schema)
     # AdamW's betas have a rule of their own; those of the loss are factors of what is finite or not, which is counted.
-    assert {path for path in unbounded if not path.startswith(("LossConfig", "EntropyConfig"))} == {"OptimConfig.betas"}
+    of_loss = ("LossConfig", "EntropyConfig", "StageLossConfig", "StageEntropyConfig")
+    assert {path for path in unbounded if not path.startswith(of_loss)} == {"OptimConfig.betas"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from or1.config import Config, LossConfig
 from or1.config.load import dump_config, load_config
 from or1.config.loss import MismatchConfig
 from or1.config.rules import contradictions
-from or1.train.build import objective_of
+from or1.train.stage import objective_of
 from or1_kernels import PolicyObjective
 
 STAGE = {"steps": 1, "max_response_tokens": 8, "prompts_per_step": 4, "group_size": 2}

@@ -323,7 +323,7 @@ def test_conflict_9_kl_with_a_reference(kl_coef: float, loss: float, tmp_path: P
     other = save_policy(tmp_path / "reference", {ZERO: 0.25, ONE: 0.5, EOS: 0.25})
     loss_config = {"kl_coef": kl_coef} | ({"reference": str(other)} if kl_coef else {})
     trainer = trainer_of(config_of(tmp_path, ALONE, loss=loss_config))
-    assert (trainer.reference is None) is (kl_coef == 0)
+    assert (trainer.reference.of(trainer.config) is None) is (kl_coef == 0)
     assert learn(trainer, group([1, 0], [response(ZERO), response(ONE)]))["optim/loss"] == close(loss)
 
 

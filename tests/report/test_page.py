@@ -86,6 +86,14 @@ def test_counts_that_should_be_zero_stand_out(full):
     assert "<div><b>0</b><span>verifier crashes</span></div>" in html
 
 
+def test_settings_of_a_stage_are_shown(full, tmp_path):
+    other = {"loss": {"kl_coef": 0.001, "entropy": {"target": 0.4}}, "optim": {"lr": 1e-5}}
+    _, page = read(make_run(tmp_path / "r", stages=(STAGES[0], STAGES[1] | other), rollouts=()))
+    sets = "loss.kl_coef = 0.001, loss.entropy.target = 0.4, optim.lr = 1e-05"
+    assert f"stage 2: {sets}" in page.text and "loss.entropy.target0.4" in page.text
+    assert "stage 2:" not in full[1].text and "loss.clip_low" not in page.text and "clip_low0.2" in page.text
+
+
 def test_a_run_with_one_step(tmp_path):
     _, page = read(make_run(tmp_path / "r", steps=1, rollouts=(1,)))
     assert "not finished" in page.text and "1 / 60" in page.text and page.tags.count("svg") == 10
