@@ -1,8 +1,8 @@
 """Hook of mkdocs: files outside docs/ that pages link to become pages of the site, under source/.
 
 On a code host the links of docs/ lead to files of the repository. The site has no repository beside it, so the hook
-copies the linked files: Markdown as pages, other text as pages with one block of code, pictures as they are, and a
-folder as its README.md or a list of its files. What a copied page links to is copied as well.
+copies the linked files. Markdown becomes a page, other text a page with one block of code, a picture stays as it is. A
+folder is its README.md, or a list of its files. What a copied page links to is copied as well.
 """
 
 from __future__ import annotations
