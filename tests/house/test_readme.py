@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from or1.cli import VERBS, make_parser
-from or1.config import Config
 from or1.reward import custom
 
 
@@ -79,15 +77,6 @@ def test_the_task_of_the_docs_is_one(root: Path, tmp_path: Path) -> None:
     job = {"prompt": "Sort: c a b", "completion_ids": [1], "row": {"prompt": "Sort: c a b", "answer": "abc"}}
     paid = [custom.grade_job(job | {"completion": text}).reward for text in ("it is abc", "acb", "")]
     assert paid == pytest.approx([1.0, 1 / 6, 0.0])
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/own-task.md"])
-def test_whole_configs_load(name: str, root: Path) -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", (root / name).read_text(encoding="utf-8"), flags=re.S)
-    whole = [tomllib.loads(block) for block in blocks if "run_dir" in block]
-    assert whole
-    for raw in whole:
-        Config.model_validate(raw)
 
 
 def test_links_lead_to_files(root: Path) -> None:

@@ -78,18 +78,10 @@ def _entry(each: Public) -> list[str]:
     is_error = isinstance(each.node, ast.ClassDef) and each.node.name.endswith("Error")
     lines = [f"### `{each.name}`", ""]
     if not is_error:
-        lines += ["```python", *_signature(each.node), "```", ""]
+        lines += ["```py", *_signature(each.node), "```", ""]
     lines += docstring(ast.get_docstring(each.node) or "")
     for method in methods(each):
-        lines += [
-            "",
-            f"#### `{each.node.name}.{method.node.name}`",
-            "",
-            "```python",
-            *_signature(method.node),
-            "```",
-            "",
-        ]
+        lines += ["", f"#### `{each.node.name}.{method.node.name}`", "", "```py", *_signature(method.node), "```", ""]
         lines += docstring(ast.get_docstring(method.node) or "")
     return lines
 
