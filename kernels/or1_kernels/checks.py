@@ -3,6 +3,8 @@
 Legend: N rows, H hidden, V vocab.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,11 @@ def as_constant(name: str, value_N: Tensor, like_N: Tensor) -> Tensor:
             f"{list(like_N.shape)}, one value a row of hidden"
         )
     return value_N.detach().to(like_N.device, like_N.dtype)
+
+
+def as_constants(given: Mapping[str, Tensor | None], like_N: Tensor) -> dict[str, Tensor]:
+    """Return the arguments that are given, each as `as_constant` returns it. Raises ValueError as it does."""
+    return {name: as_constant(name, value_N, like_N) for name, value_N in given.items() if value_N is not None}
 
 
 def sequences(given_N: Tensor | None, token_weight_N: Tensor) -> Tensor | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, reference
-from .engine import chunked, compiled, host
+from .engine import chunked, compiled
+from .engine.host import scaled
 from .engine.policy import PolicyRows, policy_pass
 from .objective import PolicyObjective, as_objective, check_inputs, needs_sequences
 from .options import HeadOptions, HeadOptionsDict, head_options
@@ -50,15 +51,25 @@ class PolicyStats:
 def linear_logprob_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[HeadOptionsDict]
 ) -> tuple[Tensor, Tensor]:
-    """Return (logp, entropy): the log-prob of each target and the entropy of each row, in nats.
+    """Return the log-prob of each target and the entropy of each row, both differentiable for any upstream gradient.
 
-    hidden [N, H] and weight [V, H] of one dtype; targets i64[N]; options are the fields of HeadOptions (temperature,
-    bias, softcap, logit_scale, impl, ...). Both results are f32[N], f64 for fp64 inputs, and differentiable for any
-    upstream gradient. Backward recomputes the logits unless stash_bytes keeps them. Infinities and nans propagate.
-    Under no_grad one GEMM runs and no tensor is kept for backward.
+    Backward recomputes the logits unless stash_bytes keeps them. Under no_grad one GEMM runs and no tensor is kept for
+    backward. Infinities and nans propagate.
 
-    Raises TypeError for dtypes and unknown options, ValueError for shapes and limits of HeadOptions. Raises IndexError
-    for a CPU target outside the vocabulary, RuntimeError for an explicit impl that cannot run.
+    Args:
+        hidden: [N, H], bf16, fp16, fp32 or fp64.
+        weight: [V, H] of hidden's dtype, the LM head's.
+        targets: i64[N], token ids.
+        **options: the fields of HeadOptions: temperature, bias, softcap, logit_scale, impl, ...
+
+    Returns:
+        (logp, entropy), each f32[N] in nats; f64 for fp64 inputs.
+
+    Raises:
+        TypeError: a dtype, or an unknown option.
+        ValueError: a shape, or a limit of HeadOptions.
+        IndexError: a CPU target outside the vocabulary.
+        RuntimeError: an explicit impl that cannot run.
     """
     return score(hidden, weight, targets, head_options(options))
 
@@ -99,42 +110,42 @@ def linear_policy_loss(
     rows: Tensor | str | None = None,
     **options: Unpack[HeadOptionsDict],
 ) -> tuple[Tensor, PolicyStats]:
-    """Return (loss [], stats): the sum over rows of token_weight * (objective - entropy_coef * entropy).
-
-    hidden, weight, targets and options as in linear_logprob_entropy. advantages, token_weight and the log-probs are
-    f32[N] constants.
-
-    token_weight  mask / denominator; the caller chooses every normaliser
-    old_logp      None means on-policy: the ratio is 1 and the clip has no effect
-    sequences     i64[N]: rows of equal number, at least 0, form a sequence. Only "gspo" with old_logp reads them, and
-                  needs them; rows of token_weight 0 do not count in their sequence
-    objective     None: PPO's clip with both bounds 0.2. Text such as "cispo" means PolicyObjective(kind="cispo")
-    rows          i64[M]: only these rows enter a GEMM. "live": rows with token_weight != 0; on a GPU the host waits
-                  for their number. None: all rows, and a nan in a row of weight 0 propagates
+    """Return the sum over rows of token_weight * (objective - entropy_coef * entropy), with statistics.
 
     This call computes the gradients, and backward only scales them: three GEMMs a chunk in all. "gspo" with old_logp
     needs all log-probs of a sequence before the first slope: backward computes the gradients, with a fourth GEMM a
     chunk unless stash_bytes keeps the logits. With N = 0 the loss is 0 and still connected to hidden and weight.
 
-    Raises the errors of linear_logprob_entropy, and ValueError if an input that the objective needs is missing.
+    Args:
+        hidden, weight, targets: as in linear_logprob_entropy.
+        advantages: f32[N], a constant.
+        token_weight: f32[N], mask / denominator; the caller chooses every normaliser.
+        old_logp: f32[N], nats. None means on-policy: the ratio is 1 and the clip has no effect.
+        rollout_logp: f32[N], nats, of the engine that sampled; needed for objective.is_cap.
+        ref_logp: f32[N], nats, of the reference model; needed for objective.kl_coef.
+        sequences: i64[N], the number from 0 of a row's sequence, for "gspo" with old_logp. Weight 0 leaves a row out.
+        objective: None is PPO's clip with both bounds 0.2; text such as "cispo" is PolicyObjective(kind="cispo").
+        entropy_coef: factor of the entropy bonus, a float or f32[].
+        rows: i64[M]; only these rows enter a GEMM. "live": rows with token_weight != 0; on a GPU the host waits for
+            their number. None: all rows, and a nan in a row of weight 0 propagates.
+        **options: the fields of HeadOptions.
+
+    Returns:
+        (loss, stats): f32[], f64 for fp64 inputs, and a PolicyStats.
+
+    Raises:
+        ValueError: an input that the objective needs is missing. Other errors are those of linear_logprob_entropy.
     """
     head, objective = head_options(options), _cheapest(as_objective(objective), old_logp)
-    whole = needs_sequences(objective, old_logp)
     check_inputs(objective, rollout_logp, ref_logp)
     head.check(hidden, weight, targets)
-    inputs = head.row_inputs(hidden, weight, targets)
-
-    def optional(name: str, value: Tensor | None) -> Tensor | None:
-        return None if value is None else checks.as_constant(name, value, inputs.inv_tau)
-
+    inputs, whole = head.row_inputs(hidden, weight, targets), needs_sequences(objective, old_logp)
+    given = {"advantages": advantages, "token_weight": token_weight, "old_logp": old_logp}
+    given |= {"rollout_logp": rollout_logp, "ref_logp": ref_logp}
     constants = PolicyRows(
+        **checks.as_constants(given, inputs.inv_tau),
         objective=objective,
         entropy_coef=entropy_coef,
-        advantages=checks.as_constant("advantages", advantages, inputs.inv_tau),
-        token_weight=checks.as_constant("token_weight", token_weight, inputs.inv_tau),
-        old_logp=optional("old_logp", old_logp),
-        rollout_logp=optional("rollout_logp", rollout_logp),
-        ref_logp=optional("ref_logp", ref_logp),
         sequences=checks.sequences(sequences, token_weight) if whole else None,
         grad_row_eps=head.grad_row_eps,
     )
@@ -238,21 +249,6 @@ def _eager_logprob_entropy(inputs: chunked.RowInputs, weight_VH: Tensor, head: H
     settings, grad_on = head.settings(weight_VH), torch.is_grad_enabled()
     call = _ScoreCall(inputs.targets, inputs.inv_tau, settings, main_grad_VH=head.main_grad, grad_enabled=grad_on)
     return _Score.apply(inputs.hidden, weight_VH, head.bias, call)
-
-
-def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return grad * factor in `dtype`, in place if no second backward can read `grad`, which saves a [V, H]."""
-    if grad.dtype == dtype or grad.device.type == "cpu":
-        if _graph_is_kept():
-            return host.converted(grad * factor, dtype)
-        return host.converted(grad if host.is_one(factor) else grad.mul_(factor), dtype)
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-
-
-def _graph_is_kept() -> bool:
-    """Return True if the running backward has retain_graph, and also for a torch without this information."""
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return probe is None or probe()
 
 
 def _fused_policy_loss(

@@ -36,6 +36,14 @@ class LMHead(nn.Linear):
     forward. Options are those of linear_logprob_entropy and linear_policy_loss, without bias, softcap and logit_scale,
     which belong to the module. softcap and logit_scale apply to the scoring forms only: a Hugging Face model applies
     its own to raw logits.
+
+    Args:
+        in_features: H.
+        out_features: V.
+        bias: True for a bias [V], trained like the weight.
+        softcap: above 0, of the scoring forms; None: no cap.
+        logit_scale: above 0, of the scoring forms.
+        **factory: device and dtype of nn.Linear.
     """
 
     def __init__(
@@ -54,7 +62,16 @@ class LMHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> "LMHead":
-        """Return a head that shares the Parameters of `linear`, so a tied embedding stays tied."""
+        """Return a head that shares the Parameters of `linear`, so a tied embedding stays tied.
+
+        Args:
+            linear: the model's head, with weight [V, H].
+            softcap: above 0, of the scoring forms; None: no cap.
+            logit_scale: above 0, of the scoring forms.
+
+        Returns:
+            A head in the training mode of `linear`.
+        """
         head = cls(
             linear.in_features,
             linear.out_features,
@@ -88,8 +105,19 @@ class LMHead(nn.Linear):
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, PolicyStats]:
         """Return logits, log-probs with entropies, or the policy loss, depending on the arguments; see the class.
 
-        Raises ValueError for options without targets, TypeError for an option that belongs to the module, and
-        whatever linear_logprob_entropy and linear_policy_loss raise.
+        Args:
+            hidden: [..., H] for logits, else [N, H].
+            targets: i64[N], token ids; None for logits.
+            advantages: f32[N]; None for log-probs and entropies.
+            **options: those of linear_policy_loss, or of linear_logprob_entropy without advantages.
+
+        Returns:
+            Logits [..., V] of the weight's dtype, or (logp, entropy), or (loss, PolicyStats).
+
+        Raises:
+            ValueError: options or advantages without targets.
+            TypeError: an option that belongs to the module.
+            Exception: whatever linear_logprob_entropy and linear_policy_loss raise.
         """
         if targets is None:
             if advantages is not None or options:

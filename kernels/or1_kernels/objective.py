@@ -89,9 +89,12 @@ def as_objective(given: PolicyObjective | str | None) -> PolicyObjective:
 
 
 class TokenLoss(NamedTuple):
-    """Loss of each token, slope dloss/dlogp, ratio, and clipped: bool[N], the clip changed the token.
+    """Loss of each token, with its slope.
 
-    The ratio is exp(lp - old), or that of the token's sequence for "gspo".
+    loss_N     differentiable
+    slope_N    dloss/dlogp
+    ratio_N    exp(lp - old), or that of the token's sequence for "gspo"
+    clipped_N  bool[N]: the clip changed the token
     """
 
     loss_N: Tensor
@@ -191,12 +194,24 @@ def token_loss(
 ) -> TokenLoss:
     """Return loss and slope of every token, not summed, masked or normalised. loss_N is differentiable as well.
 
-    All tensors but sequences_N are f32[N] or f64[N], log-probs in nats. old_logp None means on-policy: old = lp,
-    detached, so the ratio is exactly 1. is_cap multiplies the advantage by the constant `engine_weight`. kl_coef adds
-    kl_coef * min(exp(ref - lp) - (ref - lp) - 1, K3_MAX), Schulman's k3 estimate, without a slope beyond the bound.
-    sequences_N as in `sequence_ratio`; read by "gspo" with old_logp.
+    is_cap multiplies the advantage by the constant `engine_weight`. kl_coef adds kl_coef * min(k3, K3_MAX), where
+    k3 = exp(ref - lp) - (ref - lp) - 1 is Schulman's estimate (joschu.net/blog/kl-approx.html). Beyond the bound the
+    estimate has no slope.
 
-    Raises ValueError if an input that the objective needs is missing.
+    Args:
+        objective: kind and constants; the class names the paper and equation of every kind.
+        logp_N: f32[N] or f64[N], nats, under the current policy.
+        advantages_N: of the same dtype.
+        old_logp_N: nats. None means on-policy: old = lp, detached, so the ratio is exactly 1.
+        rollout_logp_N: nats, of the engine that sampled; needed for is_cap.
+        ref_logp_N: nats, of the reference model; needed for kl_coef.
+        sequences_N: i64[N], as in `sequence_ratio`; needed for "gspo" with old_logp_N.
+
+    Returns:
+        A TokenLoss, with tensors of logp_N's dtype.
+
+    Raises:
+        ValueError: an input that the objective needs is missing.
     """
     check_inputs(objective, rollout_logp_N, ref_logp_N)
     anchor_N = (logp_N if old_logp_N is None else old_logp_N).detach()

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     for name, text in _ACTIONS.items():
         action = actions.add_parser(name, help=text)
-        action.add_argument("run_dir", type=Path)
+        action.add_argument("run_dir", type=Path, help="run directory")
         if name == "verify":
             action.add_argument("--step", type=positive, help="this one only")
         if name == "prune":

@@ -42,8 +42,8 @@ COMPARED = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `or1 replay`."""
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("step", type=positive)
+    parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("step", type=positive, help="step to repeat; its rollouts and the checkpoint before must exist")
 
 
 def run(arguments: argparse.Namespace) -> int:

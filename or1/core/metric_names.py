@@ -344,7 +344,9 @@ def markdown() -> str:
     for title in sorted(groups, key=lambda title: title == "Derived"):
         heading = "Computed for display, not in the file" if title == "Derived" else title
         lines += ["", f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
-        lines += [f"| `{each.name}` | {each.unit} | {each.meaning} |" for each in groups[title]]
+        # A plain pipe would start a new cell.
+        cells = ((each.name, each.unit, each.meaning.replace("|", r"\|")) for each in groups[title])
+        lines += [f"| `{name}` | {unit} | {meaning} |" for name, unit, meaning in cells]
     return "\n".join(lines) + "\n"
 
 

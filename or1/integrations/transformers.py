@@ -73,27 +73,42 @@ class ScoreSettings:
 def patch_model(model: nn.Module, **options: Unpack[HeadOptionsDict]) -> nn.Module:
     """Make model(input_ids, labels=labels) return ScoredOutput, computed without logits. Return the model.
 
-    model    a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Patch the model
-             before you wrap it for training
-    options  of or1_kernels.HeadOptions: temperature (one float above 0 that divides the logits; default 1, right for
-             SFT), impl="torch", preset="lean", stash_bytes=2**30, ...
-
     labels are token ids, -100 for tokens that are not scored; they are shifted inside, as in transformers. shift_labels
     are not shifted. ignore_index replaces -100, as in transformers. num_items_in_batch divides the loss, so Trainer's
     gradient accumulation stays exact. Without any token to score the loss is 0 and connected to every parameter, where
     transformers returns nan. Calls without labels, generate() included, are unchanged. The first such call in training
     logs a warning, because Trainer removes the labels for label_smoothing_factor and for a compute_loss_func.
 
-    A saved, pickled or copied patched model is patched too. After resize_token_embeddings the new head scores. Raises
-    TypeError for an unknown option, ValueError for a value that no call accepts, UnsupportedModelError or
-    heads.UnsupportedHeadError.
+    A saved, pickled or copied patched model is patched too. After resize_token_embeddings the new head scores.
+
+    Args:
+        model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Patch the model
+            before you wrap it for training.
+        **options: the fields of or1_kernels.HeadOptions without bias and grad_row_eps. temperature is one float above 0
+            that divides the logits; its default 1 is right for SFT.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: an unknown option, or a value of a wrong type.
+        ValueError: a value that no call accepts.
+        UnsupportedModelError: a model without an LM head or without a backbone of its own.
+        UnsupportedHeadError: a head that is not a plain or LoRA linear layer (or1.integrations.heads).
     """
     install(model, ScoreSettings(options=HeadOptionsDict(temperature=1.0) | options))
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Undo patch_model. Return the model."""
+    """Undo patch_model.
+
+    Args:
+        model: a patched model, or one that is not patched, which stays as it is.
+
+    Returns:
+        The same model.
+    """
     state = vars(unwrap(model))
     if _SETTINGS in state:
         # The patched head may now be inside a PEFT adapter, or resizing may have replaced it.
@@ -109,7 +124,15 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 def install(model: nn.Module, settings: ScoreSettings) -> None:
-    """Patch a model as patch_model does, with all settings. A second call replaces the settings."""
+    """Patch a model as patch_model does, with all settings. A second call replaces the settings.
+
+    Args:
+        model: as in patch_model.
+        settings: which calls score their labels, and how.
+
+    Raises:
+        Exception: whatever patch_model raises.
+    """
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
         raise UnsupportedModelError(
@@ -166,7 +189,14 @@ def _facts(inner: PreTrainedModel, options: HeadOptionsDict) -> dict[str, Any]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    """Return the module inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers.
+
+    Args:
+        model: a module in any number of wrappers.
+
+    Returns:
+        The wrapped module itself, not a copy.
+    """
     inner: Any = model  # Wrappers are recognised by their attributes.
     while True:
         if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
@@ -180,7 +210,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def logit_transform(config: Any) -> HeadOptionsDict:
-    """Return softcap and logit_scale of a model's config, whichever names its family uses for these."""
+    """Return softcap and logit_scale of a model's config, whichever names its family uses for these.
+
+    Args:
+        config: the model's configuration, a transformers PretrainedConfig.
+
+    Returns:
+        Options of the head; logit_scale is 1.0 and softcap None where the config names none.
+    """
     text = config.get_text_config()
     scale = next(
         (
@@ -281,9 +318,16 @@ def _scored_call(
 def score_hidden(
     model: PreTrainedModel, hidden_BTH: Tensor, targets_BT: Tensor, ignore_index: int = IGNORED
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (log_probs, entropy, mask), each [B, T], of hidden states that predict targets.
+    """Return log-probs and entropies of the tokens that hidden states predict. Ignored rows enter no GEMM.
 
-    Ignored rows enter no GEMM.
+    Args:
+        model: a patched model, whose LM head is called.
+        hidden_BTH: [B, T, H], the backbone's last hidden states.
+        targets_BT: i64[B, T], the next token of every position.
+        ignore_index: target of positions that are not scored.
+
+    Returns:
+        (log_probs, entropy, mask), each [B, T]: f32 in nats and 0 where ignored, twice, and bool.
     """
     settings = _settings_of(model)
     # FSDP, PEFT and resize_token_embeddings replace the head after patching, so every call looks it up.

@@ -1,7 +1,7 @@
 """The fused head inside TRL's GRPOTrainer: policy, old and reference passes, every loss_type, no logits.
 
 The patch replaces only log-probs and entropies. The loss is TRL's own, so each of its losses, importance weights, masks
-and entropy controls keeps its meaning.
+and entropy controls keeps its meaning. `Or1GRPOTrainer`, with GRPOTrainer's arguments, is patched on construction.
 Legend: B sequences, T prompt and completion tokens, C completion tokens.
 """
 
@@ -48,16 +48,27 @@ def patch(trainer: GRPOTrainer, **options: Unpack[HeadOptionsDict]) -> GRPOTrain
 
         trainer = patch(GRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...))
 
-    options are those of or1_kernels.HeadOptions without temperature, which is the trainer's; stash_bytes=2**30 trades
-    memory for one GEMM less. Works with PEFT, gradient accumulation, accelerate, DDP, FSDP and DeepSpeed: models run
+    Works with PEFT, gradient accumulation, accelerate, DDP, FSDP and DeepSpeed: models run
     through their wrappers. use_liger_kernel keeps Liger's layers but not its loss, so options that TRL refuses with
     that loss work.
 
     Before TRL 1.15 the patch scores text only. It never scores padding. TRL before 1.5 includes padding in the mean of
     loss_type "luspo" with weights per token, so this mean differs.
 
-    Raises UnsupportedTRLError for another trainer or a TRL outside OLDEST..NEWEST. Raises heads.UnsupportedHeadError or
-    transformers.UnsupportedModelError for the model, TypeError for an unknown option, ValueError for a wrong value.
+    Args:
+        trainer: TRL's GRPOTrainer, or a subclass, with its model and reference model.
+        **options: the fields of or1_kernels.HeadOptions without temperature, which is the trainer's. stash_bytes=2**30
+            trades memory for one GEMM less.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        UnsupportedTRLError: another trainer, or a TRL outside 1.0.0 to 1.16.0.
+        UnsupportedModelError: the model has no LM head or no backbone of its own (or1.integrations.transformers).
+        UnsupportedHeadError: its head is not a plain or LoRA linear layer (or1.integrations.heads).
+        TypeError: an unknown option, or a value of a wrong type.
+        ValueError: temperature, or a value that no call accepts.
     """
     version = _check(trainer)
     if "temperature" in options:

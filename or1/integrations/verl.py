@@ -58,12 +58,20 @@ class ControllerDict(TypedDict, total=False):
 
 
 def install(**controller: Unpack[ControllerDict]) -> EntropyController:
-    """Replace verl's fused head and register the policy loss "magic". Return this process's controller.
+    """Replace verl's fused head and register the policy loss "magic".
 
-    controller: settings of or1.magic.entropy.EntropyController. The defaults are the released recipe's: target 0.2
-    nats, delta 1e-4, coefficient in [0, 5e-3] from 0. A later call replaces the controller and patches nothing twice.
+    A later call replaces the controller and patches nothing twice.
 
-    Raises UnsupportedVerlError if this verl lacks a name that is replaced.
+    Args:
+        **controller: the fields of or1.magic.EntropyController. The defaults are the released recipe's: target 0.2
+            nats, delta 1e-4, coefficient in [0, 5e-3] from 0.
+
+    Returns:
+        This process's controller.
+
+    Raises:
+        UnsupportedVerlError: this verl lacks a name that is replaced.
+        ValueError: a setting outside the controller's limits.
     """
     _MAGIC.controller = EntropyController(**controller)
     if not _MAGIC.installed:
@@ -81,10 +89,21 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (log-probs, entropy), f32 in the shape of labels, for verl's arguments and any vocabulary size.
+    """Return log-probs and entropies for the arguments of verl's own function, at any vocabulary size.
 
-    hidden [..., H], weight [V, H], labels int[...]; temperature a float, or [...] like labels; dist_process_group: the
-    tensor-parallel ranks that hold the vocabulary in equal parts. Raises UnsupportedVerlError for another reduction.
+    Args:
+        hidden: [..., H].
+        weight: [V, H], a tensor or a DTensor, which is gathered.
+        labels: int[...], token ids.
+        temperature: a float, or [...] like labels.
+        reduction: "none".
+        dist_process_group: tensor-parallel ranks that hold the vocabulary in equal parts; None: one rank holds all.
+
+    Returns:
+        (log-probs, entropy), each f32 in the shape of labels, nats.
+
+    Raises:
+        UnsupportedVerlError: another reduction.
     """
     if reduction != "none":
         raise UnsupportedVerlError(f"reduction is {reduction!r}; this head returns one value a token, reduction='none'")
@@ -173,11 +192,25 @@ def policy_loss(
     config: Any = None,
     **given: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return MAGIC's clipped loss (report, Eq. 3.1) and metrics, for verl's arguments: tensors [B, C].
+    """Return MAGIC's clipped loss (report, Eq. 3.1) and metrics, for the arguments of verl's policy losses.
 
     The loss sums -min(r A, clip(r) A) over tokens. Its denominator is the trained tokens of the mini-batch on all
-    ranks, as in verl's global "token-mean". There is no dual clip and no clamp. `given` may hold
-    rollout_is_weights [B, C]. Raises UnsupportedVerlError for another loss_agg_mode.
+    ranks, as in verl's global "token-mean". There is no dual clip and no clamp.
+
+    Args:
+        old_log_prob: [B, C], nats, under the policy that the clip compares with.
+        log_prob: [B, C], nats, under the current policy.
+        advantages: [B, C].
+        response_mask: [B, C], 1 for the tokens that count.
+        loss_agg_mode: "token-mean".
+        config: verl's ActorConfig, for clip_ratio, clip_ratio_low, clip_ratio_high and global_batch_info.
+        **given: rollout_is_weights [B, C], or nothing.
+
+    Returns:
+        (loss [], metrics actor/pg_clipfrac and actor/ppo_kl).
+
+    Raises:
+        UnsupportedVerlError: another loss_agg_mode.
     """
     from verl.trainer.ppo.core_algos import agg_loss
 
@@ -279,10 +312,16 @@ def _with_coefficient(train_batch: Any) -> Any:
 
 
 def kept_mask(data: Any) -> Tensor:
-    """Return data["response_mask"] without responses whose advantages are all 0 (report, section 3.1).
+    """Return the mask of a batch without responses whose advantages are all 0 (report, section 3.1).
 
-    Tensors are [B, C], dense or nested as in verl's engines. Such responses come from groups of equal rewards: solved
-    or hopeless problems. They have no policy gradient, but the entropy bonus would act on them.
+    Such responses come from groups of equal rewards: solved or hopeless problems. They have no policy gradient, but the
+    entropy bonus would act on them.
+
+    Args:
+        data: holds response_mask and advantages, [B, C], dense or nested as in verl's engines.
+
+    Returns:
+        A mask of the form of data["response_mask"].
     """
     mask, advantages = data["response_mask"], data["advantages"]
     if not mask.is_nested:
@@ -293,9 +332,14 @@ def kept_mask(data: Any) -> Tensor:
 
 
 def kept_entropy(data: Any, group: ProcessGroup | None = None) -> float:
-    """Return e_k of Eq. 3.2 over the tokens of `kept_mask` on all ranks of `group`, in nats. NaN without tokens.
+    """Return e_k of the report's Eq. 3.2 over the tokens of `kept_mask`.
 
-    data["old_log_probs"], data["advantages"] and data["response_mask"] are [B, C], dense or nested.
+    Args:
+        data: holds old_log_probs (nats), advantages and response_mask, [B, C], dense or nested.
+        group: ranks to average over; None: all.
+
+    Returns:
+        Nats a token; nan without a token.
     """
     logp, mask = (x.values() if x.is_nested else x for x in (data["old_log_probs"], kept_mask(data)))
     kept = mask.sum(dtype=torch.float64)

@@ -24,7 +24,7 @@ class EntropyController:
     paper   alpha_k = c_k 1{e_k <= target};      then c += delta if e_k < target, -= delta if e_k > target
     script  alpha_k = c_k 1{e_{k-1} < target};   then c += delta if e_k < target, else c -= delta
 
-    and c is clipped to [coef_min, coef_max] in both. `constant` always applies c; `none` applies 0.
+    and c is clipped to [coef_min, coef_max] in both. control="constant" always applies c; "none" applies 0.
 
         alpha = controller.alpha(entropy)        before the update; loss -= alpha * mean entropy
         controller.update(entropy)               after it
@@ -62,7 +62,7 @@ class EntropyController:
         return cls(**config.model_dump(include=names))
 
     def alpha(self, entropy: float) -> float:
-        """Return the coefficient for the step whose rollout has this entropy. Changes no state."""
+        """Return the coefficient for the step whose rollout has this entropy, nats a token. Changes no state."""
         match self.control, self.variant:
             case "none", _:
                 return 0.0
@@ -74,7 +74,7 @@ class EntropyController:
                 return self.coef if self.gate else 0.0
 
     def update(self, entropy: float) -> None:
-        """Move c and the gate after that step."""
+        """Move c and the gate after the step whose rollout had this entropy, nats a token."""
         if self.control != "adaptive":
             return
         below = entropy < self.target
@@ -88,7 +88,7 @@ class EntropyController:
         return {"coef": self.coef, "gate": self.gate}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. Raises KeyError for a state without `coef` or `gate`."""
         self.coef, self.gate = float(state["coef"]), bool(state["gate"])
 
     # The names that or1.magic published first.

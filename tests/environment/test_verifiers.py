@@ -25,6 +25,7 @@ from or1.train.build import Parts, build
 from or1.train.metrics import UpdateStats
 from or1.train.update import update
 from or1.trainer import Trainer
+from tests.helpers.snippets import blocks
 
 pytest.importorskip("verifiers.v1")
 pytestmark = pytest.mark.integrations
@@ -255,3 +256,14 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, chatter: Path) -> None
         config = settings(tmp_path, chatter, "counting", f"renderer = {QWEN3}")
         short = config.data.model_copy(update={"max_prompt_tokens": 3})
         build(config.model_copy(update={"data": short}), Quiet())
+
+
+def test_the_example_of_the_page_is_one(tmp_path: Path, chatter: Path, root: Path) -> None:
+    (source,) = blocks((root / "docs" / "environments.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / "sums.py").write_text(source, encoding="utf-8")
+    with open_environment(settings(tmp_path, chatter, str(tmp_path / "sums"), f"renderer = {QWEN3}")) as environment:
+        prompts = environment.problems.prompts
+    assert [(p.text, p.row["answer"]) for p in (prompts[0], prompts[-1])] == [
+        ("What is 0 + 0?", "0"),
+        ("What is 999 + 999?", "1998"),
+    ]

@@ -8,7 +8,7 @@ import torch
 
 from or1_kernels import linear_logprob_entropy
 from or1_kernels.engine import gemms, host
-from or1_kernels.head import scaled
+from or1_kernels.engine.host import scaled
 
 needs_product = pytest.mark.skipif(not host.has_wide_product(), reason="no AMX, or a torch without MKL")
 
@@ -168,7 +168,7 @@ def test_the_first_chunk_overwrites_any_old_weight_gradient(chosen):
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_scaled_and_a_kept_graph_keeps_them(monkeypatch, dtype, factor, kept):
-    monkeypatch.setattr("or1_kernels.head._graph_is_kept", lambda: kept)
+    monkeypatch.setattr("or1_kernels.engine.host._graph_is_kept", lambda: kept)
     grad = torch.randn(5, 7)
     before = grad.clone()
     out = scaled(grad, torch.tensor(factor), dtype)

@@ -165,3 +165,18 @@ def _gemm() -> Callable[..., None] | None:
     a, b, c = left.bfloat16(), right.bfloat16(), torch.ones(2, 4)
     gemm(_ROW_MAJOR, _PLAIN, _TRANSPOSED, 2, 4, 3, 1.0, a.data_ptr(), 3, b.data_ptr(), 3, 2.0, c.data_ptr(), 4)
     return gemm if torch.equal(c, (left @ right.T + 2).float()) else None
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad * factor in `dtype`, in place if no second backward can read `grad`, which saves a [V, H]."""
+    if grad.dtype == dtype or grad.device.type == "cpu":
+        if _graph_is_kept():
+            return converted(grad * factor, dtype)
+        return converted(grad if is_one(factor) else grad.mul_(factor), dtype)
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _graph_is_kept() -> bool:
+    """Return True if the running backward has retain_graph, and also for a torch without this information."""
+    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return probe is None or probe()

@@ -1,0 +1,61 @@
+"""Snippets of README and docs/: blocks of code, commands, and configs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# What a whole config needs beside a fragment.
+MINIMAL = {
+    "run_dir": "runs/x",
+    "model": {"path": "some/model"},
+    "data": {"train": "rows.jsonl"},
+    "stage": [{"steps": 1, "max_response_tokens": 64, "prompts_per_step": 1, "group_size": 2}],
+}
+# Words of the pages in the place of a number.
+_NUMBERS = {"N": "1", "STEP": "1", "H": "1", "TOKENS": "1", "SECONDS": "1"}
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Return the text of README and of every page, by its path."""
+    paths = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return [block for name, block in FENCED.findall(text) if name == language]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of every line of code that calls `or1`, with numbers in the place of N and STEP.
+
+    Lines of code are indented, or in a block of bash. Words after two spaces explain a command.
+    """
+    indented = [line.removeprefix("    ") for line in FENCED.sub("", text).splitlines() if line.startswith("    ")]
+    lines = "\n".join([*indented, *blocks(text, "bash")])
+    for line in lines.replace("\\\n", "").splitlines():
+        if "[" in line or "<" in line:
+            # A form such as `or1 eval TARGET [--step N]`, whose options `options` finds.
+            continue
+        for part in line.split("&&"):
+            found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +#.*", "", part))
+            if found:
+                yield [_NUMBERS.get(word, word) for word in shlex.split(found[1])]
+
+
+def options(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the verb and the options of every command of `or1` in the text, whole or a form with brackets."""
+    for found in re.finditer(r"`or1 ([a-z]+)([^`]*)`|^    or1 ([a-z]+)(.*)$", text, flags=re.MULTILINE):
+        verb, rest = found[1] or found[3], found[2] or found[4] or ""
+        yield verb, re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r" {2,}(?!-).*", "", rest))
+
+
+def merged(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the keys of a fragment of TOML over those of a base. An array replaces an array."""
+    both = {key: merged(base[key], value) for key, value in fragment.items() if isinstance(base.get(key), dict)}
+    return {**base, **fragment, **both}
