@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, serve, train, tune
+from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, schema, serve, train, tune
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
@@ -55,6 +55,7 @@ VERBS = {
     "replay": Verb(replay, "repeat one step of a run from its checkpoint and saved rollouts"),
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),
     "doctor": Verb(doctor, "check this machine and, with a config, that engine and trainer agree"),
+    "schema": Verb(schema, "print the JSON schema of a config, for editors"),
     "serve": Verb(serve, "run the vLLM server of a config, for a trainer on this or another machine"),
 }
 
