@@ -35,6 +35,10 @@ class _CallableRoom(ModuleType):
         return _function(self.__name__)(*args, **kwargs)
 
     @property
+    def __doc__(self) -> str | None:  # type: ignore[override]  # what help() and a notebook's `train?` show
+        return _function(self.__name__).__doc__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(_function(self.__name__))
 

@@ -19,6 +19,7 @@ from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
 from or1.commands.exit import explain_os_error, fail
 from or1.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, Or1Error
+from or1.core.installed import require_kernels
 from or1.core.terminal import guard_terminal, tell
 from or1.dist.local_ranks import end_with_launcher
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # slower as soon as another process wanted one of its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        require_kernels()
         return VERBS[arguments.verb].command.run(arguments)
     except Or1Error as error:
         return fail(error, error.exit_code)

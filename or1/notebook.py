@@ -4,16 +4,18 @@
 
     print(plan("config.toml", device="H100").fits)
     run = train("config.toml", {"optim.lr": 1e-4})
-    rewards = [record["reward/mean"] for record in run.metrics()]
-    accuracy = evaluate(run.folder)["sets"]
+    steps, rewards = run.series("reward/mean")
+    accuracy = evaluate(run.folder)["sets"]["heldout"]["avg@1"]
 
-An error is an exception of `or1.core.errors`, whose text is what
-the verb prints. Training ranks on several GPUs need the command: `or1 train CONFIG --nproc N`.
+Relative paths are those of the working directory, or of the folder of the config. A mistake is an exception of
+`or1.core.errors`, whose text is what the verb prints. Several GPUs need the command: `or1 train CONFIG --nproc N`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from or1.config.load import load_config
-from or1.core.errors import ConfigError, Problem
+from or1.core.errors import ConfigError, Problem, RunError
+from or1.core.installed import require_kernels
+from or1.core.records import number
 
 if TYPE_CHECKING:
     from or1.core.records import Record
@@ -41,10 +45,28 @@ class Run:
     folder: Path
 
     def metrics(self) -> list[Record]:
-        """Return the recorded steps in order: mappings of metric name to number, as docs/metrics.md lists them."""
+        """Return the records of steps in order: mappings of metric name to number, as docs/metrics.md lists them.
+
+        Step 0 is the evaluation before training.
+        """
         from or1.run.metrics_log import read_metrics
 
         return read_metrics(self.folder / "metrics.jsonl")
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return steps and values of one metric, of equal length, for a plot. Leaves out steps without the metric.
+
+        Raises RunError if no step has the metric.
+        """
+        records = self.metrics()
+        found = [(record["step"], value) for record in records if math.isfinite(value := number(record.get(name)))]
+        if not found:
+            known = sorted({key for record in records for key in record})
+            close = difflib.get_close_matches(name, known, n=3) or known
+            instead = f"name another metric, such as {', '.join(close)}" if close else "the run has recorded no step"
+            raise RunError(f"no step of {self.folder} has the metric {name!r}; {instead}")
+        steps, values = zip(*found, strict=True)
+        return list(steps), list(values)
 
     @property
     def step(self) -> int:
@@ -74,11 +96,11 @@ def train(config: str | Path, overrides: Overrides = (), *, fresh: bool = False)
     overrides  settings that replace those of the file, as --set does
     fresh      move an earlier run of the same run_dir aside and start from scratch
 
-    An interrupt from the keyboard, or SIGTERM, ends training after the step; then `weights` is None.
+    SIGTERM ends training after the step; then `weights` is None. KeyboardInterrupt, as of a notebook's stop button,
+    leaves at once, and the next call resumes from the newest checkpoint.
     Raises ConfigError for mistakes in the config, and the errors of `or1.commands.train.launch`.
     """
-    # Read once, when torch is loaded; or1/cli.py says why.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare()
     from or1.commands.train import launch
 
     checked = load_config(config, _as_options(overrides))
@@ -95,7 +117,7 @@ def evaluate(
     out: str | Path | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Measure avg@k and pass@k of every evaluation set, and return the contents of eval.json.
+    """Measure avg@k and pass@k of every evaluation set, and return the contents of eval.json: "sets" by name.
 
     target     TOML file, run directory, Hugging Face folder, or URL of a server
     overrides  settings that replace those of the config
@@ -106,7 +128,7 @@ def evaluate(
 
     Accuracies are shares from 0 to 1. Raises ConfigError and the errors of `or1.commands.eval.run_evaluation`.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare()
     from or1.commands.eval import run_evaluation
     from or1.eval.target import Target, resolve_target
 
@@ -142,6 +164,12 @@ def plan(
     shape = shape_of(checked.model.path)
     found, _ = find_device(device, checked.model.device)
     return make_plan(checked, shape, measured(found, shape, checked.model.dtype), gpus, mean_response)
+
+
+def _prepare() -> None:
+    require_kernels()
+    # Read once, when torch is loaded; or1/cli.py says why.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _as_options(overrides: Overrides) -> list[str]:

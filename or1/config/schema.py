@@ -3,7 +3,8 @@
     or1 schema > config.schema.json
 
 The schema holds what pydantic knows of one key: name, type, limits, choices, default, meaning. Contradictions between
-sections and missing files are found by `or1 train CONFIG --dry-run` only.
+sections and missing files are found by `or1 train CONFIG --dry-run` only. Short spellings that or1 accepts, such as
+"bf16", are not in the schema.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def _without_nulls(node: Any) -> None:
             _without_nulls(each)
     if not isinstance(node, dict):
         return
-    if "default" in node and node["default"] is None:
+    # Those of a section are the defaults of its keys.
+    if "default" in node and (node["default"] is None or "$ref" in node):
         del node["default"]
     if options := node.get("anyOf"):
         kept = [option for option in options if option != {"type": "null"}]
