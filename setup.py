@@ -19,8 +19,8 @@ setup(
     package_dir={"or1": "or1", "or1_kernels": "kernels/or1_kernels", "or1_examples": "examples"},
     package_data={
         "or1": ["py.typed"],
-        "or1_kernels": ["py.typed"],
-        "or1_examples": ["quickstart.toml", "tiny-adder/*", "recipes/*", "smollm2/*.*"],
+        "or1_kernels": ["py.typed", "*.pyi"],
+        "or1_examples": ["config.schema.json", "quickstart.toml", "tiny-adder/*", "recipes/*", "smollm2/*.*"],
     },
     ext_modules=[
         Pybind11Extension(

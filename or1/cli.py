@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, serve, train, tune
+from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, schema, serve, train, tune
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
 from or1.commands.exit import explain_os_error, fail
 from or1.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, Or1Error
+from or1.core.installed import require_kernels
 from or1.core.terminal import guard_terminal, tell
 from or1.dist.local_ranks import end_with_launcher
 
@@ -55,6 +56,7 @@ VERBS = {
     "replay": Verb(replay, "repeat one step of a run from its checkpoint and saved rollouts"),
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),
     "doctor": Verb(doctor, "check this machine and, with a config, that engine and trainer agree"),
+    "schema": Verb(schema, "print the JSON schema of a config, for editors"),
     "serve": Verb(serve, "run the vLLM server of a config, for a trainer on this or another machine"),
 }
 
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # slower as soon as another process wanted one of its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        require_kernels()
         return VERBS[arguments.verb].command.run(arguments)
     except Or1Error as error:
         return fail(error, error.exit_code)

@@ -8,6 +8,9 @@ from .lm_head import LMHead
 from .objective import PolicyObjective, TokenLoss, token_loss
 from .options import HeadOptions, HeadOptionsDict
 
+__version__ = "0.1.0"
+"""The version of or1 whose kernels these are."""
+
 __all__ = [
     "HeadOptions",
     "HeadOptionsDict",

@@ -9,6 +9,7 @@ from pathlib import Path
 from or1.commands import train
 from or1.commands.arguments import Parser, positive
 from or1.commands.examples import ADDER, copy_adder, examples_folder
+from or1.config.schema import FILE_NAME, schema_text
 from or1.core.errors import RunError
 from or1.core.files import write_whole
 
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             shutil.copyfile(examples_folder() / ADDER / name, folder / ADDER / name)
     if not config.is_file():
         write_whole(config, _own_config(folder))
+        write_whole(folder / FILE_NAME, schema_text())
     steps = [] if arguments.steps is None else [f"stage.{i}.steps={arguments.steps}" for i in (0, 1)]
     code = train.run(_parsed([str(config), *(word for text in steps for word in ("--set", text))]))
     if code == 0:

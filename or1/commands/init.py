@@ -13,6 +13,7 @@ from typing import NamedTuple
 from or1.commands.examples import ADDER, copy_adder
 from or1.commands.exit import fail
 from or1.config import Config
+from or1.config.schema import FILE_NAME, schema_text
 from or1.core.errors import EXIT_RUN, PlanError, RunError
 from or1.core.files import write_whole
 
@@ -32,7 +33,8 @@ class _Size(NamedTuple):
 
 _SMALL = _Size(28, 8192, 'dtype = "float32"\ndevice = "cpu"', "batch_size = 512   # responses generated together")
 
-_CONFIG = Template("""# A task of your own. Check it, train, look:
+_CONFIG = Template("""#:schema ./config.schema.json
+# A task of your own. Check it, train, look:
 #
 #     or1 train $folder/config.toml --dry-run
 #     or1 train $folder/config.toml
@@ -129,6 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(folder / name, "".join(f"{json.dumps(row)}\n" for row in rows))
     if arguments.task == "own":
         write_whole(folder / "reward.py", _REWARD)
+    # An editor completes and checks the config by the schema that its first line names.
+    write_whole(folder / FILE_NAME, schema_text())
     write_whole(folder / "config.toml", _config(folder, arguments.model, arguments.task, size))
     for remark in size.remarks:
         print(remark)

@@ -51,6 +51,9 @@ def _no_dropout(value: float) -> float:
     return value
 
 
+_AS_LIST = BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...])
+
+
 class LoraConfig(Section):
     """`[model.lora]`: train adapters beside frozen weights (docs/lora.md). Absent: all weights are trained."""
 
@@ -58,9 +61,7 @@ class LoraConfig(Section):
     """Rank of the adapters. Each target of shape [out, in] gets rank * (in + out) parameters."""
     alpha: float = Field(32.0, gt=0, le=1e6)
     """The adapter's product is multiplied by alpha / rank, or by alpha / sqrt(rank) with `rslora`."""
-    targets: Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_targets), Field(max_length=64)] = (
-        ALL_LINEAR,
-    )
+    targets: Annotated[tuple[str, ...], _AS_LIST, AfterValidator(_targets), Field(max_length=64)] = (ALL_LINEAR,)
     """Names of the linear layers that get an adapter, such as ["q_proj", "v_proj"]. all-linear: every one of the
     decoder's layers. Head and embedding are refused."""
     rslora: bool = False

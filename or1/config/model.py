@@ -29,6 +29,10 @@ def _device(value: Any) -> Any:
     return _DEVICES.get(value, value) if isinstance(value, str) else value
 
 
+_Checkpointing = Literal["auto", "none", "layer", "selective", "offload"]
+_AS_NAME = BeforeValidator(_from_bool, json_schema_input_type=bool | _Checkpointing)
+
+
 class ModelConfig(Section):
     """`[model]`"""
 
@@ -44,9 +48,7 @@ class ModelConfig(Section):
     """Attention over packed rows. flash3, flash4, flash: flash-attn 3, 4 and 2, if installed; cudnn: cuDNN in torch,
     document by document; varlen: torch's own. These need a GPU and 16-bit weights. sdpa: exact on any device and type,
     slow on a GPU. auto: the fastest that can run. docs/attention.md lists what each can do."""
-    gradient_checkpointing: Annotated[
-        Literal["auto", "none", "layer", "selective", "offload"], BeforeValidator(_from_bool)
-    ] = "auto"
+    gradient_checkpointing: Annotated[_Checkpointing, _AS_NAME] = "auto"
     """layer: keep each layer's input and recompute the rest in backward. selective: keep the output of attention too,
     so that attention is not recomputed. offload: keep the inputs in host memory (on the CPU, same as layer). auto:
     selective on a GPU, none on a CPU. true and false mean layer and none."""

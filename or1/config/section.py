@@ -61,9 +61,10 @@ def _usable_path(value: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_usable_path)]
 _Url = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+$")]
-UrlList = Annotated[tuple[_Url, ...], BeforeValidator(_listed)]
-StringList = Annotated[tuple[FilePath, ...], BeforeValidator(_listed)]
 FilePaths = FilePath | tuple[FilePath, ...]
+# The input types are for the JSON schema, which knows nothing of what a validator does.
+UrlList = Annotated[tuple[_Url, ...], BeforeValidator(_listed, json_schema_input_type=_Url | tuple[_Url, ...])]
+StringList = Annotated[tuple[FilePath, ...], BeforeValidator(_listed, json_schema_input_type=FilePaths)]
 
 
 def each_of(paths: FilePaths) -> tuple[str, ...]:

@@ -332,9 +332,12 @@ def test_a_missing_reference_is_named() -> None:
         load_config(QUICKSTART, ["loss.kl_coef=0.1", "loss.reference=examples/no-such"])
 
 
-def test_a_data_file_may_be_a_dot() -> None:
+def test_a_data_file_may_be_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(Path(QUICKSTART).read_text())
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"'\.' is a folder"):
-        load_config(QUICKSTART, ["data.train=.", "model.path=no/such"])
+        load_config(str(config), ["data.train=.", "model.path=no/such"])
 
 
 def test_a_missing_model_is_named_beside_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

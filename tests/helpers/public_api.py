@@ -25,7 +25,7 @@ from tests.helpers.small_run import ROOT, arguments
 COMMITTED = ROOT / "tests/house/public_api.txt"
 COMMAND = "python -m tests.helpers.public_api"
 # Their own __all__ holds the public names.
-PACKAGES = ("or1_kernels", "or1.magic")
+PACKAGES = ("or1", "or1_kernels", "or1.magic")
 # Methods that serve the head itself; users name the fields.
 INTERNAL = ("or1_kernels.HeadOptions",)
 # Read as text, because an import may need TRL or verl.
@@ -76,6 +76,8 @@ def _package(name: str) -> Iterator[str]:
     module = importlib.import_module(name)
     for attribute in module.__all__:
         value = getattr(module, attribute)
+        if isinstance(value, str):
+            continue
         if is_typeddict(value):
             yield f"{name}.{attribute}({', '.join(value.__annotations__)})"
             continue

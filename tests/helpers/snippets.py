@@ -43,7 +43,7 @@ def commands(text: str) -> Iterator[list[str]]:
             # A form such as `or1 eval TARGET [--step N]`, whose options `options` finds.
             continue
         for part in line.split("&&"):
-            found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +#.*", "", part))
+            found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +[#>].*", "", part))
             if found:
                 yield [_NUMBERS.get(word, word) for word in shlex.split(found[1])]
 

@@ -19,6 +19,7 @@ RUN_BY = {
     "README.md": "tests/house/test_readme.py",
     "docs/own-task.md": "tests/house/test_readme.py",
     "docs/drop-in.md": "tests/integrations/test_readme.py",
+    "docs/notebook.md": "tests/test_notebook.py",
     "docs/environments.md": "tests/environment/test_verifiers.py",
 }
 # A reward's file and optional packages need not be on this machine.
