@@ -1,10 +1,11 @@
-"""CHANGELOG, CONTRIBUTING, SECURITY and CITATION.cff: links, named files, commands and versions are real."""
+"""CHANGELOG, CONTRIBUTING, SECURITY, CITATION.cff, kernels/README: files, commands, versions and snippets are real."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_links_and_named_files_exist(name: str, root: Path) -> None:
     assert links or named
     # A path that a rule of pairs speaks of, such as or1/run/lock.py, exists too.
     assert not [path for path in [*links, *named] if not (root / path).exists()]
+
+
+def test_the_snippet_on_the_kernels_page_runs(root: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", text_of(root, "kernels/README.md"), flags=re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, "kernels/README.md", "exec"), names)
+    assert names["hidden"].grad.shape == (8, 64) and names["weight"].grad.abs().sum() > 0
+    assert names["logp"].shape == names["entropy"].shape == (8,)
 
 
 def test_markers_of_the_table_are_those_of_the_suite(root: Path) -> None:
