@@ -28,7 +28,6 @@ from or1.core.installed import require_kernels
 from or1.core.records import number
 
 if TYPE_CHECKING:
-    from or1.core.records import Record
     from or1.plan.estimate import Plan
 
 Overrides = Mapping[str, object] | Sequence[str]
@@ -44,7 +43,7 @@ class Run:
 
     folder: Path
 
-    def metrics(self) -> list[Record]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Return the records of steps in order: mappings of metric name to number, as docs/metrics.md lists them.
 
         Step 0 is the evaluation before training.

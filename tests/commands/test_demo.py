@@ -34,6 +34,11 @@ def test_a_demo_trains_and_goes_on(root: Path, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "or1-demo" / "run" / "report.html").is_file()
     assert "or1 init my-task" in first.stdout
+    config = (tmp_path / "or1-demo" / "quickstart.toml").read_text(encoding="utf-8")
+    assert config.startswith("#:schema ./config.schema.json\n")
+    assert (tmp_path / "or1-demo" / "config.schema.json").read_bytes() == (
+        root / "examples/config.schema.json"
+    ).read_bytes()
     again = demo(tmp_path, packages, 1)
     assert again.returncode == 0 and "2 of 2 steps" in again.stdout + again.stderr
     other = tmp_path / "other"
