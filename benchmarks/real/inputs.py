@@ -3,8 +3,7 @@
     python -m benchmarks.real.make MODEL FILE          writes one
     load(FILE).problem("addition", tokens=1536)        gives the inputs of the head benchmarks
 
-The file is safetensors. A file that is cut into FILE.part0, FILE.part1, ... is read as well, so that a machine that
-takes only small uploads can have it. Reading needs torch and safetensors only.
+The file is safetensors. Reading needs torch and safetensors only.
 Legend: D documents, T tokens of a document, N rows, H hidden, V vocab.
 """
 
@@ -34,7 +33,7 @@ class Section(NamedTuple):
 
     hidden      float[D, T, H], the states that predict the targets
     targets     i64[D, T]
-    logp        f32[D, T], log-probabilities of the targets when they were sampled, nats; 0 where not live
+    logp        f32[D, T], log-probabilities of the targets from these hidden states, nats; 0 where not live
     live        bool[D, T], False where a document has ended
     advantages  f32[D]
     """
@@ -117,54 +116,30 @@ def save(path: Path, weight_VH: Tensor, sections: Mapping[str, Section], facts: 
     return digest
 
 
-def cut(path: Path, part_bytes: int) -> list[Path]:
-    """Cut a file into PATH.part0, PATH.part1, ... of at most `part_bytes`, and return them. The file stays."""
-    for old in _parts(path):
-        old.unlink()
-    data, made = path.read_bytes(), []
-    for number, start in enumerate(range(0, len(data), part_bytes)):
-        made.append(path.with_name(f"{path.name}.part{number}"))
-        made[-1].write_bytes(data[start : start + part_bytes])
-    return made
-
-
 @lru_cache(maxsize=2)
 def load(path: str | Path) -> Inputs:
-    """Return a file's content, read whole or from its parts.
+    """Return a file's content.
 
-    Raises FileNotFoundError if there is neither, and ValueError if the tensors do not have the hash that they were
-    saved with, as when a part is absent or of another file.
+    Raises FileNotFoundError if there is no file, and ValueError if the tensors do not have the hash that they were
+    saved with.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as tensors_in
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    data = _bytes(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}; python -m benchmarks.real.make MODEL {path.name} writes one")
     try:
-        tensors = tensors_in(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
         facts, saved = json.loads(header["facts"]), header["sha256"]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no whole file of python -m benchmarks.real.make: {error}") from error
+        raise ValueError(f"{path} is no whole file of python -m benchmarks.real.make: {error!r}") from error
     digest = _digest(tensors)
     if digest != saved:
         raise ValueError(f"{path} has the hash {digest[:12]} and was saved with {saved[:12]}; write or copy it again")
-    names = dict.fromkeys(key.split("/")[0] for key in tensors if "/" in key)
-    sections = {name: Section(*(tensors[f"{name}/{field}"] for field in FIELDS)) for name in names}
+    sections = {name: Section(*(tensors[f"{name}/{field}"] for field in FIELDS)) for name in facts["sections"]}
     return Inputs(tensors[_WEIGHT], sections, facts, digest)
-
-
-def _bytes(path: Path) -> bytes:
-    if path.exists():
-        return path.read_bytes()
-    if parts := _parts(path):
-        return b"".join(part.read_bytes() for part in parts)
-    raise FileNotFoundError(f"no file {path}, nor {path.name}.part0; python -m benchmarks.real.make MODEL {path.name}")
-
-
-def _parts(path: Path) -> list[Path]:
-    found = path.parent.glob(f"{path.name}.part*")
-    return sorted(found, key=lambda part: int(part.name.rpartition(".part")[2]))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
