@@ -170,7 +170,7 @@ def make(
     pages: Sequence[Path] = (),
     questions: Path | None = None,
     dtype: torch.dtype = torch.float32,
-    sizes: Sizes = Sizes(),  # noqa: B008
+    sizes: Sizes = Sizes(),
 ) -> inputs.Inputs:
     """Write the file and its rollouts, and return the file's content."""
     reader = Reader(folder, dtype)

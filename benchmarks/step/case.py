@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.needs import why_not
-from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp
+from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp, wall_and_cpu_seconds
 from benchmarks.step.batch import (
-    ARCHITECTURES,
     PEAK_FLOPS,
     equal_documents,
     one_long_sequence,
     ragged_batch,
+    rollout,
+    sizes_of,
     useful_flops,
 )
 from benchmarks.step.engines import make_engine
@@ -52,16 +53,19 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
         if spec["rounds"] and device.type == "cpu":
             with contextlib.suppress(RuntimeError):
                 peaks[label] = peak_extra_bytes(engine.step, device)
-    times = interleaved({label: e.step for label, e in engines.items()}, device, spec["rounds"], warmup=0)
+    steps = {label: e.step for label, e in engines.items()}
+    times = interleaved(steps, device, spec["rounds"], warmup=0, timer=wall_and_cpu_seconds)
     for label in engines:
         if device.type == "cuda":
             # On a GPU a process has one engine, so weights, optimizer and activations are all its own.
             peaks[label] = torch.cuda.max_memory_allocated()
-        seconds = min(times[label], default=first[label]["first_seconds"])
+        wall, cpu = zip(*times[label], strict=True) if times[label] else ((), ())
+        seconds = min(wall, default=first[label]["first_seconds"])
         result["engines"][label] = (
             _numbers(spec, sequences, seconds)
             | first[label]
-            | {"all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None}
+            | {"all_seconds": wall, "cpu_seconds": min(cpu, default=None)}
+            | {"peak_gib": peaks[label] / 2**30 if label in peaks else None}
             | {"options": used[label]}
         )
     return result | {"stamp": stamp()}
@@ -77,7 +81,9 @@ def _options(engine: dict[str, Any], spec: dict[str, Any], device: torch.device)
 
 
 def _batch_of(spec: dict[str, Any]) -> list[TrainSequence]:
-    vocab = ARCHITECTURES[spec["architecture"]]["vocab_size"]
+    if spec.get("rollout"):
+        return rollout(spec["rollout"], spec["section"], spec["responses"])
+    vocab = sizes_of(spec["architecture"])["vocab_size"]
     if spec.get("documents"):
         return equal_documents(spec["context"], spec["documents"], vocab)
     if spec["groups"] == 0:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import string
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.head.variants import VARIANTS
 from benchmarks.real import heads, inputs, make, row_eps, text
+from benchmarks.step.batch import rollout
 
 SIZES = make.Sizes(windows=3, length=16, groups=2, group_size=4, documents=8, tokens=6, questions=1, samples=4)
 
@@ -136,3 +137,22 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="logits_scaling; real inputs"):
         make.Reader(str(tmp_path))
+
+
+def test_a_step_of_a_model_folder_on_a_rollout(model: Path, file: Path) -> None:
+    from benchmarks.step.case import run_case
+    from benchmarks.step.suite import model_cases, table
+
+    (case,) = model_cases(str(model), str(make.rollouts_of(file)), {"addition": 8}, rounds=1)
+    spec = asdict(case)
+    spec["engines"] = [e for e in spec["engines"] if e["name"] != "trl"]
+    result = run_case(spec)
+    ours, unshared, plain = (result["engines"][e["label"]] for e in spec["engines"])
+    for theirs in (unshared, plain):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert ours["cpu_seconds"] > 0 and len(ours["all_seconds"]) == 1
+    assert [row[1] for row in table([{"case": spec, "result": result}])[1:]] == ["addition"] * 3
+    with pytest.raises(ValueError, match="addition with 8"):
+        rollout(make.rollouts_of(file), "addition", 9)
