@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.head.variants import VARIANTS, Variant, or1_variant
 from benchmarks.lib import measure
-from benchmarks.lib.problems import TASKS, Problem, errors, truth
+from benchmarks.lib.problems import TASKS, errors, truth
 from benchmarks.real.inputs import Inputs
 
 CPU = torch.device("cpu")
@@ -34,14 +34,16 @@ def skipped(some: Sequence[Variant]) -> dict[str, str]:
     return {variant.name: why for variant in some if (why := variant.why_not(CPU)) is not None}
 
 
-def error_rows(name: str, given: Inputs, some: Sequence[Variant], sample: int = 128) -> list[Row]:
+def error_rows(
+    name: str, given: Inputs, sections: Sequence[str], some: Sequence[Variant], sample: int = 64
+) -> list[Row]:
     """Return a row for every section, dtype, task and variant: errors, and whether the three-way rule holds.
 
     name    which policy the inputs are of, "before" or "after"
     sample  live rows of a section that are compared
     """
     rows = []
-    for section in given.sections:
+    for section in sections:
         for dtype in DTYPES:
             problem = given.problem(section, dtype=dtype).sample(sample)
             for task in TASKS:
@@ -141,12 +143,3 @@ def _peak(run: Any) -> float:
 def is_or1(variant: str) -> bool:
     """Return True for a variant of this repository."""
     return variant.startswith("or1")
-
-
-def live(problem: Problem) -> Problem:
-    """Return the problem's live rows as one document, with their own advantages and weights."""
-    from dataclasses import replace
-
-    index = problem.live
-    names = ("hidden", "targets", "advantages", "token_weight", "old_logp")
-    return replace(problem, masked=0.0, documents=1, **{name: getattr(problem, name)[index] for name in names})

@@ -6,6 +6,8 @@ Legend: N rows, C rows of a chunk, H hidden, V vocab.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.lib import measure
 from benchmarks.lib.problems import OBJECTIVE, Problem, task_loss
-from benchmarks.real.heads import CPU, live
+from benchmarks.real.heads import CPU
 from benchmarks.real.inputs import Inputs
 from or1_kernels import linear_policy_loss, reference
 
@@ -41,6 +43,12 @@ class Kept(NamedTuple):
     left_out: float
     dhidden: Tensor
     dweight: Tensor
+
+
+def live(problem: Problem) -> Problem:
+    """Return the problem's live rows as one document, with their own advantages and weights."""
+    names = ("hidden", "targets", "advantages", "token_weight", "old_logp")
+    return replace(problem, masked=0.0, documents=1, **{name: getattr(problem, name)[problem.live] for name in names})
 
 
 def exact(problem: Problem) -> Exact:
@@ -118,7 +126,5 @@ def _off(got: Tensor, want: Tensor) -> float:
 
 
 def _rows(problem: Problem, index: Tensor) -> Any:
-    from types import SimpleNamespace
-
     names = ("targets", "advantages", "token_weight", "old_logp")
     return SimpleNamespace(**{name: getattr(problem, name)[index] for name in names})

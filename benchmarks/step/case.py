@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,17 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
         except (ImportError, OptimizerError) as error:
             result["engines"][engine["label"]] = {"error": f"not installed: {error}"}
     first, peaks = {}, {}
+    weighed: dict[str, list[tuple[float, float]]] = {label: [] for label in engines}
     for label, engine in engines.items():
         began = time.perf_counter()
         first[label] = engine.step().as_dict() | {"first_seconds": time.perf_counter() - began}
         if spec["rounds"] and device.type == "cpu":
             with contextlib.suppress(RuntimeError):
-                peaks[label] = peak_extra_bytes(engine.step, device)
+                peaks[label] = peak_extra_bytes(_timed(engine.step, device, weighed[label]), device)
     steps = {label: e.step for label, e in engines.items()}
     times = interleaved(steps, device, spec["rounds"], warmup=0, timer=wall_and_cpu_seconds)
     for label in engines:
+        times[label] += weighed[label]
         if device.type == "cuda":
             # On a GPU a process has one engine, so weights, optimizer and activations are all its own.
             peaks[label] = torch.cuda.max_memory_allocated()
@@ -69,6 +72,11 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
             | {"options": used[label]}
         )
     return result | {"stamp": stamp()}
+
+
+def _timed(step: Callable[[], object], device: torch.device, times: list[tuple[float, float]]) -> Callable[[], None]:
+    """Return a function that runs the step and adds its wall and CPU seconds to `times`."""
+    return lambda: times.append(wall_and_cpu_seconds(step, device))
 
 
 def _options(engine: dict[str, Any], spec: dict[str, Any], device: torch.device) -> dict[str, Any]:

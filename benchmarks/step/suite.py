@@ -69,7 +69,7 @@ def cpu_cases() -> list[Case]:
     ]
 
 
-def model_cases(model: str, rollout: str, batches: Mapping[str, int], rounds: int = 2) -> list[Case]:
+def model_cases(model: str, rollout: str, batches: Mapping[str, int], rounds: int = 1) -> list[Case]:
     """Return a case for each section of a rollout file: a model folder takes a step on sampled responses.
 
     batches  responses by section, a multiple of GROUP_SIZE
@@ -78,8 +78,7 @@ def model_cases(model: str, rollout: str, batches: Mapping[str, int], rounds: in
         EngineSpec("or1", "or1", {"row_tokens": 2048}),
         EngineSpec("or1, prompts not shared", "or1", {"row_tokens": 2048, "sharing": "off"}),
         EngineSpec("TRL", "trl", {}),
-        EngineSpec("TRL, micro-batches of 4", "trl", {"micro_batch": 4}),
-        EngineSpec("plain transformers, micro-batches of 4", "plain", {"micro_batch": 4}),
+        EngineSpec("plain transformers", "plain", {}),
     )
     sizes = {"context": 0, "groups": 0, "prompt": 0, "rounds": rounds, "engines": engines}
     return [

@@ -94,7 +94,7 @@ def test_a_changed_file_is_refused(file: Path, tmp_path: Path) -> None:
 
 def test_or1_is_as_exact_as_plain_torch_on_real_inputs(file: Path) -> None:
     some = [v for v in heads.variants() if heads.is_or1(v.name) or v.name == heads.PLAIN]
-    rows = heads.error_rows("before", inputs.load(file), some, sample=12)
+    rows = heads.error_rows("before", inputs.load(file), list(inputs.load(file).sections), some, sample=12)
     assert len(rows) == 3 * 2 * 3 * 3
     assert {r["three_way"] for r in rows} == {"holds"}
     error = {"logp": float("nan"), "dweight": 0.5}
