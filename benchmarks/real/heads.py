@@ -37,7 +37,7 @@ def skipped(some: Sequence[Variant]) -> dict[str, str]:
 def error_rows(
     name: str, given: Inputs, sections: Sequence[str], some: Sequence[Variant], sample: int = 64
 ) -> list[Row]:
-    """Return a row for every section, dtype, task and variant: errors, and whether the three-way rule holds.
+    """Return one row a section, dtype, task and variant: errors, and whether the three-way rule holds.
 
     name    which policy the inputs are of, "before" or "after"
     sample  live rows of a section that are compared
@@ -86,7 +86,7 @@ def why_not_exact(
 def time_rows(
     name: str, given: Inputs, sections: Sequence[str], some: Sequence[Variant], tokens: int = 512, rounds: int = 3
 ) -> list[Row]:
-    """Return a row for every section, dtype, task and variant: CPU seconds of the best round, and peak memory.
+    """Return one row a section, dtype, task and variant: CPU seconds of the best round, and peak memory.
 
     tokens  rows of a problem, padding included; variants alternate, with the three bare GEMMs as one of them
     """

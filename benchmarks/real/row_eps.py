@@ -91,7 +91,7 @@ def head(problem: Problem, eps: float | None) -> Kept:
 def rows(
     name: str, given: Inputs, section: str, tokens: int | None = None, rounds: int = 2, eps: tuple[float, ...] = EPS
 ) -> list[dict[str, Any]]:
-    """Return a row for every eps, in fp32: rows left out, bound and truth of what they weigh, error and CPU seconds.
+    """Return one row an eps, in fp32: rows left out, bound and truth of what they weigh, error and CPU seconds.
 
     "bound" and "true" are the L1 norm of the left-out part of dloss/dlogits, in parts of the whole gradient's L1 norm.
     "dhidden" and "dweight" are errors in the Frobenius norm, relative to the whole gradient. "exact_*" are the head's

@@ -38,7 +38,7 @@ class Case:
 
     groups     prompts with several responses each; 0: one response of the whole context
     documents  above 0: this many responses of equal length in one row of `context` tokens, instead of groups
-    rounds     steps that are timed after the first; 0: the first is
+    rounds     steps that are timed after the first, besides the step whose memory is measured; 0: the first is timed
     rollout    file of benchmarks.real.make, whose `section` gives the first `responses` responses, instead of groups
     """
 

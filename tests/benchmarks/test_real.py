@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.head import cases
 from benchmarks.head.variants import VARIANTS
+from benchmarks.lib.results import write_json
 from benchmarks.real import heads, inputs, make, row_eps, text
+from benchmarks.real.page import write_page
 from benchmarks.step.batch import rollout
+from benchmarks.step.case import run_case
+from benchmarks.step.suite import model_cases, table
 
 SIZES = make.Sizes(windows=3, length=16, groups=2, group_size=4, documents=8, tokens=6, questions=1, samples=4)
 
@@ -140,9 +146,6 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_of_a_model_folder_on_a_rollout(model: Path, file: Path) -> None:
-    from benchmarks.step.case import run_case
-    from benchmarks.step.suite import model_cases, table
-
     (case,) = model_cases(str(model), str(make.rollouts_of(file)), {"addition": 8}, rounds=1)
     spec = asdict(case)
     spec["engines"] = [e for e in spec["engines"] if e["name"] != "trl"]
@@ -152,7 +155,60 @@ def test_a_step_of_a_model_folder_on_a_rollout(model: Path, file: Path) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert ours["cpu_seconds"] > 0 and len(ours["all_seconds"]) == 1
+    assert ours["cpu_seconds"] > 0 and len(ours["all_seconds"]) == 2, "the step that is weighed is timed too"
     assert [row[1] for row in table([{"case": spec, "result": result}])[1:]] == ["addition"] * 3
     with pytest.raises(ValueError, match="addition with 8"):
         rollout(make.rollouts_of(file), "addition", 9)
+
+
+def test_the_head_benchmark_takes_the_sections_as_settings(file: Path) -> None:
+    settings = cases.real_settings(file, heads.CPU)
+    assert [str(s) for s in settings[::2]] == [
+        f"random 512 real {name} {inputs.load(file).masked(name):.0%} masked float32"
+        for name in ("text", "addition", "questions")
+    ]
+    problem = settings[3].problem(heads.CPU)
+    assert problem.hidden.dtype == torch.bfloat16 and len(problem.targets) == 510, "85 documents of six"
+    assert cases.describe(settings[3])["logits"] == problem.logits == "real addition"
+
+
+def test_the_page_says_where_or1_is_slower(file: Path, tmp_path: Path) -> None:
+    given = inputs.load(file)
+    some = [VARIANTS[heads.PLAIN], *heads.variants()[:1]]
+    errors = heads.error_rows("before", given, ["addition"], some, sample=4)
+    times = heads.time_rows("before", given, ["text"], some, tokens=16, rounds=1)
+    for row in times:
+        row["cpu_s"] = 0.5 if row["variant"] == heads.PLAIN and row["dtype"] == "bfloat16" else 1.0
+    write_json(tmp_path / "errors.json", errors, inputs={"before": given.facts})
+    write_json(tmp_path / "times.json", times, load="none")
+    write_json(tmp_path / "eps.json", row_eps.rows("before", given, "addition", rounds=1, eps=(1e-3, 0.99)))
+    page = write_page(tmp_path, tmp_path / "page").read_text()
+    assert "or1 is slower in 3 of 6: naive torch (text, bfloat16, policy: 0.50)" in page
+    assert "holds for or1 in 6 of 6 comparisons" in page
+    assert (tmp_path / "page" / "times.json").read_bytes() == (tmp_path / "times.json").read_bytes()
+    assert (tmp_path / "page" / "real.svg").stat().st_size > 10_000
+    with pytest.raises(FileNotFoundError, match=r"errors\.json"):
+        write_page(file.parent, tmp_path / "none")
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_head_is_exact_on_a_pretrained_model(tmp_path: Path) -> None:
+    named = os.environ.get("OR1_SMOLLM2")
+    if named is None:
+        pytest.skip("OR1_SMOLLM2 names no folder; python examples/smollm2/make.py writes one")
+    path = tmp_path / "real.safetensors"
+    sizes = make.Sizes(windows=1, length=32, groups=2, group_size=4, documents=8, tokens=8)
+    given = make.make(named, path, sizes=sizes)
+    assert given.sections["addition"].live.sum() > 8, "answers of more than a token"
+    rows = heads.error_rows("before", given, ["text", "addition"], heads.variants()[:2], sample=16)
+    assert {row["three_way"] for row in rows} == {"holds"}
+    for row in row_eps.rows("before", given, "addition", rounds=1, eps=(1e-3, 1e-1)):
+        assert row["true"] <= row["bound"] * (1 + 1e-4)
+    (case,) = model_cases(named, str(make.rollouts_of(path)), {"addition": 4})
+    spec = asdict(case)
+    spec["engines"] = [e for e in spec["engines"] if e["label"] in ("or1", "plain transformers")]
+    ours, plain = run_case(spec)["engines"].values()
+    assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
