@@ -84,7 +84,7 @@ def why_not_exact(
 
 
 def time_rows(
-    name: str, given: Inputs, sections: Sequence[str], some: Sequence[Variant], tokens: int = 512, rounds: int = 3
+    name: str, given: Inputs, sections: Sequence[str], some: Sequence[Variant], tokens: int = 512, rounds: int = 2
 ) -> list[Row]:
     """Return one row a section, dtype, task and variant: CPU seconds of the best round, and peak memory.
 
