@@ -1,4 +1,4 @@
-"""Plugin of `pytest benchmarks/ [--bench-out DIR]`: collects rows, prints tables, writes JSON files and a plot."""
+"""Plugin of `pytest benchmarks/ [--bench-out DIR] [--bench-real FILE]`: tables, JSON files and a plot of the rows."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,13 @@ _SKIPPED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --bench-out, the folder for results."""
+    """Add --bench-out, the folder for results, and --bench-real, inputs of a real model."""
+    parser.addoption(
+        "--bench-real",
+        type=Path,
+        metavar="FILE",
+        help="file of python -m benchmarks.real.make: the head runs on its sections too",
+    )
     parser.addoption(
         "--bench-out",
         default=os.environ.get("OR1_BENCH_OUT"),

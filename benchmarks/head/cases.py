@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from benchmarks.head.variants import VARIANTS, Variant
 from benchmarks.lib import measure
 from benchmarks.lib.problems import MODELS, SMALL, TASKS, Problem, Shape, errors, make_problem, truth
+from benchmarks.real import inputs
 
 GEMMS = "three bare GEMMs"
 # Variants that hold several copies of the logits are skipped above this size of one fp32 copy.
@@ -19,7 +21,10 @@ _EVERY_TASK = ("or1", "naive torch", "TRL default", "TRL chunked")
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting in which all variants are compared. `tokens` includes masked rows."""
+    """Setting in which all variants are compared. `tokens` includes masked rows.
+
+    real  file of benchmarks.real.make, whose section `logits` names after "real "; None: random inputs
+    """
 
     shape: Shape
     tokens: int
@@ -27,6 +32,7 @@ class Setting:
     masked: float = 0.0
     dtype: torch.dtype = torch.float32
     tf32: bool = False
+    real: Path | None = None
 
     def __str__(self) -> str:
         words = [
@@ -40,6 +46,9 @@ class Setting:
 
     def problem(self, device: torch.device) -> Problem:
         """Return the inputs."""
+        if self.real is not None:
+            section = self.logits.removeprefix(inputs.PREFIX)
+            return inputs.load(self.real).problem(section, self.tokens, dtype=self.dtype, device=device)
         return make_problem(
             self.shape, self.tokens, logits=self.logits, masked=self.masked, dtype=self.dtype, device=device
         )
@@ -69,6 +78,18 @@ def settings(device: torch.device, models: tuple[Shape, ...] = MODELS) -> list[S
         return grid + [Setting(m, t, **bf16) for t in (2048, 16384) for m in models]
     grid = [Setting(SMALL, 512, logits, masked) for logits in ("peaked", "flat") for masked in (0.0, 0.5)]
     return [*grid, *(Setting(SMALL, tokens) for tokens in (1024, 2048)), Setting(SMALL, 512, dtype=torch.bfloat16)]
+
+
+def real_settings(path: Path, device: torch.device) -> list[Setting]:
+    """Return the settings of a file of real inputs: each section, in bf16, and on a CPU in fp32 too."""
+    given = inputs.load(path)
+    tokens = 8192 if device.type == "cuda" else 512
+    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    return [
+        Setting(given.shape, tokens, inputs.PREFIX + section, given.masked(section), dtype, real=path)
+        for section in given.sections
+        for dtype in dtypes
+    ]
 
 
 def cases(setting: Setting) -> Iterator[tuple[Variant, str]]:

@@ -17,7 +17,6 @@ from benchmarks.lib.problems import Shape, make_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 3
-GRID = [(setting, variant, task) for setting in head.settings(DEVICE) for variant, task in head.cases(setting)]
 _last: dict[head.Setting, object] = {}
 
 
@@ -29,8 +28,17 @@ def problem_of(setting):
     return _last[setting]
 
 
+def pytest_generate_tests(metafunc):
+    """Give test_head every setting, variant and task; with --bench-real the sections of the file come first."""
+    if "setting" not in metafunc.fixturenames:
+        return
+    real = metafunc.config.getoption("--bench-real")
+    settings = (head.real_settings(real, DEVICE) if real else []) + head.settings(DEVICE)
+    grid = [(setting, variant, task) for setting in settings for variant, task in head.cases(setting)]
+    metafunc.parametrize(("setting", "variant", "task"), grid, ids=lambda x: getattr(x, "name", str(x)))
+
+
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("setting", "variant", "task"), GRID, ids=lambda x: getattr(x, "name", str(x)))
 def test_head(setting, variant, task, benchmark, record, skip_variant):
     """Add one row of the table."""
     why = head.why_skipped(variant, setting, DEVICE)

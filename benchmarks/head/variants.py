@@ -264,6 +264,11 @@ def _why_not_torch_fused(device: torch.device) -> str | None:
     return f"torch {torch.__version__} has no linear_cross_entropy"
 
 
+def or1_variant(name: str, **options) -> Variant:
+    """Return or1's head with the options of linear_policy_loss, as a variant of all tasks."""
+    return Variant(name, _or1(**options), TASKS, _anywhere, factor=2)
+
+
 _SCORED = ("policy", "ce")
 VARIANTS = {
     v.name: v

@@ -1,14 +1,17 @@
-"""Inputs of the step benchmark: architectures with random weights, and one ragged batch for all engines."""
+"""Inputs of the step benchmark: architectures with random weights or a model folder, and one batch for all engines."""
 
 # B responses, L tokens of a sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from or1.core.types import TrainSequence
 from or1.magic.advantage import group_advantages
@@ -54,7 +57,10 @@ GROUP_SIZE = 4
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
-    """Return a model of the architecture, with equal random weights at every call."""
+    """Return a model of the architecture, with equal random weights at every call; or the model of a folder."""
+    if name not in ARCHITECTURES:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        return load(name, dtype=dtype, attn_implementation=attention, use_cache=False).train().to(device)
     config = Qwen2Config(
         **ARCHITECTURES[name],
         max_position_embeddings=1 << 20,
@@ -70,6 +76,41 @@ def make_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
             return Qwen2ForCausalLM(config).train()
     finally:
         torch.set_default_dtype(before)
+
+
+def sizes_of(name: str) -> Mapping[str, Any]:
+    """Return the sizes of an architecture, or of a model folder's config.
+
+    Raises ValueError for a name that is neither.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"no model folder {name}, and no architecture of that name; there are {', '.join(ARCHITECTURES)}"
+        )
+    return AutoConfig.from_pretrained(name).to_dict()
+
+
+def rollout(path: str | Path, section: str, responses: int) -> list[TrainSequence]:
+    """Return sampled responses of a file that benchmarks.real.make writes: the first `responses` of a section.
+
+    Raises ValueError if the file has no such section, or fewer responses.
+    """
+    sections = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = sections.get(section, [])
+    if len(found) < responses:
+        has = ", ".join(f"{name} with {len(documents)}" for name, documents in sections.items())
+        raise ValueError(f"{path} has no {responses} responses of section {section!r}; the file has {has}")
+    return [
+        TrainSequence(
+            np.array(d["prompt"], np.int32),
+            np.array(d["response"], np.int32),
+            np.zeros(len(d["response"]), np.float32),
+            d["advantage"],
+        )
+        for d in found[:responses]
+    ]
 
 
 def ragged_batch(context: int, groups: int, prompt: int, vocab: int, seed: int = 0) -> list[TrainSequence]:
@@ -121,7 +162,7 @@ def useful_flops(name: str, sequences: Sequence[TrainSequence]) -> float:
     Counts six per weight and token (Kaplan et al. 2020, section 2.1), causal attention, and the head for trained
     tokens only.
     """
-    a = ARCHITECTURES[name]
+    a = sizes_of(name)
     head_dim = a["hidden_size"] // a["num_attention_heads"]
     attention = a["hidden_size"] * head_dim * (2 * a["num_attention_heads"] + 2 * a["num_key_value_heads"])
     layer = attention + 3 * a["hidden_size"] * a["intermediate_size"]

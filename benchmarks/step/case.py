@@ -12,19 +12,21 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.needs import why_not
-from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp
+from benchmarks.lib.measure import interleaved, peak_extra_bytes, stamp, wall_and_cpu_seconds
 from benchmarks.step.batch import (
-    ARCHITECTURES,
     PEAK_FLOPS,
     equal_documents,
     one_long_sequence,
     ragged_batch,
+    rollout,
+    sizes_of,
     useful_flops,
 )
 from benchmarks.step.engines import make_engine
@@ -46,25 +48,35 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
         except (ImportError, OptimizerError) as error:
             result["engines"][engine["label"]] = {"error": f"not installed: {error}"}
     first, peaks = {}, {}
+    weighed: dict[str, list[tuple[float, float]]] = {label: [] for label in engines}
     for label, engine in engines.items():
         began = time.perf_counter()
         first[label] = engine.step().as_dict() | {"first_seconds": time.perf_counter() - began}
         if spec["rounds"] and device.type == "cpu":
             with contextlib.suppress(RuntimeError):
-                peaks[label] = peak_extra_bytes(engine.step, device)
-    times = interleaved({label: e.step for label, e in engines.items()}, device, spec["rounds"], warmup=0)
+                peaks[label] = peak_extra_bytes(_timed(engine.step, device, weighed[label]), device)
+    steps = {label: e.step for label, e in engines.items()}
+    times = interleaved(steps, device, spec["rounds"], warmup=0, timer=wall_and_cpu_seconds)
     for label in engines:
+        times[label] += weighed[label]
         if device.type == "cuda":
             # On a GPU a process has one engine, so weights, optimizer and activations are all its own.
             peaks[label] = torch.cuda.max_memory_allocated()
-        seconds = min(times[label], default=first[label]["first_seconds"])
+        wall, cpu = zip(*times[label], strict=True) if times[label] else ((), ())
+        seconds = min(wall, default=first[label]["first_seconds"])
         result["engines"][label] = (
             _numbers(spec, sequences, seconds)
             | first[label]
-            | {"all_seconds": times[label], "peak_gib": peaks[label] / 2**30 if label in peaks else None}
+            | {"all_seconds": wall, "cpu_seconds": min(cpu, default=None)}
+            | {"peak_gib": peaks[label] / 2**30 if label in peaks else None}
             | {"options": used[label]}
         )
     return result | {"stamp": stamp()}
+
+
+def _timed(step: Callable[[], object], device: torch.device, times: list[tuple[float, float]]) -> Callable[[], None]:
+    """Return a function that runs the step and adds its wall and CPU seconds to `times`."""
+    return lambda: times.append(wall_and_cpu_seconds(step, device))
 
 
 def _options(engine: dict[str, Any], spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -77,7 +89,9 @@ def _options(engine: dict[str, Any], spec: dict[str, Any], device: torch.device)
 
 
 def _batch_of(spec: dict[str, Any]) -> list[TrainSequence]:
-    vocab = ARCHITECTURES[spec["architecture"]]["vocab_size"]
+    if spec.get("rollout"):
+        return rollout(spec["rollout"], spec["section"], spec["responses"])
+    vocab = sizes_of(spec["architecture"])["vocab_size"]
     if spec.get("documents"):
         return equal_documents(spec["context"], spec["documents"], vocab)
     if spec["groups"] == 0:

@@ -209,7 +209,8 @@ def _trainer(model: PreTrainedModel, rows: int, micro_batch: int, checkpointing:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny-adder")
+    # Random weights have no folder. Their batch has no text, so any tokenizer serves.
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path or ROOT / "examples" / "tiny-adder")
     on_gpu = model.device.type == "cuda"
     # TRL refuses groups of one. A single long row counts as half of a group, and only its loss is computed.
     accumulate = -(-rows // micro_batch) if rows > 1 else 2

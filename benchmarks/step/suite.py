@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Case:
 
     groups     prompts with several responses each; 0: one response of the whole context
     documents  above 0: this many responses of equal length in one row of `context` tokens, instead of groups
-    rounds     steps that are timed after the first; 0: the first is
+    rounds     steps that are timed after the first, besides the step whose memory is measured; 0: the first is timed
+    rollout    file of benchmarks.real.make, whose `section` gives the first `responses` responses, instead of groups
     """
 
     part: str
@@ -49,6 +50,9 @@ class Case:
     rounds: int
     engines: tuple[EngineSpec, ...]
     documents: int = 0
+    rollout: str = ""
+    section: str = ""
+    responses: int = 0
 
 
 def cpu_cases() -> list[Case]:
@@ -62,6 +66,24 @@ def cpu_cases() -> list[Case]:
     return [
         Case(part="cpu", architecture="tiny", context=context, groups=2, prompt=32, rounds=3, engines=engines)
         for context in (128, 256)
+    ]
+
+
+def model_cases(model: str, rollout: str, batches: Mapping[str, int], rounds: int = 1) -> list[Case]:
+    """Return a case for each section of a rollout file: a model folder takes a step on sampled responses.
+
+    batches  responses by section, a multiple of GROUP_SIZE
+    """
+    engines = (
+        EngineSpec("or1", "or1", {"row_tokens": 2048}),
+        EngineSpec("or1, prompts not shared", "or1", {"row_tokens": 2048, "sharing": "off"}),
+        EngineSpec("TRL", "trl", {}),
+        EngineSpec("plain transformers", "plain", {}),
+    )
+    sizes = {"context": 0, "groups": 0, "prompt": 0, "rounds": rounds, "engines": engines}
+    return [
+        Case(part="model", architecture=model, rollout=rollout, section=section, responses=count, **sizes)
+        for section, count in batches.items()
     ]
 
 
@@ -167,9 +189,22 @@ def run_parts(
 
     done  called with each finished case and its result
     """
+    chains = (chain for part in parts for chain in (cases_of(part, quick=True) if quick else cases_of(part)))
+    return run_chains(chains, out, case_s, total_s, done=done)
+
+
+def run_chains(
+    chains: Iterable[Sequence[Case]],
+    out: Path,
+    case_s: float,
+    total_s: float,
+    *,
+    done: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> list[dict[str, Any]]:
+    """Run chains of cases as `run_parts` does. A failure ends its chain."""
     results: list[dict[str, Any]] = []
     began = time.monotonic()
-    for chain in (chain for part in parts for chain in (cases_of(part, quick=True) if quick else cases_of(part))):
+    for chain in chains:
         for case in chain:
             left = total_s - (time.monotonic() - began)
             result = run(case, min(case_s, left)) if left > 10 else {"error": "not run: out of --seconds"}
@@ -177,7 +212,8 @@ def run_parts(
             out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             done(results[-1])
             names = ", ".join(e.label for e in case.engines)
-            print(f"{case.architecture} at {case.context}: {names}: {result.get('error', 'done')}", flush=True)
+            at = case.section or case.context
+            print(f"{case.architecture} at {at}: {names}: {result.get('error', 'done')}", flush=True)
             if "error" in result:
                 break
     return results
@@ -193,7 +229,7 @@ def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for entry in results:
         case, result = entry["case"], entry["result"]
         kind = f" (in {n})" if (n := case.get("documents", 0)) else ("" if case["groups"] else " (one)")
-        where = (case["architecture"], f"{case['context']:,}{kind}")
+        where = (case["architecture"], case.get("section") or f"{case['context']:,}{kind}")
         for engine in case["engines"]:
             numbers = result.get("engines", {}).get(engine["label"], {"error": result.get("error", "absent")})
             if "error" in numbers:

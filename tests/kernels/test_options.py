@@ -174,6 +174,13 @@ def test_eps_zero_drops_exactly_the_rows_without_gradient(kit, impl):
     torch.testing.assert_close(got.dhidden, want.dhidden, rtol=1e-5, atol=1e-8)
 
 
+def test_a_batch_whose_rows_are_all_dropped_has_no_gradient(kit, impl):
+    case = kit.make_case(40, 16, 101)
+    want, got = kit.policy(case, impl=impl), kit.policy(case, impl=impl, grad_row_eps=1e9)
+    assert not got.dweight.any() and not got.dhidden.any()
+    torch.testing.assert_close(got.loss, want.loss)
+
+
 def test_a_nan_row_is_never_dropped(kit, impl):
     case = kit.make_case(6, 8, 11)
     case.hidden[2] = torch.nan

@@ -187,6 +187,9 @@ class Engine:
                 # A chunk may have no row left, and then GEMM 3 would write nothing.
                 self.dweight_VH.zero_()
                 self.dweight_is_empty = False
+            if not len(index_K):
+                # Row passes in C++ refuse an empty array.
+                return
             raw_CV, inputs, stats = raw_CV[index_K], inputs.rows(index_K), RowStats(*(x[index_K] for x in stats))
             slopes = Slopes(slopes.logp[index_K], slopes.entropy[index_K])
         draw_CV = self.settings.backend.row_grads_(

@@ -1,0 +1,59 @@
+"""The picture of benchmarks.real: time of heads, rows that grad_row_eps leaves out, bound and true error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Readable on white and on black.
+COLORS = {"before": "#1f8fd6", "after": "#d9822b"}
+OURS, PEERS, GREY = "#2aa876", "#9aa5b1", "#808080"
+_SECTION = "addition"
+
+
+def draw(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the SVG without a background. A panel whose file is absent stays empty."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    bars, shares, bounds = figure.subplots(1, 3)
+    _times(bars, files.get("times", {}).get("rows", []))
+    rows = [row for row in files.get("eps", {}).get("rows", []) if row["section"] == _SECTION]
+    for policy, color in COLORS.items():
+        mine = sorted((row for row in rows if row["policy"] == policy and row["eps"] > 0), key=lambda row: row["eps"])
+        eps = [row["eps"] for row in mine]
+        shares.plot(eps, [100 * row["share_left_out"] for row in mine], "o-", color=color, label=f"{policy} RL")
+        bounds.plot(eps, [row["bound"] or None for row in mine], "s--", color=color, label=f"{policy} RL, bound")
+        bounds.plot(eps, [row["true"] or None for row in mine], "o-", color=color, label=f"{policy} RL, true")
+    shares.set(xscale="log", xlabel="grad_row_eps", ylim=(0, 100), title="rows left out, %")
+    bounds.set(xscale="log", yscale="log", xlabel="grad_row_eps", title="share of the gradient's L1 norm left out")
+    for axes in (shares, bounds):
+        axes.grid(color=GREY, alpha=0.3)
+    for axes in (bars, shares, bounds):
+        _grey(axes)
+    figure.patch.set_alpha(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "real"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _times(axes: Any, rows: list[Mapping[str, Any]]) -> None:
+    """Draw CPU seconds of the policy loss on text, in both dtypes."""
+    kept = [row for row in rows if row["section"] == "text" and row["task"] == "policy"][::-1]
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    labels = [f"{row['variant']}, {short[row['dtype']]}" for row in kept]
+    colors = [OURS if row["variant"].startswith("or1") else PEERS for row in kept]
+    axes.barh(labels, [row["cpu_s"] for row in kept], color=colors)
+    axes.set_title("head, policy loss, CPU s")
+
+
+def _grey(axes: Any) -> None:
+    handles, _ = axes.get_legend_handles_labels()
+    texts = axes.legend(frameon=False, fontsize=8).get_texts() if handles and axes.lines else []
+    for text in (*texts, axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(GREY)
+    axes.tick_params(colors=GREY, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
