@@ -154,7 +154,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     A run folder that cannot be used is reported at once, and the other checks still run.
     Raises RunError, DataError, ModelError, ModelSourceError, ScorerError.
     """
-    from or1.run.directory import check_run_dir, checkpoints_of, require_movable
+    from or1.run.directory import check_run_dir, checkpoints_of, listed, require_movable
 
     require_place(config.run_path)
     changed: list[str] = []
@@ -183,8 +183,8 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     for line in missing_here(config):
         print(visible(line))
     if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
-        with_changes = f", with changed {', '.join(changed)}" if changed else ""
-        print(visible(f"would resume after step {steps[-1]}{with_changes}"))
+        would = f"would resume after step {steps[-1]}"
+        print(visible(listed(f"{would}, with changed settings:", changed) if changed else would))
     for line in chain(remarks, _try_rewards(config, data)):
         print(visible(line))
     if refused:

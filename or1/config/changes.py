@@ -42,9 +42,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [key for key in _differences(old, new, "") if not _is_new_and_default(key.split("."), old, new)]
 
 
-def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return the keys with their old and new values, such as "optim.lr 0.001 -> 0.01", for a message."""
-    return ", ".join(f"{key} {_text(_value(old, key))} -> {_text(_value(new, key))}" for key in keys)
+def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a line for each key with its old and new value, such as "optim.lr: 0.001 -> 0.01"."""
+    return [f"{key}: {_text(_value(old, key))} -> {_text(_value(new, key))}" for key in keys]
 
 
 def _value(settings: Any, key: str) -> Any:
