@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from or1.commands.restarts import Restarts
 from or1.commands.stop_request import StopRequest
 from or1.config import Config
 from or1.config.load import load_config
+from or1.config.root import TIME
 from or1.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_tune:
         # As a setting, so that ranks which this process starts get it too.
         arguments.overrides = [*arguments.overrides, "tune=off"]
-    config = load_config(arguments.config, arguments.overrides)
+    config = _named(load_config(arguments.config, arguments.overrides), arguments)
     if arguments.dry_run:
         rehearse(config, fresh=arguments.fresh)
         warn_of_limits(config, arguments.nproc, arguments.job_hours, arguments.grace_s)
@@ -77,6 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"\nor1: interrupted; the same command {what}")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _named(config: Config, arguments: argparse.Namespace) -> Config:
+    """Return the config with the folder of the run filled in; ranks that this process starts get the same folder."""
+    if TIME not in config.run_dir:
+        return config
+    from or1.run.naming import named
+
+    config, line = named(config, arguments.fresh)
+    print(visible(line), flush=True)
+    arguments.overrides = [*arguments.overrides, f"run_dir={json.dumps(config.run_dir)}"]
+    return config
 
 
 def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
@@ -103,6 +117,10 @@ def launch(config: Config, fresh: bool = False) -> None:
     """
     # Before torch is imported, which reads the variable once.
     _set_allocator(config)
+    if TIME in config.run_dir:
+        from or1.run.naming import named
+
+        config = named(config, fresh).config
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before the model libraries are imported, so that a folder that cannot be used is reported at once.

@@ -100,9 +100,9 @@ def _move_aside(run_dir: Path) -> list[str]:
 def check_run_dir(config: Config) -> list[str]:
     """Return a line "setting: old -> new" for each difference from the recorded run; a resumed run may change all.
 
-    A run that trained nothing has nothing to resume, so any config is accepted. Raises OtherSettingsError if a
-    differing setting must not change, and RunError if the folder is unusable, or if the record or the checkpoints are
-    missing.
+    A run that trained nothing has nothing to resume, so any config is accepted.
+    Raises OtherSettingsError if a differing setting must not change, and RunError if the folder is unusable or has lost
+    its record or its checkpoints.
     """
     run_dir = config.run_path
     if problem := unusable(run_dir):

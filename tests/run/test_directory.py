@@ -96,7 +96,9 @@ def test_what_reward_processes_may_take_can_change_with_the_machine(tmp_path: Pa
         f"    reward.workers: {old.workers} -> 1",
     ]
     with pytest.raises(OtherSettingsError, match=r"other settings \(reward.timeout_s\)") as caught:
-        prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9", "log.samples=9"))
+        prepare_run_dir(
+            config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9", "log.samples=9")
+        )
     assert str(caught.value).splitlines()[1:3] == [
         f"    reward.timeout_s: {old.timeout_s} -> 9.0",
         "    log.samples: 4 -> 9 (may change)",
@@ -252,7 +254,7 @@ def test_a_changed_setting_is_told_with_both_values(tmp_path: Path) -> None:
     commit(tmp_path, 1, 0, 0)
     with pytest.raises(RunError, match=r"\(optim.lr\):\n +optim.lr: 0.001 -> 0.01\nSet the old values"):
         prepare_run_dir(config_of(tmp_path, "optim.lr=1e-2"))
-    with pytest.raises(RunError, match=r"loss.is_cap null -> 2.0, optim.lr 0.001 -> "):
+    with pytest.raises(RunError, match=r"loss.is_cap: null -> 2.0\n    optim.lr: 0.001 -> "):
         prepare_run_dir(config_of(tmp_path, "loss.is_cap=2.0"))
 
 
