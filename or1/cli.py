@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, serve, train, tune
+from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, reward, serve, train, tune
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
@@ -47,6 +47,7 @@ VERBS = {
     "data": Verb(data, "download a published dataset as files that train and evaluate, and verify them"),
     "train": Verb(train, "train from a TOML config; resumes a run that stopped"),
     "eval": Verb(evaluate, "avg@k and pass@k of a config, run, checkpoint or server; resumes"),
+    "reward": Verb(reward, "grade reference answers, a wrong answer and a text of yours with the reward of a config"),
     "filter": Verb(measure, "measure how often a model solves each training prompt; resumes"),
     "plan": Verb(plan, "predict memory and time of a config, and the largest packed row that fits"),
     "tune": Verb(tune, "measure which implementations are fastest here for the model of a config"),
