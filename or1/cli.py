@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, reward, serve, train, tune
+from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, reward, serve, show, train, tune
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
@@ -52,6 +52,7 @@ VERBS = {
     "plan": Verb(plan, "predict memory and time of a config, and the largest packed row that fits"),
     "tune": Verb(tune, "measure which implementations are fastest here for the model of a config"),
     "report": Verb(report, "write report.html of a run: plots and sample transcripts"),
+    "show": Verb(show, "print responses of a run: prompt, text, reward, status, length"),
     "export": Verb(export, "write a checkpoint of a run as a Hugging Face model folder"),
     "replay": Verb(replay, "repeat one step of a run from its checkpoint and saved rollouts"),
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),
