@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from or1.core.metric_names import metric
 from or1.core.records import number
+from or1.core.text import duration, value_text
 from or1.core.types import Status
 from or1.report.page_charts import Chart, Panel, charts
 from or1.report.page_data import RecordedRun
+from or1.report.page_svg import COLORS, STYLE, svg_of
 from or1.report.records import PHASES, EvalHistory, eval_histories, other_seconds
 from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
 
@@ -23,42 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib needs real colours. `_svg` replaces these placeholders by CSS variables.
-COLORS = {"s0": "#0a0000", "s1": "#0a0001", "s2": "#0a0002", "s3": "#0a0003", "s4": "#0a0004", "s5": "#0a0005"}
-COLORS |= {"s6": "#0a0006", "s7": "#0a0007", "s8": "#0a0008", "ink": "#0b0001", "muted": "#0b0002", "grid": "#0b0003"}
-COLORS |= {"card": "#0b0004"}
-
 _SMOOTH_FROM = 30  # steps
 _MAX_DOTS = 1000
 _MAX_BARS = 80
 _MAX_STEPS_DRAWN_AS_STEPS = 100
 _BINS = 150
 _WIDTH_IN = 5.8
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 8.5,
-    "font.family": "DejaVu Sans",
-    "axes.linewidth": 0.8,
-    "axes.edgecolor": COLORS["grid"],
-    "axes.labelcolor": COLORS["muted"],
-    "text.color": COLORS["muted"],
-    "xtick.color": COLORS["grid"],
-    "ytick.color": COLORS["grid"],
-    "xtick.labelcolor": COLORS["muted"],
-    "ytick.labelcolor": COLORS["muted"],
-    "grid.color": COLORS["grid"],
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "ytick.left": False,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-    "axes.axisbelow": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +57,7 @@ def render_plots(run: RecordedRun) -> tuple[list[Plot], list[str]]:
     import matplotlib
 
     plots, missing = [], []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for title, draw in _catalogue(run):
             plot = draw()
             if plot is None:
@@ -116,7 +87,13 @@ def _lines(run: RecordedRun, chart: Chart) -> Plot | None:
     legend: list[Legend] = []
     for ax, panel in zip(axes, panels, strict=True):
         legend += _draw_panel(run, ax, panel)
-    return Plot(chart.title, chart.caption, _svg(figure, chart.title), tuple(legend))
+    shown = {line.legend: _texts(run, line.key) for panel in panels for line in panel.lines}
+    return Plot(chart.title, chart.caption, svg_of(figure, chart.title, shown), tuple(legend))
+
+
+def _texts(run: RecordedRun, key: str) -> dict[int, str]:
+    """Return the values of a metric as text by step."""
+    return {step: value_text(value, metric(key).kind) for step, value in zip(*run.series(key), strict=True)}
 
 
 def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
@@ -251,17 +228,25 @@ def _evaluations(run: RecordedRun) -> Plot | None:
     if not histories:
         return None
     figure, (ax,) = _figure(run, [1], wide=True)
-    legend = []
+    legend: list[Legend] = []
+    shown: dict[str, dict[int, str]] = {}
     for order, history in enumerate(histories[:8]):
         color = f"s{order + 1}"
         _draw_history(ax, history, COLORS[color])
         legend.append(Legend(f"{history.name} avg@{history.k}", color))
+        shown[legend[-1].label] = {p.step: _with_interval(p.avg, p.ci95, "percent") for p in history.points}
         if history.k > 1 and any(math.isfinite(point.pass_at_k) for point in history.points):
             legend.append(Legend(f"{history.name} pass@{history.k}", color, "dash"))
+            shown[legend[-1].label] = {p.step: value_text(p.pass_at_k, "percent") for p in history.points}
     ax.set_ylim(0, min(105, ax.get_ylim()[1]))
     _format_y(ax, "%")
     caption = "Accuracy on the evaluation sets; bars are 95 % intervals."
-    return Plot("Held-out accuracy", caption, _svg(figure, "Held-out accuracy"), tuple(legend), wide=True)
+    return Plot("Held-out accuracy", caption, svg_of(figure, "Held-out accuracy", shown), tuple(legend), wide=True)
+
+
+def _with_interval(value: float, half: float, kind: str) -> str:
+    interval = f" \u00b1 {value_text(half, kind)}" if math.isfinite(half) else ""
+    return value_text(value, kind) + interval
 
 
 def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
@@ -286,14 +271,16 @@ def _mean_rewards(run: RecordedRun) -> Plot | None:
     if not histories:
         return None
     figure, (ax,) = _figure(run, [1], wide=True)
-    legend = []
+    legend: list[Legend] = []
+    shown: dict[str, dict[int, str]] = {}
     for order, history in enumerate(histories):
         points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
         _draw_points(ax, points, COLORS[f"s{order + 1}"])
         legend.append(Legend(f"{history.name} reward", f"s{order + 1}"))
+        shown[legend[-1].label] = {p.step: _with_interval(p.reward, p.reward_ci95, "fixed3") for p in history.points}
     _format_y(ax, "")
     caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
-    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), tuple(legend), wide=True)
+    return Plot("Held-out reward", caption, svg_of(figure, "Held-out reward", shown), tuple(legend), wide=True)
 
 
 def _outcomes(run: RecordedRun) -> Plot | None:
@@ -363,29 +350,14 @@ def _stack(
         ax.set_ylim(0, 100)
     _format_y(ax, unit)
     legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
-    return Plot(title, caption, _svg(figure, title), legend, wide=wide)
+    texts = {
+        name: {
+            step: f"{value:.1f} %" if unit == "%" else duration(value) for step, value in zip(steps, of, strict=True)
+        }
+        for name, of in stacks.items()
+    }
+    return Plot(title, caption, svg_of(figure, title, texts), legend, wide=wide)
 
 
 def _binned(values: Sequence[float], size: int) -> list[float]:
     return [math.fsum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """Return the figure as an inline <svg> element: CSS variables as colours, unique ids, no external references."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=")
-    prefix = re.sub(r"\W+", "-", title.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = text.replace('"#', f'"#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    for name, color in COLORS.items():
-        text = text.replace(color, f"var(--{name})")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', text, count=1)
-    return re.sub(r"\n\s*", "\n", text)
