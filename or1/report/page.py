@@ -32,10 +32,11 @@ _DOT = " \u00b7 "
 _Clipped = TypeVar("_Clipped", str, Sequence[tuple[str, float]])
 
 
-def write_report(run_dir: Path, refresh_s: int = 0) -> Path:
-    """Write `run_dir/report.html` and return its path. Raises ReportError if the folder is not a run with a step.
+def write_report(run_dir: Path, refresh_s: int = 0, out: Path | None = None) -> Path:
+    """Write `run_dir/report.html`, or `out`, and return its path.
 
     The run may be alive or killed, and may lack config or rollouts; the page lists what is missing.
+    Raises ReportError if the folder is not a run with a step.
 
     refresh_s  seconds after which a browser loads the page again; 0: never
     """
@@ -44,7 +45,7 @@ def write_report(run_dir: Path, refresh_s: int = 0) -> Path:
     plots, missing = render_plots(run)
     body = "".join(_body(run, plots, missing, samples, [*run.notes, *notes]))
     name = escaped(_run_name(run))
-    return write_page(run.path / "report.html", framed(name, "".join(_header(run, name)), body, refresh_s))
+    return write_page(out or run.path / "report.html", framed(name, "".join(_header(run, name)), body, refresh_s))
 
 
 def _body(

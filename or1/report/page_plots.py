@@ -101,7 +101,7 @@ def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
     for line in panel.lines:
         steps, values = run.series(line.key, line.scale)
         if steps:
-            draw = _draw_steps if panel.exact else _draw_line
+            draw = _draw_steps if panel.exact else draw_line
             draw(ax, steps, values, COLORS[line.color], run.stage_starts())
             legend.append(Legend(line.legend, line.color))
             highest, lowest = max(highest, *values), min(lowest, *values)
@@ -114,7 +114,7 @@ def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
         ax.set_yscale("log")
     elif panel.zero and lowest >= 0:
         ax.set_ylim(0, panel.top or (highest * 1.08 if highest > 0 else 1))
-    _format_y(ax, panel.unit)
+    format_y(ax, panel.unit)
     return legend
 
 
@@ -126,7 +126,7 @@ def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: 
     ax.step(steps, values, where="mid", color=color, linewidth=1.4, marker="o" if len(steps) == 1 else "")
 
 
-def _draw_line(
+def draw_line(
     ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, stages: Sequence[tuple[int, int]]
 ) -> None:
     """Draw a line through the points; through many points, a smoothed line over dots."""
@@ -164,6 +164,13 @@ def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
 
 def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
     """Return a figure of stacked panels on one axis of steps, with the boundaries of stages."""
+    figure, axes = new_figure(run.last_step, heights, wide)
+    _mark_stages(run, axes)
+    return figure, axes
+
+
+def new_figure(last: int, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of stacked panels on one axis of steps from 0 to `last`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -171,14 +178,12 @@ def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> t
     axes: list[Axes] = list(
         figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
     )
-    last = run.last_step
     for ax in axes:
         ax.grid(axis="y")
         ax.margins(x=0.02)
         ax.set_xlim((-0.5, last + 0.5) if last < 50 else (-0.01 * last, last * 1.01))
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    _mark_stages(run, axes)
     return figure, axes
 
 
@@ -200,7 +205,8 @@ def _mark_stages(run: RecordedRun, axes: Sequence[Axes]) -> None:
         )
 
 
-def _format_y(ax: Axes, unit: str) -> None:
+def format_y(ax: Axes, unit: str) -> None:
+    """Set ticks and labels of the values. unit: "%" or empty."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     if ax.get_yscale() == "log":
@@ -239,7 +245,7 @@ def _evaluations(run: RecordedRun) -> Plot | None:
             legend.append(Legend(f"{history.name} pass@{history.k}", color, "dash"))
             shown[legend[-1].label] = {p.step: value_text(p.pass_at_k, "percent") for p in history.points}
     ax.set_ylim(0, min(105, ax.get_ylim()[1]))
-    _format_y(ax, "%")
+    format_y(ax, "%")
     caption = "Accuracy on the evaluation sets; bars are 95 % intervals."
     return Plot("Held-out accuracy", caption, svg_of(figure, "Held-out accuracy", shown), tuple(legend), wide=True)
 
@@ -251,13 +257,13 @@ def _with_interval(value: float, half: float, kind: str) -> str:
 
 def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
     points = [(point.step, 100 * point.avg, 100 * number(point.ci95, 0.0)) for point in history.points]
-    _draw_points(ax, points, color)
+    draw_points(ax, points, color)
     passed = [(point.step, 100 * point.pass_at_k) for point in history.points if math.isfinite(point.pass_at_k)]
     if history.k > 1 and passed:
         ax.plot(*zip(*passed, strict=True), color=color, linewidth=1.2, linestyle=(0, (4, 3)))
 
 
-def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
+def draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
     """Draw points of (step, value, half width of the interval of the value)."""
     steps, values, widths = zip(*points, strict=True)
     size = 5 if len(steps) <= 40 else 2.5
@@ -275,10 +281,10 @@ def _mean_rewards(run: RecordedRun) -> Plot | None:
     shown: dict[str, dict[int, str]] = {}
     for order, history in enumerate(histories):
         points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
-        _draw_points(ax, points, COLORS[f"s{order + 1}"])
+        draw_points(ax, points, COLORS[f"s{order + 1}"])
         legend.append(Legend(f"{history.name} reward", f"s{order + 1}"))
         shown[legend[-1].label] = {p.step: _with_interval(p.reward, p.reward_ci95, "fixed3") for p in history.points}
-    _format_y(ax, "")
+    format_y(ax, "")
     caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
     return Plot("Held-out reward", caption, svg_of(figure, "Held-out reward", shown), tuple(legend), wide=True)
 
@@ -348,7 +354,7 @@ def _stack(
         ax.stackplot(xs, *ys, colors=fills, linewidth=0, step="mid")
     if unit == "%":
         ax.set_ylim(0, 100)
-    _format_y(ax, unit)
+    format_y(ax, unit)
     legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
     texts = {
         name: {

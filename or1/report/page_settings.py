@@ -79,7 +79,9 @@ def _differences(start: Mapping[str, Any], newest: Mapping[str, Any]) -> Iterato
     yield from (f"{name} {plain(was)}" for name, was, now in pairs if was != now)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """One setting: its path, its value, and whether it differs from the default."""
+
     key: str
     value: Any
     is_set: bool
@@ -104,13 +106,13 @@ def config_section(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _config_card(title: str, path: Sequence[str], values: Mapping[str, Any]) -> str:
-    rows = list(_rows(values, path))
+    rows = list(flat(values, path))
     own, others = ([row for row in rows if row.is_set is wanted] for wanted in (True, False))
     folded = f"<details><summary>{len(others)} at the default</summary>{_table(others)}</details>" if others else ""
     return f'<section class="card"><h3>{escaped(title)}</h3>{_table(own)}{folded}</section>'
 
 
-def _table(rows: Sequence[_Row]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     cells = "".join(
@@ -120,15 +122,16 @@ def _table(rows: Sequence[_Row]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _rows(values: Mapping[str, Any], path: Sequence[str], prefix: str = "", depth: int = 0) -> Iterator[_Row]:
+def flat(values: Mapping[str, Any], path: Sequence[str] = (), prefix: str = "", depth: int = 0) -> Iterator[Row]:
+    """Yield every setting of a resolved config or of the section at `path`; tables in a list are counted from 1."""
     for key, value in values.items():
         place = (*path, key)
         if depth == DEEPEST and isinstance(value, dict | list):
-            yield _Row(prefix + key, "...", is_set=True)
+            yield Row(prefix + key, "...", is_set=True)
         elif isinstance(value, dict):
-            yield from _rows(value, place, f"{prefix}{key}.", depth + 1)
+            yield from flat(value, place, f"{prefix}{key}.", depth + 1)
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for index, item in enumerate(value, 1):
-                yield from _rows(item, (*place, "0"), f"{prefix}{key}.{index}.", depth + 1)
+                yield from flat(item, (*place, "0"), f"{prefix}{key}.{index}.", depth + 1)
         else:
-            yield _Row(prefix + key, value, is_set=not is_default(place, value))
+            yield Row(prefix + key, value, is_set=not is_default(place, value))

@@ -32,6 +32,7 @@ nav a:hover { text-decoration: underline; }
 .down { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
   min-width: 0; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 8px; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .grid > .wide { grid-column: 1 / -1; }
 .evals { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
