@@ -13,7 +13,24 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from or1 import __version__
-from or1.commands import ckpt, data, demo, doctor, export, init, plan, replay, report, schema, serve, train, tune
+from or1.commands import (
+    ckpt,
+    data,
+    demo,
+    doctor,
+    export,
+    init,
+    plan,
+    replay,
+    report,
+    reward,
+    schema,
+    serve,
+    show,
+    train,
+    tune,
+    watch,
+)
 from or1.commands import eval as evaluate
 from or1.commands import filter as measure
 from or1.commands.arguments import Parser, set_in_two_words
@@ -48,10 +65,13 @@ VERBS = {
     "data": Verb(data, "download a published dataset as files that train and evaluate, and verify them"),
     "train": Verb(train, "train from a TOML config; resumes a run that stopped"),
     "eval": Verb(evaluate, "avg@k and pass@k of a config, run, checkpoint or server; resumes"),
+    "reward": Verb(reward, "grade reference answers, a wrong answer and a text of yours with the reward of a config"),
     "filter": Verb(measure, "measure how often a model solves each training prompt; resumes"),
     "plan": Verb(plan, "predict memory and time of a config, and the largest packed row that fits"),
     "tune": Verb(tune, "measure which implementations are fastest here for the model of a config"),
-    "report": Verb(report, "write report.html of a run: plots and sample transcripts"),
+    "report": Verb(report, "write report.html of a run: plots and sample transcripts; of several runs, a comparison"),
+    "watch": Verb(watch, "write report.html again while a run continues, for a browser that renews it"),
+    "show": Verb(show, "print responses of a run: prompt, text, reward, status, length"),
     "export": Verb(export, "write a checkpoint of a run as a Hugging Face model folder"),
     "replay": Verb(replay, "repeat one step of a run from its checkpoint and saved rollouts"),
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),

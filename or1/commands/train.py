@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from or1.commands.restarts import Restarts
 from or1.commands.stop_request import StopRequest
 from or1.config import Config
 from or1.config.load import load_config
+from or1.config.root import TIME
 from or1.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, RunError
 from or1.core.quiet import quiet_libraries
 from or1.core.terminal import tell
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_tune:
         # As a setting, so that ranks which this process starts get it too.
         arguments.overrides = [*arguments.overrides, "tune=off"]
-    config = load_config(arguments.config, arguments.overrides)
+    config = _named(load_config(arguments.config, arguments.overrides), arguments)
     if arguments.dry_run:
         rehearse(config, fresh=arguments.fresh)
         warn_of_limits(config, arguments.nproc, arguments.job_hours, arguments.grace_s)
@@ -77,6 +80,18 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"\nor1: interrupted; the same command {what}")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _named(config: Config, arguments: argparse.Namespace) -> Config:
+    """Return the config with the folder of the run filled in; ranks that this process starts get the same folder."""
+    if TIME not in config.run_dir:
+        return config
+    from or1.run.naming import named
+
+    config, line = named(config, arguments.fresh)
+    print(visible(line), flush=True)
+    arguments.overrides = [*arguments.overrides, f"run_dir={json.dumps(config.run_dir)}"]
+    return config
 
 
 def _train_in_processes(config: Config, arguments: argparse.Namespace) -> int:
@@ -103,6 +118,10 @@ def launch(config: Config, fresh: bool = False) -> None:
     """
     # Before torch is imported, which reads the variable once.
     _set_allocator(config)
+    if TIME in config.run_dir:
+        from or1.run.naming import named
+
+        config = named(config, fresh).config
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before the model libraries are imported, so that a folder that cannot be used is reported at once.
@@ -116,6 +135,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     from or1.report.live import RunDisplay
     from or1.report.rank_display import RankDisplay
     from or1.run.message_log import RunLog, logged
+    from or1.run.starts import note_start, start_record
     from or1.train.build import build
     from or1.trainer import Trainer
 
@@ -132,6 +152,9 @@ def launch(config: Config, fresh: bool = False) -> None:
             log = RunLog(config.run_path) if world.is_main else None
             stack.enter_context(logged(log))
             display = RankDisplay(watchdog, shown, log)
+            if log is not None:
+                note_start(config.run_path, start := start_record(world.size))
+                log.write(f"or1 {start['or1']} started: {shlex.join(start['command'])}")
             for message in messages:
                 display.message(message)
             with build(config, display, world, stop=stop.is_requested) as parts:
@@ -154,7 +177,7 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     A run folder that cannot be used is reported at once, and the other checks still run.
     Raises RunError, DataError, ModelError, ModelSourceError, ScorerError.
     """
-    from or1.run.directory import check_run_dir, checkpoints_of, require_movable
+    from or1.run.directory import check_run_dir, checkpoints_of, listed, require_movable
 
     require_place(config.run_path)
     changed: list[str] = []
@@ -183,8 +206,8 @@ def rehearse(config: Config, fresh: bool = False) -> None:
     for line in missing_here(config):
         print(visible(line))
     if not (fresh or refused) and (steps := committed_steps(checkpoints_of(config.run_path))):
-        with_changes = f", with changed {', '.join(changed)}" if changed else ""
-        print(visible(f"would resume after step {steps[-1]}{with_changes}"))
+        would = f"would resume after step {steps[-1]}"
+        print(visible(listed(f"{would}, with changed settings:", changed) if changed else would))
     for line in chain(remarks, _try_rewards(config, data)):
         print(visible(line))
     if refused:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from or1.config import Config
 from or1.config.section import section_of
@@ -43,9 +44,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [key for key in _differences(old, new, "") if not _is_new_and_default(key.split("."), old, new)]
 
 
-def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return the keys with their old and new values, such as "optim.lr 0.001 -> 0.01", for a message."""
-    return ", ".join(f"{key} {_text(_value(old, key))} -> {_text(_value(new, key))}" for key in keys)
+def described(keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a line for each key with its old and new value, such as "optim.lr: 0.001 -> 0.01"."""
+    return [f"{key}: {_text(_value(old, key))} -> {_text(_value(new, key))}" for key in keys]
 
 
 def _value(settings: Any, key: str) -> Any:
@@ -83,6 +84,28 @@ def fixed_keys(changed: Sequence[str], done: int, begun: int, stages: int) -> li
     return [key for key in changed if not is_free(key)]
 
 
+def is_default(path: Sequence[str], value: Any) -> bool:
+    """Return True if a value of a resolved config is the default of the setting at `path`.
+
+    path  keys and indices, such as ("stage", "0", "reuse"). A required setting, and one that this or1 does not have,
+          has no default.
+    """
+    section: Any = Config
+    for name in path[:-1]:
+        if not name.isdecimal():
+            field = getattr(section, "model_fields", {}).get(name)
+            section = section_of(field.annotation)[0] if field is not None else None
+    field = getattr(section, "model_fields", {}).get(path[-1])
+    return field is not None and not field.is_required() and _dumped_default(field) == value
+
+
+def _dumped_default(field: FieldInfo) -> Any:
+    """Return the default of a field as in a resolved config in JSON, which has lists where a section has tuples."""
+    default = field.get_default(call_default_factory=True)
+    value = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
     if _has_tables(old) or _has_tables(new):
         old, new = (dict(enumerate(each or ())) for each in (old, new))
@@ -105,10 +128,8 @@ def _is_new_and_default(path: Sequence[str], old: Any, new: Any) -> bool:
         if field is None or not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
             return False
         if name not in old:
-            default = field.get_default(call_default_factory=True)
-            value = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-            # A config in JSON has lists where a section has tuples.
-            return value is not None and new[name] == (list(value) if isinstance(value, tuple) else value)
+            value = _dumped_default(field)
+            return value is not None and new[name] == value
         section, old, new = section_of(field.annotation)[0], old[name], new[name]
     return False
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from or1.config import Config
 from or1.config.data_paths import ENDINGS, HUB, dataset_of
 from or1.config.paths import is_dir, is_file
+from or1.config.root import TIME
 from or1.config.section import each_of, path_problem
 from or1.core.errors import Problem
 
@@ -85,6 +86,8 @@ def paths_usable(config: Config) -> Iterator[Problem]:
     for where, path in (("loss.reference", config.loss.reference), ("reward.kind", config.reward.kind), *rewards):
         if path is not None and (problem := path_problem(path)):
             yield Problem(where, problem)
+    if TIME in str(Path(config.run_dir).parent) or config.run_dir.count(TIME) > 1:
+        yield Problem("run_dir", f"{TIME} may stand once, and only in the last part of the path; move it there")
 
 
 def reward_file_exists(config: Config) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), verb: Verb = "t
     config, found = _validate(data)
     problems += found
     if config is not None:
-        config = found_from(Path(path), config)
+        config = found_from(Path(path), config).named_after(Path(path))
     if config is not None:
         problems += [p for p in contradictions(config, verb, files) if not _follows_from(p, found)]
     if problems or config is None:

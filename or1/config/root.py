@@ -52,6 +52,9 @@ class CheckpointConfig(Section):
     """Write a checkpoint at every multiple of this many steps, and keep it in addition to the newest. Absent: none."""
 
 
+_LONGEST_NAME = 100
+NAME, TIME = "{config}", "{time}"
+"""Placeholders in run_dir: the name of the config's file, and the time of the start."""
 _PROJECT = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 
 
@@ -73,8 +76,10 @@ class LogConfig(Section):
 class Config(Section):
     """All settings of a run. `or1.config.load.load_config` builds one from TOML."""
 
-    run_dir: FilePath
-    """Folder of the run: metrics, rollouts, checkpoints, weights, report."""
+    run_dir: FilePath = f"runs/{NAME}-{TIME}"
+    """Folder of the run: metrics, rollouts, checkpoints, weights, report. `{config}` becomes the name of the config's
+    file. `{time}` becomes the time of the start: the same command resumes the newest such run that has the same
+    settings, and other settings start a new folder (docs/resume.md). Commands that do not train leave `-{time}` out."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of data order and sampling."""
     deterministic: bool = False
@@ -145,5 +150,10 @@ class Config(Section):
 
     @property
     def run_path(self) -> Path:
-        """Run directory as a Path."""
-        return Path(self.run_dir)
+        """Run directory as a Path. A `{time}` that `or1.run.naming.named` has not filled in is left out."""
+        return Path(self.run_dir.replace(f"-{TIME}", "").replace(TIME, ""))
+
+    def named_after(self, file: Path) -> Config:
+        """Return the config with `{config}` in run_dir replaced by the name of its file, without the suffix."""
+        name = file.name.removesuffix(file.suffix)[:_LONGEST_NAME] or "run"
+        return self.model_copy(update={"run_dir": self.run_dir.replace(NAME, name)}) if NAME in self.run_dir else self

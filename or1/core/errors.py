@@ -43,6 +43,10 @@ class RunError(Or1Error):
     """Run directory that cannot be used for the requested command."""
 
 
+class OtherSettingsError(RunError):
+    """Run directory of a run whose settings differ in a way that a resumed run must not change."""
+
+
 class CheckpointError(Or1Error):
     """Missing, damaged or unsuitable checkpoint; the message names the file."""
 

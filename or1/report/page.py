@@ -1,31 +1,28 @@
 """`or1 report RUN`: one self-contained HTML page about a run, for light and dark mode, without scripts.
 
-Responses are untrusted text: everything from the run passes through `_text`, and the content security policy forbids
+Responses are untrusted text: everything from the run passes through `escaped`, and the content security policy forbids
 scripts and external resources.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from or1.core.errors import ReportError
-from or1.core.files import write_whole
 from or1.core.records import number
-from or1.core.text import count_text, duration, value_text, visible
+from or1.core.text import count_text, duration, value_text
 from or1.report.page_data import RecordedRun, load_run
+from or1.report.page_frame import framed, plot_card, write_page
 from or1.report.page_plots import Plot, render_plots
 from or1.report.page_samples import Sample, SampleStep, load_samples
-from or1.report.page_style import STYLE
+from or1.report.page_settings import alarms, config_section, messages_section, starts_section
+from or1.report.page_text import clock, escaped, plain
 from or1.report.records import Course, EvalHistory, EvalPoint, eval_histories
 from or1.report.run_plan import stage_settings
 from or1.reward.terms import NO_THINK_CLOSE, status_word
-from or1.run.message_log import read_log
 
 __all__ = ["ReportError", "write_report"]
 
@@ -33,69 +30,49 @@ _HEAD_TOKENS, _TAIL_TOKENS = 2500, 1000
 _CHARS_PER_TOKEN = 4
 _SHADES = ((0.9, ""), (0.5, "p1"), (0.2, "p2"), (0.05, "p3"), (0.0, "p4"))
 _DOT = " \u00b7 "
-_MESSAGES = 300
-_DEEPEST = 20  # nesting levels of a config that are shown; or1's own has four
 _Clipped = TypeVar("_Clipped", str, Sequence[tuple[str, float]])
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path. Raises ReportError if the folder is not a run with a step.
+def write_report(run_dir: Path, refresh_s: int = 0, out: Path | None = None) -> Path:
+    """Write `run_dir/report.html`, or `out`, and return its path.
 
     The run may be alive or killed, and may lack config or rollouts; the page lists what is missing.
+    Raises ReportError if the folder is not a run with a step.
+
+    refresh_s  seconds after which a browser loads the page again; 0: never
     """
     run = load_run(Path(run_dir))
     samples, notes = load_samples(run)
     plots, missing = render_plots(run)
-    page = "".join(_page(run, plots, missing, samples, [*run.notes, *notes]))
-    target = run.path / "report.html"
-    try:
-        write_whole(target, page, durable=False, shared=True)
-    except OSError as error:
-        raise ReportError(f"{target} cannot be written: {error.strerror}") from error
-    return target
+    body = "".join(_body(run, plots, missing, samples, [*run.notes, *notes]))
+    name = escaped(_run_name(run))
+    return write_page(out or run.path / "report.html", framed(name, "".join(_header(run, name)), body, refresh_s))
 
 
-def _page(
+def _body(
     run: RecordedRun, plots: Sequence[Plot], missing: Sequence[str], samples: Sequence[SampleStep], notes: Sequence[str]
 ) -> Iterator[str]:
-    name = _text(_run_name(run))
-    yield "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-    yield '<meta name=viewport content="width=device-width, initial-scale=1">'
-    yield f"<title>{name} - or1 report</title><style>{STYLE}</style></head>\n<body><main>"
-    yield from _header(run, name)
     yield from _eval_cards(eval_histories(run.records), run.graded)
     yield _facts(_key_facts(run))
     yield _facts(_health_facts(run))
+    if sounded := alarms(run.path):
+        yield f'<ul class="card notes alarms">{"".join(f"<li>{escaped(alarm)}</li>" for alarm in sounded)}</ul>'
     if notes:
-        yield f'<ul class="card notes">{"".join(f"<li>{_text(note)}</li>" for note in notes)}</ul>'
-    yield '<h2>Curves</h2><div class="grid">'
-    yield from map(_plot_card, plots)
+        yield f'<ul class="card notes">{"".join(f"<li>{escaped(note)}</li>" for note in notes)}</ul>'
+    yield '<h2 id="curves">Curves</h2><div class="grid">'
+    yield from map(plot_card, plots)
     yield "</div>"
     if missing:
         yield f'<p class="caption" style="margin-top:12px">Not recorded in this run: {", ".join(missing)}.</p>'
     yield from _eval_table(eval_histories(run.records), run.graded)
     yield from _samples(samples)
-    yield from _messages(run.path)
-    yield from _config(run.raw_config)
-    yield f"<footer>Written by or1 report, {_clock(time.time())}.</footer></main></body></html>\n"
-
-
-def _text(value: object) -> str:
-    """Escape untrusted text for HTML content or a quoted attribute; show invisible characters by their code."""
-    return html.escape(visible(value))
+    yield from messages_section(run.path)
+    yield from starts_section(run.path)
+    yield from config_section(run.raw_config)
 
 
 def _run_name(run: RecordedRun) -> str:
     return run.path.resolve().name or "run"
-
-
-def _clock(seconds: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return "-"
 
 
 def _percent(fraction: float) -> str:
@@ -116,11 +93,11 @@ def _header(run: RecordedRun, name: str) -> Iterator[str]:
         words.append(f"seed {run.config.seed}")
     first, last = (number(run.records[i].get("time")) for i in (0, -1))
     if math.isfinite(first + last):
-        words.append(f"{_clock(first).removesuffix(' UTC')} to {_clock(last)}")
+        words.append(f"{clock(first).removesuffix(' UTC')} to {clock(last)}")
     yield f'<header><p class="brand">or1 report</p><h1>{name}{badge}</h1>'
-    yield f'<p class="sub">{_text(_DOT.join(words))}</p>'
+    yield f'<p class="sub">{escaped(_DOT.join(words))}</p>'
     for stage, sets in () if run.config is None else stage_settings(run.config):
-        yield f'<p class="sub">{_text(f"{stage}: {sets}")}</p>'
+        yield f'<p class="sub">{escaped(f"{stage}: {sets}")}</p>'
     yield "</header>"
 
 
@@ -131,7 +108,7 @@ def _eval_cards(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]
     for history in histories:
         lead, *others = history.courses(graded)
         what = f"avg@{history.k}" if lead.kind == "percent" else "mean reward"
-        yield f'<div class="card"><h3>{_text(history.name)} <span class="caption">{what}</span></h3>{_score(lead)}'
+        yield f'<div class="card"><h3>{escaped(history.name)} <span class="caption">{what}</span></h3>{_score(lead)}'
         if lead.kind == "percent":
             yield f'{_track(lead)}<div class="scale"><span>0 %</span><span>50 %</span><span>100 %</span></div>'
         for course in others:
@@ -169,7 +146,7 @@ def _facts(facts: Sequence[tuple[str, str, bool]]) -> str:
     if not facts:
         return ""
     cells = (
-        f"<div{' class=alert' if alert else ''}><b>{_text(value)}</b><span>{_text(label)}</span></div>"
+        f"<div{' class=alert' if alert else ''}><b>{escaped(value)}</b><span>{escaped(label)}</span></div>"
         for value, label, alert in facts
     )
     return f'<section class="card facts">{"".join(cells)}</section>'
@@ -196,24 +173,12 @@ def _health_facts(run: RecordedRun) -> list[tuple[str, str, bool]]:
     return [(count_text(n), label, n > 0 and label not in usual) for label, n in run.health_counts().items()]
 
 
-def _plot_card(plot: Plot) -> str:
-    marks = "".join(
-        f'<span><i class="{entry.mark}" style="{"background" if entry.mark == "fill" else "border-color"}:'
-        f'var(--{entry.color})"></i>{_text(entry.label)}</span>'
-        for entry in plot.legend
-    )
-    legend = f'<div class="legend">{marks}</div>'
-    return (
-        f'<section class="card plot{" wide" if plot.wide else ""}"><h3>{_text(plot.title)}</h3>'
-        f'<p class="caption">{_text(plot.caption)}</p>{legend}{plot.svg}</section>\n'
-    )
-
-
 def _eval_table(histories: Sequence[EvalHistory], graded: bool) -> Iterator[str]:
     if not histories:
         return
     reward = "<th>mean reward</th>" if graded else ""
-    yield f'<h2>Evaluations</h2><div class="card scroll"><table><tr><th>set</th><th>step</th>{reward}<th>accuracy</th>'
+    yield '<h2 id="evaluations">Evaluations</h2><div class="card scroll">'
+    yield f"<table><tr><th>set</th><th>step</th>{reward}<th>accuracy</th>"
     yield "<th>95 % interval</th><th>pass@k</th><th>mean tokens</th><th>truncated</th></tr>"
     for history in histories:
         for point in history.points:
@@ -227,13 +192,13 @@ def _eval_row(history: EvalHistory, point: EvalPoint, graded: bool) -> str:
     reward = [value_text(point.reward, "fixed3")] if graded else []
     cells = [str(point.step), *reward, _percent(point.avg), interval, _percent(point.pass_at_k), length]
     cells.append(_percent(point.truncated))
-    return f"<tr><td>{_text(history.name)} avg@{history.k}</td><td>{'</td><td>'.join(cells)}</td></tr>"
+    return f"<tr><td>{escaped(history.name)} avg@{history.k}</td><td>{'</td><td>'.join(cells)}</td></tr>"
 
 
 def _samples(steps: Sequence[SampleStep]) -> Iterator[str]:
     if not steps:
         return
-    yield "<h2>Transcripts</h2>"
+    yield '<h2 id="transcripts">Transcripts</h2>'
     if any(sample.pieces for step in steps for sample in step.samples):
         yield '<p class="key">Shading: probability the policy gave the token it sampled, '
         yield '<i class="p1">below 0.9</i><i class="p2">below 0.5</i><i class="p3">below 0.2</i>'
@@ -247,7 +212,7 @@ def _samples(steps: Sequence[SampleStep]) -> Iterator[str]:
 def _sample_card(sample: Sample) -> str:
     row = sample.row
     golds = ", ".join(row.get("golds") or ()) or "-"
-    words = [f"reward {_plain(row.get('reward'))}", status_word(row["status"], row["finish"])]
+    words = [f"reward {plain(row.get('reward'))}", status_word(row["status"], row["finish"])]
     words += [f"{len(row['token_ids']):,} tokens"] if row.get("token_ids") else []
     if row.get("advantage") is not None:
         words.append(f"advantage {row['advantage']:+.2f}")
@@ -256,9 +221,9 @@ def _sample_card(sample: Sample) -> str:
     words += [str(row["prompt_id"])] if row.get("prompt_id") else []
     return (
         f'<article class="card sample"><div><span class="tag {sample.kind}">{sample.kind}</span>'
-        f'<div class="meta">{_text(_DOT.join(words))}</div></div>'
-        f'<div><p class="label">Prompt</p><pre class="short">{_text(row["prompt"])}</pre></div>'
-        f'<div><p class="label">Gold answer</p><pre class="short">{_text(golds)}</pre></div>'
+        f'<div class="meta">{escaped(_DOT.join(words))}</div></div>'
+        f'<div><p class="label">Prompt</p><pre class="short">{escaped(row["prompt"])}</pre></div>'
+        f'<div><p class="label">Gold answer</p><pre class="short">{escaped(golds)}</pre></div>'
         f'<div><p class="label">Response</p><pre>{_response(sample)}</pre></div></article>'
     )
 
@@ -266,7 +231,7 @@ def _sample_card(sample: Sample) -> str:
 def _response(sample: Sample) -> str:
     if sample.pieces is None:
         text, head, tail = sample.row["response"] or "", _HEAD_TOKENS, _TAIL_TOKENS
-        return _clipped(text, head * _CHARS_PER_TOKEN, tail * _CHARS_PER_TOKEN, "characters", _text)
+        return _clipped(text, head * _CHARS_PER_TOKEN, tail * _CHARS_PER_TOKEN, "characters", escaped)
     return _clipped(sample.pieces, _HEAD_TOKENS, _TAIL_TOKENS, "tokens", _shaded)
 
 
@@ -284,65 +249,5 @@ def _shaded(pieces: Sequence[tuple[str, float]]) -> str:
         # NaN: an environment wrote the token.
         probability = 1.0 if math.isnan(logp) else math.exp(min(logp, 0.0))
         shade = next(name for limit, name in _SHADES if probability >= limit)
-        parts.append(f'<i class="{shade}" title="p {probability:.3g}">{_text(text)}</i>' if shade else _text(text))
+        parts.append(f'<i class="{shade}" title="p {probability:.3g}">{escaped(text)}</i>' if shade else escaped(text))
     return "".join(parts)
-
-
-def _messages(run_dir: Path) -> Iterator[str]:
-    """Yield the end of the run's log: warnings, alarms, crashes of rewards."""
-    lines, more = read_log(run_dir, _MESSAGES)
-    if lines:
-        what = f"The last {len(lines):,} lines of log.txt." if more else "All of log.txt."
-        yield f'<h2>Messages</h2><div class="card"><p class="caption">{what}</p>'
-        yield f"<pre>{_text(chr(10).join(lines))}</pre></div>"
-
-
-def _config(raw: Mapping[str, Any]) -> Iterator[str]:
-    if not raw:
-        return
-    yield '<h2>Config</h2><div class="config">'
-    loose = {key: value for key, value in raw.items() if not isinstance(value, dict | list)}
-    yield _config_card("run", loose)
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            yield _config_card(f"[{key}]", value)
-        elif isinstance(value, list):
-            for index, item in enumerate(value, 1):
-                # What a stage leaves to the run has no value of its own.
-                shown = {k: v for k, v in _flat(item) if v is not None} if isinstance(item, dict) else {"": item}
-                yield _config_card(f"[[{key}]] {index}", shown)
-    yield "</div>"
-
-
-def _config_card(title: str, values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{_text(k)}</td><td>{_text(_plain(v))}</td></tr>" for k, v in _flat(values))
-    return f'<section class="card"><h3>{_text(title)}</h3><table>{rows}</table></section>'
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if depth == _DEEPEST and isinstance(value, dict | list):
-            yield prefix + key, "..."
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.", depth + 1)
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value, 1):
-                yield from _flat(item, f"{prefix}{key}.{index}.", depth + 1)
-        else:
-            yield prefix + key, value
-
-
-def _plain(value: object, depth: int = 0) -> str:
-    if depth == _DEEPEST:
-        return "..."
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ", ".join(_plain(item, depth + 1) for item in value) or "-"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(item, depth + 1)}" for key, item in value.items()) or "-"
-    return value if isinstance(value, str) else json.dumps(value)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from or1.core.metric_names import metric
 from or1.core.records import number
+from or1.core.text import duration, value_text
 from or1.core.types import Status
 from or1.report.page_charts import Chart, Panel, charts
 from or1.report.page_data import RecordedRun
+from or1.report.page_svg import COLORS, STYLE, svg_of
 from or1.report.records import PHASES, EvalHistory, eval_histories, other_seconds
 from or1.reward.terms import NO_THINK_CLOSE, no_think_close, status_word
 
@@ -23,42 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib needs real colours. `_svg` replaces these placeholders by CSS variables.
-COLORS = {"s0": "#0a0000", "s1": "#0a0001", "s2": "#0a0002", "s3": "#0a0003", "s4": "#0a0004", "s5": "#0a0005"}
-COLORS |= {"s6": "#0a0006", "s7": "#0a0007", "s8": "#0a0008", "ink": "#0b0001", "muted": "#0b0002", "grid": "#0b0003"}
-COLORS |= {"card": "#0b0004"}
-
 _SMOOTH_FROM = 30  # steps
 _MAX_DOTS = 1000
 _MAX_BARS = 80
 _MAX_STEPS_DRAWN_AS_STEPS = 100
 _BINS = 150
 _WIDTH_IN = 5.8
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 8.5,
-    "font.family": "DejaVu Sans",
-    "axes.linewidth": 0.8,
-    "axes.edgecolor": COLORS["grid"],
-    "axes.labelcolor": COLORS["muted"],
-    "text.color": COLORS["muted"],
-    "xtick.color": COLORS["grid"],
-    "ytick.color": COLORS["grid"],
-    "xtick.labelcolor": COLORS["muted"],
-    "ytick.labelcolor": COLORS["muted"],
-    "grid.color": COLORS["grid"],
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "ytick.left": False,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-    "axes.axisbelow": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +57,7 @@ def render_plots(run: RecordedRun) -> tuple[list[Plot], list[str]]:
     import matplotlib
 
     plots, missing = [], []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for title, draw in _catalogue(run):
             plot = draw()
             if plot is None:
@@ -116,7 +87,13 @@ def _lines(run: RecordedRun, chart: Chart) -> Plot | None:
     legend: list[Legend] = []
     for ax, panel in zip(axes, panels, strict=True):
         legend += _draw_panel(run, ax, panel)
-    return Plot(chart.title, chart.caption, _svg(figure, chart.title), tuple(legend))
+    shown = {line.legend: _texts(run, line.key) for panel in panels for line in panel.lines}
+    return Plot(chart.title, chart.caption, svg_of(figure, chart.title, shown), tuple(legend))
+
+
+def _texts(run: RecordedRun, key: str) -> dict[int, str]:
+    """Return the values of a metric as text by step."""
+    return {step: value_text(value, metric(key).kind) for step, value in zip(*run.series(key), strict=True)}
 
 
 def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
@@ -124,7 +101,7 @@ def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
     for line in panel.lines:
         steps, values = run.series(line.key, line.scale)
         if steps:
-            draw = _draw_steps if panel.exact else _draw_line
+            draw = _draw_steps if panel.exact else draw_line
             draw(ax, steps, values, COLORS[line.color], run.stage_starts())
             legend.append(Legend(line.legend, line.color))
             highest, lowest = max(highest, *values), min(lowest, *values)
@@ -137,7 +114,7 @@ def _draw_panel(run: RecordedRun, ax: Axes, panel: Panel) -> list[Legend]:
         ax.set_yscale("log")
     elif panel.zero and lowest >= 0:
         ax.set_ylim(0, panel.top or (highest * 1.08 if highest > 0 else 1))
-    _format_y(ax, panel.unit)
+    format_y(ax, panel.unit)
     return legend
 
 
@@ -149,7 +126,7 @@ def _draw_steps(ax: Axes, steps: Sequence[int], values: Sequence[float], color: 
     ax.step(steps, values, where="mid", color=color, linewidth=1.4, marker="o" if len(steps) == 1 else "")
 
 
-def _draw_line(
+def draw_line(
     ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, stages: Sequence[tuple[int, int]]
 ) -> None:
     """Draw a line through the points; through many points, a smoothed line over dots."""
@@ -187,6 +164,13 @@ def smooth(values: Sequence[float], breaks: Sequence[int] = ()) -> list[float]:
 
 def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
     """Return a figure of stacked panels on one axis of steps, with the boundaries of stages."""
+    figure, axes = new_figure(run.last_step, heights, wide)
+    _mark_stages(run, axes)
+    return figure, axes
+
+
+def new_figure(last: int, heights: Sequence[float], wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of stacked panels on one axis of steps from 0 to `last`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -194,14 +178,12 @@ def _figure(run: RecordedRun, heights: Sequence[float], wide: bool = False) -> t
     axes: list[Axes] = list(
         figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
     )
-    last = run.last_step
     for ax in axes:
         ax.grid(axis="y")
         ax.margins(x=0.02)
         ax.set_xlim((-0.5, last + 0.5) if last < 50 else (-0.01 * last, last * 1.01))
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    _mark_stages(run, axes)
     return figure, axes
 
 
@@ -223,7 +205,8 @@ def _mark_stages(run: RecordedRun, axes: Sequence[Axes]) -> None:
         )
 
 
-def _format_y(ax: Axes, unit: str) -> None:
+def format_y(ax: Axes, unit: str) -> None:
+    """Set ticks and labels of the values. unit: "%" or empty."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     if ax.get_yscale() == "log":
@@ -251,28 +234,36 @@ def _evaluations(run: RecordedRun) -> Plot | None:
     if not histories:
         return None
     figure, (ax,) = _figure(run, [1], wide=True)
-    legend = []
+    legend: list[Legend] = []
+    shown: dict[str, dict[int, str]] = {}
     for order, history in enumerate(histories[:8]):
         color = f"s{order + 1}"
         _draw_history(ax, history, COLORS[color])
         legend.append(Legend(f"{history.name} avg@{history.k}", color))
+        shown[legend[-1].label] = {p.step: _with_interval(p.avg, p.ci95, "percent") for p in history.points}
         if history.k > 1 and any(math.isfinite(point.pass_at_k) for point in history.points):
             legend.append(Legend(f"{history.name} pass@{history.k}", color, "dash"))
+            shown[legend[-1].label] = {p.step: value_text(p.pass_at_k, "percent") for p in history.points}
     ax.set_ylim(0, min(105, ax.get_ylim()[1]))
-    _format_y(ax, "%")
+    format_y(ax, "%")
     caption = "Accuracy on the evaluation sets; bars are 95 % intervals."
-    return Plot("Held-out accuracy", caption, _svg(figure, "Held-out accuracy"), tuple(legend), wide=True)
+    return Plot("Held-out accuracy", caption, svg_of(figure, "Held-out accuracy", shown), tuple(legend), wide=True)
+
+
+def _with_interval(value: float, half: float, kind: str) -> str:
+    interval = f" \u00b1 {value_text(half, kind)}" if math.isfinite(half) else ""
+    return value_text(value, kind) + interval
 
 
 def _draw_history(ax: Axes, history: EvalHistory, color: str) -> None:
     points = [(point.step, 100 * point.avg, 100 * number(point.ci95, 0.0)) for point in history.points]
-    _draw_points(ax, points, color)
+    draw_points(ax, points, color)
     passed = [(point.step, 100 * point.pass_at_k) for point in history.points if math.isfinite(point.pass_at_k)]
     if history.k > 1 and passed:
         ax.plot(*zip(*passed, strict=True), color=color, linewidth=1.2, linestyle=(0, (4, 3)))
 
 
-def _draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
+def draw_points(ax: Axes, points: Sequence[tuple[int, float, float]], color: str) -> None:
     """Draw points of (step, value, half width of the interval of the value)."""
     steps, values, widths = zip(*points, strict=True)
     size = 5 if len(steps) <= 40 else 2.5
@@ -286,14 +277,16 @@ def _mean_rewards(run: RecordedRun) -> Plot | None:
     if not histories:
         return None
     figure, (ax,) = _figure(run, [1], wide=True)
-    legend = []
+    legend: list[Legend] = []
+    shown: dict[str, dict[int, str]] = {}
     for order, history in enumerate(histories):
         points = [(p.step, p.reward, number(p.reward_ci95, 0.0)) for p in history.points if math.isfinite(p.reward)]
-        _draw_points(ax, points, COLORS[f"s{order + 1}"])
+        draw_points(ax, points, COLORS[f"s{order + 1}"])
         legend.append(Legend(f"{history.name} reward", f"s{order + 1}"))
-    _format_y(ax, "")
+        shown[legend[-1].label] = {p.step: _with_interval(p.reward, p.reward_ci95, "fixed3") for p in history.points}
+    format_y(ax, "")
     caption = "Mean reward on the evaluation sets; bars are 95 % intervals."
-    return Plot("Held-out reward", caption, _svg(figure, "Held-out reward"), tuple(legend), wide=True)
+    return Plot("Held-out reward", caption, svg_of(figure, "Held-out reward", shown), tuple(legend), wide=True)
 
 
 def _outcomes(run: RecordedRun) -> Plot | None:
@@ -361,31 +354,16 @@ def _stack(
         ax.stackplot(xs, *ys, colors=fills, linewidth=0, step="mid")
     if unit == "%":
         ax.set_ylim(0, 100)
-    _format_y(ax, unit)
+    format_y(ax, unit)
     legend = tuple(Legend(labels[name], colors[name], "fill") for name in stacks)
-    return Plot(title, caption, _svg(figure, title), legend, wide=wide)
+    texts = {
+        name: {
+            step: f"{value:.1f} %" if unit == "%" else duration(value) for step, value in zip(steps, of, strict=True)
+        }
+        for name, of in stacks.items()
+    }
+    return Plot(title, caption, svg_of(figure, title, texts), legend, wide=wide)
 
 
 def _binned(values: Sequence[float], size: int) -> list[float]:
     return [math.fsum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """Return the figure as an inline <svg> element: CSS variables as colours, unique ids, no external references."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=")
-    prefix = re.sub(r"\W+", "-", title.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = text.replace('"#', f'"#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    for name, color in COLORS.items():
-        text = text.replace(color, f"var(--{name})")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', text, count=1)
-    return re.sub(r"\n\s*", "\n", text)

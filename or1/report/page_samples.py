@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ _COLUMNS = (
     "kept",
 )
 
-_KINDS = ("solved", "partial", "failed", "truncated")
+KINDS = ("solved", "partial", "failed", "truncated")
 # Allowed types of the values of a column, and of the items of its lists.
 _TYPES: dict[str, tuple[type, ...]] = {
     "status": (str,),
@@ -52,7 +53,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _ITEM_TYPES: dict[str, tuple[type, ...]] = {"golds": (str,), "token_ids": (int,), "logp": (int, float)}
 
 
-def _kind(row: dict[str, Any]) -> str:
+def kind_of(row: dict[str, Any]) -> str:
     """Return the tag of a response by its reward and finish reason (not its status); no reward counts as failed."""
     reward = number(row["reward"])
     if reward >= RIGHT:
@@ -84,12 +85,7 @@ def load_samples(run: RecordedRun) -> tuple[list[SampleStep], list[str]]:
     from pyarrow import ArrowException
 
     tokenizer = _tokenizer(run)
-    files = [
-        (int(path.stem[5:]), path)
-        for path in (run.path / "rollouts").glob("step_*.parquet")
-        if path.stem[5:].isdecimal()
-    ]
-    files.sort()
+    files = rollout_files(run.path)
     steps: dict[int, SampleStep] = {}
     notes = []
     while todo := [item for item in _spread(files) if item[0] not in steps]:
@@ -103,6 +99,12 @@ def load_samples(run: RecordedRun) -> tuple[list[SampleStep], list[str]]:
     return [steps[step] for step, _ in _spread(files)], notes
 
 
+def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return step and path of every saved rollout, ascending."""
+    found = (run_dir / "rollouts").glob("step_*.parquet")
+    return sorted((int(path.stem[5:]), path) for path in found if re.fullmatch("[0-9]{1,9}", path.stem[5:]))
+
+
 def _spread(files: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
     """Return the first, middle and last file, without repeats."""
     indices = sorted({0, len(files) // 2, len(files) - 1}) if files else []
@@ -113,22 +115,27 @@ def _samples(path: Path, tokenizer: Tokenizer | None) -> Iterator[Sample]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        missing = {"status", "finish", "response", "prompt", "reward"} - set(file.schema_arrow.names)
-        if missing:
-            raise ValueError(f"missing columns {', '.join(sorted(missing))}")
-        labels = [_kind(row) for row in file.read(columns=["reward", "finish"]).to_pylist()]
+        require_columns(file)
+        labels = [kind_of(row) for row in file.read(columns=["reward", "finish"]).to_pylist()]
         picks = {}
-        for kind in _KINDS:
+        for kind in KINDS:
             rows = [index for index, label in enumerate(labels) if label == kind]
             if rows:
                 picks[kind] = rows[len(rows) // 2]
-        found = _rows(file, set(picks.values()))
+        found = rows_of(file, set(picks.values()))
     for kind, index in picks.items():
-        _check(found[index])
+        check_row(found[index])
         yield Sample(kind, found[index], _pieces(found[index], tokenizer))
 
 
-def _check(row: dict[str, Any]) -> None:
+def require_columns(file: pq.ParquetFile) -> None:
+    """Raise ValueError if a rollout file lacks a column that every sample needs."""
+    missing = {"status", "finish", "response", "prompt", "reward"} - set(file.schema_arrow.names)
+    if missing:
+        raise ValueError(f"missing columns {', '.join(sorted(missing))}")
+
+
+def check_row(row: dict[str, Any]) -> None:
     """Raise ValueError if a column holds what the page cannot show."""
     for name, wanted in _TYPES.items():
         values = [row.get(name)]
@@ -140,7 +147,7 @@ def _check(row: dict[str, Any]) -> None:
                 raise ValueError(f"column {name} holds {type(value).__name__} instead of {names}")
 
 
-def _rows(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
+def rows_of(file: pq.ParquetFile, wanted: set[int]) -> dict[int, dict[str, Any]]:
     """Return the wanted rows by index. The file is streamed: a rollout of long responses may not fit into memory."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     found, start = {}, 0

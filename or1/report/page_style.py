@@ -22,6 +22,9 @@ h3 { font-size: 15px; margin: 0; }
 p { margin: 0; }
 .sub { color: var(--soft); margin: 4px 0 0; overflow-wrap: anywhere; }
 .brand { color: var(--muted); font-size: 13px; letter-spacing: .02em; margin-bottom: 6px; }
+nav { display: flex; flex-wrap: wrap; gap: 2px 18px; margin-top: 14px; font-size: 14px; }
+nav a { color: var(--accent); text-decoration: none; }
+nav a:hover { text-decoration: underline; }
 .badge { display: inline-block; border-radius: 99px; padding: 1px 10px; font-size: 12.5px; font-weight: 600;
   border: 1px solid currentColor; vertical-align: 4px; margin-left: 8px; letter-spacing: 0; white-space: nowrap; }
 .badge.done, .up { color: var(--good); }
@@ -29,6 +32,7 @@ p { margin: 0; }
 .down { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
   min-width: 0; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 8px; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .grid > .wide { grid-column: 1 / -1; }
 .evals { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
@@ -51,7 +55,9 @@ p { margin: 0; }
 .facts b { display: block; font-size: 20px; font-weight: 620; letter-spacing: -.01em; white-space: nowrap; }
 .facts span { color: var(--muted); font-size: 12.5px; }
 .facts .alert b { color: var(--bad); }
-.notes { margin: 16px 0 0; padding: 12px 20px 12px 36px; color: var(--soft); font-size: 14px; }
+.alarms { color: var(--bad); border-color: var(--bad); }
+.notes { margin: 16px 0 0; padding: 12px 20px 12px 36px; font-size: 14px; }
+.notes:not(.alarms) { color: var(--soft); }
 .caption { color: var(--muted); font-size: 13px; margin-top: 1px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12.5px; color: var(--soft); margin: 8px 0 4px; }
 .legend i { display: inline-block; width: 16px; height: 0; border-top: 2.5px solid; vertical-align: middle;
@@ -61,6 +67,8 @@ p { margin: 0; }
 .plot { overflow-x: auto; }
 .plot.wide svg { min-width: 640px; }
 .plot svg { display: block; width: 100%; height: auto; overflow: visible; }
+.hover rect { fill: var(--ink); fill-opacity: 0; }
+.hover rect:hover { fill-opacity: .07; }
 .plot svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
 th { text-align: right; font-weight: 600; color: var(--soft); padding: 5px 12px; border-bottom: 1px solid var(--grid);
@@ -97,7 +105,11 @@ pre i, .key i { font-style: normal; border-radius: 2px; }
 .config h3 { font-family: var(--mono); font-size: 13.5px; margin-bottom: 6px; }
 .config td { white-space: normal; overflow-wrap: anywhere; font-size: 13px; padding: 3px 0 3px 12px; }
 .config tr td:first-child { padding-left: 0; }
-.config td:first-child { color: var(--soft); white-space: nowrap; }
+.config td:first-child { color: var(--soft); }
+.config .own td { font-weight: 620; color: var(--ink); }
+details { margin-top: 6px; }
+summary { color: var(--muted); font-size: 12.5px; cursor: pointer; }
+h2 + .caption { margin: -8px 0 14px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 40px; }
 @media print { .card { break-inside: avoid; } pre { max-height: none; } }
 """

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from or1.config import Config
 from or1.config.changes import changed_keys, described, fixed_keys
 from or1.config.load import dump_config
-from or1.core.errors import CheckpointError, RunError
+from or1.core.errors import CheckpointError, OtherSettingsError, RunError
 from or1.core.files import NO_ROOM, write_whole
 from or1.magic.stages import record_of
 from or1.run.checkpoint import read_manifest, step_folder, step_folders
@@ -50,7 +50,12 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> list[str]:
         if error.errno in NO_ROOM:
             raise
         raise RunError(f"run_dir = {str(run_dir)!r} cannot hold a run ({error}); choose another folder") from error
-    return messages + ([f"continues with changed settings: {', '.join(changed)}"] if changed else [])
+    return messages + ([listed("continues with changed settings:", changed)] if changed else [])
+
+
+def listed(head: str, lines: list[str]) -> str:
+    """Return a message of a head and one indented line for each of `lines`."""
+    return "\n    ".join([head, *lines])
 
 
 def _remarks(run_dir: Path, changed: list[str]) -> list[str]:
@@ -93,10 +98,11 @@ def _move_aside(run_dir: Path) -> list[str]:
 
 
 def check_run_dir(config: Config) -> list[str]:
-    """Return the settings that differ from the recorded run, all of which a resumed run may change.
+    """Return a line "setting: old -> new" for each difference from the recorded run; a resumed run may change all.
 
-    A run that trained nothing has nothing to resume, so any config is accepted. Raises RunError if the folder is
-    unusable, if a differing setting must not change, or if the record or the checkpoints are missing.
+    A run that trained nothing has nothing to resume, so any config is accepted.
+    Raises OtherSettingsError if a differing setting must not change, and RunError if the folder is unusable or has lost
+    its record or its checkpoints.
     """
     run_dir = config.run_path
     if problem := unusable(run_dir):
@@ -118,11 +124,14 @@ def check_run_dir(config: Config) -> list[str]:
     changed = changed_keys(recorded, settings)
     done, begun = _stages_so_far(run_dir, steps)
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
-        raise RunError(_refusal(run_dir, fixed, described(fixed, recorded, settings)))
-    return changed
+        free = [key for key in changed if key not in fixed]
+        lines = described(fixed, recorded, settings)
+        lines += [f"{line} (may change)" for line in described(free, recorded, settings)]
+        raise OtherSettingsError(_refusal(run_dir, fixed, lines))
+    return described(changed, recorded, settings)
 
 
-def _refusal(run_dir: Path, fixed: list[str], differences: str) -> str:
+def _refusal(run_dir: Path, fixed: list[str], lines: list[str]) -> str:
     stages = altered = ""
     if any(key.startswith("stage.") for key in fixed):
         stages = (
@@ -134,8 +143,9 @@ def _refusal(run_dir: Path, fixed: list[str], differences: str) -> str:
             f" (its {RECORD} was changed since the run wrote it: put that file back, or remove it and repeat "
             "this command)"
         )
+    head = f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}:"
     return (
-        f"{run_dir} holds a run with other settings ({', '.join(fixed)}){stages}{altered}: {differences}. "
+        f"{listed(head, lines)}\n"
         "Set the old values to resume that run, choose another folder with --set run_dir=..., or start anew with "
         "--fresh, which moves the old run aside"
     )

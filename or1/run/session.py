@@ -121,7 +121,7 @@ class Session:
     def warn(self, step: Step, groups: Sequence[Group], trained: bool) -> None:
         """Show the warnings that are due after a step: an entropy out of bounds, nothing trained."""
         for warning in self._state.warnings(step, groups, trained, self._config.in_stage(step.stage_index)):
-            self._display.message(warning)
+            self._display.message(f"alarm: {warning}")
             self._trackers.alarm(step.number, warning)
 
     def record_start(self, metrics: dict[str, float]) -> None:
@@ -137,7 +137,7 @@ class Session:
             metrics["time/checkpoint"], self._checkpoint_s = self._checkpoint_s, None
         kl = metrics.get("mismatch/kl") if self._config.rollout.vllm.rounds else None
         if kl is not None and (alarm := self._state.watch.note_mismatch(step.number, kl)):
-            self._display.message(alarm)
+            self._display.message(f"alarm: {alarm}")
         # The line before the commit: a crash between them repeats the step. The other order would lose the line.
         self._write(step.stage_index, metrics)
         self.stopped = self._world.any(self._stop())

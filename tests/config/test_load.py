@@ -280,6 +280,12 @@ def test_a_file_that_may_not_be_looked_at_counts_as_missing(monkeypatch: pytest.
         ("data.train_batch_size=32", "stage.0.prompts_per_step"),
         ("optim.group_size=8", "stage.0.group_size"),
         ("trainer.save_freq=3", "checkpoint.every_steps"),
+        ("per_device_train_batch_size=8", "stage.0.prompts_per_step"),
+        ("gradient_accumulation_steps=8", "optim.max_tokens_per_rank"),
+        ("loss.entropy_coef_delta=0.1", "loss.entropy.delta"),
+        ("orchestrator.rollouts_per_example=16", "stage.0.group_size"),
+        ("micro_train_batch_size=4", "optim.max_tokens_per_rank"),
+        ("log.wandb_project=me", "log.wandb"),
     ],
 )
 def test_a_name_of_another_trainer_is_translated(override: str, setting: str) -> None:

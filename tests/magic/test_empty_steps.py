@@ -84,7 +84,9 @@ def test_a_run_tells_it_and_a_resumed_run_goes_on_counting(tmp_path: Path, monke
     trainer.state.load_state(json.loads(json.dumps(trainer.state.state_dict())))
     assert said == []
     learn(trainer, equal, step=3)
-    assert len(said) == 1 and said[0].startswith("step 3: nothing is trained, 3 steps in a row: every response of ev")
+    assert len(said) == 1 and said[0].startswith(
+        "alarm: step 3: nothing is trained, 3 steps in a row: every response of ev"
+    )
     learn(trainer, group([1, 0], equal.responses), step=4)
     learn(trainer, equal, step=5)
     assert len(said) == 1 and trainer.state.totals["empty_steps"] == 4

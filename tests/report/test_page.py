@@ -42,7 +42,7 @@ def test_accuracy_before_and_after_is_shown_as_recorded(full):
         assert f"{100 * history.points[0].avg:.1f} %" in page.text
         assert f"{100 * history.points[-1].avg:.1f} %" in page.text
         assert f"{history.accuracy.change:+.1f} points" in page.text
-    assert page.text.count("± 3.0") == 12
+    assert page.text.count("± 3.0") == 24, "in the table and over the points"
 
 
 def _run_dir(page: Page) -> str:

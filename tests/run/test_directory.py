@@ -15,7 +15,7 @@ import pytest
 from or1.cli import main
 from or1.config import Config
 from or1.config.load import dump_config, load_config
-from or1.core.errors import RunError
+from or1.core.errors import OtherSettingsError, RunError
 from or1.run.directory import RECORD, prepare_run_dir, recorded_config
 from or1.run.lock import RunLock
 from or1.run.marks import NAME as MARKS
@@ -44,7 +44,7 @@ def test_a_start_that_fails_midway_leaves_the_record_whole(tmp_path: Path) -> No
     with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
         prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))
     assert (tmp_path / RECORD).read_text() == before
-    assert prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))[0].endswith("log.tensorboard")
+    assert prepare_run_dir(config_of(tmp_path, "log.tensorboard=false"))[0].endswith("log.tensorboard: true -> false")
     assert recorded_config(tmp_path)["log"]["tensorboard"] is False
     assert {path.name for path in tmp_path.iterdir()} == {RECORD, ".marks.json", "metrics.jsonl"}
 
@@ -88,10 +88,21 @@ def test_a_start_that_trained_nothing_leaves_its_folder_free(tmp_path: Path) -> 
 def test_what_reward_processes_may_take_can_change_with_the_machine(tmp_path: Path) -> None:
     prepare_run_dir(config_of(tmp_path))
     commit(tmp_path, 1, 0, 0)
-    said = prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0"))
-    assert said == ["continues with changed settings: reward.memory_mib, reward.workers"]
-    with pytest.raises(RunError, match=r"other settings \(reward.timeout_s\)"):
-        prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9"))
+    old = config_of(tmp_path).reward
+    (said,) = prepare_run_dir(config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0"))
+    assert said.splitlines() == [
+        "continues with changed settings:",
+        f"    reward.memory_mib: {old.memory_mib} -> 0",
+        f"    reward.workers: {old.workers} -> 1",
+    ]
+    with pytest.raises(OtherSettingsError, match=r"other settings \(reward.timeout_s\)") as caught:
+        prepare_run_dir(
+            config_of(tmp_path, "reward.workers=1", "reward.memory_mib=0", "reward.timeout_s=9", "log.samples=9")
+        )
+    assert str(caught.value).splitlines()[1:3] == [
+        f"    reward.timeout_s: {old.timeout_s} -> 9.0",
+        "    log.samples: 4 -> 9 (may change)",
+    ]
 
 
 def test_a_run_of_before_a_setting_was_goes_on_with_its_default(tmp_path: Path) -> None:
@@ -139,9 +150,8 @@ def test_of_a_stage_that_has_begun_only_its_length_may_change(
         assert f"({override.partition('=')[0]}); of a stage that has begun only steps" in str(caught.value)
     assert (tmp_path / RECORD).read_text() == before
     for override in allowed:
-        assert prepare_run_dir(config_of(tmp_path, override)) == [
-            f"continues with changed settings: {override.partition('=')[0]}"
-        ]
+        (said,) = prepare_run_dir(config_of(tmp_path, override))
+        assert said.splitlines()[1].startswith(f"    {override.partition('=')[0]}: ")
         prepare_run_dir(config_of(tmp_path))
 
 
@@ -217,7 +227,7 @@ def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
     (run_dir / RECORD).write_text(dump_config(config_of(run_dir, "seed=9")))
     assert main(arguments(run_dir, "--dry-run", **settings)) == 65
     said = capsys.readouterr().err
-    assert "holds a run with other settings" in said and "seed 9 -> 1" in said
+    assert "holds a run with other settings" in said and "\n    seed: 9 -> 1\n" in said
     assert "train.jsonl" in said, "one mistake hides no other"
     data.write_text('{"question": "1+1", "answer": "2"}\n')
     assert main(arguments(run_dir, "--dry-run", **settings)) == 70
@@ -242,9 +252,9 @@ def test_the_record_names_a_local_model_by_its_whole_path(tmp_path: Path, monkey
 def test_a_changed_setting_is_told_with_both_values(tmp_path: Path) -> None:
     prepare_run_dir(config_of(tmp_path, "optim.lr=1e-3"))
     commit(tmp_path, 1, 0, 0)
-    with pytest.raises(RunError, match=r"\(optim.lr\): optim.lr 0.001 -> 0.01. Set the old values"):
+    with pytest.raises(RunError, match=r"\(optim.lr\):\n +optim.lr: 0.001 -> 0.01\nSet the old values"):
         prepare_run_dir(config_of(tmp_path, "optim.lr=1e-2"))
-    with pytest.raises(RunError, match=r"loss.is_cap null -> 2.0, optim.lr 0.001 -> "):
+    with pytest.raises(RunError, match=r"loss.is_cap: null -> 2.0\n    optim.lr: 0.001 -> "):
         prepare_run_dir(config_of(tmp_path, "loss.is_cap=2.0"))
 
 
