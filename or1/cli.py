@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from or1 import __version__
 from or1.commands import (
     ckpt,
+    completion,
     data,
     demo,
     doctor,
@@ -74,6 +75,7 @@ VERBS = {
     "replay": Verb(replay, "repeat one step of a run from its checkpoint and saved rollouts"),
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),
     "doctor": Verb(doctor, "check this machine and, with a config, that engine and trainer agree"),
+    "completion": Verb(completion, "print a script that completes or1 commands in bash, zsh or fish"),
     "serve": Verb(serve, "run the vLLM server of a config, for a trainer on this or another machine"),
 }
 
