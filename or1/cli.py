@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from or1 import __version__
 from or1.commands import (
     ckpt,
+    completion,
     data,
     demo,
     doctor,
@@ -77,6 +78,7 @@ VERBS = {
     "ckpt": Verb(ckpt, "list, verify or remove checkpoints of a run"),
     "doctor": Verb(doctor, "check this machine and, with a config, that engine and trainer agree"),
     "schema": Verb(schema, "print the JSON schema of a config, for editors"),
+    "completion": Verb(completion, "print a script that completes or1 commands in bash, zsh or fish"),
     "serve": Verb(serve, "run the vLLM server of a config, for a trainer on this or another machine"),
 }
 
