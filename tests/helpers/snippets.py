@@ -55,6 +55,12 @@ def options(text: str) -> Iterator[tuple[str, list[str]]]:
         yield verb, re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r" {2,}(?!-).*", "", rest))
 
 
+def names_of_peers(text: str) -> Iterator[list[list[str]]]:
+    """Yield the names in each row of the table of docs/coming-from.md: of or1, TRL, verl and prime-rl."""
+    for row in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+        yield [re.findall(r"`([\w.]+)`", cell) for cell in row.strip("| ").split("|")]
+
+
 def merged(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the keys of a fragment of TOML over those of a base. An array replaces an array."""
     both = {key: merged(base[key], value) for key, value in fragment.items() if isinstance(base.get(key), dict)}

@@ -12,7 +12,8 @@ import pytest
 from or1.cli import VERBS, make_parser
 from or1.config import Config
 from or1.config.rules import contradictions
-from tests.helpers.snippets import FENCED, MINIMAL, blocks, commands, merged, options, pages
+from tests.helpers import public_api
+from tests.helpers.snippets import FENCED, MINIMAL, blocks, commands, merged, names_of_peers, options, pages
 
 # The tests that run the Python of a page.
 RUN_BY = {
@@ -89,6 +90,14 @@ def test_named_verbs_and_options_exist(root: Path) -> None:
                 wrong.append(f"{name}: or1 {verb}")
             wrong += [f"{name}: or1 {verb} {flag}" for flag in flags if flag not in known.get(verb, ())]
     assert not wrong
+
+
+def test_settings_of_the_table_of_names_exist(root: Path) -> None:
+    keys = {line.partition(":")[0].replace("[]", "") for line in public_api._keys(Config.model_json_schema())}
+    sections = {key.rpartition(".")[0] for key in keys} | {"model.lora"}
+    named = [name for ours, *_ in names_of_peers(pages(root)["docs/coming-from.md"]) for name in ours]
+    assert len(named) > 40
+    assert not [name for name in named if name not in keys | sections | {"environment.renderer", "data.chat_template"}]
 
 
 def test_commands_are_found_in_text() -> None:
