@@ -51,7 +51,7 @@ def _section(path: str, section: type[BaseModel], listed: bool = False) -> Itera
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = "**required**" if field.is_required() else _value(field.default)
+    default = "**required**" if field.is_required() else _value(field.get_default(call_default_factory=True))
     cells = (f"`{key}`", _type(field.annotation), default, _limits(field), " ".join((field.description or "").split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -34,7 +34,8 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> Iterator[list[str]]:
     """Yield the arguments of every line of code that calls `or1`, with numbers in the place of N and STEP.
 
-    Lines of code are indented, or in a block of bash. Words after two spaces explain a command.
+    Lines of code are indented, or in a block of bash. Words after two spaces explain a command. What a shell does with
+    the output is left out.
     """
     indented = [line.removeprefix("    ") for line in FENCED.sub("", text).splitlines() if line.startswith("    ")]
     lines = "\n".join([*indented, *blocks(text, "bash")])
@@ -43,7 +44,8 @@ def commands(text: str) -> Iterator[list[str]]:
             # A form such as `or1 eval TARGET [--step N]`, whose options `options` finds.
             continue
         for part in line.split("&&"):
-            found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +[#>].*", "", part))
+            words = re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +#.*| [|>] .*", "", part)
+            found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", words)
             if found:
                 yield [_NUMBERS.get(word, word) for word in shlex.split(found[1])]
 
@@ -55,7 +57,22 @@ def options(text: str) -> Iterator[tuple[str, list[str]]]:
         yield verb, re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r" {2,}(?!-).*", "", rest))
 
 
+def names_of_peers(text: str) -> Iterator[list[list[str]]]:
+    """Yield the names in each row of the table of docs/coming-from.md: of or1, TRL, verl and prime-rl."""
+    for row in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+        yield [re.findall(r"`([\w.]+)`", cell) for cell in row.strip("| ").split("|")]
+
+
 def merged(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the keys of a fragment of TOML over those of a base. An array replaces an array."""
-    both = {key: merged(base[key], value) for key, value in fragment.items() if isinstance(base.get(key), dict)}
+    """Return a config with the keys of a fragment of TOML over those of a base.
+
+    Every table of an array is merged over the first one of the base's array. Other arrays are replaced.
+    """
+    both = {}
+    for key, value in fragment.items():
+        under = base.get(key)
+        if isinstance(under, dict):
+            both[key] = merged(under, value)
+        elif isinstance(under, list) and isinstance(under[0], dict):
+            both[key] = [merged(under[0], each) for each in value]
     return {**base, **fragment, **both}

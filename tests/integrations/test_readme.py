@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import snippets
 from tests.helpers.grpo import even_ids, word_tokenizer
 
 pytestmark = pytest.mark.integrations
@@ -74,6 +77,36 @@ def test_verl_snippet_and_overrides(root: Path) -> None:
         OmegaConf.select(config, key, throw_on_missing=False)
         parent, _, leaf = key.rpartition(".")
         assert leaf in OmegaConf.select(config, parent), key
+
+
+def peers(root: Path, column: int) -> set[str]:
+    page = (root / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    return {name for row in snippets.names_of_peers(page) for name in row[column]}
+
+
+def test_names_of_trl_are_its_own(root: Path) -> None:
+    trl = pytest.importorskip("trl")
+    known = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    known |= set(inspect.signature(trl.GRPOTrainer.__init__).parameters)
+    names = peers(root, 1) - {"stage.prompts_per_step"}
+    assert len(names) > 30 and not names - known
+
+
+def test_names_of_verl_are_its_own(root: Path) -> None:
+    verl = pytest.importorskip("verl")
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml")
+    names, missing = peers(root, 2), []
+    for name in names:
+        path = name if name.split(".")[0] in config else f"actor_rollout_ref.{name}"
+        # A value that the user must give is `???`, which a DictConfig counts as absent.
+        found: Any = OmegaConf.to_container(config)
+        for part in path.split("."):
+            found = found.get(part, missing) if isinstance(found, dict) else missing
+        if found is missing:
+            missing.append(name)
+    assert len(names) > 25 and not missing
 
 
 def test_transformers_snippet(root: Path, tiny_qwen2: Path) -> None:

@@ -94,6 +94,8 @@ def _signature(node: Function | ast.ClassDef) -> list[str]:
         fields = [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
         parts = fields if init is None else _parameters(init)
     else:
+        if "property" in _decorators(node):
+            return [f"{node.name}: {ast.unparse(node.returns)}" if node.returns else node.name]
         parts = _parameters(node)
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     line = f"{node.name}({', '.join(parts)}){returns}"
