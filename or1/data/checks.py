@@ -42,7 +42,8 @@ def check_all(
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in results}
     if missing:
         waiting = len(missing)
-        with _open_checks(list(missing.values()), workers) as check, ThreadPoolExecutor(2 * workers) as threads:
+        # Pools close first, so that an interrupted check does not wait for its time limit.
+        with ThreadPoolExecutor(2 * workers) as threads, _open_checks(list(missing.values()), workers) as check:
             running = {threads.submit(check, prompt): key for key, prompt in missing.items()}
             try:
                 for done in as_completed(running):
