@@ -7,11 +7,11 @@ from pathlib import Path
 
 from or1.commands.arguments import positive
 from or1.config import ColumnsConfig
+from or1.config.mixture import SCREENS
 from or1.config.published import PUBLISHED
 from or1.core.errors import DataError
 from or1.core.quiet import quiet_libraries
 from or1.core.text import visible
-from or1.data.screens import SCREENS
 
 BUILD = "build"
 

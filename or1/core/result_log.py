@@ -52,8 +52,13 @@ class ResultLog:
         return self._values[key]
 
     def add(self, key: str, value: Any) -> None:
-        """Append one value. It survives the end of this process at once, and a power cut after a second or so."""
+        """Append one value. It survives the end of this process at once, and a power cut after a second or so.
+
+        After `close` the value is lost: a thread may come too late, when another has failed.
+        """
         with self._lock:
+            if self._file.closed:
+                return
             self._write({"key": key, "value": value})
             self._values[key] = value
 

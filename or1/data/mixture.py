@@ -43,7 +43,7 @@ class Recipe:
     against    files of evaluation problems that the mixture must not repeat
     near       smallest Jaccard similarity of near duplicates with equal answers; 1 keeps them
     longest    longest statement in characters
-    allow      reasons of `or1.data.screens.SCREENS` for which nothing is dropped
+    allow      reasons of `or1.config.mixture.SCREENS` for which nothing is dropped
     columns    names of columns that or1 does not know
     judged     file of `or1 filter --judge`: only what it keeps is kept
     workers    processes that check answers, and as many that run programs

@@ -34,10 +34,6 @@ _CHOICES = tuple(
 )
 
 
-SCREENS = ("url", "figure", "proof", "choice", "no_reference")
-"""Reasons that `--allow` turns off; the last is that of a programming problem without a reference program."""
-
-
 def screen_reason(prompt: Prompt, allow: Collection[str] = ()) -> str | None:
     """Return why a maths problem cannot be solved from its text or graded by its answer, None if it can.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.message
 import http.client
 import json
@@ -130,10 +131,12 @@ class ChatClient:
                 tell(f"or1: {text}")
 
 
-def at_once(jobs: Sequence[J], work: Callable[[J], R], concurrency: int) -> Iterator[R]:
+def at_once(jobs: Sequence[J], work: Callable[[J], R], concurrency: int, patience_s: float = 0.0) -> Iterator[R]:
     """Yield the results of `work`, as they come, of at most `concurrency` jobs at once.
 
     Raises the EndpointError of the first job that fails. No job begins after that, nor after the caller stops.
+
+    patience_s  seconds for which the error waits until the other jobs that have begun are done
     """
     waiting: queue.SimpleQueue[J] = queue.SimpleQueue()
     for job in jobs:
@@ -160,9 +163,14 @@ def at_once(jobs: Sequence[J], work: Callable[[J], R], concurrency: int) -> Iter
         # Not an executor: the interpreter joins its threads at exit, and a request may take an hour.
         for _ in range(min(concurrency, len(jobs))):
             threading.Thread(target=serve, name="or1-endpoint", daemon=True).start()
-        for _ in jobs:
+        for done in range(len(jobs)):
             result, error = results.get()
             if error is not None:
+                stopped.set()
+                deadline = time.monotonic() + patience_s
+                with contextlib.suppress(queue.Empty):
+                    while (done := done + 1) < len(jobs) - waiting.qsize():
+                        results.get(timeout=max(deadline - time.monotonic(), 0.0))
                 raise error
             yield result  # type: ignore[misc]  # R may be None
     finally:

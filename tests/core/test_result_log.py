@@ -32,6 +32,8 @@ def test_values_are_there_after_a_new_start(tmp_path: Path) -> None:
         log.add("k1", {"n": 9})
     with ResultLog(path, SETTINGS) as log:
         assert log["k1"] == {"n": 9}
+    log.add("k3", {"n": 3})
+    assert keys(path) == ["k0", "k1", "k2"]
 
 
 @pytest.mark.parametrize("cut", [1, 20])
