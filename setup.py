@@ -18,7 +18,7 @@ setup(
     + ["or1_examples"],
     package_dir={"or1": "or1", "or1_kernels": "kernels/or1_kernels", "or1_examples": "examples"},
     package_data={
-        "or1": ["py.typed"],
+        "or1": ["py.typed", "eval/judge.txt"],
         "or1_kernels": ["py.typed", "*.pyi"],
         "or1_examples": ["config.schema.json", "quickstart.toml", "tiny-adder/*", "recipes/*", "smollm2/*.*"],
     },

@@ -63,11 +63,11 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(demo, "train a tiny model on this CPU in a few minutes, to see what a run looks like"),
     "init": Verb(init, "write a folder with a config, a reward and data, for a task of your own"),
-    "data": Verb(data, "download a published dataset as files that train and evaluate, and verify them"),
+    "data": Verb(data, "download a published dataset and verify it, or build one checked file of several"),
     "train": Verb(train, "train from a TOML config; resumes a run that stopped"),
     "eval": Verb(evaluate, "avg@k and pass@k of a config, run, checkpoint or server; resumes"),
     "reward": Verb(reward, "grade reference answers, a wrong answer and a text of yours with the reward of a config"),
-    "filter": Verb(measure, "measure how often a model solves each training prompt; resumes"),
+    "filter": Verb(measure, "measure how often a model solves each training prompt, or let judges vote; resumes"),
     "plan": Verb(plan, "predict memory and time of a config, and the largest packed row that fits"),
     "tune": Verb(tune, "measure which implementations are fastest here for the model of a config"),
     "report": Verb(report, "write report.html of a run: plots and sample transcripts; of several runs, a comparison"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from or1.config.data import ColumnsConfig, DataConfig, MixConfig
 from or1.config.environment import EnvironmentConfig
 from or1.config.eval import EndpointConfig, EvalConfig, EvalSet, FilterConfig
+from or1.config.judge import JudgeConfig
 from or1.config.lora import LoraConfig
 from or1.config.loss import EntropyConfig, LossConfig
 from or1.config.model import ModelConfig
@@ -32,6 +33,7 @@ __all__ = [
     "EvalConfig",
     "EvalSet",
     "FilterConfig",
+    "JudgeConfig",
     "LogConfig",
     "LoraConfig",
     "LossConfig",

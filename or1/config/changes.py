@@ -20,6 +20,7 @@ _FREE = (
     "log",
     "checkpoint",
     "eval",
+    "judge",
     "dist",
     "model.gradient_checkpointing",
     "model.lora.push",

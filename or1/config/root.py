@@ -10,6 +10,7 @@ from pydantic import Field
 from or1.config.data import DataConfig
 from or1.config.environment import EnvironmentConfig
 from or1.config.eval import EndpointConfig, EvalConfig, FilterConfig
+from or1.config.judge import JudgeConfig
 from or1.config.loss import LossConfig
 from or1.config.model import ModelConfig
 from or1.config.optim import OptimConfig
@@ -102,6 +103,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     filter: FilterConfig = FilterConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    judge: JudgeConfig = JudgeConfig()
     log: LogConfig = LogConfig()
     stage: tuple[StageConfig, ...] = Field((), max_length=1000)
     """Stages in order; each may grow the context."""

@@ -10,6 +10,7 @@ from or1.config import Config
 from or1.config.environment_rules import environment_alone, no_environment
 from or1.config.file_rules import (
     files_exist,
+    missing_files,
     nothing_to_execute,
     paths_usable,
     positions_reach,
@@ -28,7 +29,7 @@ from or1.config.rollout_rules import (
 from or1.config.vllm_rules import VLLM_RULES
 from or1.core.errors import Problem
 
-Verb = Literal["train", "filter", "eval"]
+Verb = Literal["train", "filter", "judge", "eval"]
 _COLDEST = 1e-3
 _MOST_RESPONSES = 2**20
 
@@ -39,7 +40,10 @@ def contradictions(config: Config, verb: Verb = "train", files: bool = True) -> 
     verb   the command that will use the config
     files  False: do not check that training files, evaluation sets and models exist
     """
-    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if files or rule not in (training_files, files_exist)]
+    skipped = () if files else (training_files, files_exist)
+    if verb == "judge":  # needs neither the model nor evaluation sets
+        skipped = (*skipped, files_exist)
+    rules = [rule for rule in (*_NEEDS[verb], *_RULES) if rule not in skipped]
     return [*(problem for rule in rules for problem in rule(config)), *_stage_problems(config)]
 
 
@@ -107,6 +111,30 @@ def _limit_given(section: str) -> Callable[[Config], Iterator[Problem]]:
             )
 
     return rule
+
+
+def _judges_given(config: Config) -> Iterator[Problem]:
+    judge = config.judge
+    if not judge.url:
+        yield Problem("judge.url", "missing; name the server of each judge, or give --judge URL")
+    for name in ("model", "key_env", "price_in", "price_out"):
+        count, each = len(getattr(judge, name)), len(judge.url)
+        allowed = (0, each) if name == "model" else (0, 1, each)
+        if each and count not in allowed:
+            yield Problem(f"judge.{name}", f"has {count} values for {each} judges; give one for each, in their order")
+    if bool(judge.price_in) != bool(judge.price_out):
+        yield Problem("judge.price_in", "needs judge.price_out too; set both or none")
+    if judge.url and judge.keep > judge.votes * len(judge.url):
+        yield Problem(
+            "judge.keep",
+            f"{judge.keep} valid votes cannot be reached by {len(judge.url)} judges with {judge.votes} votes each; "
+            "lower it, or raise judge.votes",
+        )
+
+
+def _prompt_given(config: Config) -> Iterator[Problem]:
+    if config.judge.prompt is not None:
+        yield from missing_files([("judge.prompt", config.judge.prompt)])
 
 
 def _no_endpoint(config: Config) -> Iterator[Problem]:
@@ -312,5 +340,6 @@ _STAGE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
 _NEEDS: dict[Verb, tuple[Callable[[Config], Iterator[Problem]], ...]] = {
     "train": (_stages_given, _data_given, training_files, _difficulty_given, _no_endpoint),
     "filter": (no_environment, _data_given, training_files, _limit_given("filter")),
+    "judge": (no_environment, _data_given, training_files, _judges_given, _prompt_given),
     "eval": (no_environment, _sets_given, _limit_given("eval")),
 }

@@ -178,7 +178,7 @@ def _tests_column(row: Row) -> Truth:
 
 def _tests(row: Row) -> Truth:
     """Read tests from separate columns."""
-    return parse_tests({key: value for key, value in row.items() if key in _TEST_COLUMNS})
+    return parse_tests({key: value for key, value in row.items() if key in TEST_COLUMNS})
 
 
 def _live_code_bench_question(row: Row) -> str:
@@ -200,7 +200,7 @@ def _live_code_bench_question(row: Row) -> str:
     )
 
 
-_TEST_COLUMNS = frozenset(
+TEST_COLUMNS = frozenset(
     {
         "inputs",
         "outputs",

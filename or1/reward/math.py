@@ -27,6 +27,8 @@ _THINK_CLOSE = "</think>"
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 # int() raises at 4300 digits.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_MOST_WORDS = 3
 
 
 def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score | str:
@@ -140,6 +142,33 @@ def _verify(gold: Any, answer: Any) -> bool:
 def equivalent_job(job: Mapping[str, Any]) -> bool:
     """Call `equivalent` on a job {"box", "golds"} of `or1.reward.pool`."""
     return equivalent(job["box"], job["golds"])
+
+
+def gold_job(job: Mapping[str, Any]) -> bool:
+    """Return whether a job {"golds"} has a verifiable gold, or {"golds", "text"} a worked solution that ends with one.
+
+    A verifiable gold has a value, is no prose, and is equal to itself. The answer of a worked solution is its last
+    box, else what math-verify finds. This is the check of the Skywork-OR1 report (section 6): extract and compare.
+    May never return, or exhaust memory.
+    """
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    golds = job["golds"]
+    if (text := job.get("text")) is None:
+        return any(_is_verifiable(math_text.tidy(gold)) for gold in golds)
+    if (box := last_box(text)) is not None:
+        return equivalent(box, golds)
+    found = parse(text, parsing_timeout=None)
+    return any(_verify(value, found) for gold in golds for value in _gold_values(math_text.tidy(gold)))
+
+
+def _is_verifiable(gold: str) -> bool:
+    # math-verify reads prose as a product of its letters.
+    if len(_WORD.findall(gold)) > _MOST_WORDS:
+        return False
+    values = [value for value in _values(gold) if not isinstance(value, str)]
+    return any(_verify(value, value) for value in values)
 
 
 def warm_up() -> None:
