@@ -14,7 +14,7 @@ from or1.config import Config
 from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.data import SolvedPrompts
 from or1.eval.accuracy import Estimate, Outcome, by_source, pass_at_k, pass_ks, summarise_set
-from or1.report.page_samples import _kind
+from or1.report.page_samples import kind_of
 from or1.report.summary import summarise
 from or1.reward.terms import is_solved
 from or1.run.state import TrainState
@@ -135,7 +135,7 @@ def test_solved_means_the_same_everywhere(reward: float, solved: bool) -> None:
         prompts.always["i"],
         is_solved(reward),
         rollout_metrics([group])["group/solved"] == 1,
-        _kind(row) == "solved",
+        kind_of(row) == "solved",
     )
     assert found == (solved,) * 6
 
