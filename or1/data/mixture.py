@@ -89,14 +89,14 @@ def build_mixture(recipe: Recipe, display: Display) -> dict[str, Any]:
     loaded = _load(recipe.sources, columns=recipe.columns, columns_required=False)
     fates, notes = _Fates(loaded.prompts), Counter[str]()
     _screen(recipe, fates)
-    if recipe.judged is not None:
-        _drop_poor(recipe.judged, fates)
     _check(recipe, fates, notes, display)
     forms = {prompt.id: normal_form(prompt.text) for prompt in fates.left}
     _drop_equal(fates, forms, notes)
     if recipe.near < 1:
         _drop_near(recipe.near, fates, forms, notes)
     _drop_contaminated(recipe.against, fates)
+    if recipe.judged is not None:
+        _drop_poor(recipe.judged, fates)
     kept = []
     models = difficulty_models(fates.left)
     for prompt in fates.left:

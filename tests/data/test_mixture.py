@@ -166,7 +166,7 @@ def test_the_verdicts_of_judges_choose(files: dict[str, str], tmp_path: Path, mo
     monkeypatch.setattr("or1.data.mixture.check_all", lambda prompts, *_: [checks.OK] * len(prompts))
     judged = tmp_path / "judged.parquet"
     pq.write_table(pa.table({"prompt": [CLIPS, GSM8K[1]["question"]], "verdict": ["kept", "rejected"]}), judged)
-    recipe = Recipe(sources=(files["gsm8k"],), out=tmp_path / "m.parquet", judged=judged)
+    recipe = Recipe(sources=(files["gsm8k"],), out=tmp_path / "m.parquet", judged=judged, near=1)
     assert build_mixture(recipe, Bar(plain_console()))["dropped"] == {"not_judged": 1, "rejected": 1}
     with pytest.raises(DataError, match="no file of `or1 filter --judge`"):
         build_mixture(replace(recipe, judged=Path(files["gsm8k"])), Bar(plain_console()))
