@@ -106,7 +106,8 @@ def config_section(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _config_card(title: str, path: Sequence[str], values: Mapping[str, Any]) -> str:
-    rows = list(flat(values, path))
+    # What a stage leaves to the run has no value of its own.
+    rows = [row for row in flat(values, path) if path[:1] != ("stage",) or row.value is not None]
     own, others = ([row for row in rows if row.is_set is wanted] for wanted in (True, False))
     folded = f"<details><summary>{len(others)} at the default</summary>{_table(others)}</details>" if others else ""
     return f'<section class="card"><h3>{escaped(title)}</h3>{_table(own)}{folded}</section>'
