@@ -1,0 +1,99 @@
+"""GSM8K by `or1 eval` and by lm-evaluation-harness: `python -m benchmarks.evaluation OUT --model DIR --data FILE`.
+
+Needs the package lm-eval with `transformers`. Both sides get the same prompts, in fp32 and greedy, and their responses
+and verdicts are compared row by row. Writes evaluation.json and README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Before any Hugging Face library is imported: nothing here may be looked up in the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from benchmarks.evaluation.harness import Answered, Setting, by_lm_eval, by_or1, graded
+from benchmarks.evaluation.page import write_page
+from benchmarks.lib.results import write_json
+from or1.config.reward import RewardConfig
+from or1.core.types import Score
+from or1.reward import math as maths
+
+SUFFIX = "\nReason step by step, and put your final answer within \\boxed{}."
+
+
+def verdict_of_math(text: str, golds: tuple[str, ...]) -> bool:
+    """Return or1's verdict on a text, as its maths reward computes it."""
+    found = maths.screen(text, golds, require_think_close=RewardConfig().require_think_close)
+    return found.reward >= 1 if isinstance(found, Score) else maths.equivalent(found, golds)
+
+
+def compare(ours: list[Answered], theirs: list[Answered], golds: list[str]) -> list[dict[str, Any]]:
+    """Return a row a problem: whether prompt and response are the same, both texts, and all verdicts on both."""
+    regraded = [graded([a.text for a in side], golds) for side in (ours, theirs)]
+    rows = []
+    for i, (a, b, gold) in enumerate(zip(ours, theirs, golds, strict=True)):
+        answer = gold.rpartition("#### ")[2].strip()
+        verdicts = {
+            "or1": a.verdicts | {name: values[i] for name, values in regraded[0].items()},
+            "lm_eval": b.verdicts | {"math-verify": verdict_of_math(b.text, (answer,))},
+        }
+        recomputed = {name: values[i] for name, values in regraded[1].items()}
+        if any(recomputed[name] != b.verdicts[name] for name in recomputed):
+            raise ValueError(f"problem {i}: lm-eval's verdicts {b.verdicts} are not those computed here, {recomputed}")
+        rows.append(
+            {
+                "problem": i,
+                "gold": answer,
+                "same_prompt": a.prompt == b.prompt,
+                "same_response": a.text == b.text,
+                "same_but_for_space": a.text.strip() == b.text.strip(),
+                "verdicts": verdicts,
+                "or1": a.text,
+                "lm_eval": b.text,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Evaluate with both, compare, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a model with a chat template")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL of GSM8K: question, answer with ####")
+    parser.add_argument("--problems", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=20)
+    given = parser.parse_args()
+    setting = Setting(given.model, given.data.resolve(), given.problems, given.tokens, given.batch, SUFFIX)
+    given.out.mkdir(parents=True, exist_ok=True)
+    lines = setting.data.read_text(encoding="utf-8").splitlines()[: setting.problems]
+    golds = [json.loads(line)["answer"] for line in lines]
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = by_or1(setting, Path(scratch))
+        theirs, version = by_lm_eval(setting)
+    rows = compare(ours, theirs, golds)
+    about = {
+        "model": setting.model.resolve().name,
+        "data": setting.data.name,
+        "problems": setting.problems,
+        "max_response_tokens": setting.tokens,
+        "batch": setting.batch,
+        "suffix": setting.suffix,
+        "lm_eval": version,
+        "math_verify": metadata.version("math-verify"),
+    }
+    write_json(given.out / "evaluation.json", rows, **about)
+    write_page(given.out / "README.md", rows, about)
+    print((given.out / "README.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
