@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,6 @@ def config_of(setting: Setting, out: Path) -> Config:
         f'[[eval.sets]]\nname = "gsm8k"\npath = "{setting.data}"\ntemperature = 0.0\nlimit = {setting.problems}\n',
         encoding="utf-8",
     )
-    import json
 
     return load_config(str(file), [f"data.prompt_suffix={json.dumps(setting.suffix)}"], "eval")
 
