@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-from benchmarks.evaluation.harness import Answered, Setting, by_lm_eval, by_or1, graded
+from benchmarks.evaluation.harness import Answered, Setting, by_harness, by_or1, graded
 from benchmarks.evaluation.page import write_page
 from benchmarks.lib.results import write_json
 from or1.config.reward import RewardConfig
@@ -78,7 +78,7 @@ def main() -> None:
     golds = [json.loads(line)["answer"] for line in lines]
     with tempfile.TemporaryDirectory() as scratch:
         ours = by_or1(setting, Path(scratch))
-        theirs, version = by_lm_eval(setting)
+        theirs, version = by_harness(setting)
     rows = compare(ours, theirs, golds)
     about = {
         "model": setting.model.resolve().name,

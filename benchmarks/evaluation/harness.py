@@ -115,7 +115,7 @@ def task(setting: Setting) -> dict[str, Any]:
     }
 
 
-def by_lm_eval(setting: Setting) -> tuple[list[Answered], str]:
+def by_harness(setting: Setting) -> tuple[list[Answered], str]:
     """Return what lm-eval samples, how its two filters grade the responses, and its version."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
