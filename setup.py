@@ -20,7 +20,7 @@ setup(
     package_data={
         "or1": ["py.typed"],
         "or1_kernels": ["py.typed"],
-        "or1_examples": ["quickstart.toml", "tiny-adder/*", "recipes/*"],
+        "or1_examples": ["quickstart.toml", "tiny-adder/*", "recipes/*", "smollm2/*.*"],
     },
     ext_modules=[
         Pybind11Extension(

@@ -43,7 +43,7 @@ def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
             yield Problem(
                 where,
                 f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
-                'README, "Data", names the formats, and the first lines of a recipe the contents',
+                "docs/own-data.md names the formats, and the first lines of a recipe the contents",
             )
 
 

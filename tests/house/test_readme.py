@@ -1,13 +1,15 @@
-"""README stays true: its code runs, its commands parse, the files it names exist."""
+"""README and docs/ stay true: code runs, commands parse, configs load, links and named files exist; README is short."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from or1.cli import make_parser
+from or1.cli import VERBS, make_parser
+from or1.config import Config
 from or1.reward import custom
 
 
@@ -32,14 +34,19 @@ def test_the_reward_function_is_one(readme: str, tmp_path: Path) -> None:
     assert [paid(text) for text in ("so it is 42", "42 or 43", "?")] == [1.0, 0.1, 0.0]
 
 
-def test_the_forms_of_reward_functions_are_all_named(readme: str) -> None:
+def test_readme_is_short(readme: str) -> None:
+    assert len(readme.splitlines()) <= 150 and len(readme.split()) <= 1200
+
+
+def test_the_forms_of_reward_functions_are_all_named(root: Path) -> None:
+    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
     for form, parameters in custom._SIGNS:
         named = " and ".join(f"`{name}`" for name in sorted(parameters, key=("prompt", *parameters).index))
-        assert f"\n| {named} | " in readme, form
+        assert f"\n| {named} | " in page, form
 
 
 def test_python_blocks_run(readme: str) -> None:
-    # Those of the integrations run in tests/integrations/test_readme.py, with the libraries they need.
+    # Those of docs/drop-in.md run in tests/integrations/test_readme.py, with the libraries they need.
     blocks = [b for b in python_blocks(readme) if "or1.integrations" not in b and "def reward" not in b]
     assert blocks
     for block in blocks:
@@ -51,23 +58,57 @@ def test_python_blocks_run(readme: str) -> None:
 
 
 def test_commands_parse_and_examples_exist(readme: str, root: Path) -> None:
-    commands = re.findall(r"^    .*?\bor1 (train [\w./]+)", readme, flags=re.M)
+    commands = re.findall(r"^    .*?\bor1 (train [\w./-]+\.toml)", readme, flags=re.M)
     assert commands
     for command in commands:
         arguments = make_parser().parse_args(command.split())
         assert (root / arguments.config).is_file()
-    verbs = set(re.findall(r"`or1 (\w+)", readme))
-    assert {"train", "eval", "filter", "report", "export"} <= verbs
+    table = (root / "docs" / "commands.md").read_text(encoding="utf-8")
+    verbs = set(re.findall(r"`or1 (\w+)", table))
+    assert verbs == set(VERBS)
     for verb in verbs:
         with pytest.raises(SystemExit) as done:
             make_parser().parse_args([verb, "--help"])
         assert done.value.code == 0, verb
 
 
+def test_the_task_of_the_docs_is_one(root: Path, tmp_path: Path) -> None:
+    page = (root / "docs" / "own-task.md").read_text(encoding="utf-8")
+    (tmp_path / "letters.py").write_text(python_blocks(page)[0])
+    custom.begin({"path": f"{tmp_path}/letters.py:reward"})
+    job = {"prompt": "Sort: c a b", "completion_ids": [1], "row": {"prompt": "Sort: c a b", "answer": "abc"}}
+    paid = [custom.grade_job(job | {"completion": text}).reward for text in ("it is abc", "acb", "")]
+    assert paid == pytest.approx([1.0, 1 / 6, 0.0])
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/own-task.md"])
+def test_whole_configs_load(name: str, root: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (root / name).read_text(encoding="utf-8"), flags=re.S)
+    whole = [tomllib.loads(block) for block in blocks if "run_dir" in block]
+    assert whole
+    for raw in whole:
+        Config.model_validate(raw)
+
+
+def test_links_lead_to_files(root: Path) -> None:
+    broken = []
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert not broken
+
+
+def test_every_page_is_in_the_index(root: Path) -> None:
+    listed = set(re.findall(r"\]\(([\w.-]+\.md)\)", (root / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert listed | {"index.md"} == {page.name for page in (root / "docs").glob("*.md")}
+
+
 def test_named_files_exist(readme: str, root: Path) -> None:
+    readme += "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("*.md"))
     named = set(re.findall(r"(?:or1|kernels|tests|examples|csrc|benchmarks)/[\w./-]*\w", readme))
     assert len(named) > 15
-    missing = [name for name in named if not (root / name).exists()]
+    missing = [name for name in named if not (root / name).exists() and not name.endswith("/X.py")]
     assert not missing
 
 

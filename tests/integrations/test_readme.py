@@ -1,4 +1,4 @@
-"""README's three integration snippets run as printed; the examples run as scripts."""
+"""The three integration snippets of docs/drop-in.md run as printed; the examples run as scripts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.integrations
 
 
 def snippet(root: Path, library: str) -> Any:
-    blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "drop-in.md").read_text(encoding="utf-8"), flags=re.S)
     found = [b for b in blocks if f"or1.integrations.{library} " in b]
     assert len(found) == 1
-    return compile(found[0], "README.md", "exec")
+    return compile(found[0], "drop-in.md", "exec")
 
 
 def tiny(path: Path) -> Any:
@@ -68,7 +68,7 @@ def test_verl_snippet_and_overrides(root: Path) -> None:
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml")
-    overrides = re.findall(r"`(actor_rollout_ref\.[\w.]+)=", (root / "README.md").read_text(encoding="utf-8"))
+    overrides = re.findall(r"`(actor_rollout_ref\.[\w.]+)=", (root / "docs" / "drop-in.md").read_text(encoding="utf-8"))
     assert len(overrides) == 3
     for key in overrides:
         OmegaConf.select(config, key, throw_on_missing=False)

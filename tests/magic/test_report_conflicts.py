@@ -1,7 +1,7 @@
 """The places where the Skywork-OR1 report and its released code disagree, by number, with numbers computed by hand.
 
 Conflict N is test_conflict_N_*; each shows the paper's setting and, where both are offered, the released code's, on the
-code that a training step runs. README, "MAGIC, and what the report ablates", has the same numbers.
+code that a training step runs. docs/magic.md has the same numbers.
 
      1  entropy step and bounds                 8  schedules of the 7B and 32B models
      2  when the entropy bonus is gated         9  reuse, clip-higher, advantage masks, KL
@@ -208,14 +208,16 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("text", "ours", "released"), ANSWERS)
 def test_which_answer_of_a_text_is_graded(text: str, ours: float, released: float, root: Path) -> None:
-    """Code: `parse` of what stands between the first and the second </think>, box or not; see README's table."""
+    """Code: `parse` of what stands between the first and the second </think>, box or not; docs/magic.md has both."""
     from math_verify import parse, verify
 
     assert screen(text, ["42"]).reward == ours
     found = parse(text.split("</think>")[1], parsing_timeout=None)
     gold = parse(r"\boxed{42}", parsing_timeout=None)
     assert float(len(found) >= 2 and verify(gold, found, timeout_seconds=None)) == released
-    (row,) = [line for line in (root / "README.md").read_text().splitlines() if "| which answer is graded |" in line]
+    (row,) = [
+        line for line in (root / "docs" / "magic.md").read_text().splitlines() if "| which answer is graded |" in line
+    ]
     assert r"last `\boxed{}` after the last `</think>`" in row
 
 
