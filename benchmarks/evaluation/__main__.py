@@ -1,12 +1,13 @@
 """GSM8K by `or1 eval` and by lm-evaluation-harness: `python -m benchmarks.evaluation OUT --model DIR --data FILE`.
 
-Needs the package lm-eval with `transformers`. Both sides get the same prompts, in fp32 and greedy, and their responses
-and verdicts are compared row by row. Writes evaluation.json and README.md.
+Needs the packages lm-eval and accelerate. Both sides get the same prompts, in fp32 and greedy, and their responses and
+verdicts are compared row by row. Writes evaluation.json and README.md without any text of the data, and responses.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +21,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from benchmarks.evaluation.harness import Answered, Setting, by_harness, by_or1, graded
 from benchmarks.evaluation.page import write_page
+from benchmarks.evaluation.ties import explain
 from benchmarks.lib.results import write_json
 from or1.config.reward import RewardConfig
 from or1.core.types import Score
@@ -62,6 +64,17 @@ def compare(ours: list[Answered], theirs: list[Answered], golds: list[str]) -> l
     return rows
 
 
+def without_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with a hash of each response, since responses quote the problems, and without gold answers."""
+    public = []
+    for row in rows:
+        kept = {key: value for key, value in row.items() if key not in ("gold", "or1", "lm_eval")}
+        for side in ("or1", "lm_eval"):
+            kept[f"{side}_sha256"] = hashlib.sha256(row[side].strip().encode()).hexdigest()
+        public.append(kept)
+    return public
+
+
 def main() -> None:
     """Evaluate with both, compare, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
@@ -80,6 +93,7 @@ def main() -> None:
         ours = by_or1(setting, Path(scratch))
         theirs, version = by_harness(setting)
     rows = compare(ours, theirs, golds)
+    explain(setting, rows, ours)
     about = {
         "model": setting.model.resolve().name,
         "data": setting.data.name,
@@ -90,7 +104,8 @@ def main() -> None:
         "lm_eval": version,
         "math_verify": metadata.version("math-verify"),
     }
-    write_json(given.out / "evaluation.json", rows, **about)
+    write_json(given.out / "responses.json", rows, **about)
+    write_json(given.out / "evaluation.json", without_texts(rows), **about)
     write_page(given.out / "README.md", rows, about)
     print((given.out / "README.md").read_text(encoding="utf-8"))
 

@@ -63,11 +63,11 @@ def _different(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if not row["same_but_for_space"]:
-            ours, theirs = row["or1"], row["lm_eval"]
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = row["parted"]
             lines.append(
-                f"- {row['problem']}: from character {at}: {ours[at : at + 30]!r} and {theirs[at : at + 30]!r}"
+                f"- {row['problem']}: token {at['token']} is {at['or1']!r} by or1 and {at['lm_eval']!r} by lm-eval; in "
+                f"fp64 their logits are {abs(at['logits_apart']):.1e} apart, and the larger is "
+                f"{at['below_largest']:.1e} below the largest"
             )
     return "\n".join(lines) or "None."
 
@@ -90,5 +90,5 @@ def _disputed(rows: Sequence[Row]) -> str:
         verdicts = row["verdicts"]["or1"]
         if len(set(verdicts.values())) > 1:
             right = [name for name in GRADERS if verdicts[name]]
-            lines.append(f"- {row['problem']} (gold {row['gold']}): right for {', '.join(right)}: {reason(row)}")
+            lines.append(f"- {row['problem']}: right for {', '.join(right)}: {reason(row)}")
     return "\n".join(lines) or "None."
