@@ -73,13 +73,17 @@ def reward(completions: list[str], answer: list[str], **columns: object) -> list
     return found
 
 
+def rows() -> list[dict[str, str]]:
+    """Return sixteen problems."""
+    pairs = [(11 + 5 * i, 13 + 4 * i) for i in range(16)]
+    return [{"question": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)} for a, b in pairs]
+
+
 def write_config(folder: Path, model: Path, name: str = "run", steps: int = STEPS) -> Path:
     """Write sixteen problems and a config below `folder`, and return the config's path. The run is `folder`/`name`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "additions.jsonl"
-    pairs = [(11 + 5 * i, 13 + 4 * i) for i in range(16)]
-    rows = [{"question": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)} for a, b in pairs]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     config = folder / f"{name}.toml"
     text = CONFIG.format(run_dir=folder / name, model=model, data=data, reward=Path(__file__), steps=steps)
     config.write_text(text, encoding="utf-8")
