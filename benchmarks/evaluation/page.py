@@ -22,11 +22,12 @@ def _text(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     return f"""# GSM8K by or1 eval and by lm-evaluation-harness
 
 Written by `python -m benchmarks.evaluation OUT --model DIR --data FILE`. The first {count} problems of {about["data"]},
-greedy, fp32, at most {about["max_response_tokens"]} tokens, batches of {about["batch"]}; lm-eval {about["lm_eval"]},
-math-verify {about["math_verify"]}.
+greedy, fp32, at most {about["max_response_tokens"]} tokens, batches of {about["batch"]}; lm-eval {about["lm_eval"]}, math-verify
+{about["math_verify"]}. evaluation.json has a hash of each response, since responses quote the problems.
 
-- Prompt, on both sides: the question and {about["suffix"]!r} as one user message in the model's chat template.
-  No examples (zero-shot). lm-eval's own gsm8k has five examples and no chat template, so its published figures differ.
+- Prompt, on both sides: one user message in the model's chat template, the question with the suffix
+  {about["suffix"]!r}. No examples (zero-shot). lm-eval's own gsm8k
+  has five examples and no chat template, so its published figures differ.
 - End of a response, on both sides: the end token of the chat template, or the limit.
 - strict-match: the number after `####`. flexible-extract: the last number of the text. Both are lm-eval's, compared as
   text. math-verify: or1's maths reward, which compares the last `\\boxed{{}}`, and gives 0 to a cut response.
