@@ -22,8 +22,8 @@ def _text(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     return f"""# GSM8K by or1 eval and by lm-evaluation-harness
 
 Written by `python -m benchmarks.evaluation OUT --model DIR --data FILE`. The first {count} problems of {about["data"]},
-greedy, fp32, at most {about["max_response_tokens"]} tokens, batches of {about["batch"]}; lm-eval {about["lm_eval"]}, math-verify
-{about["math_verify"]}. evaluation.json has a hash of each response, since responses quote the problems.
+greedy, fp32, at most {about["max_response_tokens"]} tokens, batches of {about["batch"]}; lm-eval {about["lm_eval"]},
+math-verify {about["math_verify"]}. evaluation.json has a hash of each response, since responses quote the problems.
 
 - Prompt, on both sides: one user message in the model's chat template, the question with the suffix
   {about["suffix"]!r}. No examples (zero-shot). lm-eval's own gsm8k

@@ -123,11 +123,16 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], pre
 
 
 def test_two_ranks_sample_and_train_as_one_in_fp32(smollm2: Path, tmp_path: Path) -> None:
-    """Compare in fp32, since bf16 log-probs depend on the batch, by up to 0.2 nat, and so do sampled tokens."""
+    """Compare gradients, as first moments, and weights; at temperature 0.5.
+
+    The engine's log-probs depend on the batch by rounding, 1e-5 nat in fp32. At temperature 1, one of 32 responses of
+    two runs parted: at a draw between two neighbours in the vocabulary with probabilities of 1.8e-5 and 6e-7.
+    """
     runs, ends = {}, {}
+    settings = ("model.dtype=float32", "eval.sets=[]", "rollout.temperature=0.5", "checkpoint.keep=3")
     for size in (1, 2):
         config, log = write_config(tmp_path, smollm2, f"ranks{size}", steps=2), tmp_path / f"log{size}"
-        arguments = ["train", str(config), "--set", "model.dtype=float32", "--set", "eval.sets=[]"]
+        arguments = ["train", str(config), *(word for setting in settings for word in ("--set", setting))]
         assert or1_ranks(size, arguments, log, timeout=900) == [0] * size, Path(f"{log}.0").read_text()[-2000:]
         runs[size] = tmp_path / f"ranks{size}"
         ends[size] = [load_checkpoint(runs[size] / "checkpoints" / f"step_{step}").tensors for step in (1, 2)]
@@ -135,15 +140,16 @@ def test_two_ranks_sample_and_train_as_one_in_fp32(smollm2: Path, tmp_path: Path
         one, two = (records(run)[step] for run in runs.values())
         tables = [pq.read_table(run / "rollouts" / f"step_{step}.parquet") for run in runs.values()]
         same = sum(a == b for a, b in zip(*(t["token_ids"].to_pylist() for t in tables), strict=True))
-        print(f"step {step}: {same} of {tables[0].num_rows} responses have the same tokens")
+        count = tables[0].num_rows
+        print(f"step {step}: {same} of {count} responses have the same tokens")
         for key in ("reward/mean", "policy/entropy", "optim/loss", "optim/grad_norm", "mismatch/kl"):
             print(f"{key}: {one[key]:.9g} on one rank, {two[key]:.9g} on two")
         moments, weights = (distance(ends[2][step - 1], ends[1][step - 1], p) for p in ("exp_avg.", "master."))
         print(f"relative distance of all first moments {moments:.2e}, of all weights {weights:.2e}")
-        assert same == tables[0].num_rows
+        assert same == count
         for key in ("reward/mean", "policy/entropy", "optim/grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
         # The sum of rounding errors: on-policy the loss is near 0.
         assert two["optim/loss"] == pytest.approx(one["optim/loss"], abs=1e-5)
-        # The first moment after step 1 is a tenth of the gradient.
-        assert moments < 1e-4 and weights < 1e-6
+        # The first moment after step 1 is a tenth of the gradient, which was clipped by its norm.
+        assert moments < 2e-5 and weights < 1e-6
