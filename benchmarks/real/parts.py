@@ -56,10 +56,11 @@ def eps(out: Path, model: Path, load: str) -> Path:
     """Write what grad_row_eps leaves out of answers to additions and to --questions."""
     rows = [
         row
+        for task in row_eps.TASKS
         for section, count in _EPS_ROWS.items()
         for name, one in given(out).items()
         if section in one.sections
-        for row in row_eps.rows(name, one, section, count)
+        for row in row_eps.rows(name, one, section, count, task=task)
     ]
     return write_json(out / "eps.json", rows, load=load)
 

@@ -124,6 +124,8 @@ def test_the_bound_of_grad_row_eps_covers_what_is_left_out(file: Path) -> None:
     for r in rows:
         assert r["true"] <= r["bound"] * (1 + 1e-4)
         assert r["elements_left_out"] == 102 * r["rows_left_out"]
+    (bonus,) = row_eps.rows("before", given, "addition", task="policy", rounds=1, eps=(1e3,))
+    assert 0.99 < bonus["true"] < bonus["bound"], "the bound on an entropy's gradient is not tight"
     assert rows[0]["dweight"] == rows[0]["exact_dweight"] < 1e-5
     assert rows[-1]["dweight"] == 1 and rows[-1]["true"] == pytest.approx(1)
 
