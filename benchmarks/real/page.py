@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _machine(files: Mapping[str, File]) -> str:
     commits = sorted({one["commit"][:10] for one in files.values()})
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     load = any_file.get("load")
-    return (
+    return _said(
         f"Machine: {any_file['device']}, {any_file['threads']} thread. {packages}. Commit {', '.join(commits)}, "
         f"{any_file['time'][:10]}." + (f" Load: {load}." if load else "")
     )
@@ -121,13 +122,26 @@ def _errors(errors: File, triton: File | None) -> str:
     beyond = sorted({row["variant"] for row in rows if row["three_way"] != "holds"})
     note = f" Beyond twice plain torch in some value: {', '.join(beyond)}." if beyond else ""
     few = " The Triton passes ran under the interpreter, on a few rows." if triton else ""
-    return (
-        "## Error against fp64\n\n"
-        "Loss: the clipped policy loss with an entropy bonus. Log-prob and entropy: largest error in nats. Gradients: "
-        "relative, in the Frobenius norm. "
+    count = max(row["rows"] for row in rows)
+    return "## Error against fp64\n\n" + _said(
+        f"Of {count} rows, spread evenly. Loss: the clipped policy loss with an entropy bonus. Log-prob and entropy: "
+        "largest error in nats. Gradients: relative, in the Frobenius norm. "
         f"The rule (at most twice plain torch's error, plus two units of rounding) holds for or1 in {held} of "
-        f"{len(ours)} comparisons, with and without the bonus and for cross entropy.{note}{few}"
-        f"\n\n{table(header, lines)}"
+        f"{len(ours)} comparisons, with and without the bonus and for cross entropy.{note}{few}{_bf16(rows)}",
+        table(header, lines),
+    )
+
+
+def _bf16(rows: Sequence[Row]) -> str:
+    """Return a sentence on log-probs in bf16: or1's logits are fp32 sums, and peers round them to bf16."""
+    some = [row for row in rows if row["dtype"] == "bfloat16" and row["error"]["logp"] is not None]
+    ours = [row["error"]["logp"] for row in some if row["variant"] == OURS]
+    theirs = [row["error"]["logp"] for row in some if not is_or1(row["variant"])]
+    if not ours or not theirs:
+        return ""
+    return (
+        f" In bf16 the largest log-prob error of or1 is {max(ours):.1e} nats. Peers round the logits to bf16, and "
+        f"theirs is {max(theirs):.1e}."
     )
 
 
@@ -156,10 +170,10 @@ def _times(times: File) -> str:
     )
     said = f"or1 is slower in {len(slower)} of {count}: {where}." if slower else f"or1 is fastest in all {count}."
     skipped = "".join(f" Not compared: {name} ({why})." for name, why in times.get("skipped", {}).items())
-    return (
-        "## Time and memory\n\n"
+    return "## Time and memory\n\n" + _said(
         f"Forward and backward of the head. Of comparisons with peers, {said} Peak memory is beside the inputs. "
-        f'"policy" has an entropy bonus, "ce" is cross entropy.{skipped}\n\n{table(header, lines)}'
+        f'"policy" has an entropy bonus, "ce" is cross entropy.{skipped}',
+        table(header, lines),
     )
 
 
@@ -167,9 +181,9 @@ def _eps(eps: File) -> str:
     lines = [
         (
             f"{row['policy']}, {row['section']}",
-            str(row["rows"]),
+            "yes" if row["task"] == "policy" else "no",
             f"{row['eps']:g}",
-            f"{row['share_left_out']:.1%}",
+            f"{row['rows_left_out']} of {row['rows']}",
             f"{row['elements_left_out'] / 1e6:.1f} M",
             f"{row['saved']:.0%}",
             _small(row["bound"]),
@@ -179,26 +193,19 @@ def _eps(eps: File) -> str:
         )
         for row in eps["rows"]
     ]
-    header = (
-        "inputs",
-        "rows",
-        "eps",
-        "rows left out",
-        "elements",
-        "CPU time saved",
-        "bound",
-        "true",
-        "dhidden",
-        "dweight",
+    header = ("inputs", "bonus", "eps", "rows left out", "elements", "CPU time saved", "bound", "true")
+    worst, most = (
+        max((row["bound"] / row["true"] for row in eps["rows"] if row["true"] and row["task"] == task), default=1.0)
+        for task in ("policy, no entropy", "policy")
     )
-    worst = max(row["true"] / row["bound"] for row in eps["rows"] if row["bound"])
-    return (
-        "## `grad_row_eps`\n\n"
-        "Rows whose gradient is below eps skip the two backward GEMMs. The loss has no bonus. Elements: logits whose "
-        "gradient is not computed. Bound: `left_out`, which the head reports. True: the L1 norm of the left-out part "
-        "of dloss/dlogits, by fp64. Both are parts of the whole gradient's L1 norm. "
-        f"The true norm is at most {worst:.4f} of the bound. dhidden and dweight: relative error of the "
-        f"gradients in the Frobenius norm, rounding included.\n\n{table(header, lines)}"
+    return "## `grad_row_eps`\n\n" + _said(
+        "Rows whose gradient is below eps skip the two backward GEMMs. Elements: logits without a gradient. "
+        "Bound: `left_out`, which the head reports. True: the L1 norm of the left-out part of dloss/dlogits, by fp64. "
+        "Both are parts of the whole gradient's L1 norm. The bound is at most "
+        f"{worst:.4f} times the true norm without an entropy bonus, and {most:.2f} times with one. dhidden and "
+        "dweight: relative error of the gradients in the Frobenius norm, rounding included. CPU time is against the "
+        "same head without the option, best of six rounds; a negative number is a loss.",
+        table((*header, "dhidden", "dweight"), lines),
     )
 
 
@@ -227,13 +234,31 @@ def _step(step: File) -> str:
         if not engines:
             lines.append((case["section"], row["result"]["error"], *[""] * 6))
     header = ("rollout", "engine", "CPU s", "over or1", "peak GiB", "loss", "entropy", "gradient norm")
-    return (
-        "## The whole step\n\n"
+    return "## The whole step\n\n" + _said(
         "Forward, backward, clipping and AdamW of the whole model in fp32, on the same sampled responses and "
         "advantages: or1's update, TRL's `GRPOTrainer` (its `_compute_loss`), and plain transformers. Loss, entropy "
-        "and norm are those of the first step. Peak memory is in addition to weights, moments and gradients.\n\n"
-        f"{table(header, lines)}"
+        "and norm are those of the first step. Peak memory is in addition to weights and moments."
+        f"{_behind(step['rows'])}",
+        table(header, lines),
     )
+
+
+def _behind(rows: Sequence[Row]) -> str:
+    """Return sentences on the rollouts where an engine of or1 takes more CPU time than a peer."""
+    said = []
+    for row in rows:
+        engines = {k: v["cpu_seconds"] for k, v in row["result"].get("engines", {}).items() if "error" not in v}
+        for label, seconds in engines.items():
+            faster = [peer for peer, other in engines.items() if not is_or1(peer) and other < seconds]
+            if is_or1(label) and faster:
+                said.append(f" {label} is slower than {', '.join(faster)} on {row['case']['section']}.")
+    return "".join(said) or " or1 is faster than its peers on every rollout, with and without shared prompts."
+
+
+def _said(paragraph: str, below: str = "") -> str:
+    """Return a paragraph in lines of 120 characters, and what is below it."""
+    filled = textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
+    return f"{filled}\n\n{below}" if below else filled
 
 
 def _where(row: Row) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from benchmarks.step.suite import model_cases, run_chains
 
 # One section a policy: errors depend on how certain the rows are, and these two are the extremes.
 SECTIONS: Mapping[str, str] = {"before": "text", "after": "addition"}
-STEP_RESPONSES = {"addition": 8, "questions": 4}
+STEP_RESPONSES = {"addition": 16, "questions": 8}
 # The interpreter takes seconds a row.
 _TRITON_ROWS = 4
 _ROWS = 48
@@ -56,10 +56,11 @@ def eps(out: Path, model: Path, load: str) -> Path:
     """Write what grad_row_eps leaves out of answers to additions and to --questions."""
     rows = [
         row
+        for task in row_eps.TASKS
         for section, count in _EPS_ROWS.items()
         for name, one in given(out).items()
         if section in one.sections
-        for row in row_eps.rows(name, one, section, count)
+        for row in row_eps.rows(name, one, section, count, task=task)
     ]
     return write_json(out / "eps.json", rows, load=load)
 

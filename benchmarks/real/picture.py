@@ -22,13 +22,18 @@ def draw(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     _times(bars, files.get("times", {}).get("rows", []))
     rows = [row for row in files.get("eps", {}).get("rows", []) if row["section"] == _SECTION]
     for policy, color in COLORS.items():
-        mine = sorted((row for row in rows if row["policy"] == policy and row["eps"] > 0), key=lambda row: row["eps"])
+        mine = _by_eps(rows, policy, "policy, no entropy")
         eps = [row["eps"] for row in mine]
         shares.plot(eps, [100 * row["share_left_out"] for row in mine], "o-", color=color, label=f"{policy} RL")
-        bounds.plot(eps, [row["bound"] or None for row in mine], "s--", color=color, label=f"{policy} RL, bound")
-        bounds.plot(eps, [row["true"] or None for row in mine], "o-", color=color, label=f"{policy} RL, true")
+        mine = [row for row in _by_eps(rows, policy, "policy") if row["true"] > 0]
+        eps = [row["eps"] for row in mine]
+        bounds.plot(eps, [row["bound"] for row in mine], "s--", color=color, label=f"{policy} RL, bound")
+        bounds.plot(eps, [row["true"] for row in mine], "o-", color=color, label=f"{policy} RL, true")
     shares.set(xscale="log", xlabel="grad_row_eps", ylim=(0, 100), title="rows left out, %")
-    bounds.set(xscale="log", yscale="log", xlabel="grad_row_eps", title="share of the gradient's L1 norm left out")
+    bounds.set(xscale="log", xlabel="grad_row_eps", title="gradient left out, with a bonus, L1")
+    if any(len(line.get_xdata()) for line in bounds.lines):
+        # A logarithmic axis without a point cannot be drawn.
+        bounds.set_yscale("log")
     for axes in (shares, bounds):
         axes.grid(color=GREY, alpha=0.3)
     for axes in (bars, shares, bounds):
@@ -37,6 +42,11 @@ def draw(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "real"}):
         figure.savefig(path, metadata={"Date": None})
+
+
+def _by_eps(rows: list[Mapping[str, Any]], policy: str, task: str) -> list[Mapping[str, Any]]:
+    mine = [row for row in rows if (row["policy"], row["task"]) == (policy, task) and row["eps"] > 0]
+    return sorted(mine, key=lambda row: row["eps"])
 
 
 def _times(axes: Any, rows: list[Mapping[str, Any]]) -> None:

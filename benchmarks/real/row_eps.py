@@ -1,12 +1,12 @@
 """What `grad_row_eps` leaves out on a real policy: rows, time saved, the proven bound and the true error.
 
-The loss is the on-policy clipped loss without an entropy bonus. The truth is plain torch in fp64.
+The loss is the on-policy clipped loss, without and with an entropy bonus. The truth is plain torch in fp64.
 Legend: N rows, C rows of a chunk, H hidden, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from benchmarks.real.inputs import Inputs
 from or1_kernels import linear_policy_loss, reference
 
 EPS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-TASK = "policy, no entropy"
+TASKS = ("policy, no entropy", "policy")
 _CHUNK = 64
 
 
@@ -52,7 +52,7 @@ def live(problem: Problem) -> Problem:
     return replace(problem, masked=0.0, documents=1, **{name: getattr(problem, name)[problem.live] for name in names})
 
 
-def exact(problem: Problem) -> Exact:
+def exact(problem: Problem, task: str) -> Exact:
     """Return the fp64 gradient of a problem whose rows are all live, by autograd, a chunk of rows at a time."""
     hidden_NH, weight_VH = problem.hidden.double(), problem.weight.double()
     l1, dhidden, rest = [], [], []
@@ -60,7 +60,7 @@ def exact(problem: Problem) -> Exact:
     for index_C in torch.arange(len(hidden_NH)).split(_CHUNK):
         z_CV = (hidden_NH[index_C] @ weight_VH.T).requires_grad_()
         logp_C, entropy_C = reference.logprob_entropy(z_CV, problem.targets[index_C])
-        task_loss(_rows(problem, index_C), TASK, logp_C, entropy_C).backward()
+        task_loss(_rows(problem, index_C), task, logp_C, entropy_C).backward()
         dz_CV = z_CV.grad
         assert dz_CV is not None
         l1.append(dz_CV.abs().sum(1))
@@ -70,7 +70,7 @@ def exact(problem: Problem) -> Exact:
     return Exact(torch.cat(l1), torch.cat(dhidden), dweight_VH, torch.cat(rest))
 
 
-def head(problem: Problem, eps: float | None) -> Kept:
+def head(problem: Problem, task: str, eps: float | None) -> Kept:
     """Return the gradients of or1's head with this grad_row_eps."""
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
     loss, stats = linear_policy_loss(
@@ -81,6 +81,7 @@ def head(problem: Problem, eps: float | None) -> Kept:
         token_weight=problem.token_weight,
         old_logp=problem.old_logp,
         objective=OBJECTIVE,
+        entropy_coef=problem.entropy_coef(task),
         grad_row_eps=eps,
     )
     loss.backward()
@@ -90,7 +91,14 @@ def head(problem: Problem, eps: float | None) -> Kept:
 
 
 def rows(
-    name: str, given: Inputs, section: str, tokens: int | None = None, rounds: int = 2, eps: tuple[float, ...] = EPS
+    name: str,
+    given: Inputs,
+    section: str,
+    tokens: int | None = None,
+    *,
+    task: str = TASKS[0],
+    rounds: int = 6,
+    eps: Sequence[float] = EPS,
 ) -> list[dict[str, Any]]:
     """Return one row an eps, in fp32: rows left out, bound and truth of what they weigh, error and CPU seconds.
 
@@ -99,12 +107,12 @@ def rows(
     errors without grad_row_eps.
     """
     problem = live(given.problem(section, tokens))
-    want = exact(problem)
+    want = exact(problem, task)
     whole = float(want.l1.sum())
     found: dict[float | None, Kept] = {}
 
     def call(e: float | None) -> Callable[[], None]:
-        return lambda: found.update({e: head(problem, e)})
+        return lambda: found.update({e: head(problem, task, e)})
 
     fns = {str(e): call(e) for e in (None, *eps)}
     times = measure.interleaved(fns, CPU, rounds, warmup=0, timer=measure.cpu_seconds)
@@ -114,7 +122,7 @@ def rows(
         got = found[e]
         dropped = ~got.used
         made.append(
-            {"policy": name, "section": section, "rows": len(dropped), "eps": e}
+            {"policy": name, "section": section, "task": task, "rows": len(dropped), "eps": e}
             | {"rows_left_out": int(dropped.sum()), "share_left_out": float(dropped.float().mean())}
             | {"elements_left_out": int(dropped.sum()) * len(problem.weight)}
             | {"bound": got.left_out / whole, "true": float(want.l1[dropped].sum()) / whole}

@@ -124,6 +124,8 @@ def test_the_bound_of_grad_row_eps_covers_what_is_left_out(file: Path) -> None:
     for r in rows:
         assert r["true"] <= r["bound"] * (1 + 1e-4)
         assert r["elements_left_out"] == 102 * r["rows_left_out"]
+    (bonus,) = row_eps.rows("before", given, "addition", task="policy", rounds=1, eps=(1e3,))
+    assert 0.99 < bonus["true"] < bonus["bound"], "the bound on an entropy's gradient is not tight"
     assert rows[0]["dweight"] == rows[0]["exact_dweight"] < 1e-5
     assert rows[-1]["dweight"] == 1 and rows[-1]["true"] == pytest.approx(1)
 
@@ -182,8 +184,14 @@ def test_the_page_says_where_or1_is_slower(file: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "errors.json", errors, inputs={"before": given.facts})
     write_json(tmp_path / "times.json", times, load="none")
     write_json(tmp_path / "eps.json", row_eps.rows("before", given, "addition", rounds=1, eps=(1e-3, 0.99)))
-    page = write_page(tmp_path, tmp_path / "page").read_text()
+    page = " ".join(write_page(tmp_path, tmp_path / "page").read_text().split())
     assert "or1 is slower in 3 of 6: naive torch (text, bfloat16, policy: 0.50)" in page
+    engines = {"or1": 2.0, "or1, prompts not shared": 4.0, "TRL": 3.0}
+    numbers = {"peak_gib": 1.0, "loss": 0.0, "entropy": 1.0, "grad_norm": 1.0}
+    result = {"engines": {label: numbers | {"cpu_seconds": seconds} for label, seconds in engines.items()}}
+    write_json(tmp_path / "step.json", [{"case": {"section": "addition", "responses": 8}, "result": result}])
+    page = " ".join(write_page(tmp_path, tmp_path / "page").read_text().split())
+    assert "moments. or1, prompts not shared is slower than TRL on addition. |" in page
     assert "holds for or1 in 6 of 6 comparisons" in page
     assert (tmp_path / "page" / "times.json").read_bytes() == (tmp_path / "times.json").read_bytes()
     assert (tmp_path / "page" / "real.svg").stat().st_size > 10_000

@@ -180,16 +180,16 @@ class Engine:
 
     def backward(self, raw_CV: Tensor, rows: slice, inputs: RowInputs, stats: RowStats, slopes: Slopes) -> None:
         """Run pass 2 and GEMMs 2 and 3 for one chunk. Overwrites its raw logits."""
-        index_K = None
-        if slopes.keep is not None:
-            index_K = slopes.keep.nonzero()[:, 0]
+        index_K = None if slopes.keep is None else slopes.keep.nonzero()[:, 0]
+        if index_K is not None and not len(index_K):
+            # Row passes in C++ refuse an empty array, and GEMM 3 would write nothing.
             if self.dweight_VH is not None and self.dweight_is_empty:
-                # A chunk may have no row left, and then GEMM 3 would write nothing.
                 self.dweight_VH.zero_()
                 self.dweight_is_empty = False
-            if not len(index_K):
-                # Row passes in C++ refuse an empty array.
-                return
+            return
+        if index_K is not None and len(index_K) == len(raw_CV):
+            index_K = None  # No row is dropped, so no row need be copied.
+        if index_K is not None:
             raw_CV, inputs, stats = raw_CV[index_K], inputs.rows(index_K), RowStats(*(x[index_K] for x in stats))
             slopes = Slopes(slopes.logp[index_K], slopes.entropy[index_K])
         draw_CV = self.settings.backend.row_grads_(
