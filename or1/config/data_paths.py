@@ -12,6 +12,7 @@ from or1.config.section import FilePaths, each_of
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """Endings of the files that are read from a folder. Folders in a folder need a pattern, such as data/**/*.parquet."""
+_SCHEMA = ".schema.json"  # `or1 init` writes one beside its config, and so into a folder that may be named as data
 HUB = "hf:"
 """Start of the name of a dataset on the hub."""
 # A commit ends at the first slash. The name of a branch may contain one, so there the last slash decides.
@@ -76,7 +77,8 @@ def _matches(path: str) -> list[str]:
         if Path(path).is_file():
             return [path]
         if Path(path).is_dir():
-            return [name for name in _visible(f"{glob.escape(path)}/*") if name.endswith(ENDINGS)]
+            files = _visible(f"{glob.escape(path)}/*")
+            return [name for name in files if name.endswith(ENDINGS) and not name.endswith(_SCHEMA)]
         return _visible(path) if glob.has_magic(path) else []
     except (OSError, ValueError, re.error):
         return []

@@ -22,7 +22,7 @@ def made(folder: Path, *names: str) -> list[str]:
 
 
 def test_a_folder_is_its_data_files_in_the_order_of_their_names(tmp_path: Path) -> None:
-    b, a, *_ = made(tmp_path, "b.jsonl", "a.csv", "README.md", ".hidden.jsonl", "deep/c.jsonl")
+    b, a, *_ = made(tmp_path, "b.jsonl", "a.csv", "README.md", ".hidden.jsonl", "deep/c.jsonl", "config.schema.json")
     assert expanded(str(tmp_path), []) == (a, b)
     assert expanded((str(tmp_path), b), []) == (a, b, b), "a file named twice counts twice"
 
