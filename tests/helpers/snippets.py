@@ -1,4 +1,4 @@
-"""Snippets of README and docs/: blocks of code, commands, and configs."""
+"""Snippets of README, of docs/ and of the READMEs of rooms: blocks of code, commands, and configs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _NUMBERS = {"N": "1", "STEP": "1", "H": "1", "TOKENS": "1", "SECONDS": "1"}
 
 
 def pages(root: Path) -> dict[str, str]:
-    """Return the text of README and of every page, by its path."""
-    paths = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    """Return the text of README, of every page and of the READMEs of folders, by its path."""
+    folders = ("docs/*.md", "or1/*/README.md", "kernels/README.md", "benchmarks/README.md", "examples/*/README.md")
+    paths = [root / "README.md", *(path for pattern in folders for path in sorted(root.glob(pattern)))]
     return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
@@ -47,7 +48,7 @@ def commands(text: str) -> Iterator[list[str]]:
             words = re.sub(r"(?<=\S) {2,}(?!-)(?=\S).*| +#.*| [|>] .*", "", part)
             found = re.match(r"\s*(?:.* -m )?or1 (\w.*)", words)
             if found:
-                yield [_NUMBERS.get(word, word) for word in shlex.split(found[1])]
+                yield [_NUMBERS.get(word, word) for word in shlex.split(found[1]) if word != "..."]
 
 
 def options(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -19,8 +19,16 @@ CODES = (
     (0, "finished, or stopped by SIGTERM after a commit", ""),
     (1, "an exception that or1 does not know, with its traceback", "report the bug; `--restarts` starts again"),
     (EXIT_USAGE, "usage, config or reward function", "read the list of mistakes; each has a remedy"),
-    (EXIT_DATA, "data", "the rows are named; mend them or raise `data.max_bad_fraction`"),
-    (EXIT_RUN, "the command cannot continue, or a plan does not fit", "the message names the cause and the remedy"),
+    (
+        EXIT_DATA,
+        "data that cannot be used or downloaded",
+        "the rows are named; mend them or raise `data.max_bad_fraction`",
+    ),
+    (
+        EXIT_RUN,
+        "the command cannot continue, a plan does not fit, or `or1 doctor` found a problem",
+        "the message names the cause and the remedy",
+    ),
     (
         EXIT_RETRY,
         "a lost rank or server, a full disk, rows that must be shorter",
