@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -65,6 +66,15 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
                 if isinstance(record := json.loads(line), dict):
                     records.append(record)
     return records
+
+
+def command_of(start: Mapping[str, Any]) -> str:
+    """Return the command line of a start; the program by its name, since its folder says nothing."""
+    words = start.get("command")
+    if not isinstance(words, list) or not words:
+        return "-"
+    name = Path(str(words[0])).name
+    return shlex.join(["or1" if name == "__main__.py" else name, *map(str, words[1:])])
 
 
 def commit_of(folder: Path) -> str | None:
