@@ -115,4 +115,6 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         verb.command.add_arguments(verbs.add_parser(name, help=verb.help))
+    # For `or1 completion`, whose module must not import this one.
+    parser.set_defaults(parser=parser)
     return parser

@@ -19,21 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script. Raises RunError if shtab is not installed."""
-    print(script(arguments.shell))
+    print(script(arguments.parser, arguments.shell))
     return 0
 
 
-def script(shell: str) -> str:
-    """Return the completion script of a shell in SHELLS. Raises RunError if shtab is not installed."""
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return the completion script of a shell in SHELLS for a parser. Raises RunError if shtab is not installed."""
     try:
         import shtab
     except ImportError as error:
         raise RunError(
             f"completion needs the package shtab ({error}); pip install 'or1[completion]', and repeat the command"
         ) from error
-    from or1.cli import make_parser
-
-    parser = make_parser()
     for action in _actions(parser):
         if action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,7 +134,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     from or1.report.live import RunDisplay
     from or1.report.rank_display import RankDisplay
     from or1.run.message_log import RunLog, logged
-    from or1.run.starts import note_start, start_record
+    from or1.run.starts import command_of, note_start, start_record
     from or1.train.build import build
     from or1.trainer import Trainer
 
@@ -154,7 +153,7 @@ def launch(config: Config, fresh: bool = False) -> None:
             display = RankDisplay(watchdog, shown, log)
             if log is not None:
                 note_start(config.run_path, start := start_record(world.size))
-                log.write(f"or1 {start['or1']} started: {shlex.join(start['command'])}")
+                log.write(f"or1 {start['or1']} started: {command_of(start)}")
             for message in messages:
                 display.message(message)
             with build(config, display, world, stop=stop.is_requested) as parts:

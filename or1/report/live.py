@@ -153,17 +153,24 @@ class RunDisplay:
         limit = self._stages[self._stage].max_response_tokens
         return f"stage {self._stage + 1}/{len(self._stages)}, limit {limit:,} tokens"
 
+    def still(self, elapsed_s: float, left_s: float | None) -> RenderableType:
+        """Return the panel after the last step, for a picture of a run that was recalled."""
+        self._table = values_table(self._history, self._courses(), self._console)
+        return self._panel(elapsed_s, left_s, None)
+
     def _render(self) -> RenderableType:
+        return self._panel(time.monotonic() - self._started, self._left(), self._phase)
+
+    def _panel(self, elapsed_s: float, left_s: float | None, phase: Phase | None) -> RenderableType:
         from rich.console import Group
 
-        now, phase = time.monotonic(), self._phase
         shown = Header(
             step=self._step,
             total=self._total,
-            elapsed_s=now - self._started,
-            left_s=self._left(),
+            elapsed_s=elapsed_s,
+            left_s=left_s,
             stage=self._stage_text(),
             phase=phase,
-            phase_s=0.0 if phase is None else now - phase.since,
+            phase_s=0.0 if phase is None else time.monotonic() - phase.since,
         )
         return Group(header(shown, self._console), *([] if self._table is None else [self._table]))

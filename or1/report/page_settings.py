@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from or1.config.changes import is_default
 from or1.core.records import number
 from or1.report.page_text import DEEPEST, clock, escaped, plain
 from or1.run.message_log import read_log
-from or1.run.starts import read_starts
+from or1.run.starts import command_of, read_starts
 
 _MESSAGES, _STARTS, _ALARMS = 300, 20, 20
 _ALARM = re.compile(r"^\S+ (?:start|step \d+): alarm: (.*)")
@@ -40,7 +39,7 @@ def starts_section(run_dir: Path) -> Iterator[str]:
     if not starts:
         return
     *earlier, newest = starts
-    rows = [("time", clock(number(newest.get("time")))), ("command", _command(newest))]
+    rows = [("time", clock(number(newest.get("time")))), ("command", command_of(newest))]
     rows += [(name, plain(newest.get(name))) for name in _FACTS if newest.get(name) not in (None, [])]
     rows += [(str(name), plain(value)) for name, value in _packages(newest).items()]
     yield '<h2 id="starts">Starts</h2><div class="config"><section class="card"><h3>newest start</h3><table>'
@@ -56,23 +55,14 @@ def starts_section(run_dir: Path) -> Iterator[str]:
     yield "</div>"
 
 
-def _command(start: Mapping[str, Any]) -> str:
-    """Return the command line; the program by its name, since its folder says nothing."""
-    words = start.get("command")
-    if not isinstance(words, list) or not words:
-        return "-"
-    name = Path(str(words[0])).name
-    return shlex.join(["or1" if name in ("__main__.py", "or1") else name, *map(str, words[1:])])
-
-
 def _packages(start: Mapping[str, Any]) -> Mapping[str, Any]:
     found = start.get("packages")
     return found if isinstance(found, dict) else {}
 
 
 def _differences(start: Mapping[str, Any], newest: Mapping[str, Any]) -> Iterator[str]:
-    if _command(start) != _command(newest):
-        yield _command(start)
+    if command_of(start) != command_of(newest):
+        yield command_of(start)
     pairs = [(name, start.get(name), newest.get(name)) for name in _FACTS]
     old, new = _packages(start), _packages(newest)
     pairs += [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]

@@ -51,12 +51,12 @@ nav a:hover { text-decoration: underline; }
 .scale { display: flex; justify-content: space-between; color: var(--muted); font-size: 11.5px; margin-top: 4px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); margin-top: 16px;
   padding: 0; overflow: hidden; }
-.facts div { box-shadow: 1px 1px 0 var(--line); padding: 13px 18px; }
+.facts div { box-shadow: 1px 1px 0 var(--line); padding: 13px 14px; }
 .facts b { display: block; font-size: 20px; font-weight: 620; letter-spacing: -.01em; white-space: nowrap; }
 .facts span { color: var(--muted); font-size: 12.5px; }
 .facts .alert b { color: var(--bad); }
 .alarms { color: var(--bad); border-color: var(--bad); }
-.notes { margin: 16px 0 0; padding: 12px 20px 12px 36px; font-size: 14px; }
+.notes { overflow-wrap: anywhere; margin: 16px 0 0; padding: 12px 20px 12px 36px; font-size: 14px; }
 .notes:not(.alarms) { color: var(--soft); }
 .caption { color: var(--muted); font-size: 13px; margin-top: 1px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12.5px; color: var(--soft); margin: 8px 0 4px; }
@@ -111,5 +111,8 @@ details { margin-top: 6px; }
 summary { color: var(--muted); font-size: 12.5px; cursor: pointer; }
 h2 + .caption { margin: -8px 0 14px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 40px; }
+@media (max-width: 900px) { .facts b { font-size: 17px; } }
+@media (max-width: 500px) { main { padding: 24px 14px 48px; } .plot svg text { font-size: 12.5px !important; }
+  .card:not(.facts, .notes) { padding: 16px; } }
 @media print { .card { break-inside: avoid; } pre { max-height: none; } }
 """

