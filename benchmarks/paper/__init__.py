@@ -1,9 +1,14 @@
-"""The report's study of entropy collapse in miniature: `python -m benchmarks.paper OUT_DIR`.
+"""The report's study of entropy collapse on a task that can decide it: `python -m benchmarks.paper OUT_DIR`.
 
-task.py    the problems, and the tiny base model
-reward.py  the reward of a response
-arms.py    the compared settings, each a Config
-runs.py    training of every arm on several seeds with or1's Trainer
-claims.py  the report's claims, and the rule that decides each statement; written before the runs
-page.py    the page with a plot for each claim
+RULE.md        how statements are decided; committed before the runs
+ladder.py      the task
+arms.py        the compared settings
+tabular.py     tier A: tables instead of a model, many seeds at once
+model.py       tier B: a one-layer Qwen2 that or1's Trainer trains
+measures.py    numbers of a run, and the manipulation checks
+claims.py      the report's claims as statements
+statistics.py  sign test, Holm, alpha spending, interval
+rule.py        the verdict of a statement
+study.py       the runs, and the findings of a claim
+history/       the former study, with sums of two numbers
 """

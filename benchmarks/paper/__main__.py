@@ -1,8 +1,8 @@
-"""The report's study in miniature; see `benchmarks.paper`.
+"""The ladder, a study of the report's claims in miniature; see `benchmarks.paper`.
 
-    python -m benchmarks.paper OUT_DIR [--claims C3,C8] [--lr 1e-4] [--jobs N] [--device cpu] [--work DIR]
+    python -m benchmarks.paper OUT_DIR [--jobs N] [--first-seed S] [--work DIR]
 
-Writes OUT_DIR/README.md, its plots and study.json. The work folder keeps every finished run, so a stopped study
+Writes the page, its plots and study.json to OUT_DIR. The work folder keeps every finished run, so a stopped study
 resumes with the missing runs.
 """
 
@@ -10,76 +10,68 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from benchmarks.paper.arms import ARMS, FIRST_SEED, LR
-from benchmarks.paper.claims import CLAIMS, Claim, Record
-from benchmarks.paper.page import summary, write_page
-from benchmarks.paper.runs import ensure_base, run_all
+from benchmarks.paper import study
+from benchmarks.paper.arms import ARMS
+from benchmarks.paper.measures import Record
+from benchmarks.paper.page import write_page
+from benchmarks.paper.statistics import LOOKS
 
 
 def main() -> None:
-    """Run the missing runs, write the page, print the verdicts."""
+    """Run both tiers, print checks and verdicts, write the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--claims", default=",".join(c.key for c in CLAIMS), help="those to run, by name")
-    parser.add_argument("--lr", type=float, default=LR, help="learning rate of every run")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
-    parser.add_argument("--device", default="cpu", help="of every run: cpu or cuda")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, a core each")
+    parser.add_argument("--first-seed", type=int, default=study.FIRST_SEED, help="of both tiers")
     parser.add_argument("--work", type=Path, help="where runs are kept; OUT_DIR/work if absent")
+    parser.add_argument("--model-seeds", type=int, default=study.MODEL_SEEDS, help="seeds of tier B")
     args = parser.parse_args()
-    chosen = _chosen(parser, args.claims)
-    names = list(dict.fromkeys(name for claim in chosen for name in claim.arms))
-    # First seeds before second ones, so that a stopped study has every arm.
-    pairs = [(n, FIRST_SEED + s) for n in names for s in range(ARMS[n].seeds)]
-    pairs.sort(key=lambda pair: pair[1])
-    console = Console()
-    records, base_s = _run(pairs, args.work or args.out / "work", args, console)
-    cost = {"runs": len(records), "processor minutes": (base_s + sum(r["cpu_s"] for r in records.values())) / 60}
-    page = write_page(args.out, chosen, records, cost, args.lr)
-    table = Table(title="The report's claims in miniature", title_justify="left")
-    for column in ("claim", "verdict", "statements that hold"):
-        table.add_column(column)
-    for row in summary(chosen, records):
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"{cost['processor minutes']:.1f} processor minutes; page: {page}", highlight=False)
+    work, console = args.work or args.out / "work", Console(width=160)
+    seeds = range(args.first_seed, args.first_seed + LOOKS[-1])
+    base_s = study.ensure_base(work)
+    records: list[Record] = []
+    done = 0
+    for look in LOOKS:
+        records += _run(study.table_tasks(list(ARMS), seeds[done:look]), work, args.jobs, console)
+        done = look
+        if study.complete(study.of_tier(records, "A")):
+            break
+    records += _run(study.model_tasks(seeds[: args.model_seeds]), work, args.jobs, console)
+    _print(records, console)
+    minutes = (base_s + sum(r["cpu_s"] for r in records)) / 60
+    page = write_page(args.out, records, minutes, args.first_seed)
+    console.print(f"{len(records)} runs, {minutes:.1f} processor minutes; page: {page}", highlight=False)
 
 
-def _chosen(parser: argparse.ArgumentParser, keys: str) -> list[Claim]:
-    by_key = {claim.key: claim for claim in CLAIMS}
-    unknown = [key for key in keys.split(",") if key not in by_key]
-    if unknown:
-        parser.error(f"no claim {', '.join(unknown)}; there are {', '.join(by_key)}")
-    return [by_key[key] for key in keys.split(",")]
-
-
-def _run(
-    pairs: list[tuple[str, int]], work: Path, args: argparse.Namespace, console: Console
-) -> tuple[dict[tuple[str, int], Record], float]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    records: dict[tuple[str, int], Record] = {}
+def _run(tasks: Sequence[study.Task], work: Path, jobs: int, console: Console) -> list[Record]:
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    records: list[Record] = []
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("base model", total=len(pairs))
-        base_s = ensure_base(work)
-        for name, seed, record in run_all(pairs, work, args.jobs, args.device, args.lr):
-            records[name, seed] = record
-            line = f"{name}, seed {seed}: test {record['evals'][-1][1]:.1%}, {record['cpu_s']:.0f} s"
-            progress.console.print(line, highlight=False)
-            progress.update(bar, advance=1, description="runs")
-    return records, base_s
+        bar = progress.add_task("", total=len(tasks))
+        for made in study.run_all(tasks, work, jobs):
+            records += made
+            progress.update(bar, advance=1)
+    return records
+
+
+def _print(records: Sequence[Record], console: Console) -> None:
+    for tier in "AB":
+        of_tier = study.of_tier(records, tier)
+        for claim in study.claims_of(tier):
+            console.print(f"\n{claim.key}  {claim.title}", style="bold", highlight=False)
+            checks, found = study.findings(claim, of_tier, study.looks_of(tier, of_tier))
+            for text in dict.fromkeys(f"{'passed' if c.passed else 'FAILED'}: {c.text}" for c in checks):
+                console.print(f"  check {text}", highlight=False)
+            for statement, finding in zip(claim.statements, found, strict=True):
+                console.print(f"  {finding.verdict:28} {statement.words()}", highlight=False)
 
 
 if __name__ == "__main__":

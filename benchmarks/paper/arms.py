@@ -1,124 +1,98 @@
-"""Arms of the study: the report's comparisons, with half as many prompts and half as many responses to each.
+"""Arms of the study, named by the report's quadruple (N_SGD, D_R, D_T, N_reuse) where the report has one.
 
-An arm is named by the report's quadruple (N_SGD, D_R, D_T, N_reuse) where the report has one. Here D_R is 32 instead
-of 64, and groups have 8 instead of 16 responses. Entropy coefficients are 50 times the report's, so that the range
-covers decay and explosion here too.
+The report's arms are at their own sizes, with groups of 8 instead of 16. Three kinds are not in the report: on-policy
+arms with 2 and 4 times the learning rate, and on-policy arms with the updates and responses of an off-policy arm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.paper.task import LONGEST, SHORT
-
-# First seed of the study. The trials that fixed sizes and rates used smaller seeds.
-FIRST_SEED = 101
-STEPS = 50
-PROMPTS = 32
-LR = 1e-4
-EVALUATIONS = 5
-ADAPTIVE = {"control": "adaptive", "target": 0.15, "delta": 0.02, "coef_max": 0.25}
+ROLLOUTS = 400
+MODEL_ROLLOUTS = 120
+CONSTANTS = (0.05, 0.2, 0.4, 0.8)
+MILD = (0.3, 0.006, 0.3)  # target, delta and greatest coefficient of the adaptive controller
+STRONG = (0.4, 0.02, 0.4)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting, run on several seeds.
+    """One setting, run on every seed.
 
-    steps      rollout steps
     prompts    D_R
     minibatch  D_T
     reuse      N_reuse
-    group      gs
-    limits     response limit of each stage; stages share the steps equally
-    seeds      number of seeds
+    group      responses of a prompt
+    times      rollouts, as a multiple of ROLLOUTS
+    lr_scale   factor of the tier's learning rate
+    entropy    settings of the entropy controller, as in [loss.entropy]
+    measure    tokens whose entropy the controller reads, as in [loss.entropy]
+    filled     minibatches are at least nearly full, as or1 makes them, so few kept groups mean fewer steps (tier A)
+    rollouts   their number, if not ROLLOUTS * times
     """
 
-    steps: int = STEPS
-    prompts: int = PROMPTS
-    minibatch: int = PROMPTS
+    name: str
+    prompts: int = 64
+    minibatch: int = 64
     reuse: int = 1
     group: int = 8
-    limits: tuple[int, ...] = (LONGEST,)
-    temperature: float = 1.0
+    times: int = 1
+    lr_scale: float = 1.0
+    clip_high: float = 0.2
     entropy: Mapping[str, Any] = field(default_factory=dict)
-    loss: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 3
+    measure: Literal["kept", "all"] = "kept"
+    filled: bool = False
+    rollouts: int = 0
 
-    def config(self, base: Path, run_dir: Path, seed: int) -> dict[str, Any]:
-        """Return the settings of `or1 train` for one seed of this arm, starting from the model in `base`."""
-        stages = [
-            {
-                "steps": self.steps // len(self.limits),
-                "max_response_tokens": limit,
-                "prompts_per_step": self.prompts,
-                "minibatch_prompts": self.minibatch,
-                "reuse": self.reuse,
-                "group_size": self.group,
-            }
-            for limit in self.limits
-        ]
-        test = {"name": "test", "path": str(base / "heldout.jsonl"), "temperature": 0.6}
-        return {
-            "run_dir": str(run_dir),
-            "seed": seed,
-            "stage": stages,
-            "model": {"path": str(base), "dtype": "float32", "device": "cpu"},
-            "data": {"train": [str(base / "train.jsonl")], "max_prompt_tokens": 16},
-            "rollout": {"engine": "hf", "temperature": self.temperature, "batch_size": 512},
-            "reward": {"kind": "benchmarks.paper.reward:score", "workers": 1},
-            "loss": {**self.loss, "entropy": dict(self.entropy)},
-            "optim": {"lr": LR, "warmup_steps": 0, "max_tokens_per_rank": 8192},
-            "checkpoint": {"every_steps": 10 * self.steps},
-            "log": {"tensorboard": False, "rollouts_every_steps": self.steps},
-            "eval": {"every_steps": self.steps // EVALUATIONS, "max_response_tokens": LONGEST, "sets": [test]},
-        }
+    def __post_init__(self) -> None:
+        if not self.rollouts:
+            object.__setattr__(self, "rollouts", ROLLOUTS * self.times)
 
 
-def _off_policy(updates: int, **more: Any) -> Arm:
-    return Arm(minibatch=PROMPTS // updates, **more)
+def _quadruple(prompts: int, minibatch: int, reuse: int = 1, label: str = "", **more: Any) -> Arm:
+    name = f"({prompts // minibatch * reuse},{prompts},{minibatch},{reuse})"
+    return Arm(" ".join([name, label]).strip(), prompts, minibatch, reuse, **more)
 
 
 def _constant(coef: float) -> Arm:
-    return _off_policy(2, entropy={"control": "constant", "coef": coef})
+    return _quadruple(64, 32, label=f"constant {coef:g}", entropy={"control": "constant", "coef": coef})
 
 
-def _clip_higher(high: float) -> Arm:
-    return _off_policy(4, loss={"clip_high": high})
+def _adaptive(target: float, delta: float, cap: float, measure: Literal["kept", "all"]) -> Arm:
+    control = {"control": "adaptive", "target": target, "delta": delta, "coef_max": cap}
+    return _quadruple(64, 16, label=f"adaptive {target:g} by {measure}", entropy=control, measure=measure)
 
 
-def _masked(mask: str) -> Arm:
-    return _off_policy(2, limits=(SHORT,), steps=STEPS // 2, entropy=ADAPTIVE, loss={"advantage_mask": mask})
+_ADAPTIVE = (_adaptive(*MILD, "kept"), _adaptive(*STRONG, "all"))
 
+_LIST = (
+    _quadruple(64, 64),
+    _quadruple(64, 32),
+    _quadruple(64, 64, 2),
+    _quadruple(64, 16),
+    _quadruple(64, 64, 4),
+    # Equal updates and responses: as many on-policy rollouts as the off-policy arm takes steps.
+    _quadruple(32, 32, times=2),
+    _quadruple(16, 16, times=4),
+    # Equal distance: a step of an on-policy arm is as long as the steps of an off-policy arm together.
+    _quadruple(64, 64, label="lr x 2", lr_scale=2),
+    _quadruple(64, 64, label="lr x 4", lr_scale=4),
+    _quadruple(64, 64, label="group 4", group=4),
+    _quadruple(64, 64, label="group 16", group=16),
+    _quadruple(256, 64),
+    *map(_constant, CONSTANTS),
+    *_ADAPTIVE,
+    _quadruple(64, 16, label="clip 0.28", clip_high=0.28),
+    *(_quadruple(64, 64, 4, label=f"clip {high:g}", clip_high=high) for high in (0.25, 0.265, 0.28, 0.5)),
+    _quadruple(64, 16, label="filled", filled=True),
+)
 
-# Seeds of the most important comparisons.
-_CORE = 6
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _LIST}
+"""Arms of tier A by name."""
 
-ARMS: dict[str, Arm] = {
-    "(1,32,32,1)": Arm(seeds=_CORE),
-    "(2,32,16,1)": _off_policy(2, seeds=_CORE),
-    "(2,32,32,2)": Arm(reuse=2, seeds=_CORE),
-    "(4,32,8,1)": _off_policy(4, seeds=_CORE),
-    "(4,32,32,4)": Arm(reuse=4, seeds=_CORE),
-    "(1,16,16,1)": Arm(prompts=16, minibatch=16, steps=2 * STEPS, seeds=_CORE),
-    "(1,8,8,1)": Arm(prompts=8, minibatch=8, steps=4 * STEPS, seeds=_CORE),
-    "(4,128,32,1)": Arm(prompts=128, minibatch=32, steps=STEPS // 2),
-    "group 4": Arm(group=4),
-    "group 16": Arm(group=16),
-    "constant 0.005": _constant(0.005),
-    "constant 0.05": _constant(0.05),
-    "constant 0.25": _constant(0.25),
-    "constant 0.5": _constant(0.5),
-    "(4,32,8,1) adaptive": _off_policy(4, entropy=ADAPTIVE, seeds=_CORE),
-    "clip 0.25": _clip_higher(0.25),
-    "clip 0.265": _clip_higher(0.265),
-    "clip 0.28": _clip_higher(0.28),
-    "temperature 1": _off_policy(2, entropy=ADAPTIVE),
-    "temperature 0.6": _off_policy(2, entropy=ADAPTIVE, temperature=0.6),
-    "short, then long": _off_policy(2, entropy=ADAPTIVE, limits=(SHORT, LONGEST)),
-    "no mask": _masked("none"),
-    "mask before": _masked("before"),
-    "mask after": _masked("after"),
-}
+ADAPTIVE = tuple(arm.name for arm in _ADAPTIVE)
+
+MODEL_ARMS = ("(1,64,64,1)", "(4,64,64,4)", "(1,64,64,1) lr x 2")
+"""Arms of tier B."""

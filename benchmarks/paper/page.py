@@ -1,195 +1,156 @@
-"""Page of the study: a verdict and a plot for each claim, as Markdown and SVG."""
+"""The page of the study: what the report says beside what the ladder says, a plot for each claim, and JSON."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import textwrap
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.lib.measure import stamp
-from benchmarks.paper import claims, task
-from benchmarks.paper.arms import ADAPTIVE, ARMS, PROMPTS, STEPS
-from benchmarks.paper.claims import MEASURES, Claim, Finding, Record, conclude, decide
+from benchmarks.paper import study
+from benchmarks.paper.arms import ROLLOUTS
+from benchmarks.paper.claims import Claim, Statement
+from benchmarks.paper.measures import MIDDLE, Check, Record, Records, at, of_arm, over
+from benchmarks.paper.plots import plot
+from benchmarks.paper.rule import Finding
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Records = Mapping[tuple[str, int], Record]
-
-_SMOOTH = 5  # steps that a point of the entropy curve is the mean of
-_MARKS = {"reproduced": "**reproduced**", "not reproduced": "**not reproduced**", "inconclusive": "inconclusive"}
+_TOP_KEPT = 0.05  # mean probability of the top rung, at the end, in a run that climbed it
 
 
-def write_page(out: Path, chosen: Sequence[Claim], records: Records, cost: Mapping[str, float], lr: float) -> Path:
+def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed: int) -> Path:
     """Write README.md, a plot for each claim and study.json to `out`. Return the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    findings = {claim.key: [decide(s, records) for s in claim.statements] for claim in chosen}
-    versions = stamp()
-    _write_json(out / "study.json", findings, records, versions | {"cost": dict(cost), "lr": lr})
-    # A stopped study may resume with later code, so there may be several commits.
-    commits = sorted({record["commit"][:12] for record in records.values()})
-    parts = [_head(cost, commits, lr), _table(chosen, findings)]
-    for claim in chosen:
-        _plot(out / f"{claim.key}.svg", claim, records)
-        parts.append(_section(claim, findings[claim.key]))
+    found: dict[str, Any] = {}
+    sections = []
+    for tier in "AB":
+        of_tier = study.of_tier(records, tier)
+        for claim in study.claims_of(tier):
+            checks, findings = study.findings(claim, of_tier, study.looks_of(tier, of_tier))
+            rows = list(zip(claim.statements, checks, findings, strict=True))
+            found[claim.key] = _json(tier, claim, rows, of_tier)
+            sections.append(_section(claim, rows))
+            plot(out / f"{claim.key}.svg", claim, of_tier)
+    arms = {tier: _arms(study.of_tier(records, tier)) for tier in "AB"}
+    costs = {"runs": len(records), "processor_minutes": round(minutes, 1), "first_seed": first_seed}
+    study.write(out / "study.json", {**stamp(), **costs, "claims": found, "arms": arms})
     page = out / "README.md"
-    page.write_text("\n\n".join([*parts, _alarms(records)]) + "\n", encoding="utf-8")
+    parts = [_head(costs), _verdicts(found), *sections, *(_arm_table(tier, arms[tier]) for tier in "AB")]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
-def summary(chosen: Sequence[Claim], records: Records) -> list[tuple[str, str, str]]:
-    """Return claim, verdict and the number of statements that hold, for the terminal."""
-    rows = []
-    for claim in chosen:
-        findings = [decide(s, records) for s in claim.statements]
-        rows.append((f"{claim.key}  {claim.title}", conclude(findings), _held(findings)))
-    return rows
+def _json(
+    tier: str, claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]], records: Records
+) -> dict[str, Any]:
+    """Return a claim's findings, with the differences of every seed, from which the verdicts follow."""
+    statements = [
+        {
+            "words": s.words(),
+            "expect": s.expect,
+            "control": s.control,
+            "check": c.text,
+            "tested": c.passed,
+            "verdict": f.verdict,
+            "mean": f.effect.mean,
+            "low": f.effect.low,
+            "high": f.effect.high,
+            "log": s.number.log,
+            "least": s.number.least,
+            "margin": s.number.margin,
+            "won": f.won,
+            "lost": f.lost,
+            "p": f.p,
+            "look": f.look,
+            "differences": [round(x, 6) for x in s.differences(records)],
+        }
+        for s, c, f in rows
+    ]
+    return {"tier": tier, "title": claim.title, "report": claim.report, "statements": statements}
 
 
-def _head(cost: Mapping[str, float], commits: Sequence[str], lr: float) -> str:
-    rule, _, note = textwrap.dedent(claims.__doc__.partition("\n\n")[2]).partition("\n\n    ")
-    table, _, rest = note.partition("\n\n")
-    costs = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
+def _arms(records: Records) -> dict[str, dict[str, float]]:
+    """Return numbers of every arm, means over the seeds; entropies are geometric means."""
+    table = {}
+    for arm in dict.fromkeys(arm for arm, _ in records):
+        runs = of_arm(records, arm)
+        middle, end = ([math.log(at(r, "entropy", share)) for r in runs] for share in (MIDDLE, 1.0))
+        table[arm] = {
+            "seeds": len(runs),
+            "early accuracy": statistics.fmean(at(r, "accuracy", 0.15) for r in runs),
+            "accuracy": statistics.fmean(over(r, "accuracy", 0.75, 1.0) for r in runs),
+            "start entropy": math.exp(statistics.fmean(math.log(at(r, "entropy", 0.0)) for r in runs)),
+            "entropy": math.exp(statistics.fmean(middle)),
+            "end entropy": math.exp(statistics.fmean(end)),
+            "top rung kept": sum(at(r, "top", 1.0) > _TOP_KEPT for r in runs),
+            "clipped": statistics.fmean(over(r, "clipped", 0.0, 1.0) for r in runs),
+            "bonus on": statistics.fmean(over(r, "bonus", 0.0, 1.0) for r in runs),
+            "updates a rollout": statistics.fmean(over(r, "updates", 0.0, 1.0) for r in runs),
+            "cpu_s": statistics.fmean(r["cpu_s"] for r in runs),
+        }
+    return table
+
+
+def _head(costs: dict[str, Any]) -> str:
     return "\n\n".join(
         [
-            "# The report's study of entropy collapse, in miniature",
-            "Made by `python -m benchmarks.paper OUT_DIR`; the numbers behind it are in `study.json`. It shows what a "
-            "0.2 M-parameter model on two-digit sums does, and says nothing about large ones: a claim that fails here "
-            "may hold there.",
-            f"Commit of the runs: {', '.join(commits)}. Cost: {costs}.",
-            "## The task",
-            "```\n" + task.__doc__.partition("\n\n")[2].rstrip() + "\n```",
-            f"Runs take {STEPS} rollout steps at lr {lr:g}, {PROMPTS} prompts by 8 responses, unless their arm says "
-            "otherwise: (N_SGD, D_R, D_T, N_reuse) as in the report. Entropy coefficients are 50 times the report's; "
-            f"the adaptive controller has target {ADAPTIVE['target']}, delta {ADAPTIVE['delta']}, coefficient up to "
-            f"{ADAPTIVE['coef_max']}. Test accuracy is of {task.HELD_OUT} held-out problems at temperature 0.6, the "
-            "mean of the last two evaluations.",
-            "Batches, steps and the controller's delta were fixed in trials with other seeds, so that on-policy "
-            "training learns within a run; with half as many prompts, noise hid most differences. The study was "
-            "run at lr 3e-4 and at 1e-4 with the same arms, seeds and rule, and both pages stand beside each other; at "
-            "3e-4 the updates of one rollout are noisier, and C3 stayed undecided.",
-            "## The rule",
-            f"{rule}\n\n```\n{textwrap.dedent('    ' + table)}\n```\n\n{rest.rstrip()}",
+            "# The ladder: the report's study of entropy collapse, in miniature",
+            "Made by `python -m benchmarks.paper OUT_DIR`; numbers in `study.json`. "
+            f"{costs['runs']} runs, {costs['processor_minutes']} processor minutes, seeds from {costs['first_seed']}; "
+            f"{ROLLOUTS} rollouts a run unless its arm says otherwise. Verdicts follow "
+            "[RULE.md](../../paper/RULE.md), committed before the runs.",
         ]
     )
 
 
-def _table(chosen: Sequence[Claim], findings: Mapping[str, list[Finding]]) -> str:
-    lines = ["## Verdicts", "", "| claim | verdict | statements that hold |", "|---|---|---|"]
-    for claim in chosen:
-        found = findings[claim.key]
-        link = f"[{claim.key}](#{claim.key.lower()})"
-        lines.append(f"| {link} {claim.title} | {_MARKS[conclude(found)]} | {_held(found)} |")
+def _verdicts(found: dict[str, Any]) -> str:
+    lines = ["## Verdicts", "", "| claim | verdicts of its statements |", "|---|---|"]
+    for key, claim in found.items():
+        verdicts = [s["verdict"] for s in claim["statements"]]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        lines.append(f"| [{key}](#{key.lower()}) {claim['title']} | {counts} |")
     return "\n".join(lines)
 
 
-def _section(claim: Claim, findings: Sequence[Finding]) -> str:
-    lines = [
-        f"## {claim.key}",
-        "",
-        f"{claim.title}.",
-        "",
-        f"![{claim.key}]({claim.key}.svg)",
-        "",
-        "| statement | effect, 95 % interval | seeds | verdict |",
-        "|---|---|---|---|",
-    ]
-    for f in findings:
-        lines.append(f"| {f.statement.words()} | {_effect(f)} | {f.seeds} | {_MARKS[f.verdict]} |")
-    return "\n".join(lines)
+def _section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> str:
+    lines = [f"## {claim.key}", "", f"{claim.title}.", "", f"The report: {claim.report}", ""]
+    lines += [f"![{claim.key}]({claim.key}.svg)", ""]
+    lines += ["| statement | effect, 90 % interval | seeds won : lost | verdict |", "|---|---|---|---|"]
+    for statement, _, f in rows:
+        words = statement.words() + (" (control)" if statement.control else "")
+        look = f", at {f.look} seeds" if f.look and f.verdict != "not tested" else ""
+        lines.append(f"| {words} | {_effect(statement, f)} | {f.won} : {f.lost} | **{f.verdict}**{look} |")
+    checks = dict.fromkeys(f"- {'passed' if c.passed else '**failed**'}: {c.text}" for _, c, _ in rows)
+    return "\n".join([*lines, "", "Manipulation checks:", "", *checks])
 
 
-def _alarms(records: Records) -> str:
-    """Return the section on the trainer's entropy alarms by arm."""
-    fired: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for (arm, _), record in records.items():
-        fired[arm][2] += 1
-        for i, word in enumerate(("collapse", "explo")):
-            fired[arm][i] += any(word in text for text in record["messages"])
-    lines = [
-        "## Entropy alarms",
-        "",
-        "Runs in which `or1 train` warned by itself:",
-        "",
-        "| arm | warned of collapse | warned of explosion | runs |",
-        "|---|---|---|---|",
-    ]
-    rows = [f"| {arm} | {low} | {high} | {runs} |" for arm, (low, high, runs) in fired.items() if low or high]
-    return "\n".join([*lines, *rows]) if rows else "No run made the entropy alarms speak."
-
-
-def _held(findings: Sequence[Finding]) -> str:
-    return f"{sum(f.verdict == 'reproduced' for f in findings)} of {len(findings)}"
-
-
-def _effect(finding: Finding) -> str:
-    values = (finding.mean, finding.low, finding.high)
-    if MEASURES[finding.statement.measure].log:
-        mean, low, high = (f"x{math.exp(min(v, 20)):.2f}" for v in values)
+def _effect(statement: Statement, f: Finding) -> str:
+    values = (f.effect.mean, f.effect.low, f.effect.high)
+    if statement.number.log:
+        mean, low, high = (f"x{math.exp(x):.2f}" for x in values)
     else:
-        mean, low, high = (f"{v:+.1f}" for v in values)
+        mean, low, high = (f"{x:+.3f}" for x in values)
     return f"{mean} [{low}, {high}]"
 
 
-def _write_json(path: Path, findings: Mapping[str, list[Finding]], records: Records, more: Mapping[str, Any]) -> None:
-    claims_json = {
-        key: {
-            "verdict": conclude(found),
-            "statements": [
-                {
-                    "words": f.statement.words(),
-                    "mean": f.mean,
-                    "low": f.low,
-                    "high": f.high,
-                    "seeds": f.seeds,
-                    "log": MEASURES[f.statement.measure].log,
-                    "verdict": f.verdict,
-                }
-                for f in found
-            ],
-        }
-        for key, found in findings.items()
-    }
-    runs = [{k: v for k, v in record.items() if k != "settings"} for _, record in sorted(records.items())]
-    arms = {name: arm.__dict__ for name, arm in ARMS.items()}
-    text = json.dumps({**more, "claims": claims_json, "arms": arms, "runs": runs})
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _plot(path: Path, claim: Claim, records: Records) -> None:
-    """Plot entropy and test accuracy of the claim's arms: mean and range over the seeds."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(claim.arms):
-        runs = [record for (arm, _), record in sorted(records.items()) if arm == name]
-        scale = ARMS[name].prompts * ARMS[name].group if claim.by == "responses" else 1
-        entropy = [_smooth(run["series"]["entropy"]) for run in runs]
-        _band(left, [scale * (k + 1) for k in range(len(entropy[0]))], entropy, name, f"C{i}")
-        steps = [scale * step for step, _ in runs[0]["evals"]]
-        _band(right, steps, [[100 * a for _, a in run["evals"]] for run in runs], name, f"C{i}")
-    words = {"steps": "rollout steps", "responses": "responses sampled"}[claim.by]
-    left.set(xlabel=words, ylabel="entropy, nats a token", yscale="log")
-    right.set(xlabel=words, ylabel="test accuracy, %")
-    left.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": claim.key}):
-        figure.savefig(path, metadata={"Date": None})
-
-
-def _band(axis: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, color: str) -> None:
-    columns = list(zip(*runs, strict=True))
-    axis.plot(x, [statistics.fmean(c) for c in columns], color=color, label=label)
-    axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    return [statistics.fmean(values[max(k - _SMOOTH + 1, 0) : k + 1]) for k in range(len(values))]
+def _arm_table(tier: str, arms: dict[str, dict[str, float]]) -> str:
+    lines = [
+        f"## Arms of tier {tier}",
+        "",
+        "| arm | accuracy after 15 %, last quarter | entropy at start, 30 %, end | top rung kept | clipped | bonus | "
+        "steps a rollout |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, a in arms.items():
+        cells = (
+            name,
+            f"{a['early accuracy']:.2f}, {a['accuracy']:.3f}",
+            f"{a['start entropy']:.2f}, {a['entropy']:.3f}, {a['end entropy']:.3f}",
+            f"{a['top rung kept']} of {a['seeds']}",
+            f"{a['clipped']:.2%}",
+            f"{a['bonus on']:.0%}",
+            f"{a['updates a rollout']:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.arms import ARMS
+from benchmarks.paper.history.arms import ARMS
 
 Record = dict[str, Any]
 
@@ -75,7 +75,7 @@ def _begin() -> None:
 
 
 def _make_base(folder: Path) -> None:
-    from benchmarks.paper.task import make_base
+    from benchmarks.paper.history.task import make_base
 
     make_base(folder)
 
