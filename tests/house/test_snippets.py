@@ -21,6 +21,7 @@ RUN_BY = {
     "docs/own-task.md": "tests/house/test_readme.py",
     "docs/drop-in.md": "tests/integrations/test_readme.py",
     "docs/notebook.md": "tests/test_notebook.py",
+    "kernels/README.md": "tests/house/test_community.py",
     "docs/environments.md": "tests/environment/test_verifiers.py",
     "or1/reward/README.md": "tests/house/test_readme.py",
     "or1/rollout/README.md": "tests/rollout/test_engine_example.py",
