@@ -79,16 +79,6 @@ def test_the_task_of_the_docs_is_one(root: Path, tmp_path: Path) -> None:
     assert paid == pytest.approx([1.0, 1 / 6, 0.0])
 
 
-def test_the_function_of_the_reward_room_is_one(root: Path, tmp_path: Path) -> None:
-    # Its page is or1/reward/README.md.
-    (block,) = python_blocks((root / "or1" / "reward" / "README.md").read_text(encoding="utf-8"))
-    (tmp_path / "own.py").write_text(block)
-    custom.begin({"path": f"{tmp_path}/own.py:reward"})
-    job = {"prompt": "2 + 2", "completion_ids": [1], "row": {"prompt": "2 + 2", "answer": "4"}}
-    paid = [custom.grade_job(job | {"completion": text}).reward for text in ("it is 4", "5")]
-    assert paid == [1.0, 0.0]
-
-
 def test_links_lead_to_files(root: Path) -> None:
     broken = []
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:

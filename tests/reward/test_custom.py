@@ -19,6 +19,7 @@ from or1.reward.output import LOG_NAME
 from or1.reward.scorer import require_rewards
 from or1.train.metrics import rollout_metrics
 from tests.helpers.small_run import arguments
+from tests.helpers.snippets import blocks
 
 FUNCTIONS = """
 import asyncio, os, time
@@ -383,3 +384,12 @@ def test_kinds_that_do_not_fit_the_data_are_refused(functions: Path) -> None:
         make_scorer(RewardConfig(kind="math"), [program])
     with pytest.raises(ScorerError, match="are math problems"):
         make_scorer(RewardConfig(kind="code"), [PROMPT])
+
+
+def test_the_function_of_the_page_is_one(root: Path, tmp_path: Path) -> None:
+    """The page is or1/reward/README.md."""
+    (block,) = blocks((root / "or1" / "reward" / "README.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / "own.py").write_text(block)
+    custom.begin({"path": f"{tmp_path}/own.py:reward"})
+    job = {"prompt": "2 + 2", "completion_ids": [1], "row": {"prompt": "2 + 2", "answer": "4"}}
+    assert [custom.grade_job(job | {"completion": text}).reward for text in ("it is 4", "5")] == [1.0, 0.0]
