@@ -68,11 +68,11 @@ def test_a_mistake_is_marked_at_its_key(section: str, key: str, value: object, s
     assert error.startswith(f"$.{section}") and said in error
 
 
-def test_unknown_sections_and_missing_stages_are_marked() -> None:
+def test_unknown_sections_and_missing_values_are_marked() -> None:
     assert "'rewards' was unexpected" in errors_of(quickstart() | {"rewards": {}})[0]
     nameless = quickstart()
-    del nameless["run_dir"]
-    assert errors_of(nameless) == ["$: 'run_dir' is a required property"]
+    del nameless["model"]["path"]
+    assert errors_of(nameless) == ["$.model: 'path' is a required property"]
 
 
 def test_no_null_is_left_which_toml_does_not_have() -> None:
