@@ -17,6 +17,7 @@ from or1.run.starts import NAME, commit_of, note_start, read_starts, start_recor
 from tests.helpers.small_run import arguments
 
 
+@pytest.mark.slow
 def test_every_start_of_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     settings = {"stage__0__steps": 1, "stage__1__steps": 1}
