@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.measure import stamp
-from benchmarks.paper import study
-from benchmarks.paper.arms import ROLLOUTS
+from benchmarks.paper import ladder, study
+from benchmarks.paper.arms import MODEL_ROLLOUTS, ROLLOUTS
 from benchmarks.paper.claims import Claim, Statement
 from benchmarks.paper.measures import MIDDLE, Check, Record, Records, at, of_arm, over
 from benchmarks.paper.plots import plot
@@ -36,7 +36,13 @@ def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed:
     costs = {"runs": len(records), "processor_minutes": round(minutes, 1), "first_seed": first_seed}
     study.write(out / "study.json", {**stamp(), **costs, "claims": found, "arms": arms})
     page = out / "README.md"
-    parts = [_head(costs), _verdicts(found), *sections, *(_arm_table(tier, arms[tier]) for tier in "AB")]
+    parts = [
+        _head(costs, records),
+        _verdicts(found),
+        *sections,
+        _LIMITS,
+        *(_arm_table(tier, arms[tier]) for tier in "AB"),
+    ]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
@@ -92,24 +98,58 @@ def _arms(records: Records) -> dict[str, dict[str, float]]:
     return table
 
 
-def _head(costs: dict[str, Any]) -> str:
-    return "\n\n".join(
-        [
-            "# The ladder: the report's study of entropy collapse, in miniature",
-            "Made by `python -m benchmarks.paper OUT_DIR`; numbers in `study.json`. "
-            f"{costs['runs']} runs, {costs['processor_minutes']} processor minutes, seeds from {costs['first_seed']}; "
-            f"{ROLLOUTS} rollouts a run unless its arm says otherwise. Verdicts follow "
-            "[RULE.md](../../paper/RULE.md), committed before the runs.",
-        ]
-    )
+_HEAD = """\
+# The ladder: the report's study of entropy collapse, in miniature
+
+Made by `python -m benchmarks.paper OUT_DIR`: {runs} runs in {processor_minutes} processor minutes; numbers in
+`study.json`. Verdicts follow [RULE.md](../../paper/RULE.md), committed before the runs. In plain words: [Keeping
+entropy alive](../../../docs/entropy.md).
+
+## The task
+
+{task}
+
+Tier A is a table of logits with or1's advantages, rejection, token loss, denominator and entropy controller: {a}
+seeds, rate {table_lr:g}, {rollouts} rollouts. Tier B is a one-layer Qwen2 that or1's Trainer trains: {b} seeds,
+rate {model_lr:g}, {model_rollouts} rollouts. A rollout has 64 prompts by 8 responses unless the arm says otherwise.
+An arm is named (N_SGD, D_R, D_T, N_reuse), as in the report. (1,32,32,1) and (1,16,16,1) have 2 and 4 times as many
+rollouts, so that updates and responses equal those of (2,64,32,1) and (4,64,16,1). Accuracy and entropy are exact.
+
+In the plots a line is the mean of the seeds, and its band their middle half."""
+
+_LIMITS = """\
+## What the miniature cannot say
+
+- A positive result says that a mechanism suffices, not that it is what happened at 7 B. The ladder builds in that
+  early gains compete with later ones.
+- A table shares less between prompts than a transformer. Tier B is a transformer, with one base model for all
+  seeds.
+- Coefficients and targets are in the units of this task: 0.3 nats here is not 0.3 nats there.
+- The best policy has entropy 0. Where many different solutions are equally good, or where a policy is trained
+  further on other data, entropy has a worth of its own that the ladder does not show.
+- In tier A the kept groups are cut into as many minibatches as the arm's name says. or1 and the released code take
+  fewer when few groups are kept: arm "filled".
+- Intervals of equivalence are not corrected for the number of statements."""
 
 
-def _verdicts(found: dict[str, Any]) -> str:
-    lines = ["## Verdicts", "", "| claim | verdicts of its statements |", "|---|---|"]
+def _head(costs: Mapping[str, Any], records: Sequence[Record]) -> str:
+    seeds = {tier.lower(): len({r["seed"] for r in records if r["tier"] == tier}) for tier in "AB"}
+    task = (ladder.__doc__ or "").partition("\n\n")[2].rstrip()
+    rates = {"table_lr": study.TABLE_LR, "model_lr": study.MODEL_LR}
+    return _HEAD.format(task=task, rollouts=ROLLOUTS, model_rollouts=MODEL_ROLLOUTS, **costs, **seeds, **rates)
+
+
+def _verdicts(found: Mapping[str, Any]) -> str:
+    lines = [
+        "## What the report says, and what the ladder says",
+        "",
+        "| claim | the report | verdicts of its statements here |",
+        "|---|---|---|",
+    ]
     for key, claim in found.items():
         verdicts = [s["verdict"] for s in claim["statements"]]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-        lines.append(f"| [{key}](#{key.lower()}) {claim['title']} | {counts} |")
+        lines.append(f"| [{key}](#{key.lower()}) {claim['title']} | {claim['report']} | {counts} |")
     return "\n".join(lines)
 
 

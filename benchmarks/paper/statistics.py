@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mpmath
 
@@ -41,6 +42,7 @@ def spending(looks: Sequence[int], alpha: float = ALPHA) -> list[float]:
     return [after - before for before, after in zip([0.0, *spent], spent, strict=False)]
 
 
+@cache
 def t_quantile(probability: float, freedom: int) -> float:
     """Return the quantile of Student's distribution, for a probability above 0.5."""
 
