@@ -115,8 +115,9 @@ def train(config: str | Path, overrides: Overrides = (), *, fresh: bool = False)
     """
     _prepare()
     from or1.commands.train import launch
+    from or1.run.naming import named
 
-    checked = load_config(config, _as_options(overrides))
+    checked = named(load_config(config, _as_options(overrides)), fresh).config
     launch(checked, fresh=fresh)
     return Run(checked.run_path)
 
