@@ -162,19 +162,32 @@ def _times(times: File) -> str:
         for row in rows
     ]
     header = ("inputs", "dtype", "loss", "head", "CPU s", "over bare GEMMs", "over or1", "peak MiB")
-    slower = [row for row in rows if not is_or1(row["variant"]) and row["cpu_s"] < ours[_where(row)]]
-    count = sum(not is_or1(row["variant"]) for row in rows)
-    where = "; ".join(
-        f"{row['variant']} ({row['section']}, {row['dtype']}, {row['task']}: {row['cpu_s'] / ours[_where(row)]:.2f})"
-        for row in slower
+    peers = [row for row in rows if not is_or1(row["variant"])]
+    slower = [_named(row, row["cpu_s"] / ours[_where(row)]) for row in peers if row["cpu_s"] < ours[_where(row)]]
+    memory = {_where(row): row["peak_extra_mib"] for row in rows if row["variant"] == OURS}
+    larger = [
+        _named(row, row["peak_extra_mib"] / memory[_where(row)])
+        for row in peers
+        if row["peak_extra_mib"] < memory[_where(row)]
+    ]
+    count, rounds = len(peers), len(rows[0]["cpu_s_all"])
+    said = (
+        f"or1 is slower in {len(slower)} of {count}: {'; '.join(slower)}"
+        if slower
+        else f"or1 is fastest in all {count}"
     )
-    said = f"or1 is slower in {len(slower)} of {count}: {where}." if slower else f"or1 is fastest in all {count}."
+    said += f". It takes more memory in {len(larger)}: {'; '.join(larger)}." if larger else ", and takes least memory."
     skipped = "".join(f" Not compared: {name} ({why})." for name, why in times.get("skipped", {}).items())
     return "## Time and memory\n\n" + _said(
         f"Forward and backward of the head. Of comparisons with peers, {said} Peak memory is beside the inputs. "
+        f"The best of {rounds} rounds; on a busy machine rounds differ by a fifth and more. "
         f'"policy" has an entropy bonus, "ce" is cross entropy.{skipped}',
         table(header, lines),
     )
+
+
+def _named(row: Row, ratio: float) -> str:
+    return f"{row['variant']} ({row['section']}, {row['dtype']}, {row['task']}: {ratio:.2f})"
 
 
 def _eps(eps: File) -> str:
@@ -244,15 +257,16 @@ def _step(step: File) -> str:
 
 
 def _behind(rows: Sequence[Row]) -> str:
-    """Return sentences on the rollouts where an engine of or1 takes more CPU time than a peer."""
+    """Return sentences on the rollouts where an engine of or1 takes more CPU time or memory than a peer."""
     said = []
     for row in rows:
-        engines = {k: v["cpu_seconds"] for k, v in row["result"].get("engines", {}).items() if "error" not in v}
-        for label, seconds in engines.items():
-            faster = [peer for peer, other in engines.items() if not is_or1(peer) and other < seconds]
-            if is_or1(label) and faster:
-                said.append(f" {label} is slower than {', '.join(faster)} on {row['case']['section']}.")
-    return "".join(said) or " or1 is faster than its peers on every rollout, with and without shared prompts."
+        engines = {k: v for k, v in row["result"].get("engines", {}).items() if "error" not in v}
+        for key, what in (("cpu_seconds", "is slower than"), ("peak_gib", "takes more memory than")):
+            for label in filter(is_or1, engines):
+                less = [peer for peer, v in engines.items() if not is_or1(peer) and v[key] < engines[label][key]]
+                if less:
+                    said.append(f' "{label}" {what} {", ".join(less)} on {row["case"]["section"]}.')
+    return "".join(said) or " or1 takes least time and memory on every rollout, with and without shared prompts."
 
 
 def _said(paragraph: str, below: str = "") -> str:

@@ -12,7 +12,7 @@ from benchmarks.step.suite import model_cases, run_chains
 
 # One section a policy: errors depend on how certain the rows are, and these two are the extremes.
 SECTIONS: Mapping[str, str] = {"before": "text", "after": "addition"}
-STEP_RESPONSES = {"addition": 16, "questions": 8}
+STEP_RESPONSES = {"addition": 8, "questions": 4}
 # The interpreter takes seconds a row.
 _TRITON_ROWS = 4
 _ROWS = 48

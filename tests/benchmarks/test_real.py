@@ -180,18 +180,20 @@ def test_the_page_says_where_or1_is_slower(file: Path, tmp_path: Path) -> None:
     errors = heads.error_rows("before", given, ["addition"], some, sample=4)
     times = heads.time_rows("before", given, ["text"], some, tokens=16, rounds=1)
     for row in times:
+        row["peak_extra_mib"] = 1.0 if row["variant"] == heads.PLAIN and row["task"] == "ce" else 4.0
         row["cpu_s"] = 0.5 if row["variant"] == heads.PLAIN and row["dtype"] == "bfloat16" else 1.0
     write_json(tmp_path / "errors.json", errors, inputs={"before": given.facts})
     write_json(tmp_path / "times.json", times, load="none")
     write_json(tmp_path / "eps.json", row_eps.rows("before", given, "addition", rounds=1, eps=(1e-3, 0.99)))
     page = " ".join(write_page(tmp_path, tmp_path / "page").read_text().split())
     assert "or1 is slower in 3 of 6: naive torch (text, bfloat16, policy: 0.50)" in page
+    assert "more memory in 2: naive torch (text, float32, ce: 0.25); naive torch (text, bfloat16, ce: 0.25)." in page
     engines = {"or1": 2.0, "or1, prompts not shared": 4.0, "TRL": 3.0}
     numbers = {"peak_gib": 1.0, "loss": 0.0, "entropy": 1.0, "grad_norm": 1.0}
     result = {"engines": {label: numbers | {"cpu_seconds": seconds} for label, seconds in engines.items()}}
     write_json(tmp_path / "step.json", [{"case": {"section": "addition", "responses": 8}, "result": result}])
     page = " ".join(write_page(tmp_path, tmp_path / "page").read_text().split())
-    assert "moments. or1, prompts not shared is slower than TRL on addition. |" in page
+    assert 'moments. "or1, prompts not shared" is slower than TRL on addition. |' in page
     assert "holds for or1 in 6 of 6 comparisons" in page
     assert (tmp_path / "page" / "times.json").read_bytes() == (tmp_path / "times.json").read_bytes()
     assert (tmp_path / "page" / "real.svg").stat().st_size > 10_000
