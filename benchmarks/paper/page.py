@@ -40,6 +40,7 @@ def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed:
         _head(costs, records),
         _verdicts(found),
         *sections,
+        *_remarks(out),
         _LIMITS,
         *(_arm_table(tier, arms[tier]) for tier in "AB"),
     ]
@@ -132,25 +133,10 @@ _LIMITS = """\
 - Intervals of equivalence are not corrected for the number of statements."""
 
 
-_REMARKS = """\
-## Remarks, written after the runs
-
-They are no verdicts.
-
-- C3: no on-policy run loses the top rung, 10 and 11 of 48 with four steps do. With two steps 2 do, too few to matter.
-- C4 at equal updates and responses. With two steps entropy and accuracy are equivalent. With four, two intervals reach
-  just beyond -d (x0.79 and -0.033), so the rule leaves them undecided. Their other ends lie below d: an advantage of fresh
-  data as large as d is excluded. Per rollout, (1,16,16,1) is behind since it has seen a quarter of the responses.
-- C2: 16 prompts keep more entropy a rollout, x1.34. Their gradients are noisier, so that a step moves the policy less.
-- C5: entropy falls as fast with 256 prompts, but all 48 runs climb the top rung: four times as many responses find it in
-  time. Groups of 4 lose it in 13 of 48 runs, groups of 8 and 16 in none. How much entropy is left does not say how much was
-  found.
-- C6: the start has half of the greatest entropy, so x1.96 is a policy for which all answers are equally likely. d is x2,
-  chosen without a look at this ceiling: "small" is the rule's word, and the explosion is complete.
-- C8: the controller that is on in time holds entropy where the policy cannot answer well, and costs accuracy. The milder
-  one comes on after the top rung is lost or climbed. Neither was tuned to help.
-- C9: at the report's own quadruple nothing is clipped here. With four passes 0.5 % of tokens are, and no bound up to 0.5
-  changes entropy by as much as x1.25."""
+def _remarks(out: Path) -> list[str]:
+    """Return the remarks that a person wrote on these results, if there are any: OUT_DIR/remarks.md."""
+    path = out / "remarks.md"
+    return [path.read_text(encoding="utf-8").rstrip()] if path.exists() else []
 
 
 def _head(costs: Mapping[str, Any], records: Sequence[Record]) -> str:
@@ -180,7 +166,8 @@ def _section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> 
     lines += ["| statement | effect, 90 % interval | seeds won : lost | verdict |", "|---|---|---|---|"]
     for statement, _, f in rows:
         words = statement.words() + (" (control)" if statement.control else "")
-        look = f", at {f.look} seeds" if f.look and f.verdict != "not tested" else ""
+        look = f", at {f.look} seeds" if f.look and f.verdict not in ("not tested", "equivalent") else ""
+        look += ", as claimed" if (statement.expect, f.verdict) == ("same", "equivalent") else ""
         lines.append(f"| {words} | {_effect(statement, f)} | {f.won} : {f.lost} | **{f.verdict}**{look} |")
     checks = dict.fromkeys(f"- {'passed' if c.passed else '**failed**'}: {c.text}" for _, c, _ in rows)
     return "\n".join([*lines, "", "Manipulation checks:", "", *checks])

@@ -43,7 +43,7 @@ def plot(path: Path, claim: Claim, records: Records) -> None:
     figure.suptitle(claim.title, fontsize=11)
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": claim.key}):
+    with matplotlib.rc_context({"svg.hashsalt": claim.key, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 
