@@ -2,7 +2,7 @@
 
 A policy has logits of the rungs and of every content digit: shared ones, and ones of each class. Rollouts are sampled.
 Advantages, rejection, token loss, denominator and entropy controller are or1's. The random numbers of a seed do not
-depend on the other seeds of the batch, and runs of a batch do not touch one another.
+depend on the other seeds of the batch. Runs of a batch do not touch one another.
 
 Legend: R runs (seeds), P prompts, M responses each, B = P M; C classes, S rungs, K content places, V digits, L places
 of a response, N tokens of all runs.
