@@ -40,6 +40,7 @@ def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed:
         _head(costs, records),
         _verdicts(found),
         *sections,
+        *_remarks(out),
         _LIMITS,
         *(_arm_table(tier, arms[tier]) for tier in "AB"),
     ]
@@ -132,6 +133,12 @@ _LIMITS = """\
 - Intervals of equivalence are not corrected for the number of statements."""
 
 
+def _remarks(out: Path) -> list[str]:
+    """Return the remarks that a person wrote on these results, if there are any: OUT_DIR/remarks.md."""
+    path = out / "remarks.md"
+    return [path.read_text(encoding="utf-8").rstrip()] if path.exists() else []
+
+
 def _head(costs: Mapping[str, Any], records: Sequence[Record]) -> str:
     seeds = {tier.lower(): len({r["seed"] for r in records if r["tier"] == tier}) for tier in "AB"}
     task = (ladder.__doc__ or "").partition("\n\n")[2].rstrip()
@@ -159,7 +166,8 @@ def _section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> 
     lines += ["| statement | effect, 90 % interval | seeds won : lost | verdict |", "|---|---|---|---|"]
     for statement, _, f in rows:
         words = statement.words() + (" (control)" if statement.control else "")
-        look = f", at {f.look} seeds" if f.look and f.verdict != "not tested" else ""
+        look = f", at {f.look} seeds" if f.look and f.verdict not in ("not tested", "equivalent") else ""
+        look += ", as claimed" if (statement.expect, f.verdict) == ("same", "equivalent") else ""
         lines.append(f"| {words} | {_effect(statement, f)} | {f.won} : {f.lost} | **{f.verdict}**{look} |")
     checks = dict.fromkeys(f"- {'passed' if c.passed else '**failed**'}: {c.text}" for _, c, _ in rows)
     return "\n".join([*lines, "", "Manipulation checks:", "", *checks])

@@ -1,8 +1,8 @@
 """Tier A: the ladder with a table instead of a model, many seeds at once, exact accuracy and entropy.
 
 A policy has logits of the rungs and of every content digit: shared ones, and ones of each class. Rollouts are sampled.
-Advantages, rejection, token loss, denominator and entropy controller are or1's. The random numbers of a seed depend on
-neither the other seeds of the batch nor the arm, and runs of a batch do not touch one another.
+Advantages, rejection, token loss, denominator and entropy controller are or1's. The random numbers of a seed do not
+depend on the other seeds of the batch. Runs of a batch do not touch one another.
 
 Legend: R runs (seeds), P prompts, M responses each, B = P M; C classes, S rungs, K content places, V digits, L places
 of a response, N tokens of all runs.
@@ -282,8 +282,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train an arm on the seeds. Return the series of each run, a value at the start and at `points` further times.
 
-    accuracy, entropy and top are exact, at that time. updates, clipped (share of tokens), bonus (share of rollouts with
-    an entropy bonus) and alpha (its coefficient) are means over the rollouts since the time before.
+    accuracy, entropy and top are exact, at that time. The others are means over the rollouts since the time before:
+    updates, clipped (share of tokens), bonus (share of rollouts with an entropy bonus) and alpha (its coefficient).
     """
     batch = Batch(arm, seeds, lr, prior)
     series: list[dict[str, list[float]]] = [{} for _ in seeds]

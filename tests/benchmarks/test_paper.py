@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import measures, model, tabular
+from benchmarks.paper import measures, model, study, tabular
 from benchmarks.paper.arms import ARMS
 from benchmarks.paper.ladder import LENGTHS, level, score
-from benchmarks.paper.rule import Question, decide
+from benchmarks.paper.rule import DECIDED, Question, decide
 from benchmarks.paper.statistics import LOOKS, holm, interval, sign_test, spending, t_quantile
-from benchmarks.paper.study import claims_of
 from or1.config import Config, LossConfig, RewardConfig, StageConfig
 from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.magic.selection import minibatches, select
@@ -24,7 +26,7 @@ from or1.magic.selection import minibatches, select
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 0), (0, 5), (4, 4), (7, 2), (6, 3)])
 def test_the_sign_test_counts_all_outcomes(won: int, lost: int) -> None:
-    """Of all sequences of signs, the share that is at least as one-sided as the observed."""
+    """Compare with the share of all sequences of signs that are at least as one-sided."""
     n = won + lost
     outcomes = [abs(2 * sum(signs) - n) for signs in itertools.product((0, 1), repeat=n)]
     share = sum(x >= abs(won - lost) for x in outcomes) / len(outcomes)
@@ -109,7 +111,7 @@ def test_rewards_of_the_ladder() -> None:
 
 
 def test_every_claim_names_arms_with_valid_settings(tmp_path: Path) -> None:
-    named = {arm for tier in "AB" for claim in claims_of(tier) for arm in claim.arms}
+    named = {arm for tier in "AB" for claim in study.claims_of(tier) for arm in claim.arms}
     assert named == set(ARMS)
     for name, arm in ARMS.items():
         config = Config.model_validate(model.settings(arm, 1, 1e-3, tmp_path, tmp_path / "run"))
@@ -203,7 +205,7 @@ def test_tier_b_runs(tmp_path: Path) -> None:
 
 
 def test_the_accuracy_of_tier_b_is_a_sum_of_probabilities(tmp_path: Path) -> None:
-    """A model with equal probabilities of all 20 tokens: rung s has s + 3 tokens with the end of the text."""
+    """Compare a model with equal probabilities of all tokens: rung s has s + 3 tokens with the end of the text."""
     model.make_base(tmp_path / "base", steps=0)
     net = model.Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
     torch.nn.init.zeros_(net.model.norm.weight)
@@ -240,3 +242,50 @@ def test_the_bonus_is_counted_until_the_top_rung_is_decided() -> None:
     assert measures.bonus_before_decision(series_of("x", 1, top=[0.01] * 4, bonus=[0.0, 0.0, 1.0])) == pytest.approx(
         1 / 3
     )
+
+
+def committed(root: Path) -> dict:
+    """Return the study whose page is committed."""
+    return json.loads((root / "benchmarks" / "results" / "paper-ladder" / "study.json").read_text())
+
+
+def test_the_committed_verdicts_follow_from_the_committed_differences(root: Path) -> None:
+    study_json, page = committed(root), (root / "benchmarks" / "results" / "paper-ladder" / "README.md").read_text()
+    claims = {claim.key: (tier, claim) for tier in "AB" for claim in study.claims_of(tier)}
+    assert set(study_json["claims"]) == set(claims)
+    for key, (tier, claim) in claims.items():
+        rows = study_json["claims"][key]["statements"]
+        assert [row["words"] for row in rows] == [s.words() for s in claim.statements]
+        questions = [Question(r["expect"], r["differences"], r["least"], r["margin"], r["tested"]) for r in rows]
+        seeds = len(rows[0]["differences"])
+        found = decide(questions, LOOKS if tier == "A" else (seeds,))
+        assert [(f.verdict, f.won, f.lost) for f in found] == [(r["verdict"], r["won"], r["lost"]) for r in rows], key
+        assert all(f"**{f.verdict}**" in page for f in found)
+        assert (root / "benchmarks" / "results" / "paper-ladder" / f"{key}.svg").exists()
+
+
+def agree(first: str, second: str) -> bool:
+    """Return False if two verdicts on a statement contradict each other. A small effect is near equivalence."""
+    if not {first, second} <= set(DECIDED) or first == second:
+        return True
+    return "claimed direction but small" in (first, second) and "opposite" not in (first, second)
+
+
+def test_verdicts_that_contradict() -> None:
+    assert agree("claimed direction", "claimed direction but small") and agree("equivalent", "undecided")
+    assert not agree("claimed direction", "equivalent") and not agree("opposite", "claimed direction but small")
+
+
+@pytest.mark.nightly
+def test_other_seeds_agree_on_every_decided_statement(root: Path, tmp_path: Path) -> None:
+    """Run the whole study again, from seed 3001: about half an hour on two cores."""
+    command = [sys.executable, "-m", "benchmarks.paper", str(tmp_path), "--first-seed", "3001", "--jobs", "2"]
+    subprocess.run(command, check=True, cwd=root)
+    second = json.loads((tmp_path / "study.json").read_text())
+    contradictions = [
+        (key, a["words"], a["verdict"], b["verdict"])
+        for key, claim in committed(root)["claims"].items()
+        for a, b in zip(claim["statements"], second["claims"][key]["statements"], strict=True)
+        if not agree(a["verdict"], b["verdict"])
+    ]
+    assert contradictions == []
