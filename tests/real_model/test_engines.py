@@ -1,7 +1,9 @@
 """Engine and trainer agree about every token of a pretrained model, before and after weights are changed and pushed.
 
-In bf16 both round, so both are compared with fp32: the engine may be twice as far from it as the trainer.
+In bf16 all round, so all are compared with fp32: engine and trainer may be twice as far from it as transformers.
 """
+
+# N tokens of all responses
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from or1.config import Config
 from or1.config.load import load_config
@@ -25,6 +27,7 @@ from or1.rollout.engine import Engine, Sampling
 from or1.train.engine_check import LIMIT_FP32
 from or1.train.rank_rows import Policy
 from or1.train.score import score
+from tests.helpers.plain_logp import plain_logp
 from tests.helpers.real_model import write_config
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
@@ -35,6 +38,7 @@ def checked(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model).eval()
     exact = load_model(config.model.model_copy(update={"dtype": "float32"})).eval()
+    plain = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     prompts = load_eval_sets(config, tokenizer)["greedy"].prompts[:4]
     before: list[TrainSequence] = []
@@ -53,7 +57,13 @@ def checked(config: Config) -> None:
                 TrainSequence(prompts[f.prompt].token_ids, f.response.token_ids, f.response.logp, 0.0) for f in found
             ]
             copy_weights(model, exact)
-            compare(config, version, before, scores(model, before), scores(exact, before))
+            copy_weights(model, plain)
+            sides = {
+                "engine": np.concatenate([s.rollout_logp for s in before]).astype(np.float64),
+                "trainer": np.concatenate(scores(model, before)).astype(np.float64),
+                "transformers": plain_logp(plain, before).numpy(),
+            }
+            compare(config, version, sides, np.concatenate(scores(exact, before)))
 
 
 def change(model: PreTrainedModel, version: int) -> None:
@@ -74,23 +84,19 @@ def scores(model: PreTrainedModel, sequences: Sequence[TrainSequence]) -> list[n
     return score(Policy(model, RowBudget(1024), 1.0), sequences)
 
 
-def compare(
-    config: Config, version: int, sampled: list[TrainSequence], trainer: list[np.ndarray], exact: list[np.ndarray]
-) -> None:
-    """Print and check the distances between engine, trainer and fp32."""
-    engine_N, trainer_N, exact_N = (
-        np.concatenate(each).astype(np.float64) for each in ([s.rollout_logp for s in sampled], trainer, exact)
-    )
-    apart, ours, theirs = engine_N - trainer_N, np.abs(engine_N - exact_N), np.abs(trainer_N - exact_N)
+def compare(config: Config, version: int, sides: dict[str, np.ndarray], exact_N: np.ndarray) -> None:
+    """Print and check the distances of the log-probs of engine, trainer and plain transformers, and from fp32."""
+    apart_N = np.abs(sides["engine"] - sides["trainer"])
+    off = {name: float(np.abs(logp_N - exact_N).mean()) for name, logp_N in sides.items()}
     print(
-        f"{config.rollout.engine}, {config.model.dtype}, version {version}: {len(apart)} tokens, engine and trainer "
-        f"{np.abs(apart).mean():.2e} apart on average, {np.abs(apart).max():.2e} nat at most; from fp32: engine "
-        f"{ours.mean():.2e}, trainer {theirs.mean():.2e} on average"
+        f"{config.rollout.engine}, {config.model.dtype}, version {version}: {len(apart_N)} tokens, engine and trainer "
+        f"{apart_N.mean():.2e} apart on average, {apart_N.max():.2e} nat at most; from the trainer in fp32 on average: "
+        + ", ".join(f"{name} {value:.2e}" for name, value in off.items())
     )
     if config.model.dtype == "float32":
-        assert np.abs(apart).max() < LIMIT_FP32
+        assert apart_N.max() < LIMIT_FP32
     else:
-        assert ours.mean() <= 2 * theirs.mean()
+        assert max(off["engine"], off["trainer"]) <= 2 * off["transformers"]
 
 
 @contextmanager

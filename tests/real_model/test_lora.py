@@ -1,7 +1,5 @@
 """[model.lora] on a pretrained model in fp32: the adapter and the merged weights are the policy, and a run resumes."""
 
-# L tokens of a response, V vocab
-
 from __future__ import annotations
 
 import signal
@@ -12,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from or1.config.load import load_config
@@ -24,6 +22,7 @@ from or1.run.checkpoint import load_checkpoint
 from or1.run.export import export_run
 from or1.train.rank_rows import Policy
 from or1.train.score import score
+from tests.helpers.plain_logp import plain_logp
 from tests.helpers.ranks import or1_ranks
 from tests.helpers.real_model import records, write_config
 
@@ -82,17 +81,6 @@ def of_policy(run: Path, sequences: list[TrainSequence]) -> Tensor:
     return torch.cat([torch.tensor(logp, dtype=torch.float64) for logp in score(policy, sequences)])
 
 
-@torch.no_grad()
-def of_plain(model: nn.Module, sequences: list[TrainSequence]) -> Tensor:
-    """Return log-probs from a model's logits, one sequence at a time."""
-    found = []
-    for s in sequences:
-        ids = torch.as_tensor(np.concatenate([s.prompt_ids, s.response_ids]).astype(np.int64))
-        logits_LV = model(input_ids=ids[None, :-1]).logits[0, len(s.prompt_ids) - 1 :]
-        found.append(logits_LV.double().log_softmax(-1).gather(1, ids[len(s.prompt_ids) :, None])[:, 0])
-    return torch.cat(found)
-
-
 def test_adapter_and_merged_weights_have_the_log_probs_of_the_policy(adapted: Path, smollm2: Path) -> None:
     """Compare the trainer with PEFT's model of the adapter, and with transformers' of the merged weights."""
     peft = pytest.importorskip("peft")
@@ -101,13 +89,13 @@ def test_adapter_and_merged_weights_have_the_log_probs_of_the_policy(adapted: Pa
     sequences = responses(adapted)
     ours = of_policy(adapted, sequences)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    before = of_plain(base, sequences)
+    before = plain_logp(base, sequences)
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     old = dict(base.named_parameters())
     changed = {name for name, value in whole.named_parameters() if not value.equal(old[name])}
     found = {
-        "merged, transformers": of_plain(whole, sequences),
-        "adapter, PEFT": of_plain(peft.PeftModel.from_pretrained(base, adapter), sequences),
+        "merged, transformers": plain_logp(whole, sequences),
+        "adapter, PEFT": plain_logp(peft.PeftModel.from_pretrained(base, adapter), sequences),
     }
     sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in (adapted / f"checkpoints/step_{STEPS}", adapter)]
     trained = float((ours - before).abs().max())
