@@ -217,7 +217,7 @@ def _eps(eps: File) -> str:
         "Both are parts of the whole gradient's L1 norm. The bound is at most "
         f"{worst:.4f} times the true norm without an entropy bonus, and {most:.2f} times with one. dhidden and "
         "dweight: relative error of the gradients in the Frobenius norm, rounding included. CPU time is against the "
-        "same head without the option, best of six rounds; a negative number is a loss.",
+        "same head without the option, best round; differences of 20 % are noise, and a negative number is a loss.",
         table((*header, "dhidden", "dweight"), lines),
     )
 
