@@ -166,7 +166,7 @@ def _section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> 
     lines += ["| statement | effect, 90 % interval | seeds won : lost | verdict |", "|---|---|---|---|"]
     for statement, _, f in rows:
         words = statement.words() + (" (control)" if statement.control else "")
-        look = f", at {f.look} seeds" if f.look and f.verdict not in ("not tested", "equivalent") else ""
+        look = f", sign test at {f.look} seeds" if f.look and f.verdict not in ("not tested", "equivalent") else ""
         look += ", as claimed" if (statement.expect, f.verdict) == ("same", "equivalent") else ""
         lines.append(f"| {words} | {_effect(statement, f)} | {f.won} : {f.lost} | **{f.verdict}**{look} |")
     checks = dict.fromkeys(f"- {'passed' if c.passed else '**failed**'}: {c.text}" for _, c, _ in rows)

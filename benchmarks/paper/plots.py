@@ -40,7 +40,7 @@ def plot(path: Path, claim: Claim, records: Records) -> None:
     right.set(xlabel="accuracy in the last quarter", yticks=[-i for i in range(len(claim.shown))])
     right.set_yticklabels(claim.shown)
     right.margins(y=0.15)
-    figure.suptitle(claim.title, fontsize=11)
+    figure.suptitle(f"{claim.key}: {claim.title}", fontsize=11)
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     with matplotlib.rc_context({"svg.hashsalt": claim.key, "svg.fonttype": "none"}):

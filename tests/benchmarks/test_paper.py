@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import measures, model, study, tabular
-from benchmarks.paper.arms import ARMS
+from benchmarks.paper import measures, model, page, study, tabular
+from benchmarks.paper.arms import ARMS, MODEL_ARMS
 from benchmarks.paper.ladder import LENGTHS, level, score
 from benchmarks.paper.rule import DECIDED, Question, decide
 from benchmarks.paper.statistics import LOOKS, holm, interval, sign_test, spending, t_quantile
@@ -244,13 +244,35 @@ def test_the_bonus_is_counted_until_the_top_rung_is_decided() -> None:
     )
 
 
+def test_the_page_shows_every_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "plot", lambda path, claim, records: path.write_text(claim.key))
+    (tmp_path / "remarks.md").write_text("## A remark\n")
+    names = ("accuracy", "entropy", "top", "updates", "clipped", "alpha", "bonus")
+    rng = np.random.default_rng(0)
+    records = [
+        series_of(arm, seed, **{name: rng.uniform(0.1, 0.9, 41).tolist() for name in names})
+        | {"tier": tier, "cpu_s": 1.0}
+        for tier in "AB"
+        for arm in (ARMS if tier == "A" else MODEL_ARMS)
+        for seed in (1, 2)
+    ]
+    text = " ".join(page.write_page(tmp_path, records, 2.0, 1).read_text().split())
+    assert "2 seeds, rate 0.02" in text and "## A remark" in text
+    found = json.loads((tmp_path / "study.json").read_text())["claims"]
+    for tier in "AB":
+        for claim in study.claims_of(tier):
+            rows = found[claim.key]["statements"]
+            assert len(rows) == len(claim.statements) and all(len(row["differences"]) == 2 for row in rows)
+            assert all(f"| {row['words']}" in text and row["check"] in text for row in rows)
+
+
 def committed(root: Path) -> dict:
     """Return the study whose page is committed."""
     return json.loads((root / "benchmarks" / "results" / "paper-ladder" / "study.json").read_text())
 
 
 def test_the_committed_verdicts_follow_from_the_committed_differences(root: Path) -> None:
-    study_json, page = committed(root), (root / "benchmarks" / "results" / "paper-ladder" / "README.md").read_text()
+    study_json, text = committed(root), (root / "benchmarks" / "results" / "paper-ladder" / "README.md").read_text()
     claims = {claim.key: (tier, claim) for tier in "AB" for claim in study.claims_of(tier)}
     assert set(study_json["claims"]) == set(claims)
     for key, (tier, claim) in claims.items():
@@ -260,7 +282,7 @@ def test_the_committed_verdicts_follow_from_the_committed_differences(root: Path
         seeds = len(rows[0]["differences"])
         found = decide(questions, LOOKS if tier == "A" else (seeds,))
         assert [(f.verdict, f.won, f.lost) for f in found] == [(r["verdict"], r["won"], r["lost"]) for r in rows], key
-        assert all(f"**{f.verdict}**" in page for f in found)
+        assert all(f"**{f.verdict}**" in text for f in found)
         assert (root / "benchmarks" / "results" / "paper-ladder" / f"{key}.svg").exists()
 
 
