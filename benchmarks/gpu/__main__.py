@@ -166,9 +166,9 @@ def _close(path: Path, name: str, ended: str, seconds: float) -> dict:
 
 
 def _summary(results: list[dict], out: Path, native: str) -> int:
-    from rich.console import Console
-
-    from benchmarks.lib.results import plot_head, show_head, show_plain, write_json
+    from benchmarks.lib import conclusion, tables
+    from benchmarks.lib.plots import plot_head
+    from benchmarks.lib.results import write_json
 
     head_rows, skipped = [], {}
     for result in results:
@@ -181,10 +181,14 @@ def _summary(results: list[dict], out: Path, native: str) -> int:
         }
         skipped |= {r["skipped"]: r["why"] for r in rows if "skipped" in r}
         head_rows += [r for r in rows if "variant" in r and "ms" in r]
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    show_head(console, head_rows, skipped)
+    console = tables.console(terminal=sys.stdout.isatty())
+    tables.show_head(console, head_rows)
+    tables.show_skipped(console, skipped)
     plot_head(out / "head.png", head_rows)
-    show_plain(console, "parts", results)
+    tables.show_plain(console, "parts", results)
+    said = conclusion.of_head(head_rows)
+    if said is not None:
+        console.print(said, highlight=False)
     write_json(out / "summary.json", results, native=native)
     return 0 if all(r["ended"] == "passed" for r in results) else 1
 

@@ -5,6 +5,8 @@ this device, gives a reason and is skipped by name. A peer that only scores gets
 Legend: N rows, H hidden, V vocab.
 """
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -62,6 +64,17 @@ class Variant:
         return run
 
 
+# Names on the package index of the modules that are not named like their package.
+_PACKAGES = {"liger_kernel": "liger-kernel", "quack": "quack-kernels", "cut_cross_entropy": "cut-cross-entropy"}
+_PACKAGES |= {"cutlass": "nvidia-cutlass-dsl"}
+
+
+def _not_installed(package: str) -> str | None:
+    if package in sys.modules or importlib.util.find_spec(package) is not None:
+        return None
+    return f"not installed: pip install {_PACKAGES.get(package, package)}"
+
+
 def _anywhere(device: torch.device) -> str | None:
     return None
 
@@ -71,7 +84,9 @@ def _installed(module: str, *bare: str, gpu: bool = False) -> Callable[[torch.de
 
     def why_not(device: torch.device) -> str | None:
         if gpu and device.type != "cuda":
-            return "its kernels are Triton and need a GPU"
+            return "needs a GPU, on which its kernels run"
+        if missing := _not_installed(module.split(".")[0]):
+            return missing
         try:
             imports.load(module, *bare)
         # A package built for another torch or CUDA raises more than ImportError.
@@ -135,6 +150,8 @@ def _trl_default_functions() -> tuple[Callable, Callable]:
 
 
 def _why_not_trl_default(device: torch.device) -> str | None:
+    if missing := _not_installed("trl"):
+        return missing
     try:
         _trl_default_functions()
     except ImportError as error:
