@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from or1.core.types import Score, Status
-from or1.reward import math_text
+from or1.reward import math_spelling, math_text
 
 MAX_BOX_CHARS = 2000
 """Longest \\boxed{} that is parsed. A longer one is WRONG unless it is equal to a gold answer as text."""
@@ -96,6 +96,8 @@ def equivalent(box: str, golds: Sequence[str]) -> bool:
 
 
 def _equals(answer: str, gold: str) -> bool:
+    if math_spelling.same_spelling(answer, gold):
+        return True
     decided = math_text.verdict(answer, gold)
     if decided is not None:
         return decided

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from or1.reward import math_spelling
+
 _TEXT = r"\\(?:text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
 _TEXT_GROUP = re.compile(_TEXT + r"\{([^{}]*)\}")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -17,8 +19,6 @@ _OPEN, _CLOSE = frozenset(("{", "(", "[", "\\{")), frozenset(("}", ")", "]", "\\
 
 # --- one spelling for equal meanings
 
-_THIN = r"(?:\\[,;:! ]|~|\\thinspace(?![A-Za-z]))"
-_GROUPED = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_THIN}\s*\d{{3}})+(?!\d)")
 _GROUPED_BY_SPACES = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _THIN_SPACE = re.compile(r"(?<!\\)\\[,;: ]")
 _MIXED = re.compile(r"([+-]?\d+)\s+(\d+)\s*/\s*(\d+)")
@@ -32,7 +32,7 @@ _MAX_DIGITS = 400
 
 def tidy(text: str) -> str:
     r"""Remove the parts of an answer without meaning: $...$, \(...\), thin spaces, a final full stop."""
-    text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = math_spelling.respelled(text)
     text = _THIN_SPACE.sub(" ", text)
     # A space, since the numbers of \(8\)\(7\) must not become 87.
     text = _DELIMITER.sub(" ", text)
@@ -44,6 +44,7 @@ def tidy(text: str) -> str:
 
 def readings(text: str) -> tuple[str, ...]:
     """Return the possible readings of a text. `1e3` is 1000; `2e-3` is 0.002, or two times Euler's number minus 3."""
+    text = math_spelling.with_symbols(text)
     decimal = _E_NOTATION.sub(_as_decimal, text)
     if decimal == text:
         return (text,)
