@@ -85,7 +85,7 @@ def checkpoint(adder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if tied not in made:
             torch.manual_seed(int(tied))
             config = AutoConfig.from_pretrained(adder)
-            config.tie_word_embeddings, config.max_position_embeddings = tied, 4096
+            config.tie_word_embeddings, config.max_position_embeddings = tied, 16384
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             with torch.no_grad():
                 # Larger than the usual start, so that the policy is far from uniform and old weights show.

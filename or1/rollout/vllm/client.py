@@ -17,6 +17,7 @@ from or1.rollout.vllm.drafts import DraftCounts, counts_on
 from or1.rollout.vllm.process import bearer, may_take_proxy
 from or1.rollout.vllm.sending import Call, Line, Sending, Server
 from or1.rollout.vllm.setup import VllmSetup
+from or1.rollout.vllm.streams import certificates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,4 +229,6 @@ def http_client(url: str, token: str) -> httpx.Client:
     """Return a client for all requests but completions, which `Streams` sends."""
     # No keep-alive: the server closes a connection after an error, and the next request would find it closed.
     once = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(headers=bearer(token), timeout=RPC_LIMIT_S, limits=once, trust_env=may_take_proxy(url))
+    return httpx.Client(
+        headers=bearer(token), verify=certificates(), timeout=RPC_LIMIT_S, limits=once, trust_env=may_take_proxy(url)
+    )
