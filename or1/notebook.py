@@ -117,7 +117,7 @@ def train(config: str | Path, overrides: Overrides = (), *, fresh: bool = False)
     from or1.commands.train import launch
     from or1.run.naming import named
 
-    checked = named(load_config(config, _as_options(overrides)), fresh).config
+    checked = named(load_config(config, _as_options(overrides)), fresh, claim=True).config
     launch(checked, fresh=fresh)
     return Run(checked.run_path)
 

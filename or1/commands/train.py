@@ -87,9 +87,9 @@ def _named(config: Config, arguments: argparse.Namespace) -> Config:
         return config
     from or1.run.naming import named
 
-    config, line = named(config, arguments.fresh)
+    config, line = named(config, arguments.fresh, claim=not arguments.dry_run)
     print(visible(line), flush=True)
-    arguments.overrides = [*arguments.overrides, f"run_dir={json.dumps(config.run_dir)}"]
+    arguments.overrides = [*arguments.overrides, f"run_dir={json.dumps(config.run_dir, ensure_ascii=False)}"]
     return config
 
 
@@ -120,7 +120,7 @@ def launch(config: Config, fresh: bool = False) -> None:
     if TIME in config.run_dir:
         from or1.run.naming import named
 
-        config = named(config, fresh).config
+        config = named(config, fresh, claim=True).config
     lock = RunLock(config.run_path)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Before the model libraries are imported, so that a folder that cannot be used is reported at once.

@@ -91,7 +91,7 @@ class ChatClient:
         Raises EndpointError.
         """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self._config.key_env):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
@@ -103,7 +103,9 @@ class ChatClient:
             except EndpointError:
                 raise
             except urllib.error.HTTPError as error:
-                cause = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
+                text = error.read(8192).decode("utf-8", "replace")
+                # Some servers repeat the key that they refuse.
+                cause = f"{error.code} {text.replace(key, '(key)') if key else text}"[:500]
                 pause = _asked_pause(error.headers)
                 if error.code not in _RETRIED:
                     kind = RequestRefused if error.code in _REFUSED else EndpointError
@@ -121,6 +123,18 @@ class ChatClient:
             f"{self.url}{path} failed after {attempt + 1} attempts: {cause}; look at the server, or "
             f"raise {self._section}.timeout_s or {self._section}.retries. The same command resumes from here"
         )
+
+    def _key(self) -> str:
+        """Return the API key, "" without one. Raises EndpointError for a key that a header cannot hold."""
+        name = self._config.key_env
+        key = os.environ.get(name, "").strip()
+        # http.client would refuse the header, with the key in its message.
+        if not (key.isascii() and key.isprintable()):
+            raise EndpointError(
+                f"the environment variable {name} holds a line break or another character that an API key cannot "
+                f"have; set {name} to the key alone"
+            )
+        return key
 
     def _tell(self, text: str) -> None:
         """Print a line on stderr, at most one per second: concurrent requests fail together."""

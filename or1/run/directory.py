@@ -113,14 +113,9 @@ def check_run_dir(config: Config) -> list[str]:
     if lost := lost_history(run_dir, _checkpoint_every(recorded, config)):
         raise RunError(lost)
     steps = step_folders(checkpoints_of(run_dir))
-    if not recorded or (not steps and not read_metrics(run_dir / "metrics.jsonl")):
+    if not recorded or not _has_begun(run_dir):
         return []
-    settings = config.model_dump(mode="json")
-    for each in (recorded, settings):
-        # The folder identifies the run; the path that leads to it may differ.
-        each.pop("run_dir", None)
-        if isinstance(model := each.get("model"), dict) and "path" in model:
-            model["path"] = _whole_path(str(model["path"]))
+    recorded, settings = _comparable(recorded), _comparable(config.model_dump(mode="json"))
     changed = changed_keys(recorded, settings)
     done, begun = _stages_so_far(run_dir, steps)
     if fixed := fixed_keys(changed, done, begun, len(config.stage)):
@@ -129,6 +124,36 @@ def check_run_dir(config: Config) -> list[str]:
         lines += [f"{line} (may change)" for line in described(free, recorded, settings)]
         raise OtherSettingsError(_refusal(run_dir, fixed, lines))
     return described(changed, recorded, settings)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Return True if a run has begun in the folder, however little is left of the run."""
+    return (run_dir / RECORD).exists() or _has_begun(run_dir)
+
+
+def is_of_other(config: Config) -> bool:
+    """Return True if the folder's run surely has other settings, even if the run is damaged.
+
+    A run without a step may have begun a moment ago, in another process. It is another run if any setting differs.
+    """
+    try:
+        recorded = _comparable(recorded_config(config.run_path))
+    except (RunError, OSError):
+        return False
+    changed = changed_keys(recorded, _comparable(config.model_dump(mode="json")))
+    return bool(fixed_keys(changed, 0, 0, len(config.stage)) if _has_begun(config.run_path) else changed)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    return bool(step_folders(checkpoints_of(run_dir)) or read_metrics(run_dir / "metrics.jsonl"))
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that do not depend on the working folder: without run_dir, and with a whole model path."""
+    found = {key: value for key, value in settings.items() if key != "run_dir"}
+    if isinstance(model := found.get("model"), dict) and "path" in model:
+        found["model"] = model | {"path": _whole_path(str(model["path"]))}
+    return found
 
 
 def _refusal(run_dir: Path, fixed: list[str], lines: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from or1.config import Config
 from or1.config.root import TIME
 from or1.core.errors import OtherSettingsError, RunError
-from or1.run.directory import check_run_dir
+from or1.run.directory import check_run_dir, holds_run, is_of_other
 
 _STAMP = r"(\d{8}-\d{6})(?:-(\d+))?"
 
@@ -24,10 +24,11 @@ class Named(NamedTuple):
     line: str = ""
 
 
-def named(config: Config, fresh: bool = False) -> Named:
-    """Return the config with `{time}` in run_dir filled in. Nothing is written.
+def named(config: Config, fresh: bool = False, claim: bool = False) -> Named:
+    """Return the config with `{time}` in run_dir filled in.
 
     fresh  always choose a new folder
+    claim  make the new folder, so that a command of the same second chooses another; False: nothing is written
 
     The newest folder of the same name whose run these settings can resume is chosen, finished or not, so that the same
     command resumes. Runs with other settings are left alone. Raises RunError for a damaged run, which might be the one
@@ -40,9 +41,11 @@ def named(config: Config, fresh: bool = False) -> Named:
             f"run_dir = {config.run_dir!r} is chosen by the time, and the ranks of torchrun would choose several; "
             "add --set run_dir=FOLDER, or start the ranks with --nproc"
         )
-    found = [] if fresh else list(_folders(config.run_dir))
+    found = [] if fresh else [folder for folder in _folders(config.run_dir) if holds_run(folder.path)]
     for folder in sorted(found, reverse=True):
         chosen = config.model_copy(update={"run_dir": str(folder.path)})
+        if is_of_other(chosen):
+            continue
         try:
             check_run_dir(chosen)
         except OtherSettingsError:
@@ -50,7 +53,7 @@ def named(config: Config, fresh: bool = False) -> Named:
         except RunError as error:
             raise RunError(f"{error}. --fresh starts in a new folder") from error
         return Named(chosen, f"run_dir = {chosen.run_dir}: resumes; --fresh starts in a new folder")
-    chosen = config.model_copy(update={"run_dir": _new(config.run_dir)})
+    chosen = config.model_copy(update={"run_dir": _new(config.run_dir, claim)})
     others = f"; {len(found)} earlier with other settings" if found else ""
     return Named(chosen, f"run_dir = {chosen.run_dir}: new{others}")
 
@@ -70,7 +73,18 @@ def _folders(template: str) -> Iterator[_Folder]:
             yield _Folder(match[1], int(match[2] or 0), each)
 
 
-def _new(template: str) -> str:
+def _new(template: str, claim: bool) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = (template.replace(TIME, f"{stamp}-{repeat}" if repeat else stamp) for repeat in range(10**6))
-    return next(name for name in names if not Path(name).exists())
+    for repeat in range(10**6):
+        name = template.replace(TIME, f"{stamp}-{repeat}" if repeat else stamp)
+        if Path(name).exists():
+            continue
+        try:
+            if claim:
+                Path(name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # The run makes its folder too, and explains why that fails.
+        return name
+    raise RunError(f"run_dir = {template!r} has no name left for this second; repeat the command")

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from or1.config import EndpointConfig, VllmConfig
 from or1.core.errors import EndpointError
+from or1.rollout.chat_client import ChatClient
 from or1.rollout.endpoint import EndpointEngine
 
 KEY = "sk-secret"
@@ -82,6 +83,26 @@ def test_a_redirect_within_the_server_is_followed() -> None:
     with server(answer) as (url, seen):
         assert EndpointEngine(EndpointConfig(url=url)).model == "m"
     assert seen == [("/models", f"Bearer {KEY}"), ("/v2/models", f"Bearer {KEY}")]
+
+
+def test_no_message_shows_the_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    echo = f"{'x' * 495}{KEY} is not a key".encode()
+    with server(lambda path: (401 if path == "/models" else 503, {}, echo)) as (url, seen):
+        with pytest.raises(EndpointError, match=r"401 xxx") as refused:
+            EndpointEngine(EndpointConfig(url=url))
+        client = ChatClient(EndpointConfig(url=url, model="m", retries=1))
+        with pytest.raises(EndpointError, match=r"503 xxx") as failed:
+            client.chat([])
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+        with pytest.raises(EndpointError, match="401"):
+            EndpointEngine(EndpointConfig(url=url))
+        assert {key for _, key in seen} == {f"Bearer {KEY}"}, "a line break at the end is not of the key"
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
+        with pytest.raises(EndpointError, match="OPENAI_API_KEY holds a line break") as broken:
+            EndpointEngine(EndpointConfig(url=url))
+    shown = f"{refused.value}{failed.value}{broken.value}{capsys.readouterr()}"
+    assert "attempt 2 of 2" in shown and KEY[:5] not in shown
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b"9" * 5000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from or1.config import Config
 from or1.config.load import load_config
 from or1.core.errors import ConfigError, RunError
 from or1.run.directory import RECORD, prepare_run_dir
+from or1.run.marks import mark_commit
 from or1.run.naming import named
 from tests.helpers.small_run import ROOT
 
@@ -74,6 +76,34 @@ def test_a_damaged_run_is_told_instead_of_starting_anew(toml: Path) -> None:
     assert named(config, fresh=True).config.run_dir != run.run_dir
 
 
+def test_commands_of_the_same_second_do_not_meet(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    sweep = [load_config(toml, [f"seed={seed}"]) for seed in (1, 2, 3)]
+    first = named(sweep[0], claim=True)
+    # The second starts before the first has written anything, the third when no step is done.
+    second = named(sweep[1], claim=True)
+    prepare_run_dir(first.config)
+    prepare_run_dir(second.config)
+    third = named(sweep[2], claim=True)
+    assert [each.config.run_dir for each in (first, second, third)] == [
+        f"runs/adding-20260101-000000{repeat}" for repeat in ("", "-1", "-2")
+    ]
+    assert (second.line[-5:], third.line[-35:]) == (": new", ": new; 2 earlier with other settings"[-35:])
+    assert named(sweep[0]).config == first.config, "the same command takes the folder whose run has no step yet"
+
+
+def test_a_damaged_run_of_other_settings_stops_no_one(toml: Path) -> None:
+    config = load_config(toml)
+    run = named(config).config
+    begin(run, step=5)
+    mark_commit(run.run_path, 5)
+    shutil.rmtree(run.run_path / "checkpoints")
+    with pytest.raises(RunError, match="had a checkpoint of step 5"):
+        named(config)
+    (run.run_path / "metrics.jsonl").write_text('{"step": 5}\n')
+    assert named(load_config(toml, ["optim.lr=0.5"])).line.endswith(": new; 1 earlier with other settings")
+
+
 def test_ranks_of_torchrun_need_one_folder(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(RunError, match="--set run_dir=FOLDER"):
@@ -89,5 +119,6 @@ def test_a_start_tells_its_folder_and_gives_it_to_its_ranks(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run_dir = ")]
     folder = line.removeprefix("run_dir = ").removesuffix(": new")
     assert commands[0][-2:] == ["--set", f'run_dir="{folder}"']
+    assert [str(each) for each in Path("runs").iterdir()] == [folder]
     assert main(["train", str(toml), "--dry-run"]) == 0
-    assert "run_dir = runs/adding-" in capsys.readouterr().out and not Path("runs").exists()
+    assert "run_dir = runs/adding-" in capsys.readouterr().out and len([*Path("runs").iterdir()]) == 1
