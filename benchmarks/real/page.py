@@ -218,7 +218,8 @@ def _eps(eps: File) -> str:
         "Both are parts of the whole gradient's L1 norm. The bound is at most this much of the "
         f"true norm: {slack or 'not measured'}. dhidden and dweight: relative error of the gradients "
         "in the Frobenius norm, rounding included. CPU time is against the "
-        "same head without the option, best round; differences of 20 % are noise, and a negative number is a loss.",
+        "same head without the option, best round; differences of 20 % are noise, and a negative number is a loss."
+        + (f" {eps['note']}" if "note" in eps else ""),
         table((*header, "dhidden", "dweight"), lines),
     )
 
