@@ -207,17 +207,19 @@ def _eps(eps: File) -> str:
         for row in eps["rows"]
     ]
     header = ("inputs", "bonus", "eps", "rows left out", "elements", "CPU time saved", "bound", "true")
-    worst, most = (
-        max((row["bound"] / row["true"] for row in eps["rows"] if row["true"] and row["task"] == task), default=1.0)
-        for task in ("policy, no entropy", "policy")
+    slack = ", ".join(
+        f"{max(row['bound'] / row['true'] for row in some):.4f} times {what} an entropy bonus"
+        for task, what in (("policy, no entropy", "without"), ("policy", "with"))
+        if (some := [row for row in eps["rows"] if row["true"] and row["task"] == task])
     )
     return "## `grad_row_eps`\n\n" + _said(
         "Rows whose gradient is below eps skip the two backward GEMMs. Elements: logits without a gradient. "
         "Bound: `left_out`, which the head reports. True: the L1 norm of the left-out part of dloss/dlogits, by fp64. "
-        "Both are parts of the whole gradient's L1 norm. The bound is at most "
-        f"{worst:.4f} times the true norm without an entropy bonus, and {most:.2f} times with one. dhidden and "
-        "dweight: relative error of the gradients in the Frobenius norm, rounding included. CPU time is against the "
-        "same head without the option, best round; differences of 20 % are noise, and a negative number is a loss.",
+        "Both are parts of the whole gradient's L1 norm. The bound is at most this much of the "
+        f"true norm: {slack or 'not measured'}. dhidden and dweight: relative error of the gradients "
+        "in the Frobenius norm, rounding included. CPU time is against the "
+        "same head without the option, best round; differences of 20 % are noise, and a negative number is a loss."
+        + (f" {eps['note']}" if "note" in eps else ""),
         table((*header, "dhidden", "dweight"), lines),
     )
 
