@@ -300,7 +300,7 @@ def test_verdicts_that_contradict() -> None:
 
 @pytest.mark.nightly
 def test_other_seeds_agree_on_every_decided_statement(root: Path, tmp_path: Path) -> None:
-    """Run the whole study again, from seed 3001: about half an hour on two cores."""
+    """Run the whole study again, from seed 3001: a quarter of an hour on two cores."""
     command = [sys.executable, "-m", "benchmarks.paper", str(tmp_path), "--first-seed", "3001", "--jobs", "2"]
     subprocess.run(command, check=True, cwd=root)
     second = json.loads((tmp_path / "study.json").read_text())
