@@ -114,7 +114,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def flat(values: Mapping[str, Any], path: Sequence[str] = (), prefix: str = "", depth: int = 0) -> Iterator[Row]:
-    """Yield every setting of a resolved config or of the section at `path`. Tables in a list count from 0, as in --set."""
+    """Yield every setting of a resolved config or of the section at `path`. Tables in a list count from 0."""
     for key, value in values.items():
         place = (*path, key)
         if depth == DEEPEST and isinstance(value, dict | list):

@@ -25,7 +25,6 @@ RUN_BY = {
     "docs/environments.md": "tests/environment/test_verifiers.py",
     "or1/reward/README.md": "tests/reward/test_custom.py",
     "or1/rollout/README.md": "tests/rollout/test_engine_example.py",
-    "kernels/README.md": "tests/house/test_community.py",
 }
 # A reward's file and optional packages need not be on this machine.
 ABSENT = re.compile("no file '|needs the package ")
