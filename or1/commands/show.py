@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--best", dest="order", action="store_const", const="best", help="highest rewards first")
     order.add_argument("--worst", dest="order", action="store_const", const="worst", help="lowest rewards first")
-    parser.add_argument("--status", choices=STATUSES, default="", help="only responses with this status")
+    parser.add_argument("--status", choices=STATUSES, default="", help="only responses with this status; ok: rewarded")
     parser.add_argument(
         "--count", type=positive, default=4, metavar="N", help="largest number of responses (default 4)"
     )

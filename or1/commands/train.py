@@ -74,11 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         launch(config, fresh=arguments.fresh)
     except KeyboardInterrupt:
-        manifests = any(config.run_path.glob("checkpoints/step_*/manifest.json"))
-        what = "resumes from the newest checkpoint" if manifests else "starts anew, since there is no checkpoint yet"
+        what = _next_start(config)
         tell(f"\nor1: interrupted; the same command {what}")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _next_start(config: Config) -> str:
+    """Return what the command of an interrupted run does when it is started again."""
+    folders = [each.parent.name for each in config.run_path.glob("checkpoints/step_*/manifest.json")]
+    # A folder that was half written has a longer name.
+    steps = [int(number) for name in folders if (number := name.removeprefix("step_")).isdecimal()]
+    if not steps:
+        return "starts anew, since there is no checkpoint yet"
+    return f"resumes after step {max(steps)}, the newest checkpoint (SIGTERM would have kept all steps)"
 
 
 def _named(config: Config, arguments: argparse.Namespace) -> Config:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from or1.config import Config
 from or1.config.data_paths import ENDINGS, HUB, dataset_of
 from or1.config.paths import is_dir, is_file
+from or1.config.published import PUBLISHED
 from or1.config.root import TIME
 from or1.config.section import each_of, path_problem
 from or1.core.errors import Problem
@@ -27,8 +29,12 @@ def training_files(config: Config) -> Iterator[Problem]:
 
 def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
     """Find missing files among (dotted path of the setting, file) pairs."""
-    # A file may be named twice, which doubles its weight. If it is missing, it is reported once.
-    for path, where in {path: where for where, path in reversed(named)}.items():
+    seen: set[str] = set()
+    for where, path in named:
+        # A file may be named twice, which doubles its weight. If it is missing, it is reported once.
+        if path in seen:
+            continue
+        seen.add(path)
         if path.startswith(HUB):
             if dataset_of(path) is None:
                 yield Problem(
@@ -43,9 +49,16 @@ def missing_files(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
         elif not is_file(path):
             yield Problem(
                 where,
-                f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: "
-                "docs/own-data.md names the formats, and the first lines of a recipe the contents",
+                f"no file {path!r} (looked in {Path.cwd()}); correct the path, or put the file there: {_source(path)}",
             )
+
+
+def _source(path: str) -> str:
+    """Return the command that writes a published file of this name, else where formats and contents are described."""
+    for name, published in PUBLISHED.items():
+        if Path(path).name in {made.file for made in published.files}:
+            return f"`or1 data {name} --out {shlex.quote(str(Path(path).parent))}` writes it"
+    return "docs/own-data.md names the formats, and the first lines of a recipe the contents"
 
 
 def files_exist(config: Config) -> Iterator[Problem]:

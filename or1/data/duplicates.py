@@ -1,4 +1,4 @@
-"""Report of training prompts with equal text. They are kept, since a file may repeat prompts to weight them."""
+"""Report of training prompts with equal text or tokens. They are kept: a file may repeat prompts to weight them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,28 @@ def duplicate_lines(prompts: Sequence[Prompt]) -> list[str]:
             f"{_answer(again)}, {one.id} has {_answer(one)}"
         )
     return lines
+
+
+def lost_text_lines(prompts: Sequence[Prompt]) -> list[str]:
+    """Return lines for the user about prompts whose texts differ and whose tokens do not; none if there are none.
+
+    White space does not count. Prompts without token ids are skipped.
+    """
+    first: dict[bytes, Prompt] = {}
+    lost: list[tuple[Prompt, Prompt]] = []
+    encoded = {prompt.id: prompt for prompt in prompts if len(prompt.token_ids)}
+    for prompt in encoded.values():
+        one = first.setdefault(prompt.token_ids.tobytes(), prompt)
+        if prompt.text.split() != one.text.split():
+            lost.append((prompt, one))
+    if not lost:
+        return []
+    again, one = lost[0]
+    return [
+        f"WARNING: {len(lost):,} of {len(encoded):,} training prompts have another text than an earlier one, but the "
+        f"same tokens ({again.id} those of {one.id}): the tokenizer or its chat template drops a part of them; look at "
+        "the first prompt of --dry-run, and use characters or a model that fit"
+    ]
 
 
 def _answer(prompt: Prompt) -> str:

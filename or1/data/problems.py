@@ -12,7 +12,7 @@ from or1.core.errors import DataError
 from or1.core.types import Prompt
 from or1.data.contamination import EvalIndex, Overlap, decontamination_lines
 from or1.data.difficulty import DifficultyFilter, read_rates
-from or1.data.duplicates import duplicate_lines
+from or1.data.duplicates import duplicate_lines, lost_text_lines
 from or1.data.load import FileReport, PromptSet, load_prompts
 from or1.data.sampler import Pool
 
@@ -27,7 +27,7 @@ class Problems:
     reports       row counts of each training file
     eval_reports  row counts of each evaluation set
     overlaps      training prompts that repeat an evaluation problem
-    notes         lines for the user about difficulty, duplicates and contamination
+    notes         lines for the user about difficulty, duplicates, lost text and contamination
     """
 
     prompts: list[Prompt]
@@ -75,7 +75,7 @@ def load_problems(config: Config, tokenizer: Any) -> Problems:
     prompts, pools = _without(loaded, left_out, _weights(config.data, loaded))
     limited = {each.name: evals[each.name][: each.limit] for each in config.eval.sets}
     eval_reports = [report for found in sets.values() for report in found.reports]
-    notes += duplicate_lines(prompts)
+    notes += duplicate_lines(prompts) + lost_text_lines(prompts)
     return Problems(
         prompts=prompts,
         pools=pools,

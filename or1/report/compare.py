@@ -119,6 +119,8 @@ def _differences(runs: Sequence[_Named]) -> Iterator[str]:
     if not rows:
         yield '<p class="caption">None but the folder of the run.</p></div>'
         return
+    if any(".0." in key or ".1." in key for key, _ in rows):
+        yield '<p class="caption">Stages and evaluation sets are counted from 0, as in --set.</p>'
     heads = "".join(f"<th>{escaped(each.name)}</th>" for each in runs)
     yield f"<table><tr><th>setting</th>{heads}</tr>"
     for key, values in rows:

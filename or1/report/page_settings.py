@@ -114,7 +114,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def flat(values: Mapping[str, Any], path: Sequence[str] = (), prefix: str = "", depth: int = 0) -> Iterator[Row]:
-    """Yield every setting of a resolved config or of the section at `path`; tables in a list are counted from 1."""
+    """Yield every setting of a resolved config or of the section at `path`. Tables in a list count from 0."""
     for key, value in values.items():
         place = (*path, key)
         if depth == DEEPEST and isinstance(value, dict | list):
@@ -122,7 +122,7 @@ def flat(values: Mapping[str, Any], path: Sequence[str] = (), prefix: str = "", 
         elif isinstance(value, dict):
             yield from flat(value, place, f"{prefix}{key}.", depth + 1)
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value, 1):
+            for index, item in enumerate(value):
                 yield from flat(item, (*place, "0"), f"{prefix}{key}.{index}.", depth + 1)
         else:
             yield Row(prefix + key, value, is_set=not is_default(place, value))

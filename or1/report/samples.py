@@ -42,7 +42,8 @@ def load_shown(run_dir: Path, step: int | None = None, order: str = "", status: 
     """Return responses of a saved rollout.
 
     step    None: the newest saved step
-    order   "best" or "worst": by reward, without responses that have none; "": one of each kind that the step has
+    order   "best" or "worst": by reward, without responses that have none, and with equal rewards one response of
+            each prompt first; "": one of each kind that the step has
             (solved, partial, failed, truncated), or the first ones with `status`
     status  only responses with this status; "": all
     count   the largest number of responses
@@ -81,7 +82,7 @@ def _read(step: int, path: Path, order: str, status: str, count: int) -> Shown:
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         require_columns(file)
-        light = file.read(columns=["reward", "finish", "status"]).to_pylist()
+        light = file.read(columns=["reward", "finish", "status", *_names_of(file)]).to_pylist()
         indices = _chosen(light, order, status)[:count]
         found = rows_of(file, set(indices))
     rows = [found[index] for index in indices]
@@ -98,12 +99,29 @@ def _chosen(light: Sequence[dict[str, Any]], order: str, status: str) -> list[in
     if order:
         graded = [index for index in indices if math.isfinite(number(light[index]["reward"]))]
         sign = -1 if order == "best" else 1
-        return sorted(graded, key=lambda index: sign * number(light[index]["reward"]))
+        ranked = sorted(graded, key=lambda index: sign * number(light[index]["reward"]))
+        return _varied(ranked, light)
     if status:
         return indices
     kinds = [kind_of(row) for row in light]
     firsts = [kinds.index(kind) for kind in KINDS if kind in kinds]
     return firsts + [index for index in indices if index not in firsts]
+
+
+def _names_of(file: Any) -> list[str]:
+    return [name for name in ("prompt_id",) if name in file.schema_arrow.names]
+
+
+def _varied(ranked: Sequence[int], light: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the ranked rows with those of equal reward in turns: first one of each prompt, then a second."""
+    turns: Counter[tuple[float, Any]] = Counter()
+    places: dict[int, int] = {}
+    for index in ranked:
+        key = (number(light[index]["reward"]), light[index].get("prompt_id"))
+        places[index] = turns[key]
+        turns[key] += 1
+    rank = {reward: place for place, reward in enumerate(dict.fromkeys(number(light[i]["reward"]) for i in ranked))}
+    return sorted(ranked, key=lambda index: (rank[number(light[index]["reward"])], places[index]))
 
 
 def print_shown(shown: Shown, full: bool = False, console: Console | None = None) -> None:

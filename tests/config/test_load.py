@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from or1.config import Config
+from or1.config.file_rules import missing_files
 from or1.config.load import dump_config, load_config
 from or1.core.errors import ConfigError
 
@@ -87,6 +88,13 @@ def test_a_mistyped_model_folder_is_not_taken_for_a_hub_id(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json in 'examples/tiny-addr'"):
         load_config(QUICKSTART, ["model.path=examples/tiny-addr"])
     assert load_config(QUICKSTART, ["model.path=Qwen/Qwen2.5-1.5B"]).model.path == "Qwen/Qwen2.5-1.5B"
+
+
+def test_a_missing_published_file_names_the_command_that_writes_it(tmp_path: Path) -> None:
+    problems = list(missing_files([("eval.sets.0.path", "data/aime24.parquet"), ("data.train.0", "data/own.jsonl")]))
+    assert [problem.path for problem in problems] == ["eval.sets.0.path", "data.train.0"]
+    assert "`or1 data aime24 --out data` writes it" in problems[0].message
+    assert "docs/own-data.md" in problems[1].message
 
 
 def test_bad_config_exits_2_within_a_second_and_without_torch(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_runs_lie_over_each_other_with_their_differences(tmp_path: Path, capsys:
     html = (tmp_path / "comparison.html").read_text(encoding="utf-8")
     page = Page(html)
     differing = html[html.index("Settings that differ") : html.index('id="curves"')]
-    assert re.findall(r"<tr><td>([^<]*)</td>", differing) == ["model.path", "optim.lr", "stage.2.reuse"]
+    assert re.findall(r"<tr><td>([^<]*)</td>", differing) == ["model.path", "optim.lr", "stage.1.reuse"]
     assert "<td>1e-06</td><td>0.5</td>" in differing and "<th>&lt;b&gt;</th>" in differing and "b" not in page.tags[9:]
     assert "24 / 60" in page.text and "12 / 60" in page.text
     plots = dict(re.findall(r'role="img" aria-label="([^"]*)">(.*?)</svg>', html, re.DOTALL))

@@ -58,6 +58,18 @@ def test_a_response_without_a_reward_is_neither_best_nor_worst(tmp_path: Path) -
     assert [row["reward"] for row in load_shown(tmp_path, order="worst").rows] == [0.0, 0.5, 1.0]
 
 
+def test_equal_rewards_show_one_response_of_each_prompt_first(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    make_rollout(tmp_path, 1)
+    path = tmp_path / "rollouts" / "step_1.parquet"
+    table = pq.read_table(path)
+    for name, values in (("reward", [1.0, 1.0, 1.0, 0.0]), ("prompt_id", ["a", "a", "b", "b"])):
+        table = table.set_column(table.schema.get_field_index(name), name, [values])
+    pq.write_table(table, path)
+    assert [row["prompt_id"] for row in load_shown(tmp_path, order="best").rows] == ["a", "b", "a", "b"]
+
+
 def test_a_long_response_is_shortened_unless_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_rollout(tmp_path, 1, attack="x" * 4000)
     assert main(["show", str(tmp_path), "--best", "--count", "1"]) == 0
