@@ -36,7 +36,7 @@ def plot_head(path: Path, rows: Sequence[Row]) -> Path | None:
             top, bottom = axes[:, column]
             any_row = next(iter(lines.values()))[0]
             title = f"{any_row['shape']}: hidden {any_row['hidden']:,}, vocabulary {any_row['vocab']:,}, "
-            top.set_title(title + any_row["dtype"], loc="left", color=style.COLORS["ink"])
+            top.set_title(title + any_row["dtype"], loc="left")
             _panel(top, lines | _bound(lines), "ms", "milliseconds, forward and backward")
             _panel(bottom, lines, "peak_extra_gib", "peak extra memory, MiB", scale=1024)
             bottom.set_xlabel("tokens")

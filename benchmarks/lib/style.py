@@ -18,16 +18,26 @@ _LIGHT = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", _SHEET.split("}", 1)[0]))
 COLORS = {name: _LIGHT[name] for name in _PLACEHOLDERS}
 """Colour by name: s0 to s8 for series, ink, muted, grid and card."""
 OURS, PLAIN, BOUND = COLORS["s1"], COLORS["s8"], COLORS["muted"]
-"""Colours of or1, of plain torch and of a bound that nothing can beat."""
+SERIES = tuple(COLORS[f"s{i}"] for i in range(1, 9))
 PEERS = tuple(COLORS[name] for name in ("s2", "s3", "s5", "s7"))
+"""Colours of or1, of plain torch, of a bound that nothing can beat, of series in order, and of peers."""
 
 _NAMES = {placeholder: name for name, placeholder in _PLACEHOLDERS.items()}
 
 
 def rc() -> dict[str, Any]:
-    """Return matplotlib's settings, for `matplotlib.rc_context`. The background is that of a card of the report."""
+    """Return matplotlib's settings, for `matplotlib.rc_context`, which must hold while a figure is made and saved.
+
+    The background is that of a card of the report, so a picture can be read on a dark page too. An SVG holds letters
+    as paths, because a viewer may lack the font, and no random names.
+    """
+    from cycler import cycler
+
     settings = {key: COLORS[_NAMES[value]] if value in _NAMES else value for key, value in _RC.items()}
-    return settings | {"figure.facecolor": COLORS["card"], "savefig.facecolor": COLORS["card"]}
+    settings |= {"figure.facecolor": COLORS["card"], "savefig.facecolor": COLORS["card"]}
+    settings |= {"svg.fonttype": "path", "svg.hashsalt": "or1", "legend.frameon": False, "axes.titlesize": 9.5}
+    settings |= {"lines.markersize": 3.2, "lines.linewidth": 1.8}
+    return settings | {"axes.titlecolor": COLORS["ink"], "axes.prop_cycle": cycler(color=SERIES)}
 
 
 def plain_numbers(axis: Any) -> None:

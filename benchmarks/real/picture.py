@@ -6,21 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Readable on white and on black.
-COLORS = {"before": "#1f8fd6", "after": "#d9822b"}
-OURS, PEERS, GREY = "#2aa876", "#9aa5b1", "#808080"
+from benchmarks.lib import style
+
+COLORS = {"before": style.COLORS["muted"], "after": style.COLORS["s1"]}
 _SECTION = "addition"
 
 
 def draw(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the SVG without a background. A panel whose file is absent stays empty."""
+    """Write the SVG. A panel whose file is absent stays empty."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    bars, shares, bounds = figure.subplots(1, 3)
-    _times(bars, files.get("times", {}).get("rows", []))
-    rows = [row for row in files.get("eps", {}).get("rows", []) if row["section"] == _SECTION]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(style.rc()):
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        bars, shares, bounds = figure.subplots(1, 3)
+        _times(bars, files.get("times", {}).get("rows", []))
+        _left_out(shares, bounds, [r for r in files.get("eps", {}).get("rows", []) if r["section"] == _SECTION])
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _left_out(shares: Any, bounds: Any, rows: list[Mapping[str, Any]]) -> None:
+    """Draw the rows and the part of the gradient that grad_row_eps leaves out."""
     # Without a bonus the bound is exact, so the losses with a bonus are drawn where they were measured.
     weighed = "policy" if any(row["task"] == "policy" for row in rows) else "policy, no entropy"
     for policy, color in COLORS.items():
@@ -37,13 +44,8 @@ def draw(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         # A logarithmic axis without a point cannot be drawn.
         bounds.set_yscale("log")
     for axes in (shares, bounds):
-        axes.grid(color=GREY, alpha=0.3)
-    for axes in (bars, shares, bounds):
-        _grey(axes)
-    figure.patch.set_alpha(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "real"}):
-        figure.savefig(path, metadata={"Date": None})
+        axes.grid(axis="y")
+        axes.legend()
 
 
 def _by_eps(rows: list[Mapping[str, Any]], policy: str, task: str) -> list[Mapping[str, Any]]:
@@ -56,16 +58,6 @@ def _times(axes: Any, rows: list[Mapping[str, Any]]) -> None:
     kept = [row for row in rows if row["section"] == "text" and row["task"] == "policy"][::-1]
     short = {"float32": "fp32", "bfloat16": "bf16"}
     labels = [f"{row['variant']}, {short[row['dtype']]}" for row in kept]
-    colors = [OURS if row["variant"].startswith("or1") else PEERS for row in kept]
+    colors = [style.OURS if row["variant"].startswith("or1") else style.COLORS["s0"] for row in kept]
     axes.barh(labels, [row["cpu_s"] for row in kept], color=colors)
     axes.set_title("head, policy loss, CPU s")
-
-
-def _grey(axes: Any) -> None:
-    handles, _ = axes.get_legend_handles_labels()
-    texts = axes.legend(frameon=False, fontsize=8).get_texts() if handles and axes.lines else []
-    for text in (*texts, axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(GREY)
-    axes.tick_params(colors=GREY, labelsize=8)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)

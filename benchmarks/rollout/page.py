@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib import style
 from benchmarks.rollout.cases import LIMIT, PROMPTS, SAMPLES, WITHIN_CV
 from benchmarks.rollout.engine import BATCH_SIZE, GPU_MEMORY, costs
 
@@ -112,20 +113,23 @@ def _picture(path: Path, rows: Sequence[Row]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    cases = list(dict.fromkeys((r["mean"], r["spread"]) for r in rows if r["step"] == "fixed"))
-    for color, case in enumerate((cases[0], cases[-1])):
-        for order, style in ((_STATIC, "--"), (_DEMAND, "-")):
-            found = [
-                r for r in rows if r["step"] == "fixed" and (r["mean"], r["spread"]) == case and r["order"] == order
-            ]
-            label = f"{order}, mean {case[0]:,}, spread {case[1]}"
-            shares = [100 * r["idle"] for r in found]
-            axes.plot([r["ranks"] for r in found], shares, style, color=f"C{color}", marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(f"ranks that share one step of {PROMPTS * SAMPLES:,} responses")
-    axes.set_ylabel("idle, % of the rollout")
-    axes.legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "rollout"}):
+    with matplotlib.rc_context(style.rc()):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        cases = list(dict.fromkeys((r["mean"], r["spread"]) for r in rows if r["step"] == "fixed"))
+        for color, case in enumerate((cases[0], cases[-1])):
+            for order, line in ((_STATIC, "--"), (_DEMAND, "-")):
+                found = [
+                    r for r in rows if r["step"] == "fixed" and (r["mean"], r["spread"]) == case and r["order"] == order
+                ]
+                label = f"{order}, mean {case[0]:,}, spread {case[1]}"
+                shares = [100 * r["idle"] for r in found]
+                axes.plot([r["ranks"] for r in found], shares, line, color=f"C{color}", marker="o", label=label)
+        axes.set_xscale("log", base=2)
+        counts = sorted({r["ranks"] for r in rows if r["step"] == "fixed"})
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.set_xlabel(f"ranks that share one step of {PROMPTS * SAMPLES:,} responses")
+        axes.set_ylabel("idle, % of the rollout")
+        axes.grid(axis="y")
+        axes.legend()
         figure.savefig(path, metadata={"Date": None})

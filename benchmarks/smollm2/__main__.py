@@ -11,13 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib import style
 from benchmarks.lib.results import write_json
 from or1.run.metrics_log import read_metrics
 
 ACCURACY = "eval/greedy/avg@1"
-# Readable on white and on black.
-COLORS = ("#1f8fd6", "#d9822b", "#2aa876")
-GREY = "#808080"
 
 
 def row_of(run: Path) -> dict[str, Any]:
@@ -47,37 +45,26 @@ def row_of(run: Path) -> dict[str, Any]:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], note: str) -> None:
-    """Write the learning curves as an SVG without a background: held-out accuracy in % against minutes."""
+    """Write the learning curves as an SVG: held-out accuracy in % against minutes."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for color, row in zip(COLORS, rows, strict=False):
-        points = row["held_out"]
-        x, y = [p["minutes"] for p in points], [100 * p["accuracy"] for p in points]
-        axes.plot(x, y, marker="o", color=color, label=f"seed {row['seed']}")
-    axes.set_ylim(0, 100)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("held-out, greedy, % correct")
-    axes.set_title(note, fontsize=9)
-    axes.grid(color=GREY, alpha=0.3)
-    _grey(axes)
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "smollm2"}):
+    with matplotlib.rc_context(style.rc()):
+        figure = Figure(figsize=(7, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for row in rows:
+            points = row["held_out"]
+            x, y = [p["minutes"] for p in points], [100 * p["accuracy"] for p in points]
+            axes.plot(x, y, marker="o", label=f"seed {row['seed']}")
+        axes.set_ylim(0, 100)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("minutes of training")
+        axes.set_ylabel("held-out, greedy, % correct")
+        axes.set_title(note, loc="left")
+        axes.grid(axis="y")
+        axes.legend()
         figure.savefig(path, metadata={"Date": None})
-
-
-def _grey(axes: Any) -> None:
-    legend = axes.legend(frameon=False, fontsize=8)
-    for text in (*legend.get_texts(), axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(GREY)
-    axes.tick_params(colors=GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
 
 
 def main() -> None:
