@@ -60,6 +60,13 @@ METRICS = (
         "Responses with this status of scoring: ok, wrong, no_answer, truncated, timeout, crash or skipped.",
     ),
     Metric(
+        "reward/unverifiable",
+        COUNT,
+        "count",
+        "unverifiable",
+        "Groups with a wrong answer whose gold answer the maths verifier cannot read; absent if 0.",
+    ),
+    Metric(
         "reward/failed",
         SHARE,
         "percent",
