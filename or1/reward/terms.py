@@ -4,8 +4,8 @@ solved       a reward of at least RIGHT; used by accuracy, pass@k, `data.drop_so
 rewarded     the status "ok": a right answer, or a reward above 0 from a function, solved or not
 partial      a reward between 0 and RIGHT
 truncated    cut at the token limit or the deadline, for any reward
-no </think>  ended without `</think>`, which `reward.require_think_close` scores 0; on disk the status is "truncated"
-unverifiable a wrong answer to a problem whose gold answer the verifier cannot read, so that right ones are wrong too
+no </think>  ended without `</think>`, which `reward.require_think_close` scores 0; on disk the status is "truncated".
+unverifiable said of a problem whose gold answer the maths verifier cannot read
 graded       a reward other than 0 and 1. One such reward makes a run or an evaluation graded: reports then show the
              mean reward before the accuracy
 """

@@ -11,6 +11,7 @@ from or1.core import codec
 from or1.core.metric_names import metric
 from or1.core.types import Group, Prompt, Response, Score, Status
 from or1.data.unverifiable import UnverifiableRows, unverifiable_text
+from or1.eval.accuracy import Outcome, summarise_set
 from or1.reward.math import equivalent_job
 from or1.reward.parts import Part, weighted_sum
 from or1.reward.scorers import MathScorer
@@ -62,6 +63,15 @@ def test_groups_are_counted_only_if_there_are_any() -> None:
     groups = [group("a", CLOCK, [LOST, LOST]), group("b", "7", [RIGHT, WRONG]), group("c", PROSE, [RIGHT, LOST])]
     assert rollout_metrics(groups)[metric("reward/unverifiable").name] == 2
     assert "reward/unverifiable" not in rollout_metrics(groups[1:2])
+
+
+def test_an_evaluation_counts_its_problems() -> None:
+    groups = [group("a", CLOCK, [LOST, LOST]), group("b", "7", [RIGHT, WRONG])]
+    result = summarise_set("held", [Outcome.of(each) for each in groups], [1])
+    assert result.metrics()["eval/held/unverifiable"] == 1
+    assert result.remark() == f"held: {unverifiable_text(1)}"
+    fine = summarise_set("held", [Outcome.of(groups[1])], [1])
+    assert "eval/held/unverifiable" not in fine.metrics() and fine.remark() == ""
 
 
 def test_a_problem_is_named_once_in_a_run() -> None:
