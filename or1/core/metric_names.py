@@ -60,6 +60,13 @@ METRICS = (
         "Responses with this status of scoring: ok, wrong, no_answer, truncated, timeout, crash or skipped.",
     ),
     Metric(
+        "reward/unverifiable",
+        COUNT,
+        "count",
+        "unverifiable",
+        "Groups with a wrong answer whose gold answer the maths verifier cannot read; absent if 0.",
+    ),
+    Metric(
         "reward/failed",
         SHARE,
         "percent",
@@ -294,6 +301,7 @@ METRICS = (
     Metric("eval/NAME/truncated", SHARE, "percent", "truncated", "Responses cut at the token limit."),
     Metric("eval/NAME/graded", SHARE, "percent", "graded rewards", "As reward/graded; absent if 0."),
     Metric("eval/NAME/no_think_close", SHARE, "percent", "no </think>", "As completion/no_think_close; absent if 0."),
+    Metric("eval/NAME/unverifiable", COUNT, "count", "unverifiable", "As reward/unverifiable, problems; absent if 0."),
     Metric("eval/NAME/crash", SHARE, "percent", "crash", "Responses whose verifier crashed; absent if 0."),
     Metric("eval/NAME/timeout", SHARE, "percent", "timeout", "Responses whose verifier timed out; absent if 0."),
 )

@@ -124,7 +124,7 @@ class Response:
 class Score:
     """Reward and status of one response. NaN means no reward: the response leaves its group and is not trained on.
 
-    cause  reason of a crash, as text
+    cause  reason of a crash, as text; for a wrong answer, that its gold cannot be verified
     parts  (name, reward) of each of `[[reward.parts]]`, without its weight; NaN for none
     """
 

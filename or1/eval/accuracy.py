@@ -11,9 +11,10 @@ import numpy as np
 
 from or1.config import EvalSet
 from or1.core.types import Group, Prompt, Status
+from or1.data.unverifiable import unverifiable_text
 from or1.dist.world import SINGLE, World
 from or1.reward.scorer import Scorer
-from or1.reward.terms import RIGHT, is_graded, is_unclosed
+from or1.reward.terms import RIGHT, is_graded, is_unclosed, unverifiable_groups
 from or1.rollout.across_ranks import collect_spread
 from or1.rollout.collect import Progress, no_progress
 from or1.rollout.engine import Engine, Sampling
@@ -32,6 +33,7 @@ class Outcome:
     statuses   number of responses by `Status` value
     graded     number of responses whose reward is neither 0 nor 1
     unclosed   number of complete responses that were scored 0 because `</think>` is missing
+    unverifiable  True if a response was compared with a gold answer that cannot be verified
     """
 
     source: str
@@ -44,6 +46,7 @@ class Outcome:
     best: float = math.nan
     graded: int = 0
     unclosed: int = 0
+    unverifiable: bool = False
 
     @classmethod
     def of(cls, group: Group) -> Outcome:
@@ -59,6 +62,7 @@ class Outcome:
             best=best_reward(group.rewards),
             graded=sum(map(is_graded, group.rewards)),
             unclosed=sum(map(is_unclosed, group.responses, group.scores)),
+            unverifiable=bool(unverifiable_groups([group])),
         )
 
 
@@ -106,6 +110,7 @@ class EvalResult:
     best       largest reward; NaN if no response has a reward
     graded     share of responses whose reward is neither 0 nor 1
     unclosed   share of complete responses that were scored 0 because `</think>` is missing
+    unverifiable  number of problems whose gold answers cannot be verified
     """
 
     name: str
@@ -120,16 +125,19 @@ class EvalResult:
     best: float = math.nan
     graded: float = 0.0
     unclosed: float = 0.0
+    unverifiable: int = 0
 
     def count(self, status: Status) -> int:
         """Return the number of responses with this status."""
         return self.statuses.get(status.value, 0)
 
     def remark(self) -> str:
-        """Return a warning if rewards are on a scale that never reaches 1; else an empty text.
+        """Return a warning if accuracy counts right responses as wrong; else an empty text.
 
-        Accuracy and pass@k count no response as solved then.
+        The causes are golds that cannot be verified, and rewards on a scale that never reaches 1.
         """
+        if self.unverifiable:
+            return f"{self.name}: {unverifiable_text(self.unverifiable)}"
         if not 0 < self.best < RIGHT:
             return ""
         return (
@@ -141,7 +149,7 @@ class EvalResult:
         """Return the statistics as metrics of metrics.jsonl."""
         total = self.problems * self.samples
         some = {status.value: self.count(status) / total for status in (Status.CRASH, Status.TIMEOUT)}
-        some |= {"graded": self.graded, "no_think_close": self.unclosed}
+        some |= {"graded": self.graded, "no_think_close": self.unclosed, "unverifiable": float(self.unverifiable)}
         prefix, avg = f"eval/{self.name}", f"eval/{self.name}/avg@{self.samples}"
         return {
             avg: self.avg.value,
@@ -190,6 +198,7 @@ def summarise_set(name: str, outcomes: Sequence[Outcome], ks: Sequence[int]) -> 
         best=best_reward(outcome.best for outcome in outcomes),
         graded=sum(outcome.graded for outcome in outcomes) / total,
         unclosed=sum(outcome.unclosed for outcome in outcomes) / total,
+        unverifiable=sum(outcome.unverifiable for outcome in outcomes),
     )
 
 

@@ -49,7 +49,7 @@ class Evaluator:
                 world=self._world,
             )
             metrics |= result.metrics()
-            remark = result.remark() if self._config.reward.functions else ""
+            remark = result.remark() if self._config.reward.functions or result.unverifiable else ""
             failed = (result.count(Status.CRASH), result.count(Status.TIMEOUT))
             if first := self._state.note_evaluation(*failed, remark):
                 self._display.message(first)

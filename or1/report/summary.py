@@ -12,6 +12,7 @@ from or1.core.metric_names import metric
 from or1.core.records import Record, number
 from or1.core.text import duration
 from or1.core.types import Status
+from or1.data.unverifiable import unverifiable_text
 from or1.magic.empty_steps import nothing_trained
 from or1.report.console import default_console, print_pairs, safe
 from or1.report.records import PHASES, Course, EvalHistory, eval_histories, other_seconds, sampled, step_seconds
@@ -36,6 +37,7 @@ class Summary:
     graded   see `or1.reward.terms`
     reward   mean training reward of the steps that recorded a reward; None if no step did
     remark   the most important warning; empty if there is none
+    unverifiable  problems whose gold answers the verifier cannot read
     """
 
     evals: tuple[EvalHistory, ...]
@@ -50,6 +52,7 @@ class Summary:
     graded: bool = False
     reward: Course | None = None
     remark: str = ""
+    unverifiable: int = 0
 
 
 def summarise(
@@ -96,6 +99,7 @@ def summarise(
         graded=graded_run(records),
         reward=_training_reward(records),
         remark=nothing_trained(records),
+        unverifiable=len(state.unverifiable.ids),
     )
 
 
@@ -139,6 +143,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         lines.append(("counts", ", ".join(f"{n:,} {name}" for name, n in some.items())))
     if none := [name for name, n in summary.counts.items() if not n]:
         lines.append(("none of", ", ".join(none)))
+    if summary.unverifiable:
+        lines.append(("answers", unverifiable_text(summary.unverifiable)))
     paths = {"run": summary.run_dir, "report": summary.report_path, "weights": summary.weights_path}
     lines += [(name, path) for name, path in paths.items() if path is not None]
     print_pairs(lines, console)

@@ -132,7 +132,8 @@ def _reply(grader: Callable[[Job], Score | bool], job: Job) -> tuple[bool, bytes
         return _is_memory(error), encoded("crash", None, cause_of(error))
     if isinstance(verdict, Score):
         # JSON has no NaN; None is a response without a reward.
-        return False, encoded(verdict.status.value, verdict.reward if math.isfinite(verdict.reward) else None, "")
+        reward = verdict.reward if math.isfinite(verdict.reward) else None
+        return False, encoded(verdict.status.value, reward, verdict.cause)
     return False, encoded("ok", 1.0, "") if verdict else encoded("wrong", 0.0, "")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from or1.core.types import Score, Status
 from or1.reward import math_spelling, math_text
+from or1.reward.terms import UNVERIFIABLE
 
 MAX_BOX_CHARS = 2000
 """Longest \\boxed{} that is parsed. A longer one is WRONG unless it is equal to a gold answer as text."""
@@ -29,6 +30,7 @@ _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MOST_WORDS = 3
+_NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def screen(text: str, golds: Sequence[str], *, require_think_close: bool = False) -> Score | str:
@@ -141,9 +143,16 @@ def _verify(gold: Any, answer: Any) -> bool:
     return verify(gold, answer, timeout_seconds=None)
 
 
-def equivalent_job(job: Mapping[str, Any]) -> bool:
-    """Call `equivalent` on a job {"box", "golds"} of `or1.reward.pool`."""
-    return equivalent(job["box"], job["golds"])
+def equivalent_job(job: Mapping[str, Any]) -> Score:
+    """Return the score of a job {"box", "golds"} of `or1.reward.pool`, by `equivalent`.
+
+    The cause of a wrong answer is UNVERIFIABLE if no gold can be verified. Each gold is checked at its first wrong
+    answer, where its parsed values are cached: a check costs less than the comparison before it.
+    """
+    if equivalent(job["box"], job["golds"]):
+        return make_score(Status.OK)
+    is_known = any(_is_verifiable(math_text.tidy(gold)) for gold in job["golds"])
+    return Score(0.0, Status.WRONG, "" if is_known else UNVERIFIABLE)
 
 
 def gold_job(job: Mapping[str, Any]) -> bool:
@@ -165,12 +174,25 @@ def gold_job(job: Mapping[str, Any]) -> bool:
     return any(_verify(value, found) for gold in golds for value in _gold_values(math_text.tidy(gold)))
 
 
+@lru_cache(maxsize=_KEPT_GOLDS)
 def _is_verifiable(gold: str) -> bool:
     # math-verify reads prose as a product of its letters.
-    if len(_WORD.findall(gold)) > _MOST_WORDS:
+    if len(_WORD.findall(gold)) > _MOST_WORDS or _is_misread(gold):
         return False
-    values = [value for value in _values(gold) if not isinstance(value, str)]
+    values = [value for value in _gold_values(gold) if not isinstance(value, str)]
     return any(_verify(value, value) for value in values)
+
+
+def _is_misread(gold: str) -> bool:
+    """Return whether math-verify cannot read a text as LaTeX, and takes one of its several numbers for the whole."""
+    if len(_NUMBER.findall(gold)) < 2:
+        return False
+    from math_verify import LatexExtractionConfig, parse
+
+    latex = (LatexExtractionConfig(),)
+    boxes = [f"\\boxed{{{reading}}}" for reading in math_text.readings(gold)]
+    found = [value for box in boxes for value in parse(box, extraction_config=latex, parsing_timeout=None)]
+    return all(isinstance(value, str) for value in found)
 
 
 def warm_up() -> None:

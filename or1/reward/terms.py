@@ -4,7 +4,8 @@ solved       a reward of at least RIGHT; used by accuracy, pass@k, `data.drop_so
 rewarded     the status "ok": a right answer, or a reward above 0 from a function, solved or not
 partial      a reward between 0 and RIGHT
 truncated    cut at the token limit or the deadline, for any reward
-no </think>  ended without `</think>`, which `reward.require_think_close` scores 0; on disk the status is "truncated"
+no </think>  ended without `</think>`, which `reward.require_think_close` scores 0; on disk the status is "truncated".
+unverifiable said of a problem whose gold answer the maths verifier cannot read
 graded       a reward other than 0 and 1. One such reward makes a run or an evaluation graded: reports then show the
              mean reward before the accuracy
 """
@@ -16,10 +17,13 @@ import re
 from collections.abc import Iterable
 
 from or1.core.records import Record, number
-from or1.core.types import Response, Score, Status
+from or1.core.types import Group, Response, Score, Status
 
 RIGHT = 1.0
 """Least reward of a solved response. A program that passes half of its tests is not solved."""
+
+UNVERIFIABLE = "the gold answer cannot be verified"
+"""`Score.cause` of a wrong answer whose gold has no value that is equal to itself."""
 
 NO_THINK_CLOSE = "no </think>"
 _WORDS: dict[str, str] = {Status.OK: "rewarded", Status.NO_ANSWER: "no answer", Status.SKIPPED: "no reward"}
@@ -40,6 +44,11 @@ def is_graded(reward: float) -> bool:
 def is_unclosed(response: Response, score: Score) -> bool:
     """Return whether a response ended by itself but was scored as truncated because `</think>` is missing."""
     return score.status is Status.TRUNCATED and not response.truncated
+
+
+def unverifiable_groups(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups in which an answer was compared with a gold that cannot be verified."""
+    return [group for group in groups if any(score.cause == UNVERIFIABLE for score in group.scores)]
 
 
 def status_word(status: str, finish: str = "") -> str:

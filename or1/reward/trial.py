@@ -136,6 +136,8 @@ def reason(score: Score, prompt: Prompt, config: RewardConfig, answer: str) -> s
         case Status.SKIPPED:
             return "the function returned None: no reward, and the response is not trained on"
         case Status.WRONG if not own:
+            if score.cause:
+                return score.cause
             gold = f" is not equal to {prompt.golds[0]}" if prompt.golds else " does not pass the tests"
             return f"the {what}{gold}"
         case _:

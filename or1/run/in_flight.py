@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from or1.core.types import Group, OpenGroup, Prompt, Response, Score, Status
+from or1.reward.terms import UNVERIFIABLE
 from or1.rollout.collect import Rollout
 
 _PREFIX = "rollout."
@@ -170,12 +171,13 @@ def _scores(members: list[list[Any]]) -> tuple[Score | None, ...]:
 
 
 def _written(score: Score) -> list[Any]:
-    """Return the arguments of `_score`. Without parts they are as older versions of or1 wrote and read them."""
-    return [score.reward, score.status.value, *([score.parts] if score.parts else [])]
+    """Return the arguments of `_score`. Without the last two they are as older versions of or1 wrote and read them."""
+    unverifiable = [UNVERIFIABLE] if score.cause == UNVERIFIABLE else []
+    return [score.reward, score.status.value, *([score.parts] if score.parts or unverifiable else []), *unverifiable]
 
 
-def _score(reward: float, status: str, parts: Sequence[tuple[str, float]] = ()) -> Score:
-    return Score(reward, Status(status), parts=tuple((name, value) for name, value in parts))
+def _score(reward: float, status: str, parts: Sequence[tuple[str, float]] = (), cause: str = "") -> Score:
+    return Score(reward, Status(status), cause, tuple((name, value) for name, value in parts))
 
 
 def _mark(prompt: Prompt) -> str:

@@ -12,6 +12,7 @@ from or1.config import Config
 from or1.core.errors import RunError
 from or1.core.types import Group, Status
 from or1.data import SamplerState, SolvedPrompts
+from or1.data.unverifiable import UnverifiableRows
 from or1.magic.alarms import EntropyWatch
 from or1.magic.empty_steps import note_step
 from or1.magic.entropy import EntropyController, rollout_entropy
@@ -19,7 +20,7 @@ from or1.magic.stages import Stages, Step, take_settings
 from or1.rollout.dealing import ResponseLengths
 from or1.run.in_flight import InFlight
 
-_PARTS = ("entropy", "solved", "stages", "watch", "lengths")
+_PARTS = ("entropy", "solved", "stages", "watch", "lengths", "unverifiable")
 _NUMBERS = ("step", "policy_version", "updates", "nonfinite_in_a_row")
 
 
@@ -35,6 +36,7 @@ class TrainState:
     budget              `state_dict` of the RowBudget
     inputs              fingerprints of what the run reads, by name (or1.data.fingerprint)
     lengths             mean response length of each prompt at its last visit, for the order of later rollouts
+    unverifiable        problems whose gold answers the verifier cannot read
     in_flight           responses that outlive their step; saved apart, because most of it is tensors
 
     Random numbers need no state: every step derives its seed from (seed, step).
@@ -53,6 +55,7 @@ class TrainState:
     budget: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     lengths: ResponseLengths = field(default_factory=ResponseLengths)
+    unverifiable: UnverifiableRows = field(default_factory=UnverifiableRows)
     in_flight: InFlight = field(default_factory=InFlight)
 
     @classmethod
@@ -130,7 +133,7 @@ class TrainState:
         return [f"{name} changed since step {self.step}: what follows is not the run that it was" for name in changed]
 
     def warnings(self, step: Step, groups: Sequence[Group], trained: bool, config: Config) -> list[str]:
-        """Record the entropy of a step and whether it trained anything. Return the warnings that are due."""
+        """Record a step's entropy, whether it trained anything, and its unverifiable answers. Return warnings."""
         found = []
         entropy = rollout_entropy(groups)
         if math.isfinite(entropy) and (alarm := self.watch.note(step.number, entropy, config, step.stage)):
@@ -138,6 +141,8 @@ class TrainState:
             found.append(alarm)
         if empty := note_step(self.totals, groups, trained, config):
             found.append(f"step {step.number}: {empty}")
+        if new := self.unverifiable.note(groups):
+            found.append(f"step {step.number}: {new}")
         return found
 
     def count(self, groups: Sequence[Group], config: Config) -> None:

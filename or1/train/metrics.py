@@ -19,7 +19,7 @@ from or1.dist.world import World
 from or1.magic.advantage import has_advantage
 from or1.magic.entropy import rollout_entropy
 from or1.model.rows import Microbatch
-from or1.reward.terms import RIGHT, is_graded, is_unclosed
+from or1.reward.terms import RIGHT, is_graded, is_unclosed, unverifiable_groups
 from or1.rollout.collect import Rollout
 from or1.run.state import TrainState, unknown_tokens
 from or1.train.optim import UpdateResult
@@ -32,6 +32,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Return rewards, statuses and lengths over all groups of a step, before rejection; empty without a complete group.
 
     reward/graded              share of rewards that are neither 0 nor 1; see `or1.reward.terms`
+    reward/unverifiable        groups whose gold answer cannot be verified; absent if there is none
     completion/truncated       share of responses that were cut
     completion/no_think_close  share of responses that ended without `</think>` and were scored 0 for that
     reward/status/truncated    share of responses scored 0 for either
@@ -53,6 +54,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     )
     given = rewards[scored] if scored.any() else np.array([np.nan])
     pairs = [pair for group in groups for pair in zip(group.responses, group.scores, strict=True)]
+    unverifiable = unverifiable_groups(groups)
     return {
         "reward/mean": float(given.mean()),
         **{f"reward/p{q}": float(np.percentile(given, q)) for q in (10, 50, 90)},
@@ -66,6 +68,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completion/truncated": float(np.mean([response.truncated for response, _ in pairs])),
         "completion/no_think_close": float(np.mean([is_unclosed(*pair) for pair in pairs])),
         **{f"reward/status/{status.value}": statuses[status] / rewards.size for status in Status},
+        **({"reward/unverifiable": float(len(unverifiable))} if unverifiable else {}),
         **_part_means([score for _, score in pairs]),
     }
 

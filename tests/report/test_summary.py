@@ -87,6 +87,14 @@ def test_the_summary_shows_accuracy_time_counts_and_paths():
     assert (bar.count("\u2588"), bar.count("\u2593"), bar.count("\u2591")) == (10, 14, 6)
 
 
+def test_the_summary_counts_problems_whose_answer_cannot_be_verified():
+    for count, line in ((0, ""), (1, "1 problem whose answer"), (1234, "1,234 problems whose answer")):
+        console = plain_console()
+        print_summary(make_summary(unverifiable=count), console)
+        assert ("cannot be verified" in output(console)) == bool(count)
+        assert line in output(console)
+
+
 def test_a_summary_with_nothing_to_show_still_prints():
     console = plain_console()
     print_summary(Summary(evals=(), steps_done=1, total_steps=9, wall_s=0.0, run_dir="r"), console)
