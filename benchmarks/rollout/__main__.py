@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import write_json
-from benchmarks.rollout.cases import MEANS, ORDERS, PROMPTS, RANKS, SPREADS, Step, simulate
+from benchmarks.rollout.cases import FORESEEN, MEANS, ORDERS, PROMPTS, RANKS, SPREADS, Step, simulate
 from benchmarks.rollout.page import write_page
 
 EACH = 16
@@ -34,7 +34,8 @@ def grown_step(mean: int, spread: float) -> list[dict[str, Any]]:
     rows = []
     for count in (8, MOST_GROWN):
         step = Step.draw(mean, spread, seed=2, prompts=EACH * count)
-        rows += [_row("grown", mean, spread, count, o, simulate(step, count, o)) for o in (ORDERS[0], ORDERS[2])]
+        orders = (ORDERS[0], ORDERS[2], FORESEEN)
+        rows += [_row("grown", mean, spread, count, order, simulate(step, count, order)) for order in orders]
     return rows
 
 
@@ -42,7 +43,7 @@ def _row(step: str, mean: int, spread: float, ranks: int, order: str, found: dic
     row = {"step": step, "mean": mean, "spread": spread, "ranks": ranks, "order": order} | found
     print(
         f"{step:6} mean {mean:6,} spread {spread} {ranks:5} ranks, {order:24} idle {found['idle']:6.1%} "
-        f"{found['seconds']:8,.0f} s",
+        f"{found['seconds']:8,.0f} s, at least {found['least_s']:,.0f} s",
         flush=True,
     )
     return row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.rollout.engine import BATCH_SIZE, SimulatedEngine, run
+from benchmarks.rollout.engine import BATCH_SIZE, SimulatedEngine, least_seconds, run
 from or1.core.types import Prompt
 from or1.rollout.dealing import Alone, Dealt, Given, Hand, ResponseLengths, first_room, single_units
 from or1.rollout.engine import Job, Sampling, Supply, jobs_of
@@ -19,6 +19,8 @@ WITHIN_CV = 0.5
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MEANS, SPREADS = (8000, 12000, 16000), (0.4, 0.6)
 ORDERS = ("static", "demand, lengths unknown", "demand")
+FORESEEN = "demand, lengths foreseen"
+"""Dealing by the length of each response, which nobody knows before: what better expectations could give."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _lognormal(rng: np.random.Generator, mean: np.ndarray, cv: float, size: tupl
 def simulate(step: Step, ranks: int, order: str, speeds: Callable[[int], float] = lambda rank: 1.0) -> dict[str, float]:
     """Return how the ranks fare with one step: seconds, share of the time that a rank is idle, calls of the counter.
 
-    The seconds are until the last response; a rank is idle from the end of its own last one.
+    The seconds are until the last response; a rank is idle from the end of its own last one. "least_s" is a bound.
     """
     prompts = [Prompt(str(p), "simulated", "", np.zeros(1, np.int32)) for p in range(len(step.lengths))]
     jobs = list(jobs_of(prompts, Sampling(1.0, LIMIT, SAMPLES, seed=0), None))
@@ -61,6 +63,8 @@ def simulate(step: Step, ranks: int, order: str, speeds: Callable[[int], float] 
         if order == "demand":
             known.tokens = {str(p): round(mean) for p, mean in enumerate(step.earlier.mean(1))}
         expected, counter = known.expected(prompts, jobs), Alone()
+        if order == FORESEEN:
+            expected = [float(lengths(job)) for job in jobs]
         units, tokens = single_units(jobs, expected), {job.slot: e for job, e in zip(jobs, expected, strict=True)}
         room = first_room(BATCH_SIZE)
         supplies = [Dealt(units, Hand(len(units), ranks, rank, room, counter), tokens) for rank in range(ranks)]
@@ -72,6 +76,7 @@ def simulate(step: Step, ranks: int, order: str, speeds: Callable[[int], float] 
         raise ValueError(f"{tokens} tokens were generated, but the responses have {step.lengths.sum()}")
     return {
         "seconds": float(ends.max()),
+        "least_s": least_seconds(step.lengths, ranks),
         "idle": float(1 - ends.mean() / ends.max()),
         "wait_s": float(ends.max() - ends.min()),
         "calls": float(sum(engine.calls for engine in engines)) if order != "static" else 0.0,

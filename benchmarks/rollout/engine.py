@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
+
 from or1.plan.devices import Device, find_device
 from or1.plan.generation import Decoding
 from or1.plan.shapes import parse_shape
@@ -52,6 +54,23 @@ def costs() -> tuple[Decoding, int]:
     )
     room = GPU_MEMORY * device.memory - weight_bytes - OVERHEAD_BYTES
     return decoding, int(room / token_bytes)
+
+
+def least_seconds(lengths: np.ndarray, ranks: int) -> float:
+    """Return seconds that no order of the responses can beat: an even share of all work, or the longest response alone.
+
+    lengths  int[...], tokens of each response
+
+    A step reads the weights once, and all responses together need as many steps as fill the cache or the batch.
+    """
+    decoding, cache_tokens = costs()
+    tokens = lengths.astype(np.float64)
+    read = PROMPT_TOKENS * tokens + tokens**2 / 2
+    steps = max(tokens.sum() / BATCH_SIZE, read.sum() / cache_tokens)
+    prompts_s = PROMPT_TOKENS * decoding.token_s
+    work_s = steps * decoding.weights_s + read.sum() * decoding.cache_token_s + lengths.size * prompts_s
+    alone_s = tokens.max() * decoding.weights_s + read.max() * decoding.cache_token_s + prompts_s
+    return max(float(work_s) / ranks, float(alone_s))
 
 
 class Running:

@@ -72,6 +72,7 @@ class Workload:
     engine_share                share of a GPU's memory that vllm reserves
     tensor_parallel             GPUs that share the engine's weights
     logits_twice                whether the LM head computes its logits again in backward
+    steps_ahead                 steps that a rollout is made ahead of its own, at most
     """
 
     max_prompt: int
@@ -87,6 +88,7 @@ class Workload:
     engine_share: float = 0.0
     tensor_parallel: int = 1
     logits_twice: bool = False
+    steps_ahead: int = 0
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
@@ -143,6 +145,7 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         engine=engine.name,
         engine_share=engine.share,
         tensor_parallel=engine.tensor_parallel,
+        steps_ahead=config.rollout.steps_ahead,
     )
 
 

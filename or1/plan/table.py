@@ -10,6 +10,7 @@ from or1.core.text import count_text, duration, visible
 from or1.plan.devices import GIB
 from or1.plan.estimate import Plan
 from or1.plan.memory import COMPONENTS, checkpoint_bytes, push_bytes, trained_sizes
+from or1.plan.timing import StepTime
 from or1.report.console import default_console, print_pairs
 from or1.report.run_plan import stage_settings
 
@@ -151,6 +152,8 @@ def conclusions(plan: Plan) -> list[str]:
         f"Time: {slow.parts[slowest] / slow.total:.0%} of the last stage's step is {slowest}. "
         f"To change it: {_advice_on_time(plan, slowest)}.",
     ]
+    if ahead := plan.stages[-1].work.steps_ahead:
+        lines.append(_ahead(slow, ahead, shared=plan.stages[-1].work.engine != "server"))
     if plan.largest_tokens:
         lines.append(
             f"Largest optim.max_tokens_per_rank that fits: {plan.largest_tokens:,} (the longest sequence has "
@@ -159,6 +162,20 @@ def conclusions(plan: Plan) -> list[str]:
     else:
         lines.append("No optim.max_tokens_per_rank fits: weights, gradients and optimizer alone are too much.")
     return lines
+
+
+def _ahead(time: StepTime, steps: int, *, shared: bool) -> str:
+    """Return what rollouts ahead of their step change. shared: engine and trainer use the same GPUs."""
+    text = f"Rollouts up to {steps} step{'s' * (steps > 1)} ahead (rollout.max_staleness): the last stage's step takes "
+    if shared:
+        return text + (
+            f"{duration(time.overlapped)} to {duration(time.total)}, because rollout and update share the GPUs. The "
+            "table has one after the other."
+        )
+    return text + (
+        f"{duration(time.overlapped)}, the longer of rollout and update and then the push, instead of "
+        f"{duration(time.total)} as in the table, one after the other."
+    )
 
 
 def _advice_on_time(plan: Plan, part: str) -> str:

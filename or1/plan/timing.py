@@ -48,6 +48,15 @@ class StepTime:
         return {"rollout": rollout, "update": self.total - rollout - other, "other": other}
 
     @property
+    def overlapped(self) -> float:
+        """Seconds of a step whose rollout was made during earlier steps: the longer of rollout and update, and a push.
+
+        Without the prompts that a push during generation computes again.
+        """
+        push = self.parts.get("weight sync", 0.0)
+        return max(self.split["rollout"], self.total - self.split["rollout"] - push) + push
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens of the step divided by its seconds, all GPUs together."""
         return self.tokens / self.total

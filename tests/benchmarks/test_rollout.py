@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.rollout.cases import LIMIT, SAMPLES, Step, simulate
+from benchmarks.rollout.cases import FORESEEN, LIMIT, SAMPLES, Step, simulate
 from benchmarks.rollout.paced import one_rollout, rollout_of
 from or1.dist.world import SINGLE
 from tests.helpers.ranks import run_ranks
@@ -32,5 +32,9 @@ def test_a_simulated_step_generates_every_token_and_demand_leaves_less_idle() ->
     static, demand = (simulate(step, 4, order) for order in ("static", "demand"))
     assert demand["idle"] < 0.1 < static["idle"] and demand["seconds"] < static["seconds"]
     assert demand["calls"] > 0 == static["calls"]
+    foreseen = simulate(step, 4, FORESEEN)
+    assert foreseen["idle"] < demand["idle"]
+    for found in (static, demand, foreseen):
+        assert 0.5 * demand["seconds"] < found["least_s"] < found["seconds"]
     halves = [simulate(step, 4, order, lambda rank: 0.5 if rank == 0 else 1.0) for order in ("static", "demand")]
     assert halves[1]["idle"] < 0.6 * halves[0]["idle"]

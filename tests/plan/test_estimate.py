@@ -15,11 +15,13 @@ import pytest
 from or1.config import Config
 from or1.config.load import load_config
 from or1.core.errors import ConfigError, PlanError
+from or1.core.text import duration
 from or1.plan.choices import choices_of, workload_of
 from or1.plan.devices import find_device
 from or1.plan.estimate import largest_row, make_plan
 from or1.plan.memory import plan_memory
 from or1.plan.shapes import parse_shape, shape_of
+from or1.plan.table import conclusions
 from or1.plan.timing import sequence_cost, step_time
 
 RECIPES = {"or1-math-7b": 8, "or1-7b": 8, "or1-32b": 32}
@@ -184,6 +186,24 @@ def test_cost_of_a_sequence_is_six_operations_a_parameter_and_attention(root: Pa
     assert cost.linear == pytest.approx(6 * (shape.parameters - shape.vocab * shape.hidden), rel=1e-3)
     # One layer's causal scores over n tokens: n^2 / 2 pairs, 2 operations a channel, twice; 2.5 times that backward.
     assert cost.quadratic == 3.5 * (0.5 * 2 * 2) * 28 * 128 * shape.layers
+
+
+@pytest.mark.parametrize(("placement", "steps"), [("server", 2), ("colocate", 1), ("colocate", 0)])
+def test_rollouts_ahead_cost_the_longer_of_rollout_and_update(root: Path, placement: str, steps: int) -> None:
+    settings = (f"rollout.max_staleness={steps}", f"rollout.vllm.placement={placement}", "loss.is_cap=2.0")
+    own = ('rollout.vllm.devices="8"',) if placement == "server" else ()
+    config = recipe(root, "or1-7b", *settings, *own)
+    plan = make_plan(config, shape_of(config.model.path), H200, 8)
+    time = plan.stages[-1].time
+    rollout, update, other = (time.split[name] for name in ("rollout", "update", "other"))
+    push = time.parts["weight sync"]
+    assert time.overlapped == pytest.approx(max(rollout, update + other - push) + push)
+    assert time.overlapped < time.total
+    said = [line for line in conclusions(plan) if "ahead" in line]
+    assert len(said) == (steps > 0)
+    for line in said:
+        assert duration(time.overlapped) in line and duration(time.total) in line
+        assert f"up to {steps} step" in line and ("share the GPUs" in line) == (placement == "colocate")
 
 
 def test_time_grows_with_work_and_shrinks_with_gpus(root: Path) -> None:
