@@ -209,7 +209,7 @@ def test_an_interrupt_says_whether_there_is_a_checkpoint(
     assert "starts anew, since there is no checkpoint yet" in capsys.readouterr().err
     commit(tmp_path, 1, 0, 0)
     assert main(arguments(tmp_path)) == 130
-    assert "resumes from the newest checkpoint" in capsys.readouterr().err
+    assert "resumes after step 1, the newest checkpoint" in capsys.readouterr().err
 
 
 def test_a_dry_run_finds_what_would_stop_the_run_and_writes_nothing(
