@@ -92,7 +92,8 @@ def commit_of(folder: Path) -> str | None:
     git = shutil.which("git")
     if git is None or not (folder / ".git").exists():
         return None
-    command = [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # Without a lock of the index, which a commit of the user's at the same moment needs.
+    command = [git, "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip() or None
