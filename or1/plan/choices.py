@@ -72,6 +72,8 @@ class Workload:
     engine_share                share of a GPU's memory that vllm reserves
     tensor_parallel             GPUs that share the engine's weights
     logits_twice                whether the LM head computes its logits again in backward
+    ref_logp_pass               whether a forward pass computes log-probs of a reference model (loss.kl_coef)
+    reference_model             whether that model has weights of its own
     """
 
     max_prompt: int
@@ -87,6 +89,8 @@ class Workload:
     engine_share: float = 0.0
     tensor_parallel: int = 1
     logits_twice: bool = False
+    ref_logp_pass: bool = False
+    reference_model: bool = False
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
@@ -143,6 +147,9 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         engine=engine.name,
         engine_share=engine.share,
         tensor_parallel=engine.tensor_parallel,
+        ref_logp_pass=loss.kl_coef > 0,
+        # With adapters, the policy without them is the reference.
+        reference_model=loss.kl_coef > 0 and (config.model.lora is None or loss.reference is not None),
     )
 
 

@@ -33,6 +33,7 @@ _PACKAGES: tuple[str, ...] = (
 )
 _PACKAGES += ("flash-attn", "verifiers", "wandb", "trackio")
 _MOST_BYTES = 1 << 20
+_DESCRIBE = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 # Without these flags, a link in place of the file would redirect the writes, and a pipe would block the run.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -93,7 +94,7 @@ def commit_of(folder: Path) -> str | None:
     if git is None or not (folder / ".git").exists():
         return None
     # Without a lock of the index, which a commit of the user's at the same moment needs.
-    command = [git, "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = [git, "--no-optional-locks", "-C", str(folder), *_DESCRIBE]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip() or None
