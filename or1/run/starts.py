@@ -62,9 +62,11 @@ def start_record(ranks: int = 1) -> dict[str, Any]:
 def note_start(run_dir: Path, record: Mapping[str, Any]) -> None:
     """Append a start to the record. If the file cannot be written, the record is lost and the run continues."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(run_dir / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFE, 0o666)
-        with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(record) + "\n")
+        descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT | _SAFE, 0o666)
+        with os.fdopen(descriptor, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            # A full disk may have cut the line before, which must not take this one with it.
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
