@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,10 +207,19 @@ def _as_options(overrides: Overrides) -> list[str]:
 
 
 def _as_toml(key: str, value: object) -> str:
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str | bool | int | float | list | tuple):
-        remedy = "a setting is text, a number, True, False or a list; leave a key out for its default"
-        raise ConfigError("overrides", [Problem(key, f"is a {type(value).__name__}; {remedy}")])
     # Texts, numbers, booleans and lists are written alike in JSON and TOML.
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(_plain(key, value), ensure_ascii=False)
+
+
+def _plain(key: str, value: object) -> object:
+    """Return a value without paths and without the number types of numpy. Raises ConfigError as `_as_options`."""
+    if isinstance(value, list | tuple):
+        return [_plain(key, each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Integral | Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    remedy = "a setting is text, a number, True, False or a list of these; leave a key out for its default"
+    raise ConfigError("overrides", [Problem(key, f"is a {type(value).__name__}; {remedy}")])

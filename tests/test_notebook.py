@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import or1
@@ -65,6 +66,9 @@ def test_overrides_are_a_mapping_or_the_words_after_set(task: Path) -> None:
     a = or1.plan(config, {"model.dtype": "float64", "run_dir": Path("x"), "eval.sets": []}, device="H100")
     b = or1.plan(config, ["model.dtype=float64", "run_dir=x", "eval.sets=[]"], device="H100")
     assert a.config == b.config and a.config.run_dir == "x" and a.config.eval.sets == ()
+    numbers = {"data.train": [Path("rows.jsonl")], "seed": np.int64(3), "optim.lr": np.float32(0.5)}
+    found = or1.plan(config, numbers, device="H100").config
+    assert (found.data.train, found.seed, found.optim.lr) == (("rows.jsonl",), 3, 0.5)
 
 
 def test_mistakes_are_errors_with_the_commands_words(task: Path) -> None:

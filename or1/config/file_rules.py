@@ -101,6 +101,13 @@ def paths_usable(config: Config) -> Iterator[Problem]:
             yield Problem(where, problem)
     if TIME in str(Path(config.run_dir).parent) or config.run_dir.count(TIME) > 1:
         yield Problem("run_dir", f"{TIME} may stand once, and only in the last part of the path; move it there")
+    vllm = config.rollout.vllm
+    if TIME in config.run_dir and vllm.url is not None and vllm.transport == "file":
+        yield Problem(
+            "run_dir",
+            f'{config.run_dir!r} is chosen by the time, and with rollout.vllm.transport = "file" `or1 serve` reads the '
+            "weights from the folder of the run; name a folder, the same for `or1 serve` and `or1 train`",
+        )
 
 
 def reward_file_exists(config: Config) -> Iterator[Problem]:

@@ -189,7 +189,8 @@ class _Loader(NamedTuple):
         source = source if isinstance(source, str) and source else file
         return Prompt(
             id=row_id,
-            source=source,
+            # Half a surrogate pair cannot be written to a file.
+            source=source.encode("utf-8", "replace").decode("utf-8"),
             text=encoded.text,
             token_ids=encoded.token_ids,
             golds=golds,

@@ -210,7 +210,9 @@ def _report(recipe: Recipe, loaded: PromptSet, fates: _Fates, notes: Counter[str
     """Write the list of dropped rows, and return the counts of every source."""
     ids = iter(loaded.prompts)
     total, sources = Counter[str](), []
-    with replacing(recipe.beside("dropped.jsonl")) as partial, open(partial, "w", encoding="utf-8") as dropped:
+    # A row may hold half a surrogate pair, which has no UTF-8; `backslashreplace` writes the escape of JSON.
+    list_file = recipe.beside("dropped.jsonl")
+    with replacing(list_file) as made, open(made, "w", encoding="utf-8", errors="backslashreplace") as dropped:
         for path, report in zip(recipe.sources, loaded.reports, strict=True):
             of_line = {int(p.id.rpartition(":")[2]): p for p in islice(ids, report.kept)}
             bad = {row.line: row.reason for row in report.bad}

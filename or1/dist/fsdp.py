@@ -158,7 +158,9 @@ def sum_replicas(grads: Iterable[Tensor], world: World) -> None:
 def total_norm(grads: list[Tensor], world: World) -> Tensor:
     """Return the L2 norm of all gradients, of which each rank holds shards. Collective."""
     if world.size > 1:
-        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        # Squares in 16 bits would be rounded, and beyond 65504 infinite in fp16.
+        wide = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads)
+        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in wide]).sum()
         if not world.in_first_replica:
             # The other copies hold the same gradients.
             squares = torch.zeros_like(squares)

@@ -73,6 +73,8 @@ class Workload:
     tensor_parallel             GPUs that share the engine's weights
     logits_twice                whether the LM head computes its logits again in backward
     steps_ahead                 steps that a rollout is made ahead of its own, at most
+    ref_logp_pass               whether a forward pass computes log-probs of a reference model (loss.kl_coef)
+    reference_model             whether that model has weights of its own
     """
 
     max_prompt: int
@@ -89,6 +91,8 @@ class Workload:
     tensor_parallel: int = 1
     logits_twice: bool = False
     steps_ahead: int = 0
+    ref_logp_pass: bool = False
+    reference_model: bool = False
 
 
 def choices_of(config: Config, device: Device, gpus: int) -> Choices:
@@ -146,6 +150,9 @@ def workload_of(config: Config, stage: StageConfig, device: Device, gpus: int, m
         engine_share=engine.share,
         tensor_parallel=engine.tensor_parallel,
         steps_ahead=config.rollout.steps_ahead,
+        ref_logp_pass=loss.kl_coef > 0,
+        # With adapters, the policy without them is the reference.
+        reference_model=loss.kl_coef > 0 and (config.model.lora is None or loss.reference is not None),
     )
 
 

@@ -17,6 +17,7 @@ from or1.plan.shapes import ModelShape
 
 COMPONENTS = (
     "weights",
+    "reference model",
     "gradients",
     "optimizer",
     "activations",
@@ -135,6 +136,8 @@ def plan_memory(
     states = _shard(optimizer_bytes(shape, choices), choices)
     offloaded = choices.optimizer == "offload" and device.is_gpu
     held = {"weights": weights, "optimizer": 0 if offloaded else states}
+    if work.reference_model:
+        held["reference model"] = _shard(weight_bytes(shape, choices), choices)
     grads = held | {"gradients": _shard(gradient_bytes(shape, choices), choices)}
     trained = choices.max_tokens if trained_tokens is None else trained_tokens
     phases = [

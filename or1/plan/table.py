@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _WHAT_TO_CHANGE = {
     "weights": "more GPUs (--gpus) shard them",
+    "reference model": "loss.kl_coef = 0 needs none, and neither do adapters ([model.lora])",
     "gradients": 'optim.grad_dtype = "bfloat16" or more GPUs',
     "optimizer": 'optim.optimizer = "adamw8bit" or "offload", or more GPUs',
     "activations": "gradient checkpointing, or a smaller optim.max_tokens_per_rank",
@@ -36,6 +37,7 @@ _WHAT_TO_CHANGE = {
     "collectives": "larger packed rows (optim.max_tokens_per_rank), or fewer GPUs",
     "weight sync": "more steps' worth of responses in a step",
     "old log-probs": "one optimizer step a rollout, which needs none",
+    "reference log-probs": "loss.kl_coef = 0, which needs none",
 }
 
 
@@ -74,8 +76,8 @@ def _heading(plan: Plan, why_device: str) -> Iterator[str]:
         "--mean-response is given, the longest at the limit; no group rejected"
     )
     yield (
-        "               other: old log-probs if any are needed, and the weights to the engine; verifiers, "
-        "checkpoints and evaluations are not planned"
+        "               other: old and reference log-probs if any are needed, and the weights to the engine; "
+        "verifiers, checkpoints and evaluations are not planned"
     )
     yield (
         f"  row          {choices.max_tokens:,} tokens, checkpointing {choices.checkpointing}, optimizer "

@@ -20,7 +20,7 @@ from or1.plan.shapes import ModelShape
 # Passes over the saved tensors of a layer: write and read in forward, read in backward, and their gradients.
 _ACTIVATION_PASSES = 4
 _HOST_LINK = 25e9  # bytes/s between host and GPU memory, PCIe 4 or 5 with other traffic
-_OTHER = ("old log-probs", "weight sync")
+_OTHER = ("old log-probs", "reference log-probs", "weight sync")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ def step_time(shape: ModelShape, choices: Choices, device: Device, work: Workloa
     tokens = sequences * (work.mean_prompt + work.mean_response)
     update = _update_seconds(shape, choices, device, work)
     parts = {"generation": rollout_seconds(shape, choices, device, work)} | update
-    if work.old_logp_pass:
-        scored = sum(_pass_seconds(shape, choices, device, work, forwards=1, backwards=0).values())
-        parts["old log-probs"] = max(scored, _gather_seconds(shape, choices, device, work, choices.weight))
+    scored = sum(_pass_seconds(shape, choices, device, work, forwards=1, backwards=0).values())
+    scored = max(scored, _gather_seconds(shape, choices, device, work, choices.weight))
+    parts |= {"old log-probs": scored} if work.old_logp_pass else {}
+    parts |= {"reference log-probs": scored} if work.ref_logp_pass else {}
     if work.engine != "hf":
         parts["weight sync"] = _sync_seconds(shape, choices, device)
     length = work.mean_prompt + work.mean_response

@@ -75,7 +75,9 @@ def svg_of(figure: Figure, title: str, values: Values) -> str:
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', text, count=1)
+    # Not a template of `re.sub`: a title may have the name of an evaluation set, which the run's file holds.
+    (view,) = re.findall(r'<svg[^>]*?(viewBox="[^"]*")', text)[:1]
+    text = f'<svg {view} role="img" aria-label="{html.escape(visible(title))}">{text[text.index(">") + 1 :]}'
     text = text.replace("</svg>", f"{_columns(figure, values)}</svg>")
     return re.sub(r"\n\s*", "\n", text)
 

@@ -103,7 +103,7 @@ class ChatClient:
             except EndpointError:
                 raise
             except urllib.error.HTTPError as error:
-                text = error.read(8192).decode("utf-8", "replace")
+                text = _text_of(error)
                 # Some servers repeat the key that they refuse.
                 cause = f"{error.code} {text.replace(key, '(key)') if key else text}"[:500]
                 pause = _asked_pause(error.headers)
@@ -209,6 +209,14 @@ class _SameOrigin(urllib.request.HTTPRedirectHandler):
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _text_of(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of the body of an error; its reason if the body does not arrive."""
+    try:
+        return error.read(8192).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
 
 
 def _asked_pause(headers: email.message.Message) -> float | None:

@@ -128,6 +128,20 @@ class InFlight:
         ahead = Rollout(done, generate_s=generate_s, reward_s=reward_s, open=list(carried))
         return cls(ahead, carried, lost, begun)
 
+    def leave_stage(self, *, keep_open: bool) -> int:
+        """Drop what a stage made for its next step, which now belongs to another stage. Return the number of groups.
+
+        The next stage may sample at another temperature, with other limits and group sizes.
+
+        keep_open  keep open groups, which the next step continues
+        """
+        dropped = len(self.ahead.groups) if self.ahead else 0
+        self.ahead = None
+        if not keep_open:
+            dropped += len(self.carried)
+            self.carried = []
+        return dropped
+
     def take_begun(self, number: int) -> Begun | None:
         """Remove the rollout of a step from `begun` and return it; None without one."""
         found = next((each for each in self.begun if each.number == number), None)

@@ -71,8 +71,14 @@ class Checkpointed:
         self.budget.load_state(found.budget)
         message(f"resumed after step {found.step}")
         self._fit_to_data(found, message)
+        before = found.stages.index
         if change := found.stages.resume(found.step):
             message(change)
+        # Partial rollouts have one temperature and group size in all stages (or1.config.rollout_rules).
+        keep = self.config.rollout.partial_tokens is not None
+        entered = found.stages.index > before and not found.stages.finished
+        if entered and (dropped := found.in_flight.leave_stage(keep_open=keep)):
+            message(f"{dropped} groups under way are dropped: stage {before + 1}, in which they began, has ended")
         return found
 
     def cap_rows(self, message: Callable[[str], None]) -> None:

@@ -33,6 +33,7 @@ _PACKAGES: tuple[str, ...] = (
 )
 _PACKAGES += ("flash-attn", "verifiers", "wandb", "trackio")
 _MOST_BYTES = 1 << 20
+_DESCRIBE = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 # Without these flags, a link in place of the file would redirect the writes, and a pipe would block the run.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -61,9 +62,11 @@ def start_record(ranks: int = 1) -> dict[str, Any]:
 def note_start(run_dir: Path, record: Mapping[str, Any]) -> None:
     """Append a start to the record. If the file cannot be written, the record is lost and the run continues."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(run_dir / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFE, 0o666)
-        with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(record) + "\n")
+        descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT | _SAFE, 0o666)
+        with os.fdopen(descriptor, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            # A full disk may have cut the line before, which must not take this one with it.
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -92,7 +95,8 @@ def commit_of(folder: Path) -> str | None:
     git = shutil.which("git")
     if git is None or not (folder / ".git").exists():
         return None
-    command = [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # Without a lock of the index, which a commit of the user's at the same moment needs.
+    command = [git, "--no-optional-locks", "-C", str(folder), *_DESCRIBE]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip() or None

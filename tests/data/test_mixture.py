@@ -162,6 +162,18 @@ def test_counts_of_difficulty_are_kept(tmp_path: Path, monkeypatch: Any) -> None
     assert infos == [{"32B": None, "7B": 3.0}, {"32B": 5.0, "7B": None}, {"32B": None, "7B": None}]
 
 
+def test_half_a_surrogate_pair_is_listed_like_any_other_row(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("or1.data.mixture.check_all", lambda prompts, *_: [checks.OK] * len(prompts))
+    rows = [{"problem": "What is \ud800 plus 1?", "answer": "3"}, {"problem": "What is 2 plus 1?", "answer": "3"}]
+    rows[1]["data_source"] = "a\udfff"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(sources=(str(tmp_path / "rows.jsonl"),), out=tmp_path / "out.parquet")
+    build_mixture(recipe, Bar(plain_console(), unit="problems"))
+    (line,) = map(json.loads, recipe.beside("dropped.jsonl").read_text().splitlines())
+    assert (line["line"], line["row"]) == (1, rows[0])
+    assert pq.read_table(recipe.out)["data_source"].to_pylist() == ["a?"]
+
+
 def test_the_verdicts_of_judges_choose(files: dict[str, str], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("or1.data.mixture.check_all", lambda prompts, *_: [checks.OK] * len(prompts))
     judged = tmp_path / "judged.parquet"

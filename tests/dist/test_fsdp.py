@@ -1,6 +1,8 @@
-"""The gradient norm of one process against fp64."""
+"""The gradient norm of one process against fp64, and that of several ranks against one process."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,3 +19,10 @@ def test_the_norm_of_large_gradients_is_exact(dtype: torch.dtype) -> None:
     exact = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
     found = total_norm([grads[0].T, *grads[1:]], SINGLE)
     assert found.dtype == torch.float32 and float(found) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_shards_in_16_bits_is_that_of_one_process(dtype: torch.dtype) -> None:
+    grads = [torch.full((3, 5), 300.3).to(dtype), torch.empty(0, dtype=dtype), torch.full((4,), 1e-4).to(dtype)]
+    ranks = SimpleNamespace(size=2, in_first_replica=True, sum=lambda squares: squares)
+    assert float(total_norm(grads, ranks)) == pytest.approx(float(total_norm(grads, SINGLE)), rel=1e-6)

@@ -166,6 +166,27 @@ def test_memory_grows_with_tokens_and_the_largest_row_is_the_last_to_fit(root: P
     assert largest_row(peak, peak(256) - 1) == 0
 
 
+def test_a_reference_model_counts_in_the_stages_with_a_kl_term(root: Path) -> None:
+    model = root / "examples" / "tiny-adder"
+    options = [f'model.path="{model}"', "loss.kl_coef=0.01", "stage.0.loss.kl_coef=0.0"]
+    config = load_config(root / "examples" / "quickstart.toml", options, files=False)
+    shape = shape_of(config.model.path)
+    without, with_one = make_plan(config, shape, H200, gpus=2).stages[:2]
+    for phase in with_one.memory.phases:
+        assert phase.parts["reference model"] == phase.parts["weights"]
+    assert not any("reference model" in phase.parts for phase in without.memory.phases)
+    assert with_one.time.parts["reference log-probs"] > 0 and "reference log-probs" not in without.time.parts
+    (lora,) = {
+        stage.work.reference_model
+        for stage in make_plan(
+            load_config(root / "examples" / "quickstart.toml", [*options, "model.lora.rank=4"], files=False),
+            shape,
+            H200,
+        ).stages
+    }
+    assert not lora, "the policy without its adapters is the reference"
+
+
 def test_sharding_divides_what_is_sharded(root: Path) -> None:
     config = recipe(root, "or1-7b")
     shape = shape_of(config.model.path)

@@ -62,6 +62,15 @@ def test_graded_runs_are_compared_by_their_mean_reward(tmp_path: Path) -> None:
     assert f"{tmp_path}/a/run" in page.text, "equal names are told apart by their paths"
 
 
+def test_a_name_in_the_metrics_is_text(tmp_path: Path) -> None:
+    first, second = runs(tmp_path)
+    lines = (first / "metrics.jsonl").read_text().splitlines()
+    odd = json.dumps({'eval/"><u>\\1\\g<x>&/avg@4': 0.5})
+    (first / "metrics.jsonl").write_text("".join(f"{line[:-1]}, {odd[1:]}\n" for line in lines))
+    page = write_comparison([first, second], tmp_path / "out.html").read_text(encoding="utf-8")
+    assert 'aria-label="&quot;&gt;&lt;u&gt;\\1\\g&lt;x&gt;&amp; avg@4"' in page and "u" not in Page(page).tags
+
+
 def test_too_many_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ReportError, match="9 runs on one page cannot be told apart; name at most 8"):
         write_comparison([tmp_path] * 9)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 from pydantic import ValidationError
@@ -83,6 +86,23 @@ def test_a_redirect_within_the_server_is_followed() -> None:
     with server(answer) as (url, seen):
         assert EndpointEngine(EndpointConfig(url=url)).model == "m"
     assert seen == [("/models", f"Bearer {KEY}"), ("/v2/models", f"Bearer {KEY}")]
+
+
+def test_an_error_whose_body_does_not_arrive_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise TimeoutError("timed out")
+
+    def refuse(self: Any, request: Any, timeout: float) -> Any:
+        tries.append(timeout)
+        raise HTTPError(request.full_url, 503, "Busy", Message(), Silent())
+
+    tries: list[float] = []
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", refuse)
+    with pytest.raises(EndpointError, match="failed after 2 attempts: 503 Busy"):
+        ChatClient(EndpointConfig(url="http://127.0.0.1:1", model="m", retries=1, timeout_s=3)).chat([])
+    assert tries == [3, 3]
 
 
 def test_no_message_shows_the_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,11 @@ def test_a_folder_that_is_named_is_taken_as_it_is(toml: Path) -> None:
     assert load_config(toml, ["run_dir={config}/{time}"]).run_dir == "adding/{time}"
     with pytest.raises(ConfigError, match=r"run_dir: \{time\} may stand once"):
         load_config(toml, ["run_dir={time}/x"])
+    served = ['rollout.engine="vllm"', 'rollout.vllm.placement="server"', 'rollout.vllm.url=["http://127.0.0.1:8000"]']
+    served.append('rollout.vllm.transport="file"')
+    with pytest.raises(ConfigError, match=r"run_dir: .* the same for `or1 serve` and `or1 train`"):
+        load_config(toml, served)
+    assert load_config(toml, [*served, "run_dir=here"]).run_dir == "here"
 
 
 def test_a_damaged_run_is_told_instead_of_starting_anew(toml: Path) -> None:

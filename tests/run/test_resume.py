@@ -150,6 +150,30 @@ def test_open_responses_follow_their_prompts_and_go_with_them(ahead: bool, tmp_p
     assert f"{2 if ahead else 1} groups under way are dropped" in "\n".join(said)
 
 
+@pytest.mark.parametrize("partial", [None, 4])
+def test_what_a_stage_began_does_not_enter_the_next_after_a_resume_with_fewer_steps(
+    partial: int | None, tmp_path: Path
+) -> None:
+    """The next stage may have another temperature, to which the log-probs of these responses do not belong."""
+    from or1.rollout.collect import Rollout
+
+    rollout = {"partial_tokens": partial, "overlap": partial is None}
+    config = config_of(tmp_path, ({"steps": 3}, {}), rollout={"engine": "hf", **rollout})
+    trainer = trainer_of(config)
+    prompts, answers = trainer.parts.data.prompts, (response(ZERO, ONE), response(ONE, EOS))
+    carried = [OpenGroup(prompts[0], answers, (None, None))]
+    closed = [replace(group([1, 0], list(answers)), prompt=prompts[1])]
+    trainer.state.step, trainer.state.in_flight = 1, InFlight(Rollout(closed, 1.0, 2.0, list(carried)), carried)
+    save(trainer)
+    same, _ = resumed(config)
+    assert same.state.in_flight.ahead is not None and len(same.state.in_flight.carried) == 1
+    shorter = config.model_copy(update={"stage": (config.stage[0].model_copy(update={"steps": 1}), config.stage[1])})
+    parts, said = resumed(shorter)
+    assert parts.state.stages.index == 1 and parts.state.in_flight.ahead is None
+    assert len(parts.state.in_flight.carried) == (partial is not None)
+    assert f"{2 - (partial is not None)} groups under way are dropped: stage 1, in which they" in "\n".join(said)
+
+
 def test_open_responses_of_an_older_or1_go_by_their_place(tmp_path: Path) -> None:
     trainer = trainer_of(config_of(tmp_path)).parts
     prompts = trainer.data.prompts

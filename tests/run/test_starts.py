@@ -53,6 +53,13 @@ def test_unreadable_lines_are_left_out(tmp_path: Path) -> None:
     assert [start["time"] for start in read_starts(tmp_path)] == [1.0, 3.0]
 
 
+def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b'{"time": 1.0}\n{"time": 2')
+    note_start(tmp_path, {"time": 3.0})
+    note_start(tmp_path, {"time": 4.0})
+    assert [start["time"] for start in read_starts(tmp_path)] == [1.0, 3.0, 4.0]
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_commit_of_a_checkout_tells_changed_files(tmp_path: Path) -> None:
     def git(*command: str) -> str:
