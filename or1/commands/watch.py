@@ -35,7 +35,7 @@ def watch(run_dir: Path, every_s: int, sleep: Callable[[float], None] = time.sle
     from or1.report.page_data import load_run
 
     metrics = run_dir / "metrics.jsonl"
-    path, seen = run_dir / "report.html", b""
+    path, seen, found = run_dir / "report.html", b"", None
     print(visible(f"open {path.absolute()} in a browser; Ctrl-C ends"), flush=True)
     try:
         while True:
@@ -45,8 +45,9 @@ def watch(run_dir: Path, every_s: int, sleep: Callable[[float], None] = time.sle
                 path = write_report(run_dir, every_s)
                 seen, found = now, load_run(run_dir)
                 print(visible(f"step {found.last_step} of {found.total_steps or '?'}"), flush=True)
-                if found.total_steps is not None and found.last_step >= found.total_steps:
-                    break
+            # Also if nothing changed: the last checkpoint, which may end the run early, follows the last metrics.
+            if found is not None and found.finished:
+                break
             sleep(every_s)
     finally:
         if seen:

@@ -80,8 +80,7 @@ def _percent(fraction: float) -> str:
 
 
 def _header(run: RecordedRun, name: str) -> Iterator[str]:
-    total = run.total_steps
-    if total is not None and run.last_step >= total:
+    if run.finished:
         badge = '<span class="badge done">finished</span>'
     else:
         badge = '<span class="badge open">not finished</span>'

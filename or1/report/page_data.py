@@ -21,6 +21,7 @@ from or1.core.errors import ReportError
 from or1.core.records import Record, number
 from or1.report.records import sampled, step_seconds
 from or1.reward.terms import NO_THINK_CLOSE, graded_run, no_think_close
+from or1.run.directory import all_stages_ended
 from or1.run.marks import read_marks
 from or1.run.metrics_log import read_lines
 
@@ -54,6 +55,14 @@ class RecordedRun:
     def total_steps(self) -> int | None:
         """The number of steps in the config, or None without a readable config."""
         return None if self.config is None else self.config.total_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done. A stage with `until = "plateau"` may end before its `steps`."""
+        if self.config is None or self.last_step >= self.config.total_steps:
+            return self.config is not None
+        early = any(stage.until == "plateau" for stage in self.config.stage)
+        return early and all_stages_ended(self.path, self.last_step, len(self.config.stage))
 
     def series(self, key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
         """Return steps and values of one metric, without steps in which the value is missing or not finite."""

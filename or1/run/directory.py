@@ -199,6 +199,12 @@ def _stages_so_far(run_dir: Path, steps: list[int]) -> tuple[int, int]:
     return 0, 0
 
 
+def all_stages_ended(run_dir: Path, step: int, stages: int) -> bool:
+    """Return True if the newest checkpoint is that of `step`, and all `stages` of the run had ended there."""
+    steps = step_folders(checkpoints_of(run_dir))
+    return steps[-1:] == [step] and _stages_so_far(run_dir, steps)[0] >= stages
+
+
 def recorded_config(run_dir: Path) -> dict[str, Any]:
     """Return the recorded settings of a run, not validated. Raises RunError if they are missing or unreadable."""
     record = run_dir / RECORD

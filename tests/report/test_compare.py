@@ -12,6 +12,7 @@ from or1.cli import main
 from or1.commands.watch import watch
 from or1.core.errors import ReportError
 from or1.report.compare import write_comparison
+from or1.report.page_data import load_run
 from tests.helpers.report_runs import Page, make_config, make_graded, make_run
 
 
@@ -104,6 +105,25 @@ def test_a_watched_page_renews_itself_until_the_last_step(tmp_path: Path) -> Non
     last = watch(run, 7, later).read_text(encoding="utf-8")
     assert len(pages) == 1 and '<meta http-equiv="refresh" content="7">' in pages[0] and "2 / 60" in pages[0]
     assert 'http-equiv="refresh"' not in last and "60 / 60" in last
+
+
+def test_a_run_that_ended_early_by_its_plateau_is_finished(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=12, rollouts=())
+    keep_few(run)
+    config = json.loads((run / "config.resolved.json").read_text())
+    config["stage"][-1]["until"] = "plateau"
+    (run / "config.resolved.json").write_text(json.dumps(config))
+
+    def commit(_: float) -> None:
+        naps.append(load_run(run).finished)
+        folder = run / "checkpoints" / "step_12"
+        folder.mkdir(parents=True)
+        state = {"step": 12, "stages": {"index": len(config["stage"]), "began": 12, "history": []}}
+        (folder / "manifest.json").write_text(json.dumps({"format": 2, "step": 12, "files": {}, "state": state}))
+
+    naps: list[bool] = []
+    page = watch(run, 5, commit).read_text(encoding="utf-8")
+    assert naps == [False] and "not finished" not in page and "finished" in page
 
 
 def test_an_interrupted_watch_leaves_a_page_that_does_not_renew_itself(tmp_path: Path) -> None:

@@ -127,3 +127,6 @@ def test_a_start_tells_its_folder_and_gives_it_to_its_ranks(
     assert [str(each) for each in Path("runs").iterdir()] == [folder]
     assert main(["train", str(toml), "--dry-run"]) == 0
     assert "run_dir = runs/adding-" in capsys.readouterr().out and len([*Path("runs").iterdir()]) == 1
+    odd = toml.rename(toml.with_name('\U0001f600 "a".toml'))
+    assert main(["train", str(odd), "--nproc", "2"]) == 0
+    assert load_config(odd, commands[1][-1:]).run_dir.startswith('runs/\U0001f600 "a"-2')

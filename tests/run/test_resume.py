@@ -154,7 +154,7 @@ def test_open_responses_follow_their_prompts_and_go_with_them(ahead: bool, tmp_p
 def test_what_a_stage_began_does_not_enter_the_next_after_a_resume_with_fewer_steps(
     partial: int | None, tmp_path: Path
 ) -> None:
-    """The next stage may have another temperature, to which the log-probs of these responses do not belong."""
+    # The next stage may have another temperature, to which the log-probs of these responses do not belong.
     from or1.rollout.collect import Rollout
 
     rollout = {"partial_tokens": partial, "overlap": partial is None}
