@@ -109,6 +109,7 @@ def test_or1_is_as_exact_as_plain_torch_on_real_inputs(file: Path) -> None:
     assert why == "logp nan, plain torch 1.0e+00; dweight 5.0e-01, plain torch 2.0e-01"
 
 
+@pytest.mark.slow
 def test_times_and_memory_are_of_every_task(file: Path) -> None:
     rows = heads.time_rows("before", inputs.load(file), ["addition"], [VARIANTS["or1"]], tokens=48, rounds=1)
     assert [(r["dtype"], r["task"]) for r in rows[:3]] == [("float32", task) for task in VARIANTS["or1"].tasks]
@@ -174,6 +175,7 @@ def test_the_head_benchmark_takes_the_sections_as_settings(file: Path) -> None:
     assert cases.describe(settings[3])["logits"] == problem.logits == "real addition"
 
 
+@pytest.mark.slow
 def test_the_page_says_where_or1_is_slower(file: Path, tmp_path: Path) -> None:
     given = inputs.load(file)
     some = [VARIANTS[heads.PLAIN], *heads.variants()[:1]]

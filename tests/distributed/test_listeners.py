@@ -48,6 +48,7 @@ def test_a_store_listens_on_its_own_address_alone() -> None:
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_nproc_opens_no_port_beyond_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "rank"
     script.write_text(RANK.format(python=sys.executable, out=str(tmp_path)))

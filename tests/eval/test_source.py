@@ -256,6 +256,7 @@ def test_scores_of_a_changed_function_or_column_are_not_used_again(
     assert average("points[0]", fresh=True) == 1.0
 
 
+@pytest.mark.slow
 def test_a_graded_reward_leads_the_table_with_its_mean(
     server: Server, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

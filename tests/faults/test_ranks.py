@@ -113,6 +113,7 @@ def test_f14_sigterm_to_one_rank_in_a_rollout_keeps_what_is_finished_on_both(two
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_f14_a_second_sigterm_ends_at_once_and_the_last_commit_stands(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     fault = "train.forward:rank0:step2:hang"

@@ -116,6 +116,7 @@ print(dead())
 """
 
 
+@pytest.mark.slow
 def test_no_zombies_are_left_where_the_first_process_does_not_reap(function: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FIRST_OF_A_CONTAINER, function, str(tmp_path / "pids")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["0", "0"]
@@ -130,6 +131,7 @@ def test_orphans_of_a_grader_are_reaped_by_its_worker(obeying) -> None:
     assert left == 0
 
 
+@pytest.mark.slow
 def test_a_function_that_escapes_its_timer_costs_its_own_job(obeying) -> None:
     orders, scorer = ("ignore", "timer", "stop", "length"), obeying(timeout_s=0.3, workers=4)
     workers = [worker._process.pid for worker in scorer._pool._workers]

@@ -22,7 +22,7 @@ from or1.core.types import TrainSequence
 from or1.magic.baselines import advantages
 from or1.magic.denominator import Normaliser
 from or1.magic.mismatch import weigh
-from or1.train.build import objective_of
+from or1.train.stage import objective_of
 from or1_kernels import linear_policy_loss
 from tests.helpers.grpo import WORDS, even_ids, word_tokenizer
 

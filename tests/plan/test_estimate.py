@@ -120,7 +120,7 @@ def test_missing_data_files_are_explained_once_each(root: Path) -> None:
     problems = {p.path: p.message for p in caught.value.problems}
     # The code file is named twice, for twice its share.
     assert set(problems) == {"data.train.0", "data.train.2", "eval.sets.0.path", "eval.sets.1.path"}
-    assert all("put the file there" in message and "formats" in message for message in problems.values())
+    assert all("put the file there: `or1 data " in message for message in problems.values())
 
 
 # Tables 10 to 12 of the report: steps, response limit, prompts a step, prompts an update, group size.

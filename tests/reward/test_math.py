@@ -367,6 +367,7 @@ def test_a_gold_is_parsed_once_for_all_its_answers(monkeypatch: pytest.MonkeyPat
     assert parsed.count(rf"\boxed{{{gold}}}") == 1
 
 
+@pytest.mark.slow
 def test_kept_golds_are_bounded_and_not_changed_by_comparisons() -> None:
     assert 0 < math._gold_values.cache_info().maxsize < 10_000
     golds = [SYSTEM, r"\{3,1,2\}", "x=1, y=2", "1<x<2", r"\begin{pmatrix}1\\2\end{pmatrix}", r"40\%", "x^2-2x+10=0"]
@@ -390,6 +391,7 @@ def test_the_rules_on_text_take_linear_time() -> None:
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.slow
 def test_bombs_end_at_the_time_limit() -> None:
     boxes = ["x=9^{9^{9^{9}}}", "9^{9^{9^{9}}}=7", "1:2:9^{9^{9^9}}", "x=(10^9)!", "1e9999e9999", "9^{9^{9^{9}}}, 7"]
     pairs = [(gold, box) for gold in ("7", "1:2:3") for box in boxes]

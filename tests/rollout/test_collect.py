@@ -173,6 +173,7 @@ def test_auto_is_the_embedded_engine_without_a_gpu(start: Callable[..., Side], c
 
 
 @pytest.mark.parametrize(("version", "word"), [("0.33.1", "tested with >=0.32,<0.33"), ("0.31.9", "0.31.9")])
+@pytest.mark.slow
 def test_a_vllm_outside_the_tested_range_is_one_clear_line(
     root: Path,
     tmp_path: Path,

@@ -61,6 +61,7 @@ def test_a_step_without_any_reward_of_an_own_function_stops_the_run(tmp_path: Pa
         learn(trainer, failed, failed)
 
 
+@pytest.mark.slow
 def test_evaluations_in_a_run_take_the_ks_they_are_given(tmp_path: Path) -> None:
     trainer = trainer_of(config_of(tmp_path))
     settings = EvalSet(name="s", path="s", samples=4)
@@ -83,6 +84,7 @@ def test_a_finished_run_trains_on_where_it_is_given_more_steps(tmp_path: Path) -
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_gives_the_former_records_to_the_display(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     sections = {"reward": {"workers": 1}}
