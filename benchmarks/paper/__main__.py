@@ -40,18 +40,19 @@ def main() -> None:
     records: list[Record] = []
     done = 0
     for look in LOOKS:
-        records += _run(study.table_tasks(list(ARMS), seeds[done:look]), work, args.jobs, console)
+        records += run_tasks(study.table_tasks(list(ARMS), seeds[done:look]), work, args.jobs, console)
         done = look
         if study.complete(study.of_tier(records, "A")):
             break
-    records += _run(study.model_tasks(seeds[: args.model_seeds]), work, args.jobs, console)
+    records += run_tasks(study.model_tasks(seeds[: args.model_seeds]), work, args.jobs, console)
     _print(records, console)
     minutes = (base_s + sum(r["cpu_s"] for r in records)) / 60
     page = write_page(args.out, records, minutes, args.first_seed)
     console.print(f"{len(records)} runs, {minutes:.1f} processor minutes; page: {page}", highlight=False)
 
 
-def _run(tasks: Sequence[study.Task], work: Path, jobs: int, console: Console) -> list[Record]:
+def run_tasks(tasks: Sequence[study.Task], work: Path, jobs: int, console: Console) -> list[Record]:
+    """Return the records of all tasks, while a bar counts them."""
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     records: list[Record] = []
     with Progress(*columns, console=console) as progress:

@@ -29,8 +29,8 @@ def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed:
         for claim in study.claims_of(tier):
             checks, findings = study.findings(claim, of_tier, study.looks_of(tier, of_tier))
             rows = list(zip(claim.statements, checks, findings, strict=True))
-            found[claim.key] = _json(tier, claim, rows, of_tier)
-            sections.append(_section(claim, rows))
+            found[claim.key] = as_json(tier, claim, rows, of_tier)
+            sections.append(section(claim, rows))
             plot(out / f"{claim.key}.svg", claim, of_tier)
     arms = {tier: _arms(study.of_tier(records, tier)) for tier in "AB"}
     costs = {"runs": len(records), "processor_minutes": round(minutes, 1), "first_seed": first_seed}
@@ -48,7 +48,7 @@ def write_page(out: Path, records: Sequence[Record], minutes: float, first_seed:
     return page
 
 
-def _json(
+def as_json(
     tier: str, claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]], records: Records
 ) -> dict[str, Any]:
     """Return a claim's findings, with the differences of every seed, from which the verdicts follow."""
@@ -160,7 +160,8 @@ def _verdicts(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> str:
+def section(claim: Claim, rows: Sequence[tuple[Statement, Check, Finding]]) -> str:
+    """Return the part of the page about a claim."""
     lines = [f"## {claim.key}", "", f"{claim.title}.", "", f"The report: {claim.report}", ""]
     lines += [f"![{claim.key}]({claim.key}.svg)", ""]
     lines += ["| statement | effect, 90 % interval | seeds won : lost | verdict |", "|---|---|---|---|"]

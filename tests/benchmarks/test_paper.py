@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import measures, model, page, study, tabular
+from benchmarks.paper import larger, measures, model, page, study, tabular
 from benchmarks.paper.arms import ARMS, MODEL_ARMS
 from benchmarks.paper.ladder import LENGTHS, level, score
 from benchmarks.paper.rule import DECIDED, Question, decide
@@ -284,6 +284,21 @@ def test_the_committed_verdicts_follow_from_the_committed_differences(root: Path
         assert [(f.verdict, f.won, f.lost) for f in found] == [(r["verdict"], r["won"], r["lost"]) for r in rows], key
         assert all(f"**{f.verdict}**" in text for f in found)
         assert (root / "benchmarks" / "results" / "paper-ladder" / f"{key}.svg").exists()
+
+
+def test_the_larger_runs_page_is_of_both_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(larger, "plot", lambda path, claim, records: path.write_text(claim.key))
+    rng = np.random.default_rng(0)
+    names = ("accuracy", "entropy", "top", "updates", "clipped", "alpha", "bonus")
+    records = [
+        series_of(arm, seed, **{name: rng.uniform(0.1, 0.9, 41).tolist() for name in names})
+        | {"tier": "A", "cpu_s": 1.0}
+        for arm in dict.fromkeys(arm for claim in study.CLAIMS if claim.key in larger.KEYS for arm in claim.arms)
+        for seed in (1, 2)
+    ]
+    text = larger.write_page(tmp_path, records, 2).read_text()
+    assert "at 2 seeds" in text and "## C3" in text and "## C4" in text
+    assert set(json.loads((tmp_path / "larger.json").read_text())["claims"]) == set(larger.KEYS)
 
 
 def agree(first: str, second: str) -> bool:
