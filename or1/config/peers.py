@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from or1.config.section import section_of
+from or1.config.stage import OVERRIDDEN
 
 _PEERS = {
     "learning_rate": "optim.lr",
@@ -211,7 +212,7 @@ def known_as(config: type[BaseModel], name: str, given: object = None) -> list[s
 
 def nearest(config: type[BaseModel], name: str) -> list[str]:
     """Return the path of the setting, in any section, whose name here or in another trainer is spelt most similarly."""
-    names = {path.rpartition(".")[2]: path for path in reversed(list(settings(config)))}
+    names = {path.rpartition(".")[2]: path for path in reversed(_of_the_run(config))}
     close = difflib.get_close_matches(name.lower(), [*names, *_PEERS], n=1, cutoff=0.8)
     return [names.get(close[0]) or _PEERS[close[0]]] if close else []
 
@@ -230,7 +231,13 @@ def _of_name(config: type[BaseModel], name: str) -> list[str]:
     name = name.lower().replace("-", "_")
     if name in _PEERS:
         return [_PEERS[name]]
-    return [path for path in settings(config) if path.rpartition(".")[2] == name][:3]
+    return [path for path in _of_the_run(config) if path.rpartition(".")[2] == name][:3]
+
+
+def _of_the_run(config: type[BaseModel]) -> list[str]:
+    """Return the paths of all settings but those by which a stage replaces a setting of the run."""
+    replaced = tuple(f"stage.0.{section}." for section in OVERRIDDEN)
+    return [path for path in settings(config) if not path.startswith(replaced)]
 
 
 def _leaves(table: Mapping[str, Any], depth: int = 8) -> Iterator[str]:

@@ -11,6 +11,7 @@ import pytest
 from or1.config import Config
 from or1.config.changes import changed_keys, fixed_keys
 from or1.config.load import dump_config, load_config
+from or1.config.peers import known_as, nearest
 from or1.config.rules import contradictions
 from or1.config.stage import OVERRIDDEN, StageConfig
 from or1.core.errors import ConfigError
@@ -132,3 +133,8 @@ def test_a_run_of_an_older_or1_had_no_settings_of_stages() -> None:
     assert changed_keys(old, json.loads(dump_config(config_of({}, {})))) == []
     changed = changed_keys(old, json.loads(dump_config(config_of({"optim": {"lr": 1e-5}}, {}))))
     assert fixed_keys(changed, done=0, begun=1, stages=2) == ["stage.0.optim"]
+
+
+def test_an_unknown_key_is_not_taken_for_a_setting_of_a_stage_alone() -> None:
+    assert known_as(Config, "lr") == ["optim.lr"] and known_as(Config, "clip_low") == ["loss.clip_low"]
+    assert nearest(Config, "temprature") == ["rollout.temperature"]
