@@ -27,7 +27,9 @@ def test_the_examples_are_found(root: Path) -> None:
     assert examples_folder() == root / "examples"
 
 
+# .ci/doors runs the demo of the wheel.
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_demo_trains_and_goes_on(root: Path, tmp_path: Path) -> None:
     packages = os.pathsep.join([str(root), str(root / "kernels")])
     first = demo(tmp_path, packages, 1)

@@ -404,12 +404,13 @@ def test_a_death_in_the_middle_is_noticed_and_repaired_once(
     kill_at_first_part(monkeypatch, side.engine.url, kill)
     with side.endless():
         version = side.engine.version
-        found = list(side.engine.generate(prompts, Sampling(1.0, 200, 4, 1)))
+        # So long that the server cannot be done before this process, which waits for a CPU, reads the first part.
+        found = list(side.engine.generate(prompts, Sampling(1.0, 1600, 2, 1)))
         drift = side.drift(prompts, found)
     assert len(died) == len(noticed) == 1 and noticed[0] - died[0] < 30 and side.engine.starts == starts + 1
     print(f"{victim}: noticed after {noticed[0] - died[0]:.1f} s, whole again after {time.monotonic() - died[0]:.0f} s")
-    assert {(f.prompt, f.sample) for f in found} == {(p, s) for p in range(8) for s in range(4)} and len(found) == 32
-    assert all(f.response.finish == "length" and len(f.response.token_ids) == 200 for f in found)
+    assert {(f.prompt, f.sample) for f in found} == {(p, s) for p in range(8) for s in range(2)} and len(found) == 16
+    assert all(f.response.finish == "length" and len(f.response.token_ids) == 1600 for f in found)
     assert {f.response.version for f in found} == {version}
     assert drift < 1e-4
 
