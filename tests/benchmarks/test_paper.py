@@ -301,6 +301,14 @@ def test_the_larger_runs_page_is_of_both_claims(tmp_path: Path, monkeypatch: pyt
     assert set(json.loads((tmp_path / "larger.json").read_text())["claims"]) == set(larger.KEYS)
 
 
+def test_the_larger_runs_verdicts_follow_from_its_differences(root: Path) -> None:
+    found = json.loads((root / "benchmarks" / "results" / "paper-ladder" / "larger" / "larger.json").read_text())
+    for claim in found["claims"].values():
+        rows = claim["statements"]
+        questions = [Question(r["expect"], r["differences"], r["least"], r["margin"], r["tested"]) for r in rows]
+        assert [f.verdict for f in decide(questions, (found["seeds"],))] == [row["verdict"] for row in rows]
+
+
 def agree(first: str, second: str) -> bool:
     """Return False if two verdicts on a statement contradict each other. A small effect is near equivalence."""
     if not {first, second} <= set(DECIDED) or first == second:
