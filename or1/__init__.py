@@ -4,7 +4,7 @@
 
     run = train("config.toml", {"optim.lr": 1e-4})
 
-`or1.notebook` documents the three functions. Importing or1 loads none of the large libraries; a call does.
+`or1.commands.notebook` documents the three functions. Importing or1 loads none of the large libraries; a call does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from or1.notebook import Run, evaluate, plan, train
+    from or1.commands.notebook import Run, evaluate, plan, train
 
 __all__ = ["Run", "__version__", "evaluate", "plan", "train"]
 
@@ -44,7 +44,7 @@ class _CallableRoom(ModuleType):
 
 
 def _function(name: str) -> Any:
-    from or1 import notebook
+    from or1.commands import notebook
 
     return getattr(notebook, name.removeprefix("or1."))
 
@@ -52,7 +52,7 @@ def _function(name: str) -> Any:
 def __getattr__(name: str) -> Any:
     """Return `evaluate` or `Run` at their first use. Raises AttributeError for other names."""
     if name in __all__:
-        from or1 import notebook
+        from or1.commands import notebook
 
         return getattr(notebook, name)
     raise AttributeError(f"module 'or1' has no attribute {name!r}; it has {', '.join(_FUNCTIONS)}")

@@ -14,7 +14,6 @@ from tests.helpers.sources import nodes_of, tree_of
 # From the top down. A room imports rooms below it, never one above.
 ROOMS = (
     "cli",
-    "notebook",
     "commands",
     "trainer",
     "plan",
@@ -34,11 +33,11 @@ ROOMS = (
     "config",
     "core",
 )
-TOP_FILES = {"__init__", "__main__", "cli", "notebook", "trainer"}
+TOP_FILES = {"__init__", "__main__", "cli", "trainer"}
 # The only rooms of or1 that these import.
 NARROW = {"integrations": {"magic"}, "core": set()}
 # Nothing below these may import them; commands and benchmarks do.
-ANNEXES = {"plan": {"cli", "commands", "notebook"}, "integrations": set()}
+ANNEXES = {"plan": {"cli", "commands"}, "integrations": set()}
 HEAVY = {"torch", "transformers", "pyarrow", "matplotlib", "or1_kernels"}
 # Libraries that a room's modules may import at their top, of HEAVY; a room that is not named may import all of them.
 LIGHT = {"core": set(), "config": set(), "cli": set(), "commands": set(), "reward": set(), "data": {"pyarrow"}}

@@ -20,7 +20,7 @@ RUN_BY = {
     "README.md": "tests/house/test_readme.py",
     "docs/own-task.md": "tests/house/test_readme.py",
     "docs/drop-in.md": "tests/integrations/test_readme.py",
-    "docs/notebook.md": "tests/test_notebook.py",
+    "docs/notebook.md": "tests/commands/test_notebook.py",
     "kernels/README.md": "tests/house/test_community.py",
     "docs/environments.md": "tests/environment/test_verifiers.py",
     "or1/reward/README.md": "tests/reward/test_custom.py",

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import or1
-from or1 import cli, notebook
+from or1 import cli
+from or1.commands import notebook
 from or1.core.errors import ConfigError, RunError
 from tests.helpers.small_run import ROOT
 
